@@ -1,0 +1,138 @@
+"""The command line of the jobs: `python -m jobs --help`.
+
+Exit codes: 0 done or already done; 2 somebody must change something (base/ turns it into an immediate failure);
+143 stopped by SIGTERM with the work saved; anything else is worth a retry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+from pathlib import Path
+
+from jobs.errors import RetryableError, Terminated, UserError
+
+DESCRIPTION = """\
+Fine-tune a model privately and serve the result, as one pipeline.yaml says.
+
+  stages (what the Kubernetes Jobs run; each finds its result already there, or makes and publishes it)
+    relocate WHAT     bring the dataset, the base model, the tokenizer or the reference model onto its volume
+    train             train the LoRA adapter
+    evaluate          measure base, fine-tuned and reference model; promote the adapter if the gate passes
+    await ARTIFACT…   wait until artifacts are there (init containers)
+
+  for people
+    pin OVERLAY       fill or refresh the pins in an overlay's pipeline.yaml, like a lock file
+    check OVERLAY     validate an overlay with no network and no cluster: for a pre-commit hook or CI
+    local OVERLAY     run the whole overlay, as rendered by kustomize, as local processes
+"""
+EPILOG = """\
+examples
+  python -m jobs check overlays/kind
+  python -m jobs local overlays/kind --ask "What is the best hotel in Seville?"
+  python -m jobs --pipeline overlays/kind/pipeline.yaml --volumes /tmp/volumes relocate dataset
+"""
+TERMINATION_LOG = Path("/dev/termination-log")  # what `kubectl describe pod` shows as the reason
+RELOCATABLE = ("dataset", "base-model", "tokenizer", "reference-model")
+AWAITABLE = (*RELOCATABLE, "acceptability", "adapter", "evaluation")
+
+
+def parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="python -m jobs", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    top.add_argument("--pipeline", type=Path, default=Path(os.environ.get("PIPELINE", "/etc/pipeline/pipeline.yaml")),
+                     metavar="FILE", help="the pipeline file (default: $PIPELINE, else %(default)s)")
+    top.add_argument("--volumes", type=Path, default=Path(os.environ.get("VOLUMES", "/volumes")), metavar="DIR",
+                     help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
+    top.add_argument("--wait-seconds", type=float, default=float(os.environ.get("WAIT_SECONDS", 6 * 3600)),
+                     metavar="S", help="how long a stage waits for its inputs (default: $WAIT_SECONDS, else 6 hours)")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    relocate = commands.add_parser("relocate", help="bring a source onto its volume, verified against its pin")
+    relocate.add_argument("what", choices=RELOCATABLE)
+    commands.add_parser("train", help="train the LoRA adapter; resumes after a kill")
+    commands.add_parser("evaluate", help="measure the three models, write the report, pass or reject the adapter")
+    wait = commands.add_parser("await", help="wait until artifacts are there and verify them")
+    wait.add_argument("artifacts", nargs="+", choices=AWAITABLE, metavar="ARTIFACT", help=", ".join(AWAITABLE))
+
+    pin = commands.add_parser("pin", help="fill or refresh the pins of an overlay's pipeline.yaml")
+    check = commands.add_parser("check", help="validate an overlay offline")
+    local = commands.add_parser("local", help="run an overlay as local processes", formatter_class=raw)
+    for command in (pin, check, local):
+        command.add_argument("overlay", type=Path, help="the overlay's folder, e.g. overlays/kind")
+    from jobs import local as local_module
+
+    local_module.add_arguments(local)
+    return top
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out one command. Imports are late: `--help` and `already done` must answer at once."""
+    from jobs import pipeline
+
+    match args.command:
+        case "pin":
+            from jobs import pin
+
+            pin.run(args.overlay)
+        case "check":
+            from jobs import check
+
+            check.run(args.overlay)
+        case "local":
+            from jobs import local
+
+            local.run(args)
+        case "relocate":
+            from jobs import relocate
+
+            relocate.run(pipeline.load(args.pipeline), args.what, args.volumes)
+        case "train":
+            from jobs import train
+
+            train.run(pipeline.load(args.pipeline), args.volumes, args.wait_seconds)
+        case "evaluate":
+            from jobs import evaluate
+
+            evaluate.run(pipeline.load(args.pipeline), args.volumes, args.wait_seconds)
+        case "await":
+            from jobs import artifacts
+            from jobs.plan import plan
+
+            named = plan(pipeline.load(args.pipeline).pipeline).named()
+            artifacts.wait([named[a] for a in args.artifacts], args.volumes, args.wait_seconds)
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for noisy in ("httpx", "urllib3", "fsspec", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    args = parser().parse_args(argv)
+    try:
+        run(args)
+    except (UserError, RetryableError, Terminated) as error:
+        return fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return fail(f"the disk is full while writing {error.filename or 'a file'}: enlarge the volume, or lower "
+                        "`retention.keep` in pipeline.yaml. Nothing was published", UserError.exit_code)
+        raise
+    return 0
+
+
+def fail(message: str, code: int) -> int:
+    """Say why, on stderr and where Kubernetes shows it, and return the exit code."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if os.access(TERMINATION_LOG, os.W_OK):
+        # Kubernetes shows at most 4096 bytes of it.
+        TERMINATION_LOG.write_bytes(message.encode()[:4096])
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
