@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     local = commands.add_parser("local", help="run an overlay as local processes", formatter_class=raw)
     for command in (pin, check, local):
         command.add_argument("overlay", type=Path, help="the overlay's folder, e.g. overlays/kind")
+    pin.add_argument("--update", action="store_true", help="also move pins that are there to the newest revision")
     from jobs import local as local_module
 
     local_module.add_arguments(local)
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         case "pin":
             from jobs import pin
 
-            pin.run(args.overlay)
+            pin.run(args.overlay, update=args.update)
         case "check":
             from jobs import check
 

@@ -24,12 +24,14 @@ SERVABLE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 Scheme = Literal["file", "http", "https", "s3", "gs", "hf", "builtin"]
 MODEL_SCHEMES: tuple[Scheme, ...] = ("hf", "file", "builtin")
 DATA_SCHEMES: tuple[Scheme, ...] = ("file", "https", "http", "s3", "gs", "hf")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 EMBEDDED_MODELS = ("builtin:tiny", "builtin:tiny-reference")
 EMBEDDED_PAIRS = "builtin:pairs"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False,
+                              validate_default=True)  # 32 and the default 32.0 must give one digest
 
 
 class Source(_Strict):
@@ -40,7 +42,7 @@ class Source(_Strict):
     """
 
     source: str
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    revision: Annotated[str, Field(min_length=1)] | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
     @property
@@ -58,11 +60,14 @@ class Source(_Strict):
         return self.revision or self.sha256 or "this code"
 
     def unpinned(self) -> str | None:
-        """The name of the pin that is missing or of the wrong kind, or None when the source is pinned."""
+        """What keeps the source from being pinned, in words; None when it is pinned."""
         if self.scheme == "builtin":
             return None
-        wanted = "revision" if self.scheme == "hf" else "sha256"
-        return None if getattr(self, wanted) else wanted
+        if self.scheme == "hf":
+            if self.revision and not COMMIT.fullmatch(self.revision):
+                return f"`revision: {self.revision}` is not a commit of 40 hex digits: what it names can change"
+            return None if self.revision else "`revision` is missing"
+        return None if self.sha256 else "`sha256` is missing"
 
 
 def _check_source(source: Source, schemes: tuple[Scheme, ...], builtin: tuple[str, ...]) -> None:
@@ -113,7 +118,7 @@ class TokenizerSource(_Strict):
     """The base model's own tokenizer, unless `source` names another."""
 
     source: str | None = None
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    revision: Annotated[str, Field(min_length=1)] | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
     @model_validator(mode="after")
@@ -331,9 +336,9 @@ def load(path: Path, *, pinned: bool = True) -> Loaded:
         problems = [_problem(file, node, values, dict(e)) for e in error.errors()]
         raise UserError("\n".join(dict.fromkeys(problems))) from None
     if pinned:
-        missing = [f"{file}:{_line(node, key.split('.'))}: {key}: {source.source} is not pinned: `{source.unpinned()}` "
-                   f"is missing. Run: python -m jobs pin {file.parent}"
-                   for key, source in pipeline.sources().items() if source.unpinned()]
+        missing = [f"{file}:{_line(node, key.split('.'))}: {key}: {source.source} is not pinned: {why}. "
+                   f"Run: python -m jobs pin {file.parent}"
+                   for key, source in pipeline.sources().items() if (why := source.unpinned())]
         if missing:
             raise UserError("\n".join(missing))
     return Loaded(file, pipeline)
@@ -378,7 +383,7 @@ def _problem(file: Path, node: yaml.Node | None, values: dict[str, Any], error: 
     if error["type"] == "missing":
         return f"{where}: is missing"
     if error["type"] in {"string_pattern_mismatch"}:
-        what = {"revision": "a commit of 40 hex digits", "sha256": "64 hex digits (quote it if it is all digits)",
+        what = {"sha256": "64 hex digits (quote it if it is all digits)",
                 "adapter": "1 to 63 of a-z, 0-9 and -, not at the ends"}[keys[-1]]
         return f"{where}: {_shown(error['input'])} must be {what}"
     if isinstance(error.get("input"), BaseModel | dict) and error["type"] not in {"int_type", "float_type",

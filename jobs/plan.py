@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from jobs import embedded
 from jobs.artifacts import Spec
 from jobs.pipeline import Pipeline, Source
 
 # Bump a number when the code of that stage would give another result for the same settings: it renames the artifacts,
 # so that old results are neither reused nor overwritten.
-RECIPES = {"dataset": 1, "acceptability": 1, "base-model": 1, "tokenizer": 1, "reference-model": 1, "embedded": 1,
+RECIPES = {"dataset": 1, "acceptability": 1, "base-model": 1, "tokenizer": 1, "reference-model": 1,
            "adapter": 1, "scores": 1, "evaluation": 1}
 
 DATASET_VOLUME = "dataset"
@@ -86,7 +87,7 @@ def _source(recipe: str, source: Source) -> dict[str, Any]:
     if source.sha256:
         return identity | {"sha256": source.sha256}
     if source.scheme == "builtin":
-        return identity | {"source": source.source, "embedded": RECIPES["embedded"]}
+        return identity | {"source": source.source, "embedded": embedded.RECIPE}
     return identity | {"source": source.source, "revision": source.revision}
 
 

@@ -1,0 +1,2 @@
+from .grammar import acceptability_pairs
+from .models import ARCHITECTURE, NAMES, RECIPE, write_tokenizer

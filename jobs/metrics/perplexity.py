@@ -1,0 +1,44 @@
+"""Perplexity: how surprised a model is by the held-out answers. 1 is never; the vocabulary's size is knowing nothing."""
+
+from __future__ import annotations
+
+import math
+
+import datasets
+import evaluate
+
+_DESCRIPTION = """\
+Perplexity is exp(mean negative log-likelihood of a token) (Jelinek et al. 1977): the mean is over all scored tokens, so
+a long record weighs as much as it is long. It depends on the tokenizer. Bits per byte, the same total divided by the
+text's UTF-8 bytes, does not, and compares models whose tokenizers differ.
+"""
+_INPUTS = """
+Args:
+    nll: negative log-likelihood of each record's scored tokens, summed, in nats.
+    tokens: how many tokens were scored in each record.
+    bytes: the UTF-8 bytes of the text that those tokens spell, in each record.
+Returns:
+    perplexity: 1 and up, lower is better; infinite when it exceeds what a float can hold.
+    bits_per_byte: 0 and up, lower is better.
+"""
+
+
+class Perplexity(evaluate.Metric):  # type: ignore[misc]
+    """Columns `nll`, `tokens` and `bytes`, a row a record -> `perplexity` and `bits_per_byte`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION, citation="", inputs_description=_INPUTS,
+            features=datasets.Features({"nll": datasets.Value("float64"), "tokens": datasets.Value("int64"),
+                                        "bytes": datasets.Value("int64")}))
+
+    def _compute(self, nll: list[float], tokens: list[int], bytes: list[int]) -> dict[str, float]:  # noqa: A002
+        total = math.fsum(nll)
+        return {"perplexity": _exp(total / sum(tokens)), "bits_per_byte": total / math.log(2) / sum(bytes)}
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,129 @@
+"""Models on a volume: what their config says, whether vLLM can serve a LoRA adapter on them, and loading them.
+
+Loading is always offline, from safetensors, and never runs code that came with a model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_LLAMA_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+
+# The architectures on which vLLM serves LoRA, with the linear layers it can adapt. tests/test_models.py asks the
+# installed vLLM for each. Kept as a table because importing vLLM takes 10 s and the jobs image does not carry it.
+SERVABLE: dict[str, frozenset[str]] = {
+    "LlamaForCausalLM": _LLAMA_LAYERS,
+    "MistralForCausalLM": _LLAMA_LAYERS,
+    "Qwen2ForCausalLM": _LLAMA_LAYERS,
+    "Qwen3ForCausalLM": _LLAMA_LAYERS,
+    "Gemma2ForCausalLM": _LLAMA_LAYERS,
+    "Gemma3ForCausalLM": _LLAMA_LAYERS,
+    "GraniteForCausalLM": _LLAMA_LAYERS,
+    "SmolLM3ForCausalLM": _LLAMA_LAYERS,
+    "Phi3ForCausalLM": frozenset({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+    "OPTForCausalLM": frozenset({"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
+    "GPTNeoXForCausalLM": frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+}
+
+
+def check_servable(architecture: str, where: str) -> frozenset[str]:
+    """The layers of `architecture` that can carry an adapter in vLLM.
+
+    Raises:
+        UserError: when vLLM cannot serve LoRA on it; `where` (a file or key) starts the message.
+    """
+    if architecture not in SERVABLE:
+        raise UserError(f"{where}: vLLM cannot serve a LoRA adapter on {architecture}. Choose a base model of one of "
+                        f"these architectures: {', '.join(SERVABLE)}")
+    return SERVABLE[architecture]
+
+
+def check_target_modules(architecture: str, target_modules: str | list[str], where: str) -> list[str]:
+    """The layers that training adapts, sorted; `all-linear` means all that vLLM can serve on this architecture.
+
+    Raises:
+        UserError: naming each layer that vLLM could not serve.
+    """
+    layers = check_servable(architecture, where)
+    if isinstance(target_modules, str):
+        return sorted(layers)
+    wrong = sorted(set(target_modules) - layers)
+    if wrong:
+        raise UserError(f"{where}: training.lora.target_modules: {', '.join(wrong)} cannot be served on "
+                        f"{architecture}; allowed: {', '.join(sorted(layers))}, or all-linear")
+    return sorted(set(target_modules))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's `config.json`.
+
+    Raises:
+        UserError: when it is missing or not a JSON mapping.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: has no config.json, so it is not a model in the Hugging Face format") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'}: cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'}: must hold a JSON mapping")
+    return config
+
+
+def architecture(folder: Path) -> str:
+    """The model class that `config.json` names, e.g. `LlamaForCausalLM`."""
+    names = read_config(folder).get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise UserError(f"{folder / 'config.json'}: `architectures` must name one class, not {names!r}")
+    return names[0]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, with a padding token (the end token where it has none of its own)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True,
+                                                                           trust_remote_code=False)
+    except Exception as error:  # the library raises many types for a bad file
+        raise UserError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer has no end-of-sequence token; replies would never end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The model in `folder`, in evaluation mode: bfloat16 on a GPU where there is one, else float32 on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    gpu = torch.cuda.is_available()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation="sdpa",
+            local_files_only=True, trust_remote_code=False, use_safetensors=True)
+    except Exception as error:  # the library raises many types for a bad file
+        raise UserError(f"{folder}: the model cannot be loaded: {error}") from error
+    return model.to("cuda" if gpu else "cpu").eval()  # type: ignore[arg-type]
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse a tokenizer that can produce ids the model has no embedding for (an index error deep in torch).
+
+    Raises:
+        UserError: with both sizes.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    if len(tokenizer) > rows:
+        raise UserError(f"{where}: the tokenizer knows {len(tokenizer)} tokens but the model only {rows}; they do not "
+                        "belong together. Remove the `tokenizer` source to use the base model's own")

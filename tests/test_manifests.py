@@ -1,0 +1,534 @@
+"""The manifests as `kubectl kustomize` renders them: valid, restricted, complete, and re-run exactly when they must."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+
+from jobs import artifacts, pipeline
+from jobs.__main__ import parser
+from tests.manifests import (
+    CHECKOUT,
+    Manifest,
+    by_name,
+    containers,
+    copy,
+    of_kind,
+    pod_templates,
+    quantity,
+    render,
+    restricted_violations,
+    unhashed,
+)
+
+KUBERNETES = "1.32"
+KIND = CHECKOUT / "overlays" / "kind"
+OVERLAYS = sorted(p.parent for p in (CHECKOUT / "overlays").glob("*/kustomization.yaml"))
+PVCS = {f"{name}-pvc" for name in ("dataset", "base-model", "base-tokenizer", "reference-model", "fine-tuned-model")}
+
+# DESIGN section 3: the arguments of each Job, the volumes it reads and the one it writes.
+STAGES: dict[str, tuple[list[str], set[str], str]] = {
+    "dataset-relocation": (["relocate", "dataset"], set(), "dataset"),
+    "model-relocation": (["relocate", "base-model"], set(), "base-model"),
+    "tokenizer-relocation": (["relocate", "tokenizer"], set(), "base-tokenizer"),
+    "model-reference-relocation": (["relocate", "reference-model"], set(), "reference-model"),
+    "model-training": (["train"], {"dataset", "base-model", "base-tokenizer"}, "fine-tuned-model"),
+    "model-evaluation": (["evaluate"], {"dataset", "base-model", "base-tokenizer", "reference-model"}, "fine-tuned-model"),
+}
+
+rendered = functools.cache(render)  # the tests only read what it returns
+every_overlay = pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.name)
+
+
+def names(manifests: list[Manifest], kind: str) -> set[str]:
+    return {m["metadata"]["name"] for m in of_kind(manifests, kind)}
+
+
+def mounts(container: Manifest) -> dict[str, Manifest]:
+    return {m["mountPath"]: m for m in container.get("volumeMounts", [])}
+
+
+def env(container: Manifest) -> dict[str, Any]:
+    return {e["name"]: e.get("value", e.get("valueFrom")) for e in container.get("env", [])}
+
+
+def replace(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1, f"{file} has {text.count(old)} of {old!r}"
+    file.write_text(text.replace(old, new))
+
+
+# --- what is rendered ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", [CHECKOUT / "base", CHECKOUT / "serving", *OVERLAYS], ids=lambda p: p.name)
+def test_every_document_is_valid_kubernetes(folder: Path) -> None:
+    """No unknown or misspelt field, no wrong type: the strict schemas of the version that the project names."""
+    for manifest in rendered(folder):
+        try:
+            kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        except kubernetes_validate.ValidationError as error:
+            pytest.fail(f"{manifest['kind']} {manifest['metadata']['name']}: {'.'.join(map(str, error.path))}: "
+                        f"{error.message}")
+
+
+@every_overlay
+def test_nothing_is_rendered_twice_or_outside_the_namespace(overlay: Path) -> None:
+    manifests = rendered(overlay)
+    keys = [(m["kind"], m["metadata"]["name"]) for m in manifests]
+    assert len(keys) == len(set(keys))
+    namespace = names(manifests, "Namespace")
+    assert len(namespace) == 1
+    assert {m["metadata"]["namespace"] for m in manifests if m["kind"] != "Namespace"} == namespace
+
+
+def test_the_stages_are_the_jobs_of_the_design() -> None:
+    """Each Job runs its stage, reads its inputs read-only and can write its own volume alone."""
+    manifests = rendered(KIND)
+    jobs = by_name(manifests, "Job")
+    assert jobs.keys() == STAGES.keys()
+    assert names(manifests, "PersistentVolumeClaim") == PVCS
+    for name, (args, reads, writes) in STAGES.items():
+        spec = jobs[name]["spec"]["template"]["spec"]
+        (job,) = spec["containers"]
+        assert (job["command"], job["args"]) == (["python", "-m", "jobs"], args)
+        claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"]
+                  if "persistentVolumeClaim" in v}
+        assert set(claims) == reads | {writes}
+        for volume, claim in claims.items():
+            assert claim == f"{volume}-pvc"
+            mount = mounts(job)[f"/volumes/{volume}"]
+            assert (mount["name"], mount.get("readOnly", False)) == (volume, volume != writes)
+        assert mounts(job)["/etc/pipeline"]["readOnly"] is True
+
+
+def test_every_job_command_is_one_that_the_program_knows() -> None:
+    for name, template in pod_templates(rendered(KIND)).items():
+        for container in containers(template):
+            if container["command"] == ["python", "-m", "jobs"]:
+                assert parser().parse_args(container["args"]).command, name
+
+
+@every_overlay
+def test_the_volumes_outlive_argo_cd_and_its_application(overlay: Path) -> None:
+    """Neither a volume nor the namespace around it is ever removed by a sync or with the Application."""
+    kept = [m for m in rendered(overlay) if m["kind"] in ("PersistentVolumeClaim", "Namespace")]
+    assert len(kept) == len(PVCS) + 1
+    for manifest in kept:
+        options = manifest["metadata"]["annotations"]["argocd.argoproj.io/sync-options"].split(",")
+        assert {"Prune=false", "Delete=false"} <= set(options)
+
+
+@every_overlay
+def test_every_reference_resolves(overlay: Path) -> None:
+    """ConfigMaps, claims and accounts exist; mounts have volumes and volumes mounts; Secrets may be absent."""
+    manifests = rendered(overlay)
+    for name, template in pod_templates(manifests).items():
+        spec = template["spec"]
+        assert spec["serviceAccountName"] in names(manifests, "ServiceAccount"), name
+        volumes = {v["name"]: v for v in spec["volumes"]}
+        used = {m["name"] for c in containers(template) for m in c["volumeMounts"]}
+        assert used == set(volumes), name
+        for volume in volumes.values():
+            if "configMap" in volume:
+                assert volume["configMap"]["name"] in names(manifests, "ConfigMap"), name
+            if "persistentVolumeClaim" in volume:
+                assert volume["persistentVolumeClaim"]["claimName"] in names(manifests, "PersistentVolumeClaim"), name
+        for container in containers(template):
+            for variable in env(container).values():
+                if isinstance(variable, dict):
+                    reference = variable["secretKeyRef"]
+                    assert reference.get("optional") or reference["name"] in names(manifests, "Secret"), name
+
+
+@every_overlay
+def test_every_service_reaches_the_port_of_one_deployment(overlay: Path) -> None:
+    manifests = rendered(overlay)
+    services = by_name(manifests, "Service")
+    assert {"model-inference", "tensorboard"} <= services.keys()
+    templates = pod_templates(manifests)
+    for name, service in services.items():
+        selected = [t for t in templates.values()
+                    if service["spec"]["selector"].items() <= t["metadata"]["labels"].items()]
+        assert selected == [templates[f"Deployment/{name}"]]
+        ports = {p["name"] for c in selected[0]["spec"]["containers"] for p in c.get("ports", [])}
+        assert {p["targetPort"] for p in service["spec"]["ports"]} <= ports
+
+
+@every_overlay
+def test_the_pipeline_files_are_where_the_programs_look(overlay: Path) -> None:
+    """PIPELINE names a file of the mounted ConfigMap; data beside it included; both copies say the same."""
+    manifests = rendered(overlay)
+    config = by_name(manifests, "ConfigMap")
+    texts = set()
+    for name, template in pod_templates(manifests).items():
+        volumes = {v["name"]: v for v in template["spec"]["volumes"]}
+        for container in containers(template):
+            if "PIPELINE" not in env(container):
+                continue
+            folder, _, file = env(container)["PIPELINE"].rpartition("/")
+            data = config[volumes[mounts(container)[folder]["name"]]["configMap"]["name"]]["data"]
+            texts.add(data[file])
+            if name.startswith("Job/"):
+                source = pipeline.load(overlay).pipeline.dataset
+                assert source.scheme != "file" or source.location in data
+    assert texts == {(overlay / "pipeline.yaml").read_text()}
+
+
+@every_overlay
+def test_every_written_path_is_on_a_mount(overlay: Path) -> None:
+    """The root file system is read-only, so each folder that the environment or an argument names must be mounted."""
+    for name, template in pod_templates(rendered(overlay)).items():
+        for container in containers(template):
+            arguments = [a.rpartition("=")[2] for a in container.get("args", [])]
+            paths = [p for p in [*env(container).values(), *arguments] if isinstance(p, str) and p.startswith("/")]
+            for path in paths:
+                assert any(path == m or path.startswith(m + "/") or m.startswith(path + "/")
+                           for m in mounts(container)), f"{name}: {path}"
+            assert env(container)["HOME"] == "/tmp"  # noqa: S108 - an emptyDir in the pod
+
+
+@every_overlay
+def test_images_are_pinned_to_a_version(overlay: Path) -> None:
+    for name, template in pod_templates(rendered(overlay)).items():
+        for container in containers(template):
+            tag = container["image"].rpartition("/")[2].partition(":")[2]
+            assert tag and tag != "latest", f"{name}: {container['image']}"
+
+
+# --- security -----------------------------------------------------------------------------------------------------
+
+
+@every_overlay
+def test_the_namespace_refuses_pods_that_are_not_restricted(overlay: Path) -> None:
+    (namespace,) = of_kind(rendered(overlay), "Namespace")
+    labels = namespace["metadata"]["labels"]
+    for mode in ("enforce", "audit", "warn"):
+        assert labels[f"pod-security.kubernetes.io/{mode}"] == "restricted"
+        assert labels[f"pod-security.kubernetes.io/{mode}-version"] == f"v{KUBERNETES}"
+
+
+@every_overlay
+def test_every_pod_is_admitted_as_restricted(overlay: Path) -> None:
+    """And more than that: one fixed user everywhere, no writable root file system, no credentials for the cluster."""
+    for name, template in pod_templates(rendered(overlay)).items():
+        assert restricted_violations(template) == [], name
+        spec = template["spec"]
+        context = spec["securityContext"]
+        assert {context["runAsUser"], context["runAsGroup"], context["fsGroup"]} == {10001}, name
+        assert context["fsGroupChangePolicy"] == "OnRootMismatch", name
+        assert spec["automountServiceAccountToken"] is False, name
+        assert spec["enableServiceLinks"] is False, name
+        for container in containers(template):
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True, name
+
+
+def weaken(path: str, value: Any) -> Callable[[Manifest], None]:
+    def change(template: Manifest) -> None:
+        *parents, last = path.split(".")
+        node = template
+        for key in parents:
+            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+        node[last] = value
+    return change
+
+
+@pytest.mark.parametrize("path, value", [
+    ("spec.hostNetwork", True),
+    ("spec.hostPID", True),
+    ("spec.volumes.0.hostPath", {"path": "/"}),
+    ("spec.securityContext.runAsNonRoot", False),
+    ("spec.securityContext.runAsUser", 0),
+    ("spec.securityContext.seccompProfile", {"type": "Unconfined"}),
+    ("spec.securityContext.sysctls", [{"name": "kernel.msgmax", "value": "1"}]),
+    ("spec.containers.0.securityContext", {}),
+    ("spec.containers.0.securityContext.privileged", True),
+    ("spec.containers.0.securityContext.runAsNonRoot", False),
+    ("spec.containers.0.securityContext.runAsUser", 0),
+    ("spec.containers.0.securityContext.allowPrivilegeEscalation", True),
+    ("spec.containers.0.securityContext.capabilities.drop", ["NET_RAW"]),
+    ("spec.containers.0.securityContext.capabilities.add", ["SYS_ADMIN"]),
+    ("spec.containers.0.securityContext.seLinuxOptions", {"type": "spc_t"}),
+    ("spec.containers.0.securityContext.procMount", "Unmasked"),
+    ("spec.containers.0.ports", [{"containerPort": 1, "hostPort": 1}]),
+    ("spec.initContainers.0.securityContext.capabilities.drop", []),
+])
+def test_the_restricted_check_finds_what_the_cluster_would_refuse(path: str, value: Any) -> None:
+    template = deepcopy(pod_templates(rendered(KIND))["Deployment/model-inference"])
+    weaken(path, value)(template)
+    assert restricted_violations(template)
+
+
+@every_overlay
+def test_no_pod_gets_a_cluster_token(overlay: Path) -> None:
+    accounts = of_kind(rendered(overlay), "ServiceAccount")
+    assert accounts and all(a["automountServiceAccountToken"] is False for a in accounts)
+
+
+@every_overlay
+def test_only_relocation_sees_the_hub_token_and_only_relocation_is_online(overlay: Path) -> None:
+    for name, template in pod_templates(rendered(overlay)).items():
+        relocates = template["metadata"]["labels"]["app.kubernetes.io/component"] == "relocation"
+        assert relocates == ("-relocation" in name)
+        for container in template["spec"]["containers"]:
+            variables = env(container)
+            assert ("HF_TOKEN" in variables) == relocates, name
+            if name != "Deployment/tensorboard":  # it imports nothing that knows the hub
+                for flag in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+                    assert (variables.get(flag) == "1") == (not relocates), f"{name}: {flag}"
+                for flag in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+                    assert variables[flag] == "1", f"{name}: {flag}"
+
+
+def policies(manifests: list[Manifest], template: Manifest, direction: str) -> list[Manifest]:
+    """The network policies that isolate the pod in a direction."""
+    return [p for p in of_kind(manifests, "NetworkPolicy") if direction in p["spec"]["policyTypes"]
+            and p["spec"]["podSelector"].get("matchLabels", {}).items() <= template["metadata"]["labels"].items()
+            and "matchExpressions" not in p["spec"]["podSelector"]]
+
+
+@every_overlay
+def test_pods_talk_to_nobody_but_whom_their_role_needs(overlay: Path) -> None:
+    """Relocation: DNS and HTTP(S) out. Serving and TensorBoard: in from labelled clients. All else: nothing."""
+    manifests = rendered(overlay)
+    for name, template in pod_templates(manifests).items():
+        role = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        ingress, egress = (policies(manifests, template, d) for d in ("Ingress", "Egress"))
+        assert ingress and egress, f"{name} is not isolated"
+
+        out = [rule for policy in egress for rule in policy["spec"].get("egress", [])]
+        ports = {(p["protocol"], p["port"]) for rule in out for p in rule["ports"]}
+        wanted = {("UDP", 53), ("TCP", 53), ("TCP", 80), ("TCP", 443)} if role == "relocation" else set()
+        assert ports == wanted, name
+
+        into = [rule for policy in ingress for rule in policy["spec"].get("ingress", [])]
+        client = {"inference": "inference-client", "tensorboard": "tensorboard-client"}.get(role)
+        assert bool(into) == bool(client), name
+        for rule in into:
+            assert [p["port"] for p in rule["ports"]] == ["http"]
+            for peer in rule["from"]:
+                assert peer["podSelector"]["matchLabels"] == {client: "true"}
+                assert peer.get("namespaceSelector", {"matchLabels": {client: "true"}}) == {
+                    "matchLabels": {client: "true"}}
+
+
+# --- Jobs ---------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_fail_at_once_on_user_errors_and_survive_evictions() -> None:
+    """Exit code 2 ends a Job, a disruption does not count, anything else is retried a few times."""
+    for name, job in by_name(rendered(KIND), "Job").items():
+        spec = job["spec"]
+        rules = spec["podFailurePolicy"]["rules"]
+        (main,) = spec["template"]["spec"]["containers"]
+        assert {"action": "FailJob",
+                "onExitCodes": {"containerName": main["name"], "operator": "In", "values": [2]}} in rules, name
+        assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]} in rules, name
+        assert spec["template"]["spec"]["restartPolicy"] == "Never", name  # podFailurePolicy is refused without it
+        assert spec["backoffLimit"] >= 3, name
+        assert "ttlSecondsAfterFinished" not in spec, name  # Argo CD would run a removed Job again
+        assert main.get("terminationMessagePolicy", "File") == "File", name  # where the programs write the reason
+
+
+def test_the_same_data_gives_the_same_adapter_on_a_laptop() -> None:
+    """One thread: with more, the order of additions and so the last digits change from run to run."""
+    for name, job in by_name(rendered(KIND), "Job").items():
+        (main,) = job["spec"]["template"]["spec"]["containers"]
+        assert env(main)["OMP_NUM_THREADS"] == "1", name
+
+
+def test_the_overlay_fits_a_laptop() -> None:
+    """All pods start at once and wait for each other: together they must fit a node of 4 cores and 8 GiB."""
+    total = {"cpu": 0.0, "memory": 0.0}
+    for name, template in pod_templates(rendered(KIND)).items():
+        for container in containers(template):
+            resources = container["resources"]
+            assert quantity(resources["requests"]["memory"]) <= quantity(resources["limits"]["memory"]), name
+        for key in total:
+            requests = [quantity(c["resources"]["requests"][key]) for c in template["spec"]["containers"]]
+            init = [quantity(c["resources"]["requests"][key]) for c in template["spec"].get("initContainers", [])]
+            total[key] += max([sum(requests), *init])
+    assert total["cpu"] < 4
+    assert total["memory"] < 8 * 2**30
+
+
+# --- re-running exactly when they must ------------------------------------------------------------------------------
+
+Edit = Callable[[Path], None]
+
+RERUN: dict[str, Edit] = {
+    "rank": lambda kind: replace(kind / "pipeline.yaml", "r: 16,", "r: 8,"),
+    "learning rate": lambda kind: replace(kind / "pipeline.yaml", "learning_rate: 5.0e-3", "learning_rate: 1.0e-3"),
+    "gate": lambda kind: replace(kind / "pipeline.yaml", "max_ratio: 0.5", "max_ratio: 0.4"),
+    "base model": lambda kind: replace(kind / "pipeline.yaml", "source: builtin:tiny\n", "source: file:model\n"),
+    "image": lambda kind: replace(kind / "kustomization.yaml", "newName: lora-gitops-jobs", "newName: mine/jobs"),
+    "data": lambda kind: change_data(kind),
+}
+NO_RERUN: dict[str, Edit] = {
+    "serving flags": lambda kind: replace(kind / "vllm-cpu.yaml", "--max-model-len=512", "--max-model-len=256"),
+    "serving image": lambda kind: replace(kind / "kustomization.yaml", "newName: lora-gitops-serving", "newName: mine/s"),
+    "tensorboard": lambda kind: replace(kind / "../../base/tensorboard.yaml", "cpu: 50m", "cpu: 60m"),
+    "volume size": lambda kind: replace(kind / "../../base/volumes.yaml", "storage: 5Gi", "storage: 50Gi"),
+    "unrelated file": lambda kind: (kind / "README.md").write_text("hello") and None,
+    "comment in a manifest": lambda kind: replace(kind / "one-thread.yaml", "# One thread a Job.", "# One."),
+}
+
+
+def change_data(kind: Path) -> None:
+    """Add a record and pin the data again, as `jobs pin` does."""
+    data = kind / "dataset.jsonl"
+    before = artifacts.sha256_of(data)
+    with data.open("a") as stream:
+        stream.write(json.dumps({"prompt": "Is there a pool?", "completion": "Yes.", "split": "train"}) + "\n")
+    replace(kind / "pipeline.yaml", before, artifacts.sha256_of(data))
+
+
+def assert_can_be_applied_over(after: list[Manifest], before: list[Manifest]) -> None:
+    """A Job's template is immutable: where a name stayed, the whole Job must have stayed."""
+    old = {m["metadata"]["name"]: m for m in of_kind(before, "Job")}
+    for job in of_kind(after, "Job"):
+        assert old.get(job["metadata"]["name"], job) == job
+
+
+@pytest.mark.parametrize("edit", RERUN.values(), ids=RERUN)
+def test_a_changed_config_starts_new_jobs_and_undoing_it_brings_the_old_names_back(edit: Edit, tmp_path: Path) -> None:
+    kind = copy(tmp_path / "edited")
+    edit(kind)
+    before, after = rendered(KIND), render(kind)
+    assert by_name(after, "Job").keys() == STAGES.keys()
+    assert not names(before, "Job") & names(after, "Job")
+    assert_can_be_applied_over(after, before)
+    assert of_kind(render(copy(tmp_path / "undone")), "Job") == of_kind(before, "Job")
+
+
+@pytest.mark.parametrize("edit", NO_RERUN.values(), ids=NO_RERUN)
+def test_an_unrelated_change_starts_no_job(edit: Edit, tmp_path: Path) -> None:
+    kind = copy(tmp_path)
+    edit(kind)
+    assert of_kind(render(kind), "Job") == of_kind(rendered(KIND), "Job")
+
+
+def test_a_pipeline_edit_restarts_neither_serving_nor_tensorboard(tmp_path: Path) -> None:
+    """It reaches the running pod instead: the same ConfigMap, by the same name, with the new text."""
+    kind = copy(tmp_path)
+    RERUN["rank"](kind)
+    before, after = rendered(KIND), render(kind)
+    assert of_kind(after, "Deployment") == of_kind(before, "Deployment")
+    assert by_name(after, "ConfigMap")["serving-pipeline"] != by_name(before, "ConfigMap")["serving-pipeline"]
+
+
+def test_a_jobs_pod_never_sees_a_config_of_another_version(tmp_path: Path) -> None:
+    """A Job's ConfigMap is named by its content, so a retried pod reads what its Job was started with."""
+    kind = copy(tmp_path)
+    RERUN["rank"](kind)
+    config = {next(v["configMap"]["name"] for v in job["spec"]["template"]["spec"]["volumes"] if v["name"] == "pipeline")
+              for manifests in (rendered(KIND), render(kind)) for job in of_kind(manifests, "Job")}
+    assert len(config) == 2
+    assert all(name.startswith("pipeline-") for name in config)
+
+
+def test_ten_lines_on_top_of_an_overlay_make_another_environment(tmp_path: Path) -> None:
+    """Other pipeline, other registry, other namespace: nothing of the first environment is left in it."""
+    kind = copy(tmp_path)
+    top = kind.parent / "top"
+    top.mkdir()
+    (top / "pipeline.yaml").write_text((kind / "pipeline.yaml").read_text().replace("seville-hotels", "other-adapter"))
+    (top / "kustomization.yaml").write_text("""\
+namespace: other
+resources: [../kind]
+images:
+- {name: lora-gitops-jobs, newName: registry.example.com/jobs, digest: "sha256:%s"}
+- {name: lora-gitops-serving, newName: registry.example.com/serving, newTag: 1.2.3}
+configMapGenerator:
+- {name: pipeline, behavior: merge, files: [pipeline.yaml]}
+- {name: serving-pipeline, behavior: merge, files: [pipeline.yaml], options: {disableNameSuffixHash: true}}
+replacements:
+- source: {kind: ConfigMap, name: pipeline, fieldPath: "data.[pipeline.yaml]"}
+  targets:
+  - {select: {kind: Job}, fieldPaths: [spec.template.metadata.annotations.pipeline]}
+""" % ("0" * 64))
+    manifests = render(top)
+    assert names(manifests, "Namespace") == {"other"}
+    assert {m["metadata"]["namespace"] for m in manifests if m["kind"] != "Namespace"} == {"other"}
+    assert by_name(manifests, "Job").keys() == STAGES.keys()
+    assert not names(manifests, "Job") & names(rendered(KIND), "Job")
+    for template in pod_templates(manifests).values():
+        assert all(c["image"].startswith("registry.example.com/") for c in containers(template))
+    for job in of_kind(manifests, "Job"):
+        assert "adapter: other-adapter" in job["spec"]["template"]["metadata"]["annotations"]["pipeline"]
+    configs = of_kind(manifests, "ConfigMap")
+    assert {unhashed(c) for c in configs} == {"pipeline", "serving"}  # pipeline-HASH and serving-pipeline
+    assert all("adapter: other-adapter" in c["data"]["pipeline.yaml"] for c in configs)
+
+
+# --- serving ------------------------------------------------------------------------------------------------------
+
+
+def serving() -> Manifest:
+    return by_name(rendered(KIND), "Deployment")["model-inference"]
+
+
+def test_serving_reads_its_volumes_and_writes_only_scratch() -> None:
+    spec = serving()["spec"]["template"]["spec"]
+    (vllm,) = spec["containers"]
+    assert vllm["command"] == ["python", "-m", "serving"]
+    assert {"--host=0.0.0.0", "--port=8000"} <= set(vllm["args"])
+    read_only = {path for path, mount in mounts(vllm).items() if mount.get("readOnly")}
+    assert read_only == {"/volumes/base-model", "/volumes/base-tokenizer", "/volumes/fine-tuned-model",
+                         "/etc/pipelines/default"}
+    volumes = {v["name"]: v for v in spec["volumes"]}
+    writable = [volumes[m["name"]] for path, m in mounts(vllm).items() if path not in read_only]
+    assert writable and all("emptyDir" in v for v in writable)
+    assert volumes[mounts(vllm)["/dev/shm"]["name"]]["emptyDir"]["medium"] == "Memory"  # noqa: S108
+    assert "VLLM_CPU_KVCACHE_SPACE" not in env(vllm)  # it would override --kv-cache-memory-bytes
+
+
+def test_a_changed_pipeline_reaches_the_running_pod() -> None:
+    """Its ConfigMap keeps its name, and is mounted as a folder: subPath mounts are never updated."""
+    spec = serving()["spec"]["template"]["spec"]
+    assert "serving-pipeline" in {v["configMap"]["name"] for v in spec["volumes"] if "configMap" in v}
+    for container in containers(serving()["spec"]["template"]):
+        assert all("subPath" not in mount for mount in mounts(container).values())
+
+
+def test_serving_waits_for_the_base_model_without_being_judged() -> None:
+    """The init container waits with the same pipeline file; the Deployment's deadline outlasts it and vLLM's start."""
+    spec = serving()["spec"]
+    (wait,) = spec["template"]["spec"]["initContainers"]
+    (vllm,) = spec["template"]["spec"]["containers"]
+    assert wait["args"] == ["await", "base-model", "tokenizer"]
+    assert wait["image"] == vllm["image"]
+    assert env(wait)["PIPELINE"] == env(vllm)["PIPELINE"] == "/etc/pipelines/default/pipeline.yaml"
+    startup = vllm["startupProbe"]
+    budget = startup["periodSeconds"] * startup["failureThreshold"]
+    assert budget >= 300
+    assert spec["progressDeadlineSeconds"] > int(env(wait)["WAIT_SECONDS"]) + budget
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert vllm[probe]["httpGet"] == {"path": "/health", "port": "http"}
+
+
+def test_a_rollout_of_serving_cannot_deadlock_on_one_gpu_or_one_node() -> None:
+    """The old pod goes before the new one comes, and has time to finish what it is answering."""
+    spec = serving()["spec"]
+    assert spec["strategy"]["rollingUpdate"]["maxSurge"] == 0
+    (vllm,) = spec["template"]["spec"]["containers"]
+    pause = vllm["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] >= pause + 30
+
+
+# --- the pipeline file --------------------------------------------------------------------------------------------
+
+
+@every_overlay
+def test_the_committed_pipeline_is_valid_and_its_data_is_as_pinned(overlay: Path) -> None:
+    loaded = pipeline.load(overlay)
+    dataset = loaded.pipeline.dataset
+    if dataset.scheme == "file":
+        assert artifacts.sha256_of(loaded.resolve(dataset)) == dataset.sha256, f"run: python -m jobs pin {overlay}"

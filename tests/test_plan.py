@@ -1,0 +1,48 @@
+"""Promises of the plan: an edit renames exactly what it changes, and what stands in git names everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import pipeline
+from jobs.plan import Plan, plan
+from tests import build_pipeline
+
+EVALUATIONS = {"adapter_scores", "evaluation"}
+SCORES = {"base_scores", "adapter_scores", "reference_scores", "evaluation"}
+
+
+def planned(folder: Path, **changes: Any) -> Plan:
+    return plan(pipeline.load(build_pipeline.write(folder, **changes)).pipeline)
+
+
+@pytest.mark.parametrize(("changes", "renamed"), [
+    ({}, set()),
+    ({"training__lora__r": 4}, {"adapter"} | EVALUATIONS),
+    ({"training__checkpoint_steps": 7}, set()),
+    ({"retention__keep": 9}, set()),
+    ({"serving__max_lora_rank": 128}, set()),
+    ({"adapter": "other"}, {"evaluation"}),
+    ({"evaluation__gate__perplexity__max_ratio": 0.8}, {"evaluation"}),
+    ({"evaluation__max_new_tokens": 9}, SCORES),
+    ({"reference_model__source": "builtin:tiny"}, {"reference_model", "reference_scores", "evaluation"}),
+    ({"dataset__sha256": "00" * 32}, {"dataset", "adapter"} | SCORES),
+    ({"dataset__source": "https://example.com/copy.jsonl"}, set()),  # the same bytes from elsewhere
+    ({"base_model__revision": "0" * 40}, {"base_model", "tokenizer", "adapter", "base_scores"} | EVALUATIONS),
+    ({"tokenizer": {"source": "builtin:tiny"}}, {"tokenizer", "adapter", "base_scores"} | EVALUATIONS),
+])
+def test_an_edit_renames_exactly_what_it_changes(tmp_path: Path, changes: dict[str, Any], renamed: set[str]) -> None:
+    before, after = planned(tmp_path), planned(tmp_path, **changes)
+    assert {name for name, spec in vars(after).items() if spec.digest != vars(before)[name].digest} == renamed
+
+
+def test_writing_out_a_default_renames_nothing(tmp_path: Path) -> None:
+    assert planned(tmp_path, training__seed=0, training__lora__alpha=32) == planned(tmp_path)
+
+
+def test_the_order_of_target_modules_renames_nothing(tmp_path: Path) -> None:
+    one = planned(tmp_path, training__lora__target_modules=["q_proj", "v_proj"])
+    assert one == planned(tmp_path, training__lora__target_modules=["v_proj", "q_proj"])
