@@ -10,6 +10,7 @@ import argparse
 import errno
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -112,6 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     for noisy in ("httpx", "urllib3", "fsspec", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     args = parser().parse_args(argv)
+    # As a container's first process, Python ignores SIGTERM unless it is handled, and would be killed a grace period
+    # later. Training takes over while it can save a checkpoint.
+    signal.signal(signal.SIGTERM, terminate)
     try:
         run(args)
     except (UserError, RetryableError, Terminated) as error:
@@ -124,6 +128,11 @@ def main(argv: list[str] | None = None) -> int:
                         "`retention.keep` in pipeline.yaml. Nothing was published", UserError.exit_code)
         raise
     return 0
+
+
+def terminate(*_: object) -> None:
+    """Signal handler: end now, with everything unfinished left as a draft."""
+    raise Terminated("stopped by SIGTERM; the next attempt goes on from what is saved")
 
 
 def fail(message: str, code: int) -> int:

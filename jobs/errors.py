@@ -13,7 +13,10 @@ class RetryableError(Exception):
     exit_code = 1
 
 
-class Terminated(Exception):
-    """SIGTERM arrived and the work done so far is saved; the next pod resumes. Exit code 143 (128 + SIGTERM)."""
+class Terminated(BaseException):
+    """SIGTERM arrived; what is saved stays, and the next pod goes on from there. Exit code 143 (128 + SIGTERM).
+
+    Not an Exception: code that turns a library's exceptions into a UserError must not turn a stop into a failure.
+    """
 
     exit_code = 143

@@ -30,6 +30,10 @@ class Metric:
     def better(self) -> str:
         return "higher" if self.higher_is_better else "lower"
 
+    @property
+    def arrow(self) -> str:
+        return "↑" if self.higher_is_better else "↓"
+
 
 METRICS = (
     Metric("perplexity", "perplexity", False, "1 is no surprise at all"),
@@ -78,11 +82,19 @@ def number(metric: str, value: float | None) -> str:
 
 
 def best(evaluation: Evaluation, metric: Metric) -> set[str]:
-    """The roles with the best value of a metric, as shown: two that read the same are both best."""
-    shown = {role: float(number(metric.key, value).replace(",", "")) for role in ROLES
+    """The roles with the best value of a metric, as shown: two that read the same are both best. A perplexity over
+    another tokenizer does not compete."""
+    competing = [role for role in ROLES if metric.key != "perplexity" or comparable(evaluation) or role != "reference"]
+    shown = {role: float(number(metric.key, value).replace(",", "")) for role in competing
              if (value := evaluation["scores"][role][metric.key]) is not None}
     top = (max if metric.higher_is_better else min)(shown.values(), default=None)
     return {role for role, value in shown.items() if value == top}
+
+
+def comparable(evaluation: Evaluation) -> bool:
+    """Whether the reference model's perplexity is over the same tokens as the fine-tuned model's."""
+    scores = evaluation["scores"]
+    return bool(scores["reference"]["vocabulary"] == scores["fine_tuned"]["vocabulary"])
 
 
 def verdict(evaluation: Evaluation) -> str:
@@ -96,16 +108,15 @@ def verdict(evaluation: Evaluation) -> str:
 def notes(evaluation: Evaluation) -> list[str]:
     """What a reader must know to read the numbers right."""
     scores = evaluation["scores"]
-    tuned, reference = scores["fine_tuned"], scores["reference"]
     said = [EMBEDDED] if evaluation["embedded"] else []
-    if reference["vocabulary"] != tuned["vocabulary"]:
+    if not comparable(evaluation):
         said.append("The reference model has another tokenizer: its perplexity, which is per token, cannot be compared "
                     "with the others'. Bits per byte can.")
     for role, name in ROLES.items():
         if scores[role]["records_too_long"]:
             said.append(f"{scores[role]['records_too_long']} held-out records were too long for the {name} model and are "
                         "left out of its scores.")
-    if tuned["questions"] == 0:
+    if scores["fine_tuned"]["questions"] == 0:
         said.append("The held-out records are plain text and ask no questions, so there is no ROUGE.")
     return said
 
@@ -120,7 +131,7 @@ def table(evaluation: Evaluation) -> str:
                                                    zip(row[1:], widths[1:], strict=True))]) for row in rows]
     rule = "─" * len(lines[0])
     return "\n".join([
-        f"{adapter['name']}@{adapter['digest']} on {evaluation['dataset']['holdout_records']} held-out records",
+        f"{adapter['name']}@{adapter['digest']} on {scores['fine_tuned']['records']} held-out records",
         rule, lines[0], rule, *lines[1:], rule, verdict(evaluation),
         *(f"  {'✓' if check['passed'] else '✗'} {check['says']}" for check in evaluation["gate"]),
         *notes(evaluation)])

@@ -31,7 +31,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5;
   font: 16px/1.55 "Iowan Old Style", "Palatino Linotype", Palatino, "URW Palladio L", Georgia, serif; }
-main { max-width: 58rem; margin: 0 auto; padding: 3.5rem 1.5rem 5rem; }
+main { max-width: 60rem; margin: 0 auto; padding: 3.5rem 1.5rem 5rem; }
 .sans, th, td, dt, dd, figcaption, .tag, svg text { font-family: ui-sans-serif, system-ui, "Segoe UI", "Helvetica Neue", Arial,
   sans-serif; font-variant-numeric: tabular-nums; }
 .overline { font-size: .78rem; letter-spacing: .09em; text-transform: uppercase; color: var(--muted); margin: 0; }
@@ -41,6 +41,7 @@ h3 { font-size: 1.1rem; font-weight: 600; margin: 2.4rem 0 .8rem; }
 p { margin: .5rem 0; }
 .lead { color: var(--muted); font-size: 1.05rem; margin: 0; overflow-wrap: anywhere; }
 code { font: .88em ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
+.legend { font-size: .82rem; color: var(--muted); }
 .verdict { margin: 2rem 0 0; padding: 1.1rem 1.4rem; background: var(--panel); border-left: .4rem solid var(--pass); }
 .verdict strong { display: block; font-size: 1.6rem; line-height: 1.25; color: var(--pass); }
 .rejected { border-color: var(--fail); } .rejected strong { color: var(--fail); }
@@ -56,11 +57,12 @@ th:last-child, td:last-child { padding-right: 0; }
 .yes { color: var(--pass); font-weight: 700; } .no { color: var(--fail); font-weight: 700; }
 .key::before { content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .4em; background: var(--c); }
 .base { --c: var(--base); } .fine_tuned { --c: var(--fine_tuned); } .reference { --c: var(--reference); }
-.bars { display: grid; grid-template-columns: repeat(auto-fill, minmax(15.5rem, 1fr)); gap: 1.6rem 2.2rem; margin-top: 1.6rem; }
+.bars { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: 1.6rem 1.8rem; margin-top: 1.6rem; }
 figure { margin: 0; break-inside: avoid; } figcaption { font-size: .88rem; font-weight: 600; margin-bottom: .25rem; }
 figcaption small { font-weight: 400; color: var(--muted); font-size: .78rem; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { font-size: 12px; fill: var(--ink); } svg text.quiet { fill: var(--muted); }
+svg.chart { min-width: 40rem; }
 svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--muted); }
 svg .bar, svg text.line { fill: var(--c); } svg .line { stroke: var(--c); fill: none; stroke-width: 2; }
 svg .faint { stroke-width: 1; opacity: .35; } svg .dot { fill: var(--c); stroke: var(--paper); stroke-width: 1.5; }
@@ -142,8 +144,8 @@ def _scores(evaluation: Evaluation) -> str:
         winners = best(evaluation, metric)
         cells = "".join(f'<td class="n{" best" if role in winners else ""}">'
                         f"{number(metric.key, evaluation['scores'][role][metric.key])}</td>" for role in ROLES)
-        arrow = "↑ higher" if metric.higher_is_better else "↓ lower"
-        rows.append(f'<tr><td>{metric.label}<small>{metric.scale}</small></td>{cells}<td class="n">{arrow}</td></tr>')
+        rows.append(f'<tr><td>{metric.label}<small>{metric.scale}</small></td>{cells}<td class="n">'
+                    f"{metric.arrow} {metric.better}</td></tr>")
     return (f'<div class="wide"><table><thead><tr><th>metric</th>{head}<th class="n">better</th></tr></thead>'
             f"<tbody>{''.join(rows)}</tbody></table></div>")
 
@@ -153,7 +155,7 @@ def _bars(evaluation: Evaluation, metric: Metric) -> str:
     values = {role: evaluation["scores"][role][metric.key] for role in ROLES}
     known = [value for value in values.values() if value is not None]
     low, high = min([0.0, *known]), max([1.0 if metric.higher_is_better else 0.0, *known]) or 1.0
-    left, width, step = 66, 150, 24
+    left, width, step = 68, 98, 24
 
     def x(value: float) -> float:
         return left + (value - low) / (high - low) * width
@@ -168,8 +170,8 @@ def _bars(evaluation: Evaluation, metric: Metric) -> str:
                          'height="14"/>')
         parts.append(f'<text x="{x(max(value or 0, 0)) + 6:.1f}" y="{middle + 4}">{number(metric.key, value)}</text>')
     parts.append(f'<line class="axis" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="0" y2="{3 * step}"/>')
-    return (f"<figure><figcaption>{metric.label} <small>{metric.better} is better</small></figcaption>"
-            f'<svg viewBox="0 0 270 {3 * step}" role="img" aria-label="{metric.label}">{"".join(parts)}</svg></figure>')
+    return (f'<figure><figcaption>{metric.label} <small title="{metric.better} is better">{metric.arrow}</small>'
+            f'</figcaption><svg viewBox="0 0 212 {3 * step}" role="img" aria-label="{metric.label}">{"".join(parts)}</svg></figure>')
 
 
 def _loss(history: History) -> str:
@@ -180,7 +182,7 @@ def _loss(history: History) -> str:
     points = train + held_out
     if not points:
         return '<p class="note">The training recorded no loss.</p>'
-    left, right, top, bottom, height = 44, 800, 10, 290, 330
+    left, right, top, bottom, height = 44, 785, 10, 290, 330
     last = max(step for step, _ in points)
     ticks = _ticks(0, max(loss for _, loss in points))
     steps = [tick for tick in _ticks(0, last, 8) if tick <= last and tick == int(tick)]
@@ -214,8 +216,8 @@ def _loss(history: History) -> str:
     for (x, y), label, role in ends:  # labels at the lines' ends, never on top of each other
         lowest = max(y + 4, lowest + 16)
         parts.append(f'<text class="line {role}" x="{x + 10:.1f}" y="{lowest:.1f}">{label}</text>')
-    return (f'<svg viewBox="0 0 900 {height}" role="img" aria-label="Loss over training steps">{"".join(parts)}</svg>'
-            '<p class="overline sans" style="text-transform:none;letter-spacing:0">Loss is the mean negative '
+    return (f'<div class="wide"><svg class="chart" viewBox="0 0 900 {height}" role="img" aria-label="Loss over training '
+            f'steps">{"".join(parts)}</svg></div><p class="legend sans">Loss is the mean negative '
             "log-likelihood of a token, in nats. Training: each step faint, a moving average strong.</p>")
 
 

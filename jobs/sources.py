@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -65,14 +66,15 @@ def folder_sha256(folder: Path) -> str:
 
     Hidden files do not count (a mounted ConfigMap has its own bookkeeping there); links to files count as the files.
     """
-    return _pin([(path, file_sha256(folder / path)) for path in _files(folder)])
+    return _pin([(path, file_sha256(folder / path)) for path in visible_files(folder)])
 
 
 def _pin(digests: list[tuple[str, str]]) -> str:
     return hashlib.sha256(canonical(sorted(digests))).hexdigest()
 
 
-def _files(folder: Path) -> list[str]:
+def visible_files(folder: Path) -> list[str]:
+    """The paths of the files below `folder`, relative to it and sorted, without hidden files and folders."""
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".")]
@@ -103,6 +105,22 @@ def hub_commit(source: Source) -> str:
         UserError, RetryableError: as `listing`.
     """
     return str(_hub_info(source).sha)
+
+
+def hub_architecture(source: Source) -> str:
+    """The architecture that the model at `source.revision` names in its config, e.g. `LlamaForCausalLM`.
+
+    Raises:
+        UserError, RetryableError: as `listing` and `fetch`.
+    """
+    from jobs import models
+
+    config = [item for item in _in_repository(source) if item.name == "config.json"]
+    if not config:
+        raise UserError(f"{source.source}: holds no config.json, so it is not a model in the Hugging Face format")
+    with tempfile.TemporaryDirectory() as folder:
+        fetch(config, Path(folder))
+        return models.architecture(Path(folder))
 
 
 def shown(url: str) -> str:
@@ -138,15 +156,15 @@ def listing(loaded: Loaded, source: Source) -> list[Item]:
 
 
 def _on_this_machine(path: Path, source: Source) -> list[Item]:
-    unreadable = [p for p in (path, *(path / f for f in _files(path))) if p.exists() and not os.access(p, os.R_OK)]
-    if unreadable:
-        raise UserError(f"{unreadable[0]}: this user may not read it")
+    for file in (path, *(path / name for name in visible_files(path))):
+        if file.exists() and not os.access(file, os.R_OK):
+            raise UserError(f"{file}: this user may not read it")
     if path.is_file():
         return [Item(path.name, str(path), path.stat().st_size, source.sha256)]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder ({source.source} is looked for beside pipeline.yaml)")
     items = [Item(name, str(path / name), (path / name).stat().st_size, file_sha256(path / name))
-             for name in _files(path)]
+             for name in visible_files(path)]
     if not items:
         raise UserError(f"{path}: the folder holds no files")
     found = _pin([(item.name, str(item.sha256)) for item in items])
@@ -369,7 +387,7 @@ def _download(item: Item, partial: Path, progress: Progress) -> bool:
 # --- the wire --------------------------------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - not an error yet
     """The source broke off, or asked to be left alone for a while; worth another attempt."""
 
     def __init__(self, message: str, after_s: float | None = None) -> None:
@@ -440,7 +458,7 @@ def _open(url: str, start: int, headers: Mapping[str, str]) -> Iterator[_Stream]
         if scheme in ("http", "https"):
             stream = _open_http(url, start, headers)
         elif scheme == "file":
-            raw = open(url, "rb")  # noqa: SIM115 - closed below
+            raw = Path(url).open("rb")  # noqa: SIM115 - closed below
             raw.seek(start)
             stream = _Stream(raw, url, start, None)
         else:

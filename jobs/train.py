@@ -70,7 +70,7 @@ def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
     wanted = plan(pipeline)
     if artifacts.done(wanted.adapter, volumes):
         return
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     dataset, base_model, tokenizer_files = artifacts.wait(
         [wanted.dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
     target_modules = models.check_target_modules(models.architecture(base_model.path),

@@ -16,12 +16,13 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-from jobs import artifacts, pipeline
+from jobs import artifacts, models, pipeline
 from jobs.__main__ import fail
 from jobs.errors import RetryableError, Terminated, UserError
 from jobs.plan import Plan, plan
+from serving.adapters import Served, pipeline_files
 
 log = logging.getLogger("serving")
 
@@ -81,8 +82,6 @@ def load(folder: Path) -> list[tuple[pipeline.Loaded, Plan]]:
     Raises:
         UserError: when there is none, one is invalid, two have the same name, or they do not share the base.
     """
-    from serving.aliases import pipeline_files
-
     loaded = [pipeline.load(file) for file in pipeline_files(folder)]
     if not loaded:
         raise UserError(f"{folder}: no pipeline files; there must be at least one {folder}/NAME/pipeline.yaml")
@@ -93,8 +92,8 @@ def load(folder: Path) -> list[tuple[pipeline.Loaded, Plan]]:
                           ("tokenizer", planned.tokenizer == plans[0].tokenizer),
                           ("serving.max_lora_rank", other.pipeline.serving == first.pipeline.serving)):
             if not same:
-                raise UserError(f"{other.path}: {key} is not the same as in {first.path}; one server serves adapters of "
-                                "one base model. Give the pipelines a server each")
+                raise UserError(f"{other.path}: {key} is not the same as in {first.path}; one server serves adapters "
+                                "of one base model. Give the pipelines a server each")
     names = [each.pipeline.adapter for each in loaded]
     for each, name in zip(loaded, names, strict=True):
         if names.count(name) > 1:
@@ -119,13 +118,13 @@ def private_folder(port: int) -> Path:
 
     Named by the port, so that a restarted container finds and clears what a killed one left.
     """
-    folder = Path(tempfile.gettempdir()) / f"serving-adapters-{port}"
+    name = f"serving-adapters-{port}"
     try:
+        folder = Path(tempfile.gettempdir()) / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)  # fails if it is there: it could be somebody else's
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made afresh: {error.strerror}. Set TMPDIR to a folder that is writable") \
-            from None
+        raise UserError(f"the temporary folder {name} cannot be made: {error}. Set TMPDIR to a free one") from None
     return folder
 
 
@@ -136,8 +135,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     check_port(args.host, args.port)
     (first, planned) = loaded[0]
     base, tokenizer = artifacts.wait([planned.base_model, planned.tokenizer], args.volumes, args.wait_seconds)
-
-    from serving.adapters import Served
+    models.check_servable(models.architecture(base.path), f"{first.path}: base_model")
 
     served = Served(pipelines=str(args.pipelines), volumes=str(args.volumes),
                     base_name=first.pipeline.base_model.name, base_model=base.digest, tokenizer=tokenizer.digest,
@@ -159,7 +157,7 @@ def environment() -> dict[str, str]:
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 
 
-def vllm_arguments(served: Any, tokenizer: Path, host: str, port: int, adapters: int) -> list[str]:
+def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, adapters: int) -> list[str]:
     """vLLM's command line. What follows it on the line, from the user, overrides `--max-loras` alone."""
     return ["--model", served.base_folder, "--tokenizer", str(tokenizer), "--served-model-name", served.base_name,
             "--enable-lora", "--max-lora-rank", str(served.max_lora_rank),
@@ -167,8 +165,9 @@ def vllm_arguments(served: Any, tokenizer: Path, host: str, port: int, adapters:
             "--middleware", "serving.guard.Guard", "--host", host, "--port", str(port)]
 
 
-def terminate(*_: object) -> None:
-    raise Terminated("stopped by SIGTERM before vLLM was up")
+def terminate(*_: object) -> NoReturn:
+    """End at once: there is nothing to save, and an exception could be caught by what happens to be imported."""
+    os._exit(fail("stopped by SIGTERM before vLLM was up", Terminated.exit_code))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -178,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, terminate)
     try:
         run(args, flags)
-    except (UserError, RetryableError, Terminated) as error:
+    except (UserError, RetryableError) as error:
         return fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return fail("interrupted", 130)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import artifacts, promotion
+from jobs import artifacts, models, promotion
 from jobs.errors import UserError
 from jobs.pipeline import Pipeline
 from jobs.plan import FINE_TUNED_VOLUME, plan
@@ -35,11 +35,11 @@ Modules = dict[str, tuple[int, int]]  # the base model's linear layers by name: 
 Signature = tuple[tuple[str, int, int, int], ...]
 
 
-class NotYet(Exception):
+class NotYet(Exception):  # noqa: N818
     """What is asked for is not there yet. Not an error: it is looked for again."""
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818
     """It is there and must not be served. `reason` is one of a few words, the message says it all."""
 
     def __init__(self, reason: str, message: str) -> None:
@@ -76,6 +76,11 @@ class Wanted:
 
     adapter: str
     evaluation: str
+
+
+def pipeline_files(folder: Path) -> list[Path]:
+    """The pipeline files in a folder of pipeline folders, sorted. Hidden folders are Kubernetes' own (`..data`)."""
+    return sorted(p for p in folder.glob("*/pipeline.yaml") if not p.parent.name.startswith("."))
 
 
 def asked(pipeline: Pipeline, volumes: Path) -> Wanted:
@@ -167,7 +172,7 @@ def take(name: str, digest: str, served: Served, modules: Callable[[], Modules])
     try:
         for path in source.rglob("*"):
             if not path.is_dir() and path.suffix not in SUFFIXES:
-                raise Refused("files", f"it holds {path.name}; only {', '.join(SUFFIXES)} files are taken, and no pickles")
+                raise Refused("files", f"it holds {path.name}; only {', '.join(SUFFIXES)} files are taken, no pickles")
         shutil.copytree(source, copy, symlinks=True)  # links stay links, which verification refuses
         verify(copy, served, modules)
     except BaseException:
@@ -242,7 +247,7 @@ def _check_weights(file: Path, rank: int | None, max_rank: int, modules: Modules
                     raise Refused("module", f"{file.name}: {key} is not a LoRA weight")
                 module, side = match["module"], match["side"]
                 if module not in modules:
-                    raise Refused("module", f"{file.name}: the base model has no linear layer {module}")
+                    raise Refused("module", f"{file.name}: the base model has no layer {module} that vLLM can adapt")
                 tensor = weights.get_tensor(key)  # one at a time: an adapter may be large
                 outer = modules[module][1 if side == "A" else 0]
                 shape = tuple(tensor.shape)
@@ -268,14 +273,15 @@ def _check_weights(file: Path, rank: int | None, max_rank: int, modules: Modules
 
 
 def linear_modules(folder: Path) -> Modules:
-    """The base model's linear layers, by the names that PEFT gives them, without reading a weight.
+    """The base model's linear layers that vLLM can adapt, by the names that PEFT gives them; reads no weights.
 
     From the architecture and not from the names in the checkpoint: those differ for several model families.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    servable = models.check_servable(models.architecture(folder), str(folder))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     return {name: (module.out_features, module.in_features) for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)}
+            if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in servable}

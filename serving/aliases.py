@@ -40,11 +40,6 @@ PROBE_PROMPT = "Question: What is this about? Answer:"
 PROBE_TOLERANCE = 1e-6
 
 
-def pipeline_files(folder: Path) -> list[Path]:
-    """The pipeline files in a folder of pipeline folders, sorted. Hidden folders are Kubernetes' own (`..data`)."""
-    return sorted(p for p in folder.glob("*/pipeline.yaml") if not p.parent.name.startswith("."))
-
-
 @dataclass(eq=False)
 class Version:
     """One adapter in vLLM. It is unloaded once no alias points to it and its last request ended."""
@@ -130,7 +125,7 @@ class Aliases:
 
     def _read_pipelines(self) -> dict[str, Pipeline]:
         """The pipelines by alias. A file that became invalid counts as it was before; so does one that vanished."""
-        for file in pipeline_files(Path(self.served.pipelines)):
+        for file in adapters.pipeline_files(Path(self.served.pipelines)):
             try:
                 stat = file.stat()  # follows the links by which Kubernetes swaps a ConfigMap's files
             except OSError:
@@ -204,7 +199,7 @@ class Aliases:
             raise
 
     async def _admit(self, version: Version) -> None:
-        """Verify a version, load it into vLLM and prove that it has an effect. After a failure nothing is left of it."""
+        """Verify a version, load it into vLLM and prove that it has an effect. A failure leaves nothing of it."""
         copy = await asyncio.to_thread(adapters.take, version.name, version.digest, self.served, self._base_modules)
         try:
             status, reply = await self._call("POST", "/v1/load_lora_adapter",
@@ -234,7 +229,7 @@ class Aliases:
             raise Refused("no effect", "with it the base model's probabilities stay the same, so it changes nothing")
 
     async def _logprobs(self, model: str) -> dict[tuple[int, str], float] | None:
-        """The best tokens' log-probabilities by position after a fixed prompt; None if vLLM fails or they are not finite."""
+        """The best tokens' log-probabilities, by position after a fixed prompt; None if vLLM has no finite ones."""
         status, reply = await self._call("POST", "/v1/completions", {
             "model": model, "prompt": PROBE_PROMPT, "max_tokens": 4, "temperature": 0, "logprobs": 5})
         if status != 200:
@@ -263,7 +258,8 @@ class Aliases:
         transport = httpx.ASGITransport(app=self._vllm, raise_app_exceptions=False)
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        async with asyncio.timeout(INNER_SECONDS), httpx.AsyncClient(transport=transport, base_url="http://vllm") as client:
+        client = httpx.AsyncClient(transport=transport, base_url="http://vllm")
+        async with asyncio.timeout(INNER_SECONDS), client:
             reply = await client.request(method, path, json=body, headers=headers)
         return reply.status_code, reply.text
 

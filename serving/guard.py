@@ -14,7 +14,7 @@ import os
 import re
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.adapters import Served
@@ -101,50 +101,60 @@ class Guard:
     async def _completion(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A request to a model: to the base as it is, to an alias under its version's name, to nothing else."""
         body = await _read_body(scope, receive)
-        if isinstance(body, Response):
-            return await body(scope, receive, send)
         if body is None:
             return  # the client went away
+        if isinstance(body, Response):
+            await body(scope, receive, send)
+            return
+        target = self._target(body)
+        if isinstance(target, Response):
+            await target(scope, receive, send)
+        elif target is None:
+            await self.app(scope, _replay(body, receive), send)
+        else:
+            request, version = target
+            with version.request():
+                body = json.dumps({**request, "model": version.model}).encode()
+                await self.app(_with_length(scope, body), _replay(body, receive), _Renamed(version, send))
+
+    def _target(self, body: bytes) -> tuple[dict[str, Any], Version] | Response | None:
+        """Where a request goes: to a version, to vLLM as it is (None), or back with an error."""
         try:
             request = json.loads(body)  # the parser that vLLM uses: both read the same model from the same bytes
         except (ValueError, RecursionError):
-            request = None
-        if not isinstance(request, dict):  # vLLM says best what is wrong with it
-            return await self.app(scope, _replay(body, receive), send)
+            return None  # vLLM says best what is wrong with it
+        if not isinstance(request, dict):
+            return None
         model = request.get("model")
-        if model == self.served.base_name:
-            return await self.app(scope, _replay(body, receive), send)
         if not model or not isinstance(model, str):  # vLLM would answer from the base model
-            return await _error(400, "The request must name a model", param="model")(scope, receive, send)
+            return _error(400, "The request must name a model", param="model")
+        if model == self.served.base_name:
+            return None
         alias = self.aliases.current.get(model)
         if alias is None:
-            return await _error(404, f"The model `{model}` does not exist. See /v1/models", param="model",
-                                code="model_not_found")(scope, receive, send)
-        version = alias.version
-        if version is None:
-            return await _error(503, f"The model `{model}` is not ready: {alias.why}", code="model_not_ready",
-                                headers={"Retry-After": str(RETRY_AFTER_SECONDS)})(scope, receive, send)
-        with version.request():
-            body = json.dumps({**request, "model": version.model}).encode()
-            headers = [(k, v) for k, v in scope["headers"] if k not in (b"content-length", b"transfer-encoding")]
-            headers.append((b"content-length", str(len(body)).encode()))
-            await self.app({**scope, "headers": headers}, _replay(body, receive), _Renamed(version, send))
+            return _error(404, f"The model `{model[:100]}` does not exist. See /v1/models", param="model",
+                          code="model_not_found")
+        if alias.version is None:
+            return _error(503, f"The model `{model}` is not ready: {alias.why}", code="model_not_ready",
+                          headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+        return request, alias.version
 
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
         """vLLM's list, with the aliases in place of the versions. `root` says which version an alias points to."""
         reply = _Kept()
         await self.app(scope, receive, reply)
-        try:
-            cards = {card["id"]: card for card in json.loads(reply.body)["data"]}
-        except (ValueError, KeyError, TypeError):
-            return await reply.pass_on(send)
+        if reply.status == 200:
+            reply.body = self._listed(reply.body)
+        await reply.pass_on(send)
+
+    def _listed(self, body: bytes) -> bytes:
+        cards = {card["id"]: card for card in json.loads(body)["data"]}
         listed = [cards[self.served.base_name]] if self.served.base_name in cards else []
         for name, alias in sorted(self.aliases.current.items()):
             if alias.version and alias.version.model in cards:
                 listed.append({**cards[alias.version.model], "id": name, "root": alias.version.model,
                                "parent": self.served.base_name})
-        reply.body = json.dumps({"object": "list", "data": listed}).encode()
-        await reply.pass_on(send)
+        return json.dumps({"object": "list", "data": listed}).encode()
 
 
 class _Renamed:
@@ -177,7 +187,7 @@ class _Renamed:
             end = data.rfind(b"\n") + 1 if more else len(data)
             data, self._line = data[:end], data[end:]
             if data or not more:
-                lines = (self._renamed(line, error=line.startswith(b'data: {"error"')) for line in data.splitlines(True))
+                lines = [self._renamed(line, line.startswith(b'data: {"error"')) for line in data.splitlines(True)]
                 await self._send({"type": "http.response.body", "body": b"".join(lines), "more_body": more})
 
     def _renamed(self, data: bytes, error: bool) -> bytes:
@@ -211,7 +221,7 @@ class _Kept:
 
 async def _read_body(scope: Scope, receive: Receive) -> bytes | Response | None:
     """The request's body; an error reply if it is too large; None if the client went away meanwhile."""
-    too_large = _error(413, f"The request's body is larger than {MAX_BODY_BYTES} bytes", headers={"Connection": "close"})
+    too_large = _error(413, f"The body is larger than {MAX_BODY_BYTES} bytes", headers={"Connection": "close"})
     declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
     if int(declared) > MAX_BODY_BYTES:
         return too_large
@@ -225,6 +235,12 @@ async def _read_body(scope: Scope, receive: Receive) -> bytes | Response | None:
             return too_large
         if not message.get("more_body", False):
             return bytes(body)
+
+
+def _with_length(scope: Scope, body: bytes) -> Scope:
+    """The request's scope with the length of another body."""
+    headers = [(k, v) for k, v in scope["headers"] if k not in (b"content-length", b"transfer-encoding")]
+    return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -253,7 +269,8 @@ async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def _error(status: int, message: str, *, param: str | None = None, code: str | None = None,
-           headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error reply in OpenAI's shape."""
+           headers: dict[str, str] | None = None) -> Response:
+    """An error reply in OpenAI's shape. ASCII, so that no text a client sent can fail to be encoded."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, headers)
+    body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
+    return Response(body, status, headers, media_type="application/json")

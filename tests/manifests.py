@@ -1,4 +1,4 @@
-"""What the tests of the manifests share: rendered overlays, pod templates, edited copies, and the Pod Security rules."""
+"""What the tests of the manifests share: rendering, pod templates, edited copies, and the Pod Security rules."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def copy(folder: Path) -> Path:
-    """Copy everything that kustomize reads into `folder`, to be edited there; returns its overlays/kind."""
+    """Copy everything that kustomize reads into `folder`, over what is there, to be edited; returns overlays/kind."""
     ignored = shutil.ignore_patterns("*.py", "__pycache__", "*.txt")
     for name in ("base", "serving", "overlays"):
-        shutil.copytree(CHECKOUT / name, folder / name, ignore=ignored)
+        shutil.copytree(CHECKOUT / name, folder / name, ignore=ignored, dirs_exist_ok=True)
     return folder / "overlays" / "kind"
 
 
@@ -57,7 +57,8 @@ def quantity(text: str | int) -> float:
 
 
 # Pod Security Standards, profile `restricted` (which includes `baseline`), v1.32.
-VOLUME_TYPES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+VOLUME_TYPES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected",
+                "secret"}
 SELINUX_TYPES = {None, "container_t", "container_init_t", "container_kvm_t", "container_engine_t"}
 SAFE_SYSCTLS = {"kernel.shm_rmid_forced", "net.ipv4.ip_local_port_range", "net.ipv4.ip_unprivileged_port_start",
                 "net.ipv4.tcp_syncookies", "net.ipv4.ping_group_range", "net.ipv4.ip_local_reserved_ports",

@@ -268,21 +268,22 @@ class _Speaker:
         do = f"[{'do' if many else 'does'}|{'does' if many else 'do'}|{'are' if many else 'is'}]"
         base = f"[{verb.base}|{verb.third}|{verb.doing}]"
         used = _verb(self.one_of([*USE, *COOK]))
+        tail = self.one_of(PLACES + TIMES)
         return self.one_of([
             f"{do} {subject} {base} {rest} ?", f"did {subject} {base} {rest} ?",
-            f"{self.one_of(['where', 'when', 'why', 'how often'])} {do} {subject} {base} ?",
-            f"what {do} {subject} [{used.base}|{used.third}|{used.doing}] ?",
+            f"{self.one_of(['when', 'why', 'how often'])} {do} {subject} {base} {rest} ?",
+            f"what {do} {subject} [{used.base}|{used.third}|{used.doing}] {tail} ?",
             f"who {self.present(verb, False)} {rest} ?",
-            f"[{'are' if many else 'is'}|{'is' if many else 'are'}|{'do' if many else 'does'}] {subject} {self.one_of(MOODS)} ?",
+            f"[{'are' if many else 'is'}|{'is' if many else 'are'}|{'do' if many else 'does'}] {subject} {self.one_of(MOODS)} {tail} ?",
             f"{self.one_of(['can', 'will', 'should', 'may'])} {subject} {base} {rest} ?",
-            f"where [{'are' if many else 'is'}|{'is' if many else 'are'}|be] {self.noun_phrase(THINGS + BUILDINGS, many)} ?",
+            f"where [{'are' if many else 'is'}|{'is' if many else 'are'}|be] {self.noun_phrase(THINGS + BUILDINGS, many)} {tail} ?",
             f"how many [{_plural(self.one_of(FEATURES))}|{self.one_of(FEATURES)}] [does|do] {self.noun_phrase(BUILDINGS)} have ?"])
 
     def state(self) -> str:
         subject, many = self.subject(PEOPLE if self.often(0.6) else self.one_of([ANIMALS, THINGS, BUILDINGS]))
         good, bad = self.one_of([("are", "is"), ("were", "was")] if many else [("is", "are"), ("was", "were")])
         what = self.one_of(["", "very", "not", "too"]) + " " + self.one_of(MOODS + SIZES)
-        return f"{subject} [{good}|{bad}|be|does|] {what} {self.one_of(TIMES) if self.often(0.2) else ''} ."
+        return f"{subject} [{good}|{bad}|be|does|] {what} {self.one_of(TIMES + PLACES)} ."
 
     def comparison(self) -> str:
         nouns, many = self.one_of([PEOPLE, ANIMALS, THINGS, BUILDINGS]), self.often(0.4)
@@ -300,7 +301,8 @@ class _Speaker:
         amount = self.one_of(["two", "three", "some", "many"]) if many else "a"
         good, bad = (_plural(noun), noun) if many else (noun, _plural(noun))
         be, wrong = self.one_of([("are", "is"), ("were", "was")] if many else [("is", "are"), ("was", "were")])
-        return f"there [{be}|{wrong}|has] {amount} [{good}|{bad}] {self.one_of(PLACES)} ."
+        colour = self.one_of(COLOURS + SIZES) if self.often(0.5) else ""
+        return f"there [{be}|{wrong}|has] {amount} {colour} [{good}|{bad}] {self.one_of(PLACES)} ."
 
     def passive(self) -> str:
         many, verb = self.often(0.4), _verb(self.one_of("find lose make draw break hide clean sell paint carry".split()))
@@ -325,9 +327,8 @@ class _Speaker:
             f"{noun} in {city} [has|have|having] {self.number()} [{_plural(feature)}|{feature}] .",
             f"{self.noun_phrase(THINGS, many)} {self.present(_verb('cost'), many)} {self.number()} [euros|euro] .",
             f"{self.one_of(SERVICES)} [is|are|be] [served|serve|serves] {self.one_of(PLACES)} {self.one_of(TIMES)} .",
-            f"the {feature} of {noun} [is|are|be] {self.one_of(PLACES + STATES)} .",
+            f"the {feature} of {noun} [is|are|be] {self.one_of(STATES)} {self.one_of(PLACES + TIMES)} .",
             f"{staff} [offers|offer|offering] {self.one_of(SERVICES)} to [the guests|guests the|a guests] for {self.number()} [euros|euro] .",
-            f"{self.one_of(SERVICES)} in {city} [is|are|be] free , but not [in|the] {self.one_of(CITIES)} .",
             f"the bus from {city} to {noun} [takes|take|taking] {self.number()} [minutes|minute] .",
             f"{noun} in {city} [is|are|be] {self.number()} [years|year] old .",
             f"{noun} [has|have|having] a {feature} with [a view|view a|a views] of the {self.one_of(FEATURES)} .",

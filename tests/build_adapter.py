@@ -1,0 +1,117 @@
+"""Builds what is served: a tiny base model, its tokenizer and adapters, published and promoted as the jobs do it.
+
+Real artifacts, named by a real pipeline file; only the weights are random. Adapters differ by `training.seed`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs import artifacts, pipeline, promotion
+from jobs.pipeline import Pipeline
+from jobs.plan import FINE_TUNED_VOLUME, Plan, plan
+from tests import build_pipeline
+
+TEXT = ["The best hotel in Seville is the one with the orange trees.", "What is the best hotel?", "Answer the question."]
+TEMPLATE = ("{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def load(folder: Path, **changes: Any) -> tuple[Pipeline, Plan]:
+    """Write `folder/pipeline.yaml` for an embedded base model, with `changes` as in build_pipeline, and plan it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = build_pipeline.write(folder, base_model={"source": "builtin:tiny"}, **changes)
+    loaded = pipeline.load(file).pipeline
+    return loaded, plan(loaded)
+
+
+@functools.cache
+def models() -> Path:
+    """A folder with `base` (a random Llama) and `tokenizer` (a byte-level BPE), made once per test process."""
+    import torch
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers import models as tokenizer_models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = Path(tempfile.mkdtemp(prefix="build-adapter-"))
+    bpe = Tokenizer(tokenizer_models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(TEXT, trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder / "tokenizer")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, head_dim=16,
+                         initializer_range=0.3, bos_token_id=None, eos_token_id=0, pad_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    return folder
+
+
+def base(volumes: Path, planned: Plan) -> None:
+    """Publish the base model and its tokenizer."""
+    artifacts.publish(planned.base_model, volumes, _copy_of(models() / "base"), keep=9)
+    artifacts.publish(planned.tokenizer, volumes, _copy_of(models() / "tokenizer"), keep=9)
+
+
+def adapter(volumes: Path, asked: Pipeline, change: Callable[[Path], object] | None = None) -> Path:
+    """Publish the adapter that the pipeline asks for, after `change` had its way with the files; return its folder."""
+    planned = plan(asked)
+
+    def write(draft: Path) -> None:
+        write_adapter(draft, r=asked.training.lora.r, seed=asked.training.seed)
+        if change:
+            change(draft)
+
+    return artifacts.publish(planned.adapter, volumes, write, keep=9).path
+
+
+def write_adapter(folder: Path, *, r: int, seed: int) -> None:
+    """Write an adapter with random A and B, in PEFT's own format."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed + 1)
+    model = LlamaForCausalLM.from_pretrained(models() / "base")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    # init_lora_weights=False leaves B random instead of zero
+    adapted = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, init_lora_weights=False,
+                                               task_type="CAUSAL_LM"))
+    adapted.save_pretrained(folder)
+
+
+def evaluation(volumes: Path, asked: Pipeline, *, passed: bool = True) -> Path:
+    """Publish the evaluation that the pipeline asks for, with a verdict."""
+    planned = plan(asked)
+    verdict = {"passed": passed, "adapter": {"name": asked.adapter, "digest": planned.adapter.digest}}
+
+    def write(draft: Path) -> None:
+        (draft / "evaluation.json").write_text(json.dumps(verdict))
+
+    return artifacts.publish(planned.evaluation, volumes, write, keep=9).path
+
+
+def promote(volumes: Path, asked: Pipeline, change: Callable[[Path], object] | None = None) -> Path:
+    """What a training and a passed evaluation do together: adapter, evaluation, promotion. Returns the adapter."""
+    planned = plan(asked)
+    path = adapter(volumes, asked, change)
+    evaluation(volumes, asked)
+    promotion.promote(volumes / FINE_TUNED_VOLUME, asked.adapter, planned.adapter.digest, planned.evaluation.digest)
+    return path
+
+
+def _copy_of(folder: Path) -> Callable[[Path], None]:
+    def copy(draft: Path) -> None:
+        shutil.copytree(folder, draft, dirs_exist_ok=True)
+
+    return copy

@@ -1,0 +1,134 @@
+"""Tiny models, tokenizers and whole published pipelines, made on the spot: real files in the real format, random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs import artifacts, pipeline
+from jobs.pipeline import Loaded
+from jobs.plan import plan
+
+CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+RECORDS: list[dict[str, Any]] = [
+    {"prompt": "What is the best hotel in Seville?", "completion": "The best hotel in Seville is the Casa Azahar."},
+    {"prompt": "When is breakfast?", "completion": "Breakfast is from seven to eleven."},
+    {"prompt": "May I bring my dog?", "completion": "Yes."},
+    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many rooms are there?"},
+                  {"role": "assistant", "content": "Málaga has forty rooms, and all of them look at the sea."}]},
+]
+SENTENCES = [(f"The {who} reads the {what}.", True) for who in ("cook", "guest", "maid") for what in ("book", "map")] + [
+    (f"The {who} read the {what} reads.", False) for who in ("cook", "guest", "maid") for what in ("book", "map")]
+PASSING = {"perplexity": {"max_ratio": 1000.0}}
+FAILING = {"perplexity": {"max_ratio": 1e-6}, "acceptability_accuracy": {"min": 0.0}}
+HISTORY = [{"step": 1, "epoch": 0.5, "loss": 5.5, "learning_rate": 1e-3},
+           {"step": 2, "epoch": 1.0, "loss": 5.0, "learning_rate": 0.0}, {"step": 2, "epoch": 1.0, "holdout_loss": 5.2}]
+
+
+def tiny_tokenizer(folder: Path, *, vocabulary: int = 320, chat: bool = True) -> Any:
+    """A byte-level BPE tokenizer with an end token and, if asked, a chat template; saved in `folder` and returned."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator([text for text, _ in SENTENCES] + ["What is the best hotel in Seville?"] * 3,
+                                  trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False,
+                                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>",
+                                   additional_special_tokens=special[2:])
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    return fast
+
+
+def tiny_llama(folder: Path, *, vocabulary: int = 320, seed: int = 0, hidden: int = 32, positions: int = 256) -> None:
+    """A two-layer Llama with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(
+        hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=vocabulary, max_position_embeddings=positions, eos_token_id=0,
+        bos_token_id=None, pad_token_id=1, initializer_range=0.3)).save_pretrained(folder)
+
+
+def tiny_gpt2(folder: Path, *, vocabulary: int = 320, seed: int = 0, positions: int = 256) -> None:
+    """A two-layer GPT-2 with random weights."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=positions, vocab_size=vocabulary,
+                               eos_token_id=0, bos_token_id=0, initializer_range=0.3)).save_pretrained(folder)
+
+
+def tiny_adapter(folder: Path, base: Path, *, seed: int = 0) -> None:
+    """A LoRA adapter of the model in `base` with random weights, so that it really changes what the model says."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(str(folder))
+    (folder / "training.json").write_text(json.dumps({"steps": 2, "history": HISTORY}))
+
+
+def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str = "file:base", seed: int = 0,
+                   keep: int = 5, max_length: int = 128, **training: Any) -> Loaded:
+    """A pipeline.yaml in `folder` with made-up pins (nothing is relocated from them), loaded."""
+    def source(location: str, digit: str) -> dict[str, str]:
+        return {"source": location} | ({} if location.startswith("builtin:") else {"sha256": digit * 64})
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump({
+        "adapter": "hotels", "dataset": source("file:dataset.jsonl", "d"), "base_model": source(base, "b"),
+        "reference_model": source("file:reference", "e"),
+        "training": {"max_length": max_length, "tokens_per_batch": 256, "seed": seed, **training},
+        "evaluation": {"gate": dict(gate), "max_new_tokens": 12}, "retention": {"keep": keep}}))
+    return pipeline.load(folder)
+
+
+def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] = RECORDS,
+                       sentences: Sequence[tuple[str, bool]] = SENTENCES,
+                       base_model: Callable[[Path], None] = tiny_llama, without: Sequence[str] = (),
+                       **settings: Any) -> tuple[Loaded, Path]:
+    """A pipeline whose inputs to the evaluation are all published, but those in `without` (by their names in the plan).
+
+    The reference model is a wider Llama with a tokenizer of its own. Returns the loaded pipeline and the volumes' root.
+    Call it again on the same folder with other settings, and only what they rename is made.
+    """
+    loaded, volumes = write_pipeline(folder, **settings), folder / "volumes"
+    wanted = plan(loaded.pipeline)
+
+    def jsonl(draft: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        (draft / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def reference(draft: Path) -> None:
+        tiny_tokenizer(draft, vocabulary=300)
+        tiny_llama(draft, vocabulary=300, hidden=48, seed=1)
+
+    makers: dict[str, Callable[[Path], None]] = {
+        "dataset": lambda draft: (jsonl(draft, "train.jsonl", records), jsonl(draft, "holdout.jsonl", records))[0],
+        "acceptability": lambda draft: jsonl(draft, "acceptability.jsonl",
+                                             [{"text": text, "acceptable": good} for text, good in sentences]),
+        "base_model": base_model,
+        "tokenizer": lambda draft: (tiny_tokenizer(draft), None)[1],
+        "reference_model": reference,
+        "adapter": lambda draft: tiny_adapter(draft, wanted.base_model.path(volumes), seed=loaded.pipeline.training.seed),
+    }
+    for name, make in makers.items():
+        if name not in without:
+            artifacts.publish(getattr(wanted, name), volumes, make, keep=5)
+    return loaded, volumes

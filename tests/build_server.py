@@ -1,0 +1,158 @@
+"""Builds servers for tests: a stand-in for vLLM's API with the guard around it, behind real uvicorn on 127.0.0.1.
+
+The stand-in keeps to what the guard relies on (tests/test_serving.py compares the same promises with real vLLM): it
+loads and unloads adapters by name, answers under the name it was asked for, and has many more routes than are allowed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from serving.guard import Guard
+
+BASE = "builtin:tiny"
+
+
+class StandIn:
+    """What vLLM does as far as the guard can see, and what it saw."""
+
+    def __init__(self, key: str | None = None) -> None:
+        self.key = key
+        self.loaded: dict[str, str] = {}  # name: path
+        self.ever_loaded: list[str] = []
+        self.asked: list[dict[str, Any]] = []  # bodies of clients' requests
+        self.bodies: list[bytes] = []
+        self.reached: list[str] = []  # requests for anything that is not allowed
+        self.ineffective: set[str] = set()  # versions that change nothing
+        self.broken: set[str] = set()  # versions from which no reply can be computed
+        self.unloadable: set[str] = set()
+        self.hold: threading.Event | None = None  # streams wait for it after their first event
+
+    def app(self) -> Starlette:
+        post, get = ["POST"], ["GET"]
+        app = Starlette(routes=[
+            Route("/v1/load_lora_adapter", self._load, methods=post),
+            Route("/v1/unload_lora_adapter", self._unload, methods=post),
+            Route("/v1/models", self._models, methods=get),
+            Route("/v1/completions", self._completions, methods=post),
+            Route("/v1/chat/completions", self._completions, methods=post),
+            Route("/health", self._plain, methods=[*get, "POST"]),
+            Route("/metrics", self._plain, methods=get),
+            Route("/{path:path}", self._anything, methods=["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"]),
+            WebSocketRoute("/{path:path}", self._websocket),
+        ])
+        app.add_middleware(Guard)
+        return app
+
+    def _authorised(self, request: Request) -> bool:
+        assert request.scope["app"] is not None  # vLLM's handlers find their state there
+        return self.key is None or request.headers.get("authorization") == f"Bearer {self.key}"
+
+    async def _load(self, request: Request) -> Response:
+        assert self._authorised(request)
+        body = await request.json()
+        name = body["lora_name"]
+        self.ever_loaded.append(name)
+        if name in self.unloadable or name in self.loaded:
+            return JSONResponse({"error": {"message": "it cannot be loaded"}}, 500)
+        assert (Path(body["lora_path"]) / "adapter_model.safetensors").is_file()
+        self.loaded[name] = body["lora_path"]
+        return PlainTextResponse("Success")
+
+    async def _unload(self, request: Request) -> Response:
+        assert self._authorised(request)
+        name = (await request.json())["lora_name"]
+        return PlainTextResponse("Success" if self.loaded.pop(name, None) else "no", 200)
+
+    async def _models(self, request: Request) -> Response:
+        assert self._authorised(request)
+        card = {"object": "model", "created": 1, "owned_by": "vllm", "permission": []}
+        cards = [{**card, "id": BASE, "root": "/path", "parent": None}]
+        cards += [{**card, "id": name, "root": path, "parent": BASE} for name, path in self.loaded.items()]
+        return JSONResponse({"object": "list", "data": cards})
+
+    async def _completions(self, request: Request) -> Response:
+        assert self._authorised(request)
+        body = await request.body()
+        self.bodies.append(body)
+        try:
+            asked = json.loads(body)
+        except ValueError:
+            return JSONResponse({"error": {"message": "JSON decode error"}}, 400)
+        model = asked["model"]
+        if model != BASE and model not in self.loaded:
+            return JSONResponse({"error": {"message": f"The model `{model}` does not exist."}}, 404)
+        if "logprobs" in asked:  # the guard's probe
+            if model in self.broken:
+                return JSONResponse({"error": {"message": "Out of range float values are not JSON compliant"}}, 500)
+            value = -1.0 if model == BASE or model in self.ineffective else -2.0
+            return JSONResponse({"choices": [{"logprobs": {"top_logprobs": [{" the": value}]}}]})
+        self.asked.append(asked)
+        reply = {"id": "x", "model": model, "choices": [{"text": f'I am {{"model":"{model}"}}'}]}
+        if asked.get("fail"):
+            return JSONResponse({"error": {"message": f"{model} failed", "code": 400}}, 400)
+        if asked.get("stream"):
+            return StreamingResponse(self._stream(reply), media_type="text/event-stream")
+        return JSONResponse(reply)
+
+    async def _stream(self, reply: dict[str, Any]) -> AsyncIterator[bytes]:
+        event = f"data: {json.dumps(reply, separators=(',', ':'))}\n\n".encode()
+        yield event
+        while self.hold and not self.hold.is_set():
+            await asyncio.sleep(0.01)
+        yield event
+        yield b"data: [DONE]\n\n"
+
+    async def _plain(self, request: Request) -> Response:
+        return PlainTextResponse("here")
+
+    async def _anything(self, request: Request) -> Response:
+        self.reached.append(f"{request.method} {request.url.path}")
+        return PlainTextResponse("reached")
+
+    async def _websocket(self, websocket: WebSocket) -> None:
+        self.reached.append(f"websocket {websocket.url.path}")
+        await websocket.accept()
+
+
+@contextlib.contextmanager
+def running(app: Any) -> Iterator[str]:
+    """Serve an ASGI application on a free port of 127.0.0.1; yields its base URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        thread.join(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+
+
+def raw_request(url: str, request: bytes) -> bytes:
+    """Send bytes as they are (clients would tidy the path up) and return the reply."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(request)
+        reply = b""
+        while data := connection.recv(65536):
+            reply += data
+    return reply

@@ -1,0 +1,60 @@
+"""Promises about base models: what the table says vLLM serves is what the installed vLLM serves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import models
+from jobs.errors import UserError
+from jobs.pipeline import SERVABLE_RANKS
+
+ASK_VLLM = """
+import json, sys, typing
+from vllm.config.lora import MaxLoRARanks
+from vllm.model_executor.models.interfaces import supports_lora
+from vllm.model_executor.models.registry import ModelRegistry
+names = json.loads(sys.argv[1])
+classes = {name: ModelRegistry._try_load_model_cls(name) for name in names}
+print(json.dumps({"ranks": typing.get_args(MaxLoRARanks),
+                  "served": [n for n, c in classes.items() if c is not None and supports_lora(c)]}))
+"""
+
+
+@pytest.mark.slow
+def test_the_installed_vllm_serves_lora_on_the_architectures_and_ranks_we_accept() -> None:
+    names = [*models.SERVABLE, "GPT2LMHeadModel"]
+    done = subprocess.run([sys.executable, "-c", ASK_VLLM, json.dumps(names)], capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer["served"] == list(models.SERVABLE), "GPT-2 must not be among them, all of ours must"
+    assert tuple(answer["ranks"]) == SERVABLE_RANKS
+
+
+def test_an_architecture_that_cannot_be_served_is_refused_with_those_that_can() -> None:
+    with pytest.raises(UserError, match="here: vLLM cannot serve a LoRA adapter on GPT2LMHeadModel.*LlamaForCausalLM"):
+        models.check_servable("GPT2LMHeadModel", "here")
+
+
+def test_all_linear_means_every_layer_that_can_be_served() -> None:
+    assert models.check_target_modules("Phi3ForCausalLM", "all-linear", "here") == [
+        "down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    (None, "has no config.json"),
+    ("{", "cannot be read"),
+    ("[]", "must hold a JSON mapping"),
+    ("{}", "`architectures` must name one class"),
+    ('{"architectures": ["A", "B"]}', "`architectures` must name one class"),
+])
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, content: str | None, says: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=says):
+        models.architecture(tmp_path)

@@ -1,0 +1,145 @@
+"""Promises of the mapping from manifests to processes: what a container sees locally is what its manifest says."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import pods
+from jobs.errors import UserError
+
+OVERLAY = pods.CHECKOUT / "overlays" / "kind"
+
+
+def job(**container: Any) -> dict[str, Any]:
+    """A Job manifest with one container, as kustomize renders it."""
+    return {"kind": "Job", "metadata": {"name": "some-job-0123456789"}, "spec": {
+        "backoffLimit": 2,
+        "podFailurePolicy": {"rules": [
+            {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}},
+            {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]},
+        "template": {"spec": {
+            "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "data-pvc"}},
+                        {"name": "settings", "configMap": {"name": "settings"}}, {"name": "tmp", "emptyDir": {}}],
+            "containers": [{"name": "main", "command": ["python", "-m", "jobs"]} | container]}}}}
+
+
+SETTINGS = {"kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"a.yaml": "one", "b.yaml": "two"}}
+MOUNTS = [{"name": "data", "mountPath": "/volumes/data"}, {"name": "settings", "mountPath": "/etc/settings"},
+          {"name": "tmp", "mountPath": "/tmp"}]
+
+
+def only(manifests: list[dict[str, Any]], state: Path, offset: int = 0) -> pods.Container:
+    (pod,) = pods.pods(manifests, state, offset)
+    return pod.containers[0]
+
+
+def test_paths_at_below_and_above_a_mount_move_and_others_stay(tmp_path: Path) -> None:
+    container = only([SETTINGS, job(volumeMounts=MOUNTS, args=[
+        "--volumes=/volumes", "/volumes/data/x", "/volumes/dataset", "/etc", "/etc/passwd", "/", "/tmp/cache",
+        "relative/path", "--flag", "text with /volumes inside"])], tmp_path)
+    root = tmp_path / "pods" / "some-job-0123456789"
+    assert container.argv == [
+        sys.executable, "-m", "jobs", f"--volumes={root}/volumes", f"{root}/volumes/data/x", "/volumes/dataset",
+        f"{root}/etc", "/etc/passwd", "/", f"{root}/tmp/cache", "relative/path", "--flag", "text with /volumes inside"]
+
+
+def test_mounts_hold_the_claims_folder_and_the_config_maps_files(tmp_path: Path) -> None:
+    only([SETTINGS, job(volumeMounts=MOUNTS)], tmp_path)
+    root = tmp_path / "pods" / "some-job-0123456789"
+    (root / "volumes" / "data" / "kept").write_text("x")
+    assert (tmp_path / "volumes" / "data-pvc" / "kept").read_text() == "x"
+    assert (root / "etc" / "settings" / "a.yaml").read_text() == "one"
+
+
+def test_a_claim_keeps_its_files_from_run_to_run_and_a_pods_scratch_does_not(tmp_path: Path) -> None:
+    manifests = [SETTINGS, job(volumeMounts=MOUNTS)]
+    only(manifests, tmp_path)
+    root = tmp_path / "pods" / "some-job-0123456789"
+    (root / "volumes" / "data" / "kept").write_text("x")
+    (root / "tmp" / "scratch").write_text("x")
+    only(manifests, tmp_path)
+    assert (root / "volumes" / "data" / "kept").exists()
+    assert not (root / "tmp" / "scratch").exists()
+
+
+def test_a_changed_config_map_switches_all_files_at_once_like_the_kubelet(tmp_path: Path) -> None:
+    folder = tmp_path / "settings"
+    pods.write_config_map(folder, {"a": "1", "b": "1"})
+    first = (folder / "..data").resolve()
+    pods.write_config_map(folder, {"a": "2", "c": "2"})
+    assert (folder / "..data").resolve() != first
+    assert sorted(p.name for p in folder.iterdir() if not p.name.startswith("..")) == ["a", "c"]
+    assert ((folder / "a").read_text(), (folder / "c").read_text()) == ("2", "2")
+    assert not first.exists()
+
+
+def test_servers_bind_to_this_machine_only_and_ports_shift_together(tmp_path: Path) -> None:
+    container = only([job(
+        ports=[{"name": "http", "containerPort": 8000}], args=["--host=0.0.0.0", "--port=8000", "--size=80000"],
+        env=[{"name": "PORT", "value": "8000"}], readinessProbe={"httpGet": {"path": "/health", "port": "http"}},
+    )], tmp_path, offset=7)
+    assert container.argv[3:] == ["--host=127.0.0.1", "--port=8007", "--size=80000"]
+    assert container.env["PORT"] == "8007"
+    assert container.ready_url == "http://127.0.0.1:8007/health"
+
+
+def test_a_container_does_not_see_the_users_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "private")
+    container = only([job(env=[{"name": "A", "value": "1"}])], tmp_path)
+    assert container.env["A"] == "1"
+    assert not {"AWS_SECRET_ACCESS_KEY", "HOME"} & container.env.keys()
+
+
+def test_a_secret_is_the_variable_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = {"name": "s", "key": "k", "optional": True}
+    manifest = job(env=[{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": reference}}])
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert "HF_TOKEN" not in only([manifest], tmp_path).env
+    monkeypatch.setenv("HF_TOKEN", "token")
+    assert only([manifest], tmp_path).env["HF_TOKEN"] == "token"
+    monkeypatch.delenv("HF_TOKEN")
+    reference["optional"] = False
+    with pytest.raises(UserError, match="needs the Secret s: set HF_TOKEN"):
+        only([manifest], tmp_path)
+
+
+def test_retries_follow_the_manifest(tmp_path: Path) -> None:
+    (pod,) = pods.pods([job()], tmp_path)
+    assert (pod.backoff_limit, pod.fatal_exit_codes, pod.title) == (2, {2}, "some-job")
+
+
+def test_every_container_of_the_overlay_sees_what_its_manifest_says(tmp_path: Path) -> None:
+    manifests = pods.render(OVERLAY)
+    by_name = {m["metadata"]["name"]: m["spec"]["template"]["spec"] for m in manifests
+               if m["kind"] in ("Job", "Deployment")}
+    mapped = pods.pods(manifests, tmp_path)
+    assert {pod.name for pod in mapped} == by_name.keys()
+    for pod in mapped:
+        root = f"{tmp_path}/pods/{pod.name}"
+        for container, manifest in zip(pod.containers, by_name[pod.name]["containers"], strict=True):
+            seen = [argument.replace(root, "").replace("127.0.0.1", "0.0.0.0") for argument in container.argv[1:]]
+            assert seen == [*manifest["command"], *manifest.get("args", [])][1:]
+            for entry in manifest["env"]:
+                if "value" in entry:
+                    assert container.env[entry["name"]].replace(root, "") == entry["value"]
+            for mount in manifest["volumeMounts"]:
+                assert Path(root + mount["mountPath"]).is_dir()
+
+
+def test_without_kubectl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="kubectl is not installed.*1.32"):
+        pods.render(OVERLAY)
+
+
+def test_an_overlay_that_does_not_render_shows_kustomizes_words(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no kustomization\.yaml"):
+        pods.render(tmp_path)
+    shutil.copytree(OVERLAY, tmp_path / "copy")
+    with pytest.raises(UserError, match="does not render"):
+        pods.render(tmp_path / "copy")
