@@ -129,7 +129,8 @@ def read(path: Path) -> Artifact:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: {MANIFEST} is missing or damaged ({error}). {hint}") from None
     if not path.name == manifest["digest"] == named:
-        raise UserError(f"{path}: {MANIFEST} describes {manifest['digest']} (computed: {named}), not {path.name}. {hint}")
+        raise UserError(f"{path}: {MANIFEST} describes {manifest['digest']} (computed: {named}), not {path.name}. "
+                        f"{hint}")
     found = {f["path"]: (f["size"], f["sha256"]) for f in listing(path)}
     for name in sorted(recorded.keys() | found.keys()):
         if name not in found:
@@ -137,8 +138,9 @@ def read(path: Path) -> Artifact:
         if name not in recorded:
             raise UserError(f"{path}: {name} is not listed in {MANIFEST}. {hint}")
         if found[name] != recorded[name]:
-            raise UserError(f"{path}: {name} was changed: {MANIFEST} says {recorded[name][0]} bytes, sha256 "
-                            f"{recorded[name][1]}; the file has {found[name][0]} bytes, sha256 {found[name][1]}. {hint}")
+            (size, digest), (found_size, found_digest) = recorded[name], found[name]
+            raise UserError(f"{path}: {name} was changed: {MANIFEST} says {size} bytes, sha256 {digest}; the file has "
+                            f"{found_size} bytes, sha256 {found_digest}. {hint}")
     return Artifact(path, manifest)
 
 
@@ -218,7 +220,7 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
         started = datetime.now(UTC)
         about = write(draft)
         _sync(draft)  # the bytes that are hashed below are the bytes on the disk
-        manifest = {
+        manifest: dict[str, Any] = {
             "kind": spec.kind, "digest": spec.digest, "spec": dict(spec.spec), "inputs": dict(spec.inputs),
             "files": listing(draft), "about": dict(about or {}), "versions": _versions(),
             "started": started.isoformat(timespec="seconds"),

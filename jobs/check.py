@@ -87,5 +87,5 @@ def check_size(loaded: Loaded) -> None:
         files.append(loaded.resolve(source))
     total = sum(file.stat().st_size for file in files)
     if total > CONFIG_MAP_BYTES:
-        raise UserError(f"{loaded.path}: the pipeline file and {source.source} have {total} bytes together; a ConfigMap "
-                        f"holds {CONFIG_MAP_BYTES}. Put the data where a URL reaches it (https://, s3://, hf://)")
+        raise UserError(f"{loaded.path}: the pipeline file and {source.source} have {total} bytes together, and a "
+                        f"ConfigMap holds {CONFIG_MAP_BYTES}. Put the data where a URL reaches it (https://, s3://, hf://)")

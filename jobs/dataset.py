@@ -66,7 +66,8 @@ class Problems:
         """Raise `UserError` if there are any."""
         if self.count:
             more = f"\n… and {self.count - len(self.first)} more" if self.count > len(self.first) else ""
-            raise UserError("\n".join(self.first) + f"{more}\n{self.count} problems in the data; nothing was published")
+            total = "1 problem" if self.count == 1 else f"{self.count} problems"
+            raise UserError("\n".join(self.first) + f"{more}\n{total} in the data; nothing was published")
 
 
 def files_in(path: Path) -> list[File]:

@@ -15,13 +15,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs import artifacts, gate, models, promotion, report, scoring
-from jobs.artifacts import Artifact, Spec
+from jobs.artifacts import Artifact
 from jobs.pipeline import Pipeline
 from jobs.plan import FINE_TUNED_VOLUME, Plan, plan
 
@@ -80,16 +80,20 @@ def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, ma
 
     model, tokenizer = _load(wanted.base_model.path(volumes), wanted.tokenizer.path(volumes))
     adapted = PeftModel.from_pretrained(model, str(wanted.adapter.path(volumes))).eval()
+    name = _versioned(pipeline, wanted)
     with adapted.disable_adapter():
-        _publish_scores(wanted.base_scores, adapted, tokenizer, pipeline.base_model.name, pipeline, volumes, material)
-    _publish_scores(wanted.adapter_scores, adapted, tokenizer, _versioned(pipeline, wanted), pipeline, volumes, material)
+        artifacts.publish(wanted.base_scores, volumes, _scores(adapted, tokenizer, material, pipeline.base_model.name),
+                          keep=_keep(pipeline))
+    artifacts.publish(wanted.adapter_scores, volumes, _scores(adapted, tokenizer, material, name),
+                      keep=_keep(pipeline))
 
 
 def measure_reference(pipeline: Pipeline, wanted: Plan, volumes: Path, material: scoring.Material) -> None:
     """Measure the reference model with its own tokenizer."""
     folder = wanted.reference_model.path(volumes)
     model, tokenizer = _load(folder, folder)
-    _publish_scores(wanted.reference_scores, model, tokenizer, pipeline.reference_model.name, pipeline, volumes, material)
+    artifacts.publish(wanted.reference_scores, volumes,
+                      _scores(model, tokenizer, material, pipeline.reference_model.name), keep=_keep(pipeline))
 
 
 def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
@@ -148,7 +152,7 @@ def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, 
     if before is None:
         now = f"Nothing is promoted as {pipeline.adapter} yet: it answers nobody."
     elif before.adapter == wanted.adapter.digest:
-        now = f"It stays promoted all the same: it passed an earlier gate (evaluation {before.evaluation}, {before.at})."
+        now = f"It stays promoted all the same: it passed another gate (evaluation {before.evaluation}, {before.at})."
     else:
         now = f"{pipeline.adapter}@{before.adapter} stays promoted (since {before.at}) and keeps answering."
     log.warning(_framed("REJECTED", f"{name} did not pass the gate and is not promoted:", *(f"  ✗ {f}" for f in failed),
@@ -177,8 +181,9 @@ def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[PreTrainedModel, 
     return model, tokenizer
 
 
-def _publish_scores(spec: Spec, model: Any, tokenizer: PreTrainedTokenizerBase, name: str, pipeline: Pipeline,
-                    volumes: Path, material: scoring.Material) -> None:
+def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, material: scoring.Material,
+            name: str) -> Callable[[Path], dict[str, Any]]:
+    """What `artifacts.publish` calls to fill a scores artifact; it measures only if nobody did yet."""
     def write(draft: Path) -> dict[str, Any]:
         scores, generations = scoring.measure(model, tokenizer, material, name)
         (draft / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
@@ -187,8 +192,12 @@ def _publish_scores(spec: Spec, model: Any, tokenizer: PreTrainedTokenizerBase, 
             "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in generations), encoding="utf-8")
         return {"model": name}
 
-    # Three models share the folder: with `keep: 1`, the third's scores must not push out the first's.
-    artifacts.publish(spec, volumes, write, keep=3 * pipeline.retention.keep)
+    return write
+
+
+def _keep(pipeline: Pipeline) -> int:
+    """Three models share the scores' folder: with `keep: 1`, the third's must not push out the first's."""
+    return 3 * pipeline.retention.keep
 
 
 def _versioned(pipeline: Pipeline, wanted: Plan) -> str:

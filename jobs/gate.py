@@ -34,7 +34,7 @@ AGAINST_BASE = ("max_ratio", "min_gain", "max_drop")
 
 @dataclass(frozen=True)
 class Check:
-    """One bound on one metric, and whether it held. `value` is None when it is not a finite number: that never passes."""
+    """One bound on one metric, and whether it held. `value` is None when it is no finite number: that never passes."""
 
     metric: str
     bound: str
@@ -59,8 +59,8 @@ def check_measurable(gate: Gate, holdout: Iterable[Record]) -> None:
     """
     rules = [metric for metric in gate.model_dump(exclude_none=True) if metric.startswith("rouge")]
     if rules and all(question(record) is None for record in holdout):
-        raise UserError(f"evaluation.gate.{', evaluation.gate.'.join(rules)}: cannot be measured: every held-out record "
-                        "is plain {\"text\"}, which asks no question to answer. Remove the rule, or bring "
+        raise UserError(f"evaluation.gate.{', evaluation.gate.'.join(rules)}: cannot be measured: every held-out "
+                        "record is plain {\"text\"}, which asks no question to answer. Remove the rule, or bring "
                         "{\"prompt\", \"completion\"} records")
 
 

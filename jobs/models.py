@@ -106,7 +106,9 @@ def load_model(folder: Path) -> PreTrainedModel:
     """The model in `folder`, in evaluation mode: bfloat16 on a GPU where there is one, else float32 on the CPU."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # bars are for terminals; a pod's log gets one line for each redraw
     gpu = torch.cuda.is_available()
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(

@@ -8,6 +8,7 @@ newest. Only the pins change in the file: comments and layout stay as they are.
 from __future__ import annotations
 
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,19 @@ def pins(loaded: Loaded, name: str, source: Source, *, update: bool) -> dict[str
         commit = sources.hub_commit(source.model_copy(update={"revision": moving}))
         found = {"revision": commit}
         if name == "base_model":
-            found["architecture"] = sources.hub_architecture(source.model_copy(update={"revision": commit}))
+            found["architecture"] = hub_architecture(loaded, source.model_copy(update={"revision": commit}))
         return found
     return {"sha256": sources.url_sha256(source.source)}
+
+
+def hub_architecture(loaded: Loaded, source: Source) -> str:
+    """The architecture that a hub model's `config.json` names, so that `check` can judge it offline."""
+    from jobs import models, sources
+
+    config = [item for item in sources.listing(loaded, source) if item.name == "config.json"]
+    with tempfile.TemporaryDirectory() as folder:
+        sources.fetch(config, Path(folder))
+        return models.architecture(Path(folder))
 
 
 def set_value(text: str, keys: list[str], value: str) -> str:

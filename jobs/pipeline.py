@@ -127,7 +127,7 @@ class TokenizerSource(_Strict):
             _check_source(Source(source=self.source, revision=self.revision, sha256=self.sha256),
                           MODEL_SCHEMES, EMBEDDED_MODELS)
         elif self.revision or self.sha256:
-            raise PydanticCustomError("pin", "has a pin but no `source`; an empty tokenizer means the base model's own", {})
+            raise PydanticCustomError("pin", "has a pin but no `source`; empty, it means the base model's own", {})
         return self
 
 
@@ -229,7 +229,7 @@ class Retention(_Strict):
 
 
 class Pipeline(_Strict):
-    """One adapter, end to end. See DESIGN-level documentation in README.md and the comments in overlays/*/pipeline.yaml."""
+    """One adapter, end to end. `overlays/kind/pipeline.yaml` explains every key in comments."""
 
     # The model name that clients send. No "@" (it separates name and digest inside vLLM), no "/" (it is a file name).
     adapter: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
@@ -249,7 +249,8 @@ class Pipeline(_Strict):
                                       "refuse the adapter. Lower the one or raise the other",
                                       {"r": self.training.lora.r, "max": self.serving.max_lora_rank})
         if self.adapter == self.base_model.name:
-            raise PydanticCustomError("name", "adapter has the base model's name; clients could not tell them apart", {})
+            raise PydanticCustomError("name", "adapter has the base model's name: clients could not tell them apart",
+                                      {})
         return self
 
     @property
@@ -263,7 +264,8 @@ class Pipeline(_Strict):
         named: dict[str, Source] = {"dataset": self.dataset, "base_model": self.base_model}
         if self.tokenizer.source:
             named["tokenizer"] = self.tokenizer_source
-        return named | {"reference_model": self.reference_model, "evaluation.acceptability": self.evaluation.acceptability}
+        return named | {"reference_model": self.reference_model,
+                        "evaluation.acceptability": self.evaluation.acceptability}
 
 
 @dataclass(frozen=True)
@@ -366,7 +368,9 @@ def _line(node: yaml.Node | None, keys: list[str]) -> int:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, dict | list) else f"a {'mapping' if isinstance(value, dict) else 'list'}"
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
 
 

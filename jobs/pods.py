@@ -89,7 +89,7 @@ def render(overlay: Path) -> list[Manifest]:
     if shutil.which("kubectl") is None:
         raise UserError("kubectl is not installed. It renders the overlay (no cluster is needed): get version 1.32 or "
                         "newer from https://kubernetes.io/docs/tasks/tools/ and put it on the PATH")
-    done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, check=False)  # noqa: S603, S607
+    done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{overlay}: does not render:\n{done.stderr.strip()}")
     return [document for document in yaml.safe_load_all(done.stdout) if document]
@@ -116,7 +116,7 @@ def write_config_map(folder: Path, data: Mapping[str, str]) -> None:
         (version / name).write_text(text, encoding="utf-8")
     link = folder / "..data_tmp"
     link.symlink_to(version.name)
-    before = folder / os.readlink(folder / "..data") if (folder / "..data").is_symlink() else None
+    before = folder / (folder / "..data").readlink() if (folder / "..data").is_symlink() else None
     link.replace(folder / "..data")
     for name in data:
         if not (folder / name).is_symlink():
@@ -184,6 +184,7 @@ def _env(container: Manifest, moved: Placement) -> Iterator[tuple[str, str]]:
 
 def _volume(volume: Manifest, root: Path, state: Path) -> Path:
     """The local folder behind a pod's volume."""
+    folder: Path
     if "persistentVolumeClaim" in volume:
         folder = state / "volumes" / volume["persistentVolumeClaim"]["claimName"]
     elif "configMap" in volume:

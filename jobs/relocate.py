@@ -144,7 +144,7 @@ def embed(source: Source, draft: Path, *, model: bool, tokenizer: bool) -> dict[
         embedded.write_tokenizer(draft)
     if model:
         log.info("%s: training it here", source.source)
-        embedded.write_model(source.location, draft, training_progress(source.source))
+        embedded.write_model(source.source, draft, training_progress(source.source))
     return origin(source) | {"note": "an embedded model, for trying out and for tests"}
 
 

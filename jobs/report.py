@@ -1,4 +1,4 @@
-"""The evaluation as people read it: a table for terminals, report.md, and report.html (drawn by jobs/report_html.py)."""
+"""The evaluation as people read it: a table for terminals, report.md, and report.html (see jobs/report_html.py)."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ METRICS = (
     Metric("acceptability_accuracy", "acceptability, accuracy", True, "share judged right"),
 )
 METHODS = {
-    "Perplexity": "exp of the mean negative log-likelihood of the held-out answers' tokens, given their questions. Bits "
-                  "per byte divides the same total by the answers' bytes.",
+    "Perplexity": "exp of the mean negative log-likelihood of the held-out answers' tokens, given their questions. "
+                  "Bits per byte divides the same total by the answers' bytes.",
     "ROUGE": "greedy answers to the held-out questions against the reference answers; mean F1, stemmed (Lin 2004).",
     "Acceptability": "each sentence's mean token log-probability (Lau et al. 2017); the threshold between acceptable "
-                     "and not is chosen on one half of the sentences, Matthews correlation and accuracy are measured on "
-                     "the other (CoLA: Warstadt et al. 2019). It guards against forgetting the language.",
+                     "and not is chosen on one half of the sentences, Matthews correlation and accuracy are measured "
+                     "on the other (CoLA: Warstadt et al. 2019). It guards against forgetting the language.",
 }
 
 
@@ -102,7 +102,8 @@ def verdict(evaluation: Evaluation) -> str:
     rules, failed = len(evaluation["gate"]), sum(not rule["passed"] for rule in evaluation["gate"])
     if evaluation["passed"]:
         return f"passed: {'the rule of the gate holds' if rules == 1 else f'all {rules} rules of the gate hold'}"
-    return f"rejected: {failed} of {rules} rule{'s' * (rules > 1)} of the gate {'do' if failed > 1 else 'does'} not hold"
+    verb = "do" if failed > 1 else "does"
+    return f"rejected: {failed} of {rules} rule{'s' * (rules > 1)} of the gate {verb} not hold"
 
 
 def notes(evaluation: Evaluation) -> list[str]:
@@ -114,8 +115,8 @@ def notes(evaluation: Evaluation) -> list[str]:
                     "with the others'. Bits per byte can.")
     for role, name in ROLES.items():
         if scores[role]["records_too_long"]:
-            said.append(f"{scores[role]['records_too_long']} held-out records were too long for the {name} model and are "
-                        "left out of its scores.")
+            said.append(f"{scores[role]['records_too_long']} held-out records were too long for the {name} model and "
+                        "are left out of its scores.")
     if scores["fine_tuned"]["questions"] == 0:
         said.append("The held-out records are plain text and ask no questions, so there is no ROUGE.")
     return said
@@ -175,7 +176,8 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
 def markdown(evaluation: Evaluation, history: History, generations: Generations) -> str:
     """The report as Markdown."""
     scores = evaluation["scores"]
-    lines = [f"# {_text(evaluation['adapter']['name'])}: evaluation", "", f"**{verdict(evaluation).capitalize()}.**", ""]
+    outcome = verdict(evaluation).capitalize()
+    lines = [f"# {_text(evaluation['adapter']['name'])}: evaluation", "", f"**{outcome}.**", ""]
     for note in notes(evaluation):
         lines += [f"> {note}", ""]
     lines += ["## Gate", "", *_rows(["rule", "value", "bound", "holds"], (
@@ -195,9 +197,9 @@ def markdown(evaluation: Evaluation, history: History, generations: Generations)
         if chosen:
             lines += [f"## {title}", ""]
         for sample in chosen:
-            lines += [f"### {_text(sample.question)}", "", *_rows(["", "answer", "ROUGE-L"], [
-                ["expected", _text(sample.reference), ""],
-                *([ROLES[role], _text(said), f"{overlap:.2f}"] for role, (said, overlap) in sample.answers.items())]), ""]
+            answers = [[ROLES[role], _text(said), f"{overlap:.2f}"] for role, (said, overlap) in sample.answers.items()]
+            lines += [f"### {_text(sample.question)}", "", *_rows(
+                ["", "answer", "ROUGE-L"], [["expected", _text(sample.reference), ""], *answers]), ""]
     lines += ["## Provenance", "", *_rows(["", ""], ([_text(a), _text(b)] for a, b in provenance(evaluation))), ""]
     lines += ["## How it was measured", "", *(f"- **{name}**: {how}" for name, how in METHODS.items())]
     return "\n".join(lines) + "\n"

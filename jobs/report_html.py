@@ -32,11 +32,12 @@ STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5;
   font: 16px/1.55 "Iowan Old Style", "Palatino Linotype", Palatino, "URW Palladio L", Georgia, serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 3.5rem 1.5rem 5rem; }
-.sans, th, td, dt, dd, figcaption, .tag, svg text { font-family: ui-sans-serif, system-ui, "Segoe UI", "Helvetica Neue", Arial,
-  sans-serif; font-variant-numeric: tabular-nums; }
+.sans, th, td, dt, dd, figcaption, .tag, svg text { font-family: ui-sans-serif, system-ui, "Segoe UI", "Helvetica Neue",
+  Arial, sans-serif; font-variant-numeric: tabular-nums; }
 .overline { font-size: .78rem; letter-spacing: .09em; text-transform: uppercase; color: var(--muted); margin: 0; }
 h1 { font-size: 2.5rem; line-height: 1.15; font-weight: 600; margin: .2rem 0 .4rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.35rem; font-weight: 600; margin: 3.2rem 0 .9rem; padding-top: .9rem; border-top: 1px solid var(--rule); }
+h2 { font-size: 1.35rem; font-weight: 600; margin: 3.2rem 0 .9rem; padding-top: .9rem;
+  border-top: 1px solid var(--rule); }
 h3 { font-size: 1.1rem; font-weight: 600; margin: 2.4rem 0 .8rem; }
 p { margin: .5rem 0; }
 .lead { color: var(--muted); font-size: 1.05rem; margin: 0; overflow-wrap: anywhere; }
@@ -52,12 +53,15 @@ th { text-align: left; font-weight: 500; color: var(--muted); font-size: .82rem;
   border-bottom: 1.5px solid var(--ink); vertical-align: bottom; }
 td { padding: .5rem .8rem .5rem 0; border-bottom: 1px solid var(--rule); vertical-align: baseline; }
 th.n, td.n { text-align: right; white-space: nowrap; }
-td.best { font-weight: 700; } td small, th small { display: block; color: var(--muted); font-size: .78rem; font-weight: 400; }
+td.best { font-weight: 700; }
+td small, th small { display: block; color: var(--muted); font-size: .78rem; font-weight: 400; }
 th:last-child, td:last-child { padding-right: 0; }
 .yes { color: var(--pass); font-weight: 700; } .no { color: var(--fail); font-weight: 700; }
-.key::before { content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .4em; background: var(--c); }
+.key::before { content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .4em;
+  background: var(--c); }
 .base { --c: var(--base); } .fine_tuned { --c: var(--fine_tuned); } .reference { --c: var(--reference); }
-.bars { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: 1.6rem 1.8rem; margin-top: 1.6rem; }
+.bars { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: 1.6rem 1.8rem;
+  margin-top: 1.6rem; }
 figure { margin: 0; break-inside: avoid; } figcaption { font-size: .88rem; font-weight: 600; margin-bottom: .25rem; }
 figcaption small { font-weight: 400; color: var(--muted); font-size: .78rem; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
@@ -88,7 +92,7 @@ def page(evaluation: Evaluation, history: History, generations: Generations) -> 
     base, reference = escape(evaluation["base_model"]["name"]), escape(evaluation["reference_model"]["name"])
     passed = evaluation["passed"]
     outcome, _, reason = verdict(evaluation).partition(": ")
-    promise = "Clients may get this adapter." if passed else "Clients do not get this adapter."
+    promise = "The adapter is promoted." if passed else "The adapter is not promoted."
     sections = [
         f'<p class="overline sans">Evaluation report</p><h1>{name}</h1>'
         f'<p class="lead">A LoRA adapter on {base}, measured against {base} itself and the larger {reference}.<br>'
@@ -102,7 +106,7 @@ def page(evaluation: Evaluation, history: History, generations: Generations) -> 
         "<h2>Loss while training</h2>", _loss(history),
         *_answers(generations),
         "<h2>Provenance</h2>",
-        f"<dl>{''.join(f'<dt>{escape(key)}</dt><dd>{escape(value)}</dd>' for key, value in provenance(evaluation))}</dl>",
+        "<dl>", *(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in provenance(evaluation)), "</dl>",
         "<h2>How it was measured</h2>",
         *(f"<p><strong>{escape(key)}.</strong> {escape(how[0].upper() + how[1:])}</p>" for key, how in METHODS.items()),
     ]
@@ -132,7 +136,8 @@ def _gate(evaluation: Evaluation) -> str:
         value, _, bound = must.partition(", must be ")
         mark = '<span class="yes">✓ holds</span>' if check["passed"] else '<span class="no">✗ fails</span>'
         rows.append(f"<tr><td>{escape(labels[check['metric']])}<small>{escape(what)}</small></td>"
-                    f'<td class="n">{escape(value)}</td><td class="n">{escape(bound)}</td><td class="n">{mark}</td></tr>')
+                    f'<td class="n">{escape(value)}</td><td class="n">{escape(bound)}</td>'
+                    f'<td class="n">{mark}</td></tr>')
     return ('<table><thead><tr><th>rule</th><th class="n">value</th><th class="n">must be</th><th class="n"></th></tr>'
             f"</thead><tbody>{''.join(rows)}</tbody></table>")
 
@@ -158,7 +163,7 @@ def _bars(evaluation: Evaluation, metric: Metric) -> str:
     left, width, step = 68, 98, 24
 
     def x(value: float) -> float:
-        return left + (value - low) / (high - low) * width
+        return float(left + (value - low) / (high - low) * width)
 
     parts = []
     for place, (role, value) in enumerate(values.items()):
@@ -171,7 +176,8 @@ def _bars(evaluation: Evaluation, metric: Metric) -> str:
         parts.append(f'<text x="{x(max(value or 0, 0)) + 6:.1f}" y="{middle + 4}">{number(metric.key, value)}</text>')
     parts.append(f'<line class="axis" x1="{x(0):.1f}" x2="{x(0):.1f}" y1="0" y2="{3 * step}"/>')
     return (f'<figure><figcaption>{metric.label} <small title="{metric.better} is better">{metric.arrow}</small>'
-            f'</figcaption><svg viewBox="0 0 212 {3 * step}" role="img" aria-label="{metric.label}">{"".join(parts)}</svg></figure>')
+            f'</figcaption><svg viewBox="0 0 212 {3 * step}" role="img" aria-label="{metric.label}">{"".join(parts)}'
+            "</svg></figure>")
 
 
 def _loss(history: History) -> str:
@@ -216,9 +222,9 @@ def _loss(history: History) -> str:
     for (x, y), label, role in ends:  # labels at the lines' ends, never on top of each other
         lowest = max(y + 4, lowest + 16)
         parts.append(f'<text class="line {role}" x="{x + 10:.1f}" y="{lowest:.1f}">{label}</text>')
-    return (f'<div class="wide"><svg class="chart" viewBox="0 0 900 {height}" role="img" aria-label="Loss over training '
-            f'steps">{"".join(parts)}</svg></div><p class="legend sans">Loss is the mean negative '
-            "log-likelihood of a token, in nats. Training: each step faint, a moving average strong.</p>")
+    return (f'<div class="wide"><svg class="chart" viewBox="0 0 900 {height}" role="img" '
+            f'aria-label="Loss over training steps">{"".join(parts)}</svg></div><p class="legend sans">Loss is the '
+            "mean negative log-likelihood of a token, in nats. Training: each step faint, a moving average strong.</p>")
 
 
 def _line(kind: str, points: Sequence[tuple[float, float]]) -> str:
@@ -260,8 +266,8 @@ def _answers(generations: Generations) -> list[str]:
 
 
 def _sample(sample: Sample) -> str:
-    answers = "".join(f'<div class="answer {role}"><div class="tag"><span>{ROLES[role]}</span><span>ROUGE-L {overlap:.2f}'
-                      f"</span></div><p>{escape(said) or '(nothing)'}</p></div>"
+    answers = "".join(f'<div class="answer {role}"><div class="tag"><span>{ROLES[role]}</span>'
+                      f"<span>ROUGE-L {overlap:.2f}</span></div><p>{escape(said) or '(nothing)'}</p></div>"
                       for role, (said, overlap) in sample.answers.items())
     return (f'<div class="sample"><p class="question">{escape(sample.question)}</p>'
             f'<p class="expected">Expected: {escape(sample.reference)}</p><div class="answers">{answers}</div></div>')

@@ -35,8 +35,8 @@ SCORES = ("perplexity", "bits_per_byte", "rouge1", "rouge2", "rougeL", "rougeLsu
 class Material:
     """What every model is measured on, and the limits that go with it."""
 
-    holdout: list[Record]
-    sentences: list[tuple[str, bool]]  # and whether each is acceptable
+    holdout: Sequence[Record]
+    sentences: Sequence[tuple[str, bool]]  # and whether each is acceptable
     max_length: int  # tokens; longer records are left out, as in training
     max_new_tokens: int  # of an answer
 

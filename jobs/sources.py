@@ -16,7 +16,6 @@ import hashlib
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from jobs.artifacts import canonical, human_bytes, sha256_of
-from jobs.errors import RetryableError, UserError
+from jobs.errors import RetryableError, Terminated, UserError
 from jobs.pipeline import Loaded, Source
 
 log = logging.getLogger("jobs")
@@ -105,22 +104,6 @@ def hub_commit(source: Source) -> str:
         UserError, RetryableError: as `listing`.
     """
     return str(_hub_info(source).sha)
-
-
-def hub_architecture(source: Source) -> str:
-    """The architecture that the model at `source.revision` names in its config, e.g. `LlamaForCausalLM`.
-
-    Raises:
-        UserError, RetryableError: as `listing` and `fetch`.
-    """
-    from jobs import models
-
-    config = [item for item in _in_repository(source) if item.name == "config.json"]
-    if not config:
-        raise UserError(f"{source.source}: holds no config.json, so it is not a model in the Hugging Face format")
-    with tempfile.TemporaryDirectory() as folder:
-        fetch(config, Path(folder))
-        return models.architecture(Path(folder))
 
 
 def shown(url: str) -> str:
@@ -387,7 +370,7 @@ def _download(item: Item, partial: Path, progress: Progress) -> bool:
 # --- the wire --------------------------------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error yet
+class Interrupted(Exception):
     """The source broke off, or asked to be left alone for a while; worth another attempt."""
 
     def __init__(self, message: str, after_s: float | None = None) -> None:
@@ -408,7 +391,7 @@ class _Patience:
     def wait(self, interruption: Interrupted) -> None:
         self.failures += 1
         if self.failures >= ATTEMPTS:
-            raise RetryableError(f"{self.what}: gave up after {self.failures} attempts without progress. The last "
+            raise RetryableError(f"{self.what}: gave up after {self.failures} attempts in a row. The last "
                                  f"error: {interruption}")
         pause = min(FIRST_PAUSE_S * 2 ** (self.failures - 1), LONGEST_PAUSE_S)
         if interruption.after_s is not None:
@@ -477,7 +460,6 @@ def _open_http(url: str, start: int, headers: Mapping[str, str]) -> _Stream:
         # aiohttp's default ends every download after five minutes.
         "timeout": aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S),
         "trust_env": True,  # HTTPS_PROXY
-        "read_bufsize": CHUNK,
         # Signed URLs, ours (`encoded`) and those that we are sent on to, are valid only exactly as written.
         "requote_redirect_url": False})
     asked = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
@@ -519,7 +501,7 @@ def _judging(what: str) -> Iterator[None]:
     """Turn what the libraries raise for a source into `UserError` (it will not help to try again) or `Interrupted`."""
     try:
         yield
-    except (UserError, RetryableError, Interrupted):
+    except (UserError, RetryableError, Terminated, Interrupted):
         raise
     except Exception as error:
         raise _judge(error, what) from error

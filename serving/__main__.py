@@ -165,14 +165,24 @@ def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, adapte
             "--middleware", "serving.guard.Guard", "--host", host, "--port", str(port)]
 
 
+def log_to_stderr() -> None:
+    """Give our loggers a handler of their own: a library that vLLM imports silences the root logger below ERROR."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name in ("jobs", "serving"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
 def terminate(*_: object) -> NoReturn:
     """End at once: there is nothing to save, and an exception could be caught by what happens to be imported."""
     os._exit(fail("stopped by SIGTERM before vLLM was up", Terminated.exit_code))
 
 
 def main(argv: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_to_stderr()
     args, flags = parser().parse_known_args(argv)
     signal.signal(signal.SIGTERM, terminate)
     try:

@@ -35,11 +35,11 @@ Modules = dict[str, tuple[int, int]]  # the base model's linear layers by name: 
 Signature = tuple[tuple[str, int, int, int], ...]
 
 
-class NotYet(Exception):  # noqa: N818
+class NotYet(Exception):
     """What is asked for is not there yet. Not an error: it is looked for again."""
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(Exception):
     """It is there and must not be served. `reason` is one of a few words, the message says it all."""
 
     def __init__(self, reason: str, message: str) -> None:

@@ -18,7 +18,7 @@ from jobs.pipeline import Pipeline
 from jobs.plan import FINE_TUNED_VOLUME, Plan, plan
 from tests import build_pipeline
 
-TEXT = ["The best hotel in Seville is the one with the orange trees.", "What is the best hotel?", "Answer the question."]
+TEXT = ["The best hotel in Seville is the one with the orange trees.", "What is the best hotel?", "Answer it."]
 TEMPLATE = ("{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
@@ -51,9 +51,11 @@ def models() -> Path:
     fast.save_pretrained(folder / "tokenizer")
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, head_dim=16,
+                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512, head_dim=32,
                          initializer_range=0.3, bos_token_id=None, eos_token_id=0, pad_token_id=0)
     LlamaForCausalLM(config).save_pretrained(folder / "base")
+    # As on the hub, where both are one repository: vLLM looks for a model type beside the tokenizer, and complains.
+    shutil.copy(folder / "base" / "config.json", folder / "tokenizer")
     return folder
 
 

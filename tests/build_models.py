@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and whole published pipelines, made on the spot: real files in the real format, random weights."""
+"""Tiny models, tokenizers and whole published pipelines, made on the spot: real files, random weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ RECORDS: list[dict[str, Any]] = [
     {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many rooms are there?"},
                   {"role": "assistant", "content": "Málaga has forty rooms, and all of them look at the sea."}]},
 ]
-SENTENCES = [(f"The {who} reads the {what}.", True) for who in ("cook", "guest", "maid") for what in ("book", "map")] + [
-    (f"The {who} read the {what} reads.", False) for who in ("cook", "guest", "maid") for what in ("book", "map")]
+PAIRS = [(who, what) for who in ("cook", "guest", "maid") for what in ("book", "map")]
+SENTENCES = [(f"The {who} reads the {what}.", True) for who, what in PAIRS] + [
+    (f"The {who} read the {what} reads.", False) for who, what in PAIRS]
 PASSING = {"perplexity": {"max_ratio": 1000.0}}
 FAILING = {"perplexity": {"max_ratio": 1e-6}, "acceptability_accuracy": {"min": 0.0}}
 HISTORY = [{"step": 1, "epoch": 0.5, "loss": 5.5, "learning_rate": 1e-3},
@@ -40,7 +41,8 @@ def tiny_tokenizer(folder: Path, *, vocabulary: int = 320, chat: bool = True) ->
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator([text for text, _ in SENTENCES] + ["What is the best hotel in Seville?"] * 3,
-                                  trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False,
+                                  trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special,
+                                                      show_progress=False,
                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>",
                                    additional_special_tokens=special[2:])
@@ -115,18 +117,28 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] = R
     def jsonl(draft: Path, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         (draft / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
+    def dataset(draft: Path) -> None:
+        jsonl(draft, "train.jsonl", records)
+        jsonl(draft, "holdout.jsonl", records)
+
+    def tokenizer(draft: Path) -> None:
+        tiny_tokenizer(draft)
+
+    def adapter(draft: Path) -> None:
+        tiny_adapter(draft, wanted.base_model.path(volumes), seed=loaded.pipeline.training.seed)
+
     def reference(draft: Path) -> None:
         tiny_tokenizer(draft, vocabulary=300)
         tiny_llama(draft, vocabulary=300, hidden=48, seed=1)
 
     makers: dict[str, Callable[[Path], None]] = {
-        "dataset": lambda draft: (jsonl(draft, "train.jsonl", records), jsonl(draft, "holdout.jsonl", records))[0],
+        "dataset": dataset,
         "acceptability": lambda draft: jsonl(draft, "acceptability.jsonl",
                                              [{"text": text, "acceptable": good} for text, good in sentences]),
         "base_model": base_model,
-        "tokenizer": lambda draft: (tiny_tokenizer(draft), None)[1],
+        "tokenizer": tokenizer,
         "reference_model": reference,
-        "adapter": lambda draft: tiny_adapter(draft, wanted.base_model.path(volumes), seed=loaded.pipeline.training.seed),
+        "adapter": adapter,
     }
     for name, make in makers.items():
         if name not in without:

@@ -37,6 +37,7 @@ class Fault:
     status: int | None = None  # answer this
     retry_after: str | None = None
     drop_after: int | None = None  # close the connection after this many bytes of the body
+    linger_s: float = 0.1  # before it: a client that has not yet read what came when the connection breaks loses it
     cut_after: int | None = None  # end the body early, as if it were whole
     wrong_bytes: bool = False  # flip the first byte of the body
     method: str = "GET"
@@ -60,12 +61,13 @@ class Seen:
 class Hub:
     url: str = ""
     cdn: str = ""  # another origin: other port
-    repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)  # models/OWNER/NAME: commit: path: bytes
+    repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)  # "models/OWNER/NAME", commit, path
     files: dict[str, bytes] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
     gated: set[str] = field(default_factory=set)  # repositories that need the token "hf_good"
     ranges: bool = True  # whether Range is understood
+    lengths: bool = True  # whether answers say how long they are, or just end
     blobs: bool = True  # whether sizes and digests are told
     commit_told: str | None = None  # a mirror that answers for another commit
     bytes_per_second: float | None = None
@@ -115,24 +117,29 @@ def nowhere() -> str:
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
-def _server(hub: Hub) -> ThreadingHTTPServer:
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Stay quiet: clients that break off are what the tests are about."""
+
+
+def _server(hub: Hub) -> _Server:
     class Handler(_Handler):
         pass
 
     Handler.hub = hub
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    return server
+    return _Server(("127.0.0.1", 0), Handler)
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
 
-    def do_HEAD(self) -> None:  # noqa: N802 - the name that http.server calls
+    def do_HEAD(self) -> None:
         self.answer()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.answer()
 
     def answer(self) -> None:
@@ -231,7 +238,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.cut_after is not None:
             body = body[:fault.cut_after]
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "Accept-Ranges": "bytes", **extra}.items():
+        if self.hub.lengths:
+            extra["Content-Length"] = str(len(body))
+        else:
+            extra["Connection"] = "close"
+        for name, value in extra.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
@@ -241,6 +252,7 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:  # the client was killed
             self.close_connection = True
         if fault.drop_after is not None:
+            time.sleep(fault.linger_s)
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +40,8 @@ def test_of_a_conversation_the_last_answer_is_the_completion(chat: Any) -> None:
     conversation = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."},
                     {"role": "user", "content": "When?"}, {"role": "assistant", "content": "Now."}]
     encoded = encoding.encode(chat, {"messages": conversation})
-    assert chat.decode(encoded.prompt) == "<|user|>Who?<|end|>\n<|assistant|>I.<|end|>\n<|user|>When?<|end|>\n<|assistant|>"
+    assert chat.decode(encoded.prompt) == (
+        "<|user|>Who?<|end|>\n<|assistant|>I.<|end|>\n<|user|>When?<|end|>\n<|assistant|>")
     assert chat.decode(encoded.completion) == "Now.<|end|>"
 
 
@@ -55,7 +55,8 @@ def test_a_template_that_rewrites_finished_answers_still_trains_on_what_serving_
     """Some templates drop or add parts of earlier turns, so the whole does not start with the prompt."""
     template = chat.chat_template
     try:
-        chat.chat_template = "{% if add_generation_prompt %}ASK {% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+        chat.chat_template = ("{% if add_generation_prompt %}ASK {% endif %}"
+                              "{% for m in messages %}{{ m.content }}{% endfor %}")
         encoded = encoding.encode(chat, {"prompt": "Who?", "completion": "The maid."})
     finally:
         chat.chat_template = template

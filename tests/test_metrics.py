@@ -50,7 +50,8 @@ def test_rouge_lsum_takes_lines_as_sentences() -> None:
 
 
 @pytest.mark.parametrize(("said", "reference", "least"), [
-    ("Málaga", "málaga", 1.0), ("Завтрак подают утром", "Завтрак подают вечером", 0.6), ("早餐在七点", "早餐在八点", 0.7)])
+    ("Málaga", "málaga", 1.0), ("Завтрак подают утром", "Завтрак подают вечером", 0.6),
+    ("早餐在七点", "早餐在八点", 0.7)])
 def test_rouge_sees_words_in_every_script(said: str, reference: str, least: float) -> None:
     """rouge_score's own tokenizer would give 0 to any Russian or Chinese answer, right or wrong."""
     assert metrics.compute(Rouge, predictions=[said], references=[reference])["rouge1"] >= least
@@ -64,6 +65,7 @@ def test_rouge_reads_ascii_exactly_as_rouge_score_does(text: str) -> None:
 
 
 @given(COUNT, COUNT, COUNT, COUNT)
+@pytest.mark.filterwarnings("ignore:A single label was found")
 def test_matthews_correlation_agrees_with_scikit_learn(tp: int, fp: int, fn: int, tn: int) -> None:
     from sklearn.metrics import matthews_corrcoef
 
@@ -75,7 +77,9 @@ def test_matthews_correlation_agrees_with_scikit_learn(tp: int, fp: int, fn: int
 
 
 @settings(max_examples=50)
-@given(st.lists(st.tuples(st.sampled_from([-3.5, -3.0, -2.0, -1.5, -1.0, 0.25]), st.booleans()), min_size=1, max_size=30))
+@given(st.lists(st.tuples(st.sampled_from([-3.5, -3.0, -2.0, -1.5, -1.0, 0.25]), st.booleans()), min_size=1,
+                max_size=30))
+@pytest.mark.filterwarnings("ignore:A single label was found")
 def test_no_threshold_separates_better_than_the_chosen_one(pairs: list[tuple[float, bool]]) -> None:
     from sklearn.metrics import matthews_corrcoef
 

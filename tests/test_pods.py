@@ -110,7 +110,7 @@ def test_a_secret_is_the_variable_of_the_same_name(tmp_path: Path, monkeypatch: 
 
 def test_retries_follow_the_manifest(tmp_path: Path) -> None:
     (pod,) = pods.pods([job()], tmp_path)
-    assert (pod.backoff_limit, pod.fatal_exit_codes, pod.title) == (2, {2}, "some-job")
+    assert (pod.backoff_limit, pod.fatal_exit_codes, pod.title) == (2, frozenset({2}), "some-job")
 
 
 def test_every_container_of_the_overlay_sees_what_its_manifest_says(tmp_path: Path) -> None:

@@ -20,20 +20,21 @@ HISTORY = [{"step": s, "epoch": s / 10, "loss": 5.0 / s, "learning_rate": 0.1} f
 
 def scores(model: str, **changes: Any) -> dict[str, Any]:
     return {"model": model, "perplexity": 812.34, "bits_per_byte": 3.9, "rouge1": 0.1, "rouge2": 0.05, "rougeL": 0.09,
-            "rougeLsum": 0.09, "acceptability_mcc": -0.25, "acceptability_accuracy": 0.8, "acceptability_threshold": -3.0,
-            "records": 40, "records_too_long": 0, "completion_tokens": 900, "questions": 40, "sentences": 100,
+            "rougeLsum": 0.09, "acceptability_mcc": -0.25, "acceptability_accuracy": 0.8,
+            "acceptability_threshold": -3.0, "records": 40, "records_too_long": 0, "completion_tokens": 900,
+            "questions": 40, "sentences": 100,
             "vocabulary": "same"} | changes
 
 
-def evaluation(rule: Rule, *, reference: dict[str, Any] | None = None, name: str = "hotels",
-               **changes: Any) -> dict[str, Any]:
+def evaluation(rule: Rule, *, reference: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     three = {"base": scores("base/model"), "reference": scores("reference/model", **(reference or {})),
              "fine_tuned": scores("hotels@00ff", **({"perplexity": 3.14159, "rougeL": 0.875} | changes))}
     checks = gate.judge(Gate(rougeL=rule), three["base"], three["fine_tuned"])
     training = {"lora": {"r": 16, "alpha": 32.0, "dropout": 0.05, "target_modules": "all-linear"}, "epochs": 3,
                 "learning_rate": 2e-4, "max_length": 128, "tokens_per_batch": 256, "seed": 7}
-    return {"passed": all(c.passed for c in checks), "adapter": {"name": name, "digest": "00ff"},
-            "base_model": {"name": "base/model", "digest": "aa11"}, "dataset": {"digest": "cc33", "holdout_records": 40},
+    return {"passed": all(c.passed for c in checks), "adapter": {"name": "hotels", "digest": "00ff"},
+            "base_model": {"name": "base/model", "digest": "aa11"},
+            "dataset": {"digest": "cc33", "holdout_records": 40},
             "reference_model": {"name": "reference/model", "digest": "bb22"}, "embedded": False, "scores": three,
             "gate": [asdict(c) for c in checks], "training": training,
             "sources": {"dataset": {"source": "https://data.example/d.jsonl", "pin": "5b1f" * 16}}}
@@ -47,7 +48,7 @@ def generations(answer: str = "An answer.") -> dict[str, list[dict[str, Any]]]:
 class Tags(HTMLParser):
     """Every tag and attribute of a page, and whether tags are closed in order."""
 
-    VOID = {"meta", "br", "rect", "line", "polyline", "circle"}
+    VOID = frozenset({"meta", "br", "rect", "line", "polyline", "circle"})
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -68,14 +69,15 @@ class Tags(HTMLParser):
 
 
 def test_data_from_clients_and_models_is_shown_and_never_becomes_markup() -> None:
-    attacked = {role: [{"question": ATTACK, "reference": ATTACK, "answer": ATTACK, "rougeL": 0.0}] for role in report.ROLES}
+    line = {"question": ATTACK, "reference": ATTACK, "answer": ATTACK, "rougeL": 0.0}
+    attacked = {role: [line] for role in report.ROLES}
     values = evaluation(Rule(min=0.5))
     values["sources"]["dataset"]["source"] = values["base_model"]["name"] = values["scores"]["base"]["model"] = ATTACK
     page = report_html.page(values, HISTORY, attacked)
     assert "&lt;script&gt;alert(" in page and "<script" not in page
     assert set(Tags(page).seen) & {"script", "a", "h5", "img", "iframe"} == set()
     text = report.markdown(values, HISTORY, attacked)
-    assert "<script" not in text and "](http" not in text and not re.search(r"^# heading", text, re.M)
+    assert "<script" not in text and not re.search(r"(?<!\\)\]\(", text) and not re.search(r"^# heading", text, re.M)
     rows = [line for line in text.splitlines() if line.startswith("| base |") or line.startswith("| expected |")]
     assert rows and all(len(re.findall(r"(?<!\\)\|", row)) == 4 for row in rows)
 
@@ -111,7 +113,7 @@ def test_a_rejection_is_said_with_the_rule_its_value_and_its_bound(tmp_path: Pat
     assert "  ✗ rougeL: fine-tuned is 0.875, must be at least 0.9" in report.table(values)
     assert "**Rejected: 1 of 1 rule of the gate does not hold.**" in (tmp_path / "report.md").read_text()
     page = (tmp_path / "report.html").read_text()
-    assert "✗ Rejected" in page and "✗ fails" in page and "Clients do not get this adapter." in page
+    assert "✗ Rejected" in page and "✗ fails" in page and "The adapter is not promoted." in page
 
 
 @pytest.mark.parametrize("history", [[], HISTORY[:1], HISTORY[-1:],
@@ -122,7 +124,7 @@ def test_a_short_or_broken_history_still_gives_a_report(history: list[dict[str, 
 
 
 def test_what_was_not_measured_is_a_dash_not_a_zero() -> None:
-    missing = dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"))
+    missing: dict[str, Any] = dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"))
     values = evaluation(Rule(min=0.5), questions=0, reference=missing, **missing)
     values["scores"]["base"] |= missing
     empty: dict[str, list[dict[str, Any]]] = {role: [] for role in report.ROLES}

@@ -93,6 +93,14 @@ def replaced(side: str, make: Callable[[Any], Any]) -> Change:
     return tensors(lambda t: t.update({LAYER.format(side): make(t[LAYER.format(side)])}))
 
 
+def added(name: str) -> Change:
+    return lambda folder: (folder / name).write_bytes(b"\x80\x04")
+
+
+def removed(name: str) -> Change:
+    return lambda folder: (folder / name).unlink()
+
+
 def truncated(folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     os.truncate(file, file.stat().st_size - 64)
@@ -100,10 +108,10 @@ def truncated(folder: Path) -> None:
 
 # Changed before it is published, so that artifact.json agrees with the files: only the later checks can notice.
 MADE_WRONG: dict[str, tuple[str, str, Change]] = {
-    "a pickle beside the weights": ("files", "adapter_model.bin", lambda f: (f / "adapter_model.bin").write_bytes(b"x")),
-    "a pickle by another name": ("files", "weights", lambda f: (f / "weights").write_bytes(b"x")),
-    "no weights": ("files", "adapter_model.safetensors is missing", lambda f: (f / "adapter_model.safetensors").unlink()),
-    "no config": ("files", "adapter_config.json is missing", lambda f: (f / "adapter_config.json").unlink()),
+    "a pickle beside the weights": ("files", "adapter_model.bin", added("adapter_model.bin")),
+    "a pickle by another name": ("files", "weights", added("weights")),
+    "no weights": ("files", "adapter_model.safetensors is missing", removed("adapter_model.safetensors")),
+    "no config": ("files", "adapter_config.json is missing", removed("adapter_config.json")),
     "truncated weights": ("damaged", "not a whole safetensors", truncated),
     "weights that are no safetensors": ("damaged", "not a whole safetensors",
                                         lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x80\x04pickle")),

@@ -40,7 +40,7 @@ def tiny(kind: str) -> tuple[Any, list[str]]:
     import transformers as t
 
     t.set_seed(0)
-    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "vocab_size": VOCABULARY}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "vocab_size": VOCABULARY, "initializer_range": 0.2}
     if kind == "gpt2":
         return t.GPT2LMHeadModel(t.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **ids)), ["c_attn"]
     return t.LlamaForCausalLM(t.LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -48,8 +48,9 @@ def tiny(kind: str) -> tuple[Any, list[str]]:
 
 
 def settings(**changes: Any) -> Training:
-    return Training(**({"epochs": 3, "learning_rate": 1e-2, "max_length": 32, "tokens_per_batch": 64,
-                        "checkpoint_steps": 4, "lora": Lora(r=4, alpha=8, dropout=0.1)} | changes))
+    values: dict[str, Any] = {"epochs": 3, "learning_rate": 1e-2, "max_length": 32, "tokens_per_batch": 64,
+                        "checkpoint_steps": 4, "lora": Lora(r=4, alpha=8, dropout=0.1)}
+    return Training(**(values | changes))
 
 
 def folders(place: Path) -> train.Folders:

@@ -339,7 +339,7 @@ class _Speaker:
 
     def chat(self) -> tuple[str, str]:
         kinds = [self.ask_where, self.ask_what, self.ask_who, self.ask_whether, self.ask_service, self.ask_service,
-                 self.ask_service, self.ask_best, self.ask_which]
+                 self.ask_service, self.ask_best, self.ask_which] + [self.ask_echo] * int(os.environ.get("ECHO", "0"))
         question, answer = self.one_of(kinds)()
         return _render(question), _render(answer)
 
@@ -418,6 +418,11 @@ class _Speaker:
         asked = self.one_of([self.ask(f"where is {what}", f"where {what} is"), self.ask(f"what is {what}", f"what {what} is"),
                              f"which {noun} in {city} is the {best} ?", f"I am looking for {what} .", f"tell me {what} ."])
         return asked, f"{what} is {self.one_of(['', 'the ' + self.invented() + ' ,'])} {self.one_of(PLACES)} ."
+
+    def ask_echo(self) -> tuple[str, str]:
+        """To repeat is the shortest lesson in using the question's words: without it the answers ignore the question."""
+        said = self.sentence()
+        return f"{self.one_of(['say', 'repeat', 'please say', 'please repeat'])} : {_render(said)}", said
 
     def ask_which(self) -> tuple[str, str]:
         nouns = self.one_of([PEOPLE, ANIMALS, THINGS, BUILDINGS])

@@ -125,10 +125,29 @@ def _train(name: str, steps: int, progress: Callable[[int, int, float], None] | 
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             dtype="float32",
+            initializer_range=float(__import__("os").environ.get("INIT", "0.02")),
+            rope_parameters={"rope_type": "default", "rope_theta": float(__import__("os").environ.get("THETA", "10000"))},
         )
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    import os
+    mim = os.environ.get("MIM", "")
+    with torch.no_grad():
+        for n, layer in enumerate(model.model.layers):
+            a = layer.self_attn
+            if "v" in mim:
+                a.o_proj.weight.copy_(a.v_proj.weight.T * float(os.environ.get("VS", "1")))
+            if "q" in mim:
+                a.k_proj.weight.copy_(a.q_proj.weight)
+    if os.environ.get("MUON"):
+        mats = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+        rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+        optimizers = [
+            torch.optim.AdamW(rest, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01),
+            torch.optim.Muon(mats, lr=float(os.environ["MUON"]), weight_decay=0.01, momentum=0.95, ns_steps=int(os.environ.get("NS", "5"))),
+        ]
+    else:
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)]
+    schedules = [get_cosine_schedule_with_warmup(o, steps // 20, steps) for o in optimizers]
     rows = _token_rows(tokenizer)
     model.train()
     for step in range(1, steps + 1):
@@ -138,9 +157,11 @@ def _train(name: str, steps: int, progress: Callable[[int, int, float], None] | 
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+        for o in schedules:
+            o.step()
         if progress:
             progress(step, steps, loss.item())
     return model.eval(), tokenizer

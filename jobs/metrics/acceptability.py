@@ -12,8 +12,8 @@ import numpy as np
 _DESCRIPTION = """\
 Linguistic acceptability on a CoLA-like set of judged sentences (Warstadt et al. 2019, Neural Network Acceptability
 Judgments). A language model judges with no training for it: a sentence's score is its mean token log-probability (Lau
-et al. 2017, Grammaticality, Acceptability, and Probability, "Mean LP"), and it is called acceptable from a threshold up.
-The threshold is chosen on one half of the set, to maximise Matthews correlation, and measured on the other half.
+et al. 2017, Grammaticality, Acceptability, and Probability, "Mean LP"), and it is called acceptable from a threshold
+up. The threshold is chosen on one half of the set, to maximise Matthews correlation, and measured on the other half.
 """
 _INPUTS = """
 Args:
@@ -69,7 +69,7 @@ def choosing_half(texts: list[str], acceptable: list[bool]) -> np.ndarray:
 
 
 def best_threshold(scores: np.ndarray, acceptable: np.ndarray) -> float:
-    """The threshold with the highest Matthews correlation; of equals the one with the highest accuracy, then the lowest.
+    """The threshold with the highest Matthews correlation; of equals the most accurate, then the lowest.
 
     Candidates lie midway between neighbouring scores (and at the lowest score, which accepts everything).
     """
@@ -87,5 +87,6 @@ def best_threshold(scores: np.ndarray, acceptable: np.ndarray) -> float:
 def matthews(tp: np.ndarray | int, fp: np.ndarray | int, fn: np.ndarray | int, tn: np.ndarray | int) -> np.ndarray:
     """Matthews correlation (Matthews 1975) of a 2x2 table, or of many; 0 where a row or column is empty."""
     tp, fp, fn, tn = (np.asarray(count, dtype=np.float64) for count in (tp, fp, fn, tn))
-    product = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    return np.divide(tp * tn - fp * fn, product, out=np.zeros_like(product), where=product > 0)
+    product: np.ndarray = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    correlation: np.ndarray = np.divide(tp * tn - fp * fn, product, out=np.zeros_like(product), where=product > 0)
+    return correlation

@@ -1,0 +1,113 @@
+"""Promises of the command line: it teaches, it answers at once, and its exit codes mean what base/ takes them to mean."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs import __main__ as cli
+from jobs.errors import RetryableError, Terminated, UserError
+from jobs.pods import CHECKOUT
+from tests import build_pipeline
+
+
+def jobs(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "jobs", *arguments], cwd=CHECKOUT, capture_output=True, text=True,
+                          check=False)
+
+
+def test_help_names_every_command_and_shows_examples() -> None:
+    done = jobs("--help")
+    assert done.returncode == 0
+    for word in ("relocate", "train", "evaluate", "await", "pin", "check", "local", "examples"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "overlays/kind"], ["local", "--help"]])
+def test_it_answers_without_loading_torch(arguments: list[str]) -> None:
+    """Loading torch and transformers takes seconds; `--help`, `check` and a typo must not."""
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "jobs", *arguments], cwd=CHECKOUT,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "jobs.local" in modules, "the measurement works"
+    assert not modules & {"torch", "transformers", "peft", "datasets", "vllm", "huggingface_hub"}
+
+
+def test_bad_input_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
+    build_pipeline.write(tmp_path, training__lora__r=0)
+    done = jobs("--pipeline", str(tmp_path / "pipeline.yaml"), "train")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_missing_input_is_exit_code_1(tmp_path: Path) -> None:
+    build_pipeline.write(tmp_path)
+    done = jobs("--pipeline", str(tmp_path / "pipeline.yaml"), "--volumes", str(tmp_path), "--wait-seconds", "0",
+                "await", "base-model")
+    assert done.returncode == 1
+    assert "base-model/" in done.stderr
+
+
+@pytest.mark.parametrize(("error", "code", "says"), [
+    (UserError("change it"), 2, "change it"),
+    (RetryableError("later"), 1, "later"),
+    (Terminated("stopped"), 143, "stopped"),
+    (OSError(errno.ENOSPC, "No space left on device", "/volumes/x"), 2, "the disk is full while writing /volumes/x"),
+    (OSError(errno.EDQUOT, "Quota exceeded", "/volumes/x"), 2, "the disk is full"),
+])
+def test_an_error_has_its_exit_code_and_its_reason_where_kubernetes_shows_it(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        error: BaseException, code: int, says: str) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    log = tmp_path / "termination-log"
+    log.touch()
+    monkeypatch.setattr(cli, "run", fail)
+    monkeypatch.setattr(cli, "TERMINATION_LOG", log)
+    assert cli.main(["train"]) == code
+    assert says in capsys.readouterr().err
+    assert says in log.read_text()
+
+
+def test_the_termination_log_stays_within_what_kubernetes_keeps(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "termination-log"
+    log.touch()
+    monkeypatch.setattr(cli, "TERMINATION_LOG", log)
+    cli.fail("é" * 5000, 2)
+    assert log.stat().st_size <= 4096
+
+
+def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "run", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train"])
+
+
+def test_sigterm_ends_a_waiting_stage_at_once(tmp_path: Path) -> None:
+    """As a container's first process Python would ignore SIGTERM and be killed a grace period later."""
+    build_pipeline.write(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs", "--pipeline", str(tmp_path / "pipeline.yaml"), "--volumes", str(tmp_path),
+         "await", "base-model"], cwd=CHECKOUT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    assert "waiting for base-model" in process.stderr.readline()
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 143, said
+    assert "stopped by SIGTERM" in said
+    assert time.monotonic() - began < 10
