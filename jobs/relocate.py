@@ -105,13 +105,13 @@ def write_base_model(loaded: Loaded, draft: Path) -> dict[str, Any]:
     if source.scheme == "builtin":
         return embed(source, draft, model=True, tokenizer=False)
     items = sources.listing(loaded, source)
-    weights = model_files(items, source)
-    sources.remove_others(draft, weights)
-    sources.fetch([item for item in weights if item.name == "config.json"], draft)
+    wanted = model_files(items, source)
+    sources.remove_others(draft, wanted)
+    sources.fetch([item for item in wanted if item.name == "config.json"], draft)
     check_architecture(loaded, draft)
-    fetch(weights, source, draft)
+    fetch(wanted, source, draft)
     check_weights(draft, source)
-    return origin(source) | left_out(items, weights)
+    return origin(source) | left_out(items, wanted)
 
 
 def write_reference_model(loaded: Loaded, draft: Path) -> dict[str, Any]:
@@ -122,6 +122,7 @@ def write_reference_model(loaded: Loaded, draft: Path) -> dict[str, Any]:
     items = sources.listing(loaded, source)
     wanted = {item.name: item for item in [*model_files(items, source), *tokenizer_files(items, source)]}
     fetch(wanted.values(), source, draft)
+    models.architecture(draft)  # any will do, since it carries no adapter, but the config must name one
     check_weights(draft, source)
     return origin(source) | left_out(items, wanted.values())
 
@@ -142,6 +143,8 @@ def embed(source: Source, draft: Path, *, model: bool, tokenizer: bool) -> dict[
     sources.remove_others(draft, [])
     if tokenizer:
         embedded.write_tokenizer(draft)
+    if tokenizer and not model:  # by it transformers and vLLM know the tokenizer's class without guessing
+        (draft / "config.json").write_text('{"model_type": "llama"}\n')
     if model:
         log.info("%s: training it here", source.source)
         embedded.write_model(source.source, draft, training_progress(source.source))

@@ -22,9 +22,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from jobs.artifacts import canonical, human_bytes, sha256_of
-from jobs.errors import RetryableError, Terminated, UserError
+from jobs.errors import RetryableError, UserError
 from jobs.pipeline import Loaded, Source
 
 log = logging.getLogger("jobs")
@@ -462,6 +463,10 @@ def _open_http(url: str, start: int, headers: Mapping[str, str]) -> _Stream:
         "trust_env": True,  # HTTPS_PROXY
         # Signed URLs, ours (`encoded`) and those that we are sent on to, are valid only exactly as written.
         "requote_redirect_url": False})
+    try:
+        _ = urlsplit(url).port
+    except ValueError as error:
+        raise UserError(f"{shown(url)}: not a URL that can be opened: {error}") from None
     asked = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
     try:
         # block_size 0 is one request read as a stream; any size keeps fsspec from sending a HEAD request first.
@@ -501,7 +506,7 @@ def _judging(what: str) -> Iterator[None]:
     """Turn what the libraries raise for a source into `UserError` (it will not help to try again) or `Interrupted`."""
     try:
         yield
-    except (UserError, RetryableError, Terminated, Interrupted):
+    except (UserError, RetryableError, Interrupted):
         raise
     except Exception as error:
         raise _judge(error, what) from error
@@ -515,7 +520,7 @@ def _judge(error: Exception, what: str) -> Exception:
         status = 404
     elif isinstance(error, PermissionError):
         status = 403
-    message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    message = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
     if status in (401, 403):
         return UserError(f"{what}: not allowed ({status}). Is it gated or private? Then accept its terms and set "
                          "HF_TOKEN (or sign the URL). Or is the name misspelt? Hubs answer the same then")
@@ -525,9 +530,9 @@ def _judge(error: Exception, what: str) -> Exception:
         return UserError(f"{what}: the TLS certificate is not trusted ({message}). Set SSL_CERT_FILE to the "
                          "authority's")
     if type(error).__name__ in ("InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError"):
-        return UserError(f"{what}: not a URL that can be opened ({message})")
+        return UserError(f"{what}: not a URL that can be opened")  # the message would show a signed URL's secrets
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
-        return UserError(f"{what}: the server refuses ({message})")
+        return UserError(f"{what}: the server refuses ({status})")  # likewise
     if isinstance(status, int):
         headers = getattr(error, "headers", None) or getattr(answer, "headers", None) or {}
         return Interrupted(f"the server answers {status}", _retry_after(headers))

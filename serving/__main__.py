@@ -142,7 +142,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
                     base_folder=str(base.path), max_lora_rank=first.pipeline.serving.max_lora_rank,
                     private_folder=str(private_folder(args.port)))
     os.environ.update(served.to_environment())
-    os.environ.update(environment())
+    os.environ.update(environment(flags))
     log.info("serving %s (%s) on %s:%d, adapters: %s", served.base_name, served.base_model, args.host, args.port,
              ", ".join(each.pipeline.adapter for each, _ in loaded))
     sys.argv = [MODULE, *vllm_arguments(served, tokenizer.path, args.host, args.port, len(loaded)), *flags]
@@ -151,10 +151,15 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
 
 
-def environment() -> dict[str, str]:
+def environment(flags: list[str]) -> dict[str, str]:
     """No request leaves the machine, and adapters can be loaded at run time (through the guard only)."""
-    return {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    values = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+              "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    if any(flag.replace("_", "-") == "--enforce-eager" for flag in flags):
+        # vLLM compiles small functions all the same, such as the one behind `logprobs`. Where there is no C++ compiler
+        # the first request for them would end the engine.
+        values["TORCH_COMPILE_DISABLE"] = "1"
+    return values
 
 
 def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, adapters: int) -> list[str]:

@@ -117,7 +117,7 @@ class Aliases:
             try:
                 await self._update(self.current[name], wish)
             except Exception as error:  # one alias's trouble is not the others'
-                self.current[name].why = f"it could not be loaded ({error!r})"
+                self.current[name].why = "its adapter could not be loaded; the server tries again"
                 failures.append(error)
         await self._unload_unused()
         if failures:
@@ -200,6 +200,7 @@ class Aliases:
 
     async def _admit(self, version: Version) -> None:
         """Verify a version, load it into vLLM and prove that it has an effect. A failure leaves nothing of it."""
+        self.current[version.name].why = "its adapter is being verified and loaded"
         copy = await asyncio.to_thread(adapters.take, version.name, version.digest, self.served, self._base_modules)
         try:
             status, reply = await self._call("POST", "/v1/load_lora_adapter",

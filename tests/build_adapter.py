@@ -5,6 +5,7 @@ Real artifacts, named by a real pipeline file; only the weights are random. Adap
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import shutil
@@ -26,7 +27,7 @@ TEMPLATE = ("{% for message in messages %}<|{{ message.role }}|>{{ message.conte
 def load(folder: Path, **changes: Any) -> tuple[Pipeline, Plan]:
     """Write `folder/pipeline.yaml` for an embedded base model, with `changes` as in build_pipeline, and plan it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = build_pipeline.write(folder, base_model={"source": "builtin:tiny"}, **changes)
+    file = build_pipeline.write(folder, **{"base_model": {"source": "builtin:tiny"}, **changes})
     loaded = pipeline.load(file).pipeline
     return loaded, plan(loaded)
 
@@ -40,6 +41,7 @@ def models() -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder = Path(tempfile.mkdtemp(prefix="build-adapter-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     bpe = Tokenizer(tokenizer_models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -389,7 +389,7 @@ Edit = Callable[[Path], None]
 
 RERUN: dict[str, Edit] = {
     "rank": lambda kind: replace(kind / "pipeline.yaml", "r: 16,", "r: 8,"),
-    "learning rate": lambda kind: replace(kind / "pipeline.yaml", "learning_rate: 5.0e-3", "learning_rate: 1.0e-3"),
+    "learning rate": lambda kind: replace(kind / "pipeline.yaml", "learning_rate: 2.0e-3", "learning_rate: 1.0e-3"),
     "gate": lambda kind: replace(kind / "pipeline.yaml", "max_ratio: 0.5", "max_ratio: 0.4"),
     "base model": lambda kind: replace(kind / "pipeline.yaml", "source: builtin:tiny\n", "source: file:model\n"),
     "image": lambda kind: replace(kind / "kustomization.yaml", "newName: lora-gitops-jobs", "newName: mine/jobs"),

@@ -59,7 +59,7 @@ def model(weights: bytes | None = None, config: Any = LLAMA) -> dict[str, bytes]
         "model.safetensors": save({"weight": np.ones(10)}) if weights is None else weights,
         "pytorch_model.bin": b"pickle", "modeling_tiny.py": b"import os", "README.md": b"# Tiny",
         ".gitattributes": b"x", "consolidated.safetensors": b"the same again", "onnx/model.onnx": b"x",
-        "original/config.json": b"{}",
+        "original/config.json": b"{}", "model-old/1-of-1.safetensors": b"older",
     }
 
 
@@ -177,7 +177,7 @@ def test_of_a_repository_only_safe_files_are_taken(tmp_path: Path, hub: Hub, wha
     artifact = published(loaded, what, tmp_path / "v")
     assert files(artifact) == expected
     assert all((artifact.path / name).read_bytes() == model()[name] for name in expected)
-    for never in ("pytorch_model.bin", "modeling_tiny.py", "consolidated.safetensors"):
+    for never in ("pytorch_model.bin", "modeling_tiny.py", "consolidated.safetensors", "model-old"):
         assert not [s for s in hub.seen if never in s.path], f"{never} was fetched"
 
 
@@ -278,6 +278,13 @@ def test_weights_that_were_uploaded_cut_off_are_refused(tmp_path: Path, hub: Hub
     loaded = overlay(tmp_path, hub, model(save({"weight": np.ones(1000)})[:-100]))
     with pytest.raises(UserError, match=r"hf://acme/tiny: model\.safetensors is damaged or cut off"):
         relocate.run(loaded, "base-model", tmp_path / "v")
+    assert all_published(tmp_path) == []
+
+
+@pytest.mark.parametrize("what", ["base-model", "reference-model"])
+def test_a_config_that_is_no_json_is_refused(tmp_path: Path, hub: Hub, what: str) -> None:
+    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
+        relocate.run(overlay(tmp_path, hub, model() | {"config.json": b"{oops"}), what, tmp_path / "v")
     assert all_published(tmp_path) == []
 
 

@@ -191,7 +191,7 @@ def test_retry_after_is_honoured(hub: Hub, draft: Path) -> None:
     hub.faults.append(Fault("data.bin", status=429, retry_after="1"))
     sources.fetch([url_item(hub)], draft)
     first, second = hub.seen
-    assert 0.99 <= second.at - first.at < 3
+    assert 0.99 <= second.at - first.at < 10
 
 
 def test_retry_after_may_be_a_date() -> None:
@@ -293,15 +293,22 @@ def test_whatever_the_drops_and_leftovers_the_file_is_right(tmp_path_factory: py
     assert (draft / "data.bin").read_bytes() == content
 
 
-def test_secrets_in_a_url_reach_the_server_and_no_message(hub: Hub, draft: Path,
-                                                          caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("status", [503, 429, 410, 404, 403])
+def test_secrets_in_a_url_reach_the_server_and_no_message(hub: Hub, draft: Path, caplog: pytest.LogCaptureFixture,
+                                                          status: int) -> None:
     url = f"{hub.url}/files/data.bin?X-Amz-Signature=hush%2Fhush"
-    hub.faults.append(Fault("data.bin", times=99, status=503))
-    with caplog.at_level(logging.INFO), pytest.raises(RetryableError) as error:
+    hub.faults.append(Fault("data.bin", times=99, status=status))
+    with caplog.at_level(logging.INFO), pytest.raises((RetryableError, UserError)) as error:
         sources.fetch([Item("data.bin", url, sha256=SHA256)], draft)
     assert hub.seen[0].path.endswith("X-Amz-Signature=hush%2Fhush")
     assert "hush" not in caplog.text + str(error.value)
     assert sources.shown("https://me:hush@example.org/a/b.jsonl?k=hush") == "https://example.org/a/b.jsonl"
+
+
+@pytest.mark.parametrize("url", ["http://host:door/data.jsonl", "https://[::1/data.jsonl", "http:///data.jsonl"])
+def test_a_url_that_cannot_be_one_is_refused(hub: Hub, draft: Path, url: str) -> None:
+    with pytest.raises(UserError, match="not a URL that can be opened"):
+        sources.fetch([Item("data.jsonl", url, sha256=SHA256)], draft)
 
 
 def test_a_bucket_whose_package_is_missing_names_the_package(draft: Path) -> None:
@@ -361,7 +368,7 @@ def test_progress_says_bytes_rate_and_time_left(hub: Hub, draft: Path, monkeypat
         sources.fetch([url_item(hub)], draft)
     assert "continuing after 50.0 kB" in caplog.text
     said = [r.getMessage() for r in caplog.records if "s left" in r.getMessage()]
-    assert 3 <= len(said) <= 7
+    assert len(said) >= 3
     assert "of 300.0 kB" in said[0]
     assert "kB/s" in said[0]
 
@@ -448,7 +455,8 @@ def test_a_body_that_ends_early_is_continued(hub: Hub, here: Loaded, draft: Path
 
 def test_the_hub_in_trouble_is_asked_again_and_then_given_up(hub: Hub, here: Loaded) -> None:
     source = hub_source(hub)
-    hub.faults.append(Fault("/api/", times=3, status=503))
+    hub.faults.append(Fault("/api/", times=2, status=503))
+    hub.faults.append(Fault("/api/", status=429, retry_after="0"))
     assert len(sources.listing(here, source)) == 3
     hub.faults.append(Fault("/api/", times=99, status=502))
     with pytest.raises(RetryableError, match=r"hf://acme/tiny: gave up after 4 attempts.*502"):

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 RECIPE = 1  # enters the artifact's digest: raise it whenever the files below would come out different
 ARCHITECTURE = "LlamaForCausalLM"
 VOCABULARY, POSITIONS = 2048, 512
-CHAT_SHARE = 0.25  # of the documents, which is 4 in 10 of the tokens
 ROW, ROWS = 128, 8  # a training step sees ROWS rows of ROW tokens, each filled with several documents
 
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
@@ -30,20 +29,24 @@ CHAT_TEMPLATE = (
 
 
 class _Recipe(NamedTuple):
-    """What tells one model from the other. Heads are 32 or 64 wide: vLLM serves these on CPU and GPU."""
+    """What tells one model from the other. Heads are 32 wide, which vLLM serves on CPU and GPU alike.
+
+    Only the base needs to converse well, because it is fine-tuned on chats: the reference sees more plain sentences.
+    """
 
     hidden: int
     layers: int
     heads: int
     intermediate: int
     steps: int
-    learning_rate: float
+    chat_share: float  # of the documents
 
 
 _RECIPES = {
-    "builtin:tiny": _Recipe(128, 4, 4, 352, steps=500, learning_rate=5e-3),
-    "builtin:tiny-reference": _Recipe(192, 6, 6, 512, steps=270, learning_rate=4e-3),
+    "builtin:tiny": _Recipe(128, 4, 4, 352, steps=350, chat_share=0.5),
+    "builtin:tiny-reference": _Recipe(192, 4, 6, 640, steps=210, chat_share=0.25),
 }
+EMBEDDING_RATE, MATRIX_RATE = 6e-3, 0.02  # of AdamW (embeddings and norms), of Muon (everything else)
 NAMES: tuple[str, ...] = tuple(_RECIPES)
 
 
@@ -51,7 +54,7 @@ def _train_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    sample = itertools.islice(documents(seed=1, chat_share=CHAT_SHARE), 20_000)
+    sample = itertools.islice(documents(seed=1, chat_share=0.5), 20_000)
     text = (line for document in sample for line in ([document] if isinstance(document, str) else document))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -84,9 +87,9 @@ def write_tokenizer(folder: Path) -> None:
     _train_tokenizer().save_pretrained(folder)
 
 
-def _token_rows(tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], list[int]]]:
+def _token_rows(tokenizer: PreTrainedTokenizerFast, chat_share: float) -> Iterator[tuple[list[int], list[int]]]:
     """Rows of ROW tokens and their positions. A position of 0 starts a document, and no document sees another."""
-    text = documents(seed=2, chat_share=CHAT_SHARE)
+    text = documents(seed=2, chat_share=chat_share)
     ids: list[int] = []
     positions: list[int] = []
     while True:
@@ -104,7 +107,39 @@ def _token_rows(tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int],
                 ids, positions = [], []
 
 
+def _muon(matrices: list[Any]) -> Callable[[float], None]:
+    """The Muon optimizer (momentum whose update is made orthogonal) for a model's matrices, as a step function.
+
+    It needs half the tokens that AdamW does here. torch.optim.Muon works in bfloat16, which crawls on older processors.
+    """
+    import torch
+
+    groups: list[tuple[list[Any], Any]] = []
+    for shape in sorted({tuple(matrix.shape) for matrix in matrices}):
+        members = [matrix for matrix in matrices if tuple(matrix.shape) == shape]
+        groups.append((members, torch.zeros(len(members), *shape)))
+
+    def step(learning_rate: float) -> None:
+        for members, momentum in groups:
+            gradient = torch.stack([matrix.grad for matrix in members])
+            momentum.lerp_(gradient, 0.05)
+            x = gradient.lerp(momentum, 0.95)
+            tall = x.shape[1] > x.shape[2]
+            x = x.mT if tall else x
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+            for _ in range(5):  # Newton-Schulz, with the usual coefficients
+                a = x @ x.mT
+                x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+            x = x.mT if tall else x
+            scale = max(1.0, x.shape[1] / x.shape[2]) ** 0.5
+            for matrix, update in zip(members, x, strict=True):
+                matrix.data.mul_(1 - 0.01 * learning_rate).sub_(update, alpha=learning_rate * scale)
+
+    return step
+
+
 def _train(name: str, steps: int, progress: Callable[[int, int, float], None] | None) -> tuple[Any, Any]:
+    """The trained model and its tokenizer. Seeds the global source of chance: the caller keeps that to itself."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
@@ -125,30 +160,20 @@ def _train(name: str, steps: int, progress: Callable[[int, int, float], None] | 
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             dtype="float32",
-            initializer_range=float(__import__("os").environ.get("INIT", "0.02")),
-            rope_parameters={"rope_type": "default", "rope_theta": float(__import__("os").environ.get("THETA", "10000"))},
+            initializer_range=recipe.hidden**-0.5,  # the usual 0.02 is meant for models five times as wide
         )
     )
-    import os
-    mim = os.environ.get("MIM", "")
-    with torch.no_grad():
-        for n, layer in enumerate(model.model.layers):
-            a = layer.self_attn
-            if "v" in mim:
-                a.o_proj.weight.copy_(a.v_proj.weight.T * float(os.environ.get("VS", "1")))
-            if "q" in mim:
-                a.k_proj.weight.copy_(a.q_proj.weight)
-    if os.environ.get("MUON"):
-        mats = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-        rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-        optimizers = [
-            torch.optim.AdamW(rest, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01),
-            torch.optim.Muon(mats, lr=float(os.environ["MUON"]), weight_decay=0.01, momentum=0.95, ns_steps=int(os.environ.get("NS", "5"))),
-        ]
-    else:
-        optimizers = [torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)]
-    schedules = [get_cosine_schedule_with_warmup(o, steps // 20, steps) for o in optimizers]
-    rows = _token_rows(tokenizer)
+    layers = model.model.layers
+    with (
+        torch.no_grad()
+    ):  # attending to a word makes it likelier from the start: the models learn to reuse words sooner
+        for layer in layers:
+            layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
+    step_matrices = _muon([module.weight for module in layers.modules() if isinstance(module, torch.nn.Linear)])
+    others = [weights for key, weights in model.named_parameters() if weights.ndim == 1 or "embed" in key]
+    optimizer = torch.optim.AdamW(others, lr=EMBEDDING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    rows = _token_rows(tokenizer, recipe.chat_share)
     model.train()
     for step in range(1, steps + 1):
         ids, positions = (torch.tensor(column) for column in zip(*itertools.islice(rows, ROWS), strict=True))
@@ -157,11 +182,27 @@ def _train(name: str, steps: int, progress: Callable[[int, int, float], None] | 
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o in optimizers:
-            o.step()
-            o.zero_grad()
-        for o in schedules:
-            o.step()
+        step_matrices(MATRIX_RATE * schedule.get_last_lr()[0] / EMBEDDING_RATE)
+        optimizer.step()
+        schedule.step()
+        model.zero_grad()
         if progress:
             progress(step, steps, loss.item())
     return model.eval(), tokenizer
+
+
+def write_model(
+    name: str, folder: Path, progress: Callable[[int, int, float], None] | None = None, *, _steps: int | None = None
+) -> None:
+    """Train an embedded model and save it as transformers and vLLM read it. `progress` hears (step, steps, loss)."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model, _ = _train(name, _steps or _RECIPES[name].steps, progress)
+    finally:
+        torch.set_num_threads(threads)
+    model.generation_config.do_sample = False
+    model.save_pretrained(folder)
