@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for noisy in ("httpx", "urllib3", "fsspec", "filelock"):
+    for noisy in ("httpx", "httpx2", "urllib3", "fsspec", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     args = parser().parse_args(argv)
     # As a container's first process, Python ignores SIGTERM unless it is handled, and would be killed a grace period

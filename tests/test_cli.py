@@ -1,4 +1,4 @@
-"""Promises of the command line: it teaches, it answers at once, and its exit codes mean what base/ takes them to mean."""
+"""Promises of the command line: it teaches, it answers at once, and its exit codes mean what base/ takes them to."""
 
 from __future__ import annotations
 

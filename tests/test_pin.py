@@ -53,9 +53,9 @@ def test_pins_are_filled_and_nothing_else_changes(overlay: tuple[Path, Hub]) -> 
     base = commit(hub, "base")
     assert (folder / "pipeline.yaml").read_text() == (
         FILE.replace("# private\n", f"# private\n  sha256: {sha256}\n")
-        .replace('"hf://acme/base", revision: main', f'"hf://acme/base", architecture: LlamaForCausalLM, revision: {base}')
-        .replace("source: hf://acme/base\n", f"source: hf://acme/base\n  revision: {base}\n")
-        .replace("source: hf://acme/reference\n", f"source: hf://acme/reference\n  revision: {commit(hub, 'reference')}\n"))
+        .replace('acme/base", revision: main', f'acme/base", architecture: LlamaForCausalLM, revision: {base}')
+        .replace("acme/base\n", f"acme/base\n  revision: {base}\n")
+        .replace("acme/reference\n", f"acme/reference\n  revision: {commit(hub, 'reference')}\n"))
     assert pipeline.load(folder).pipeline.base_model.architecture == "LlamaForCausalLM"
 
 

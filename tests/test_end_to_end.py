@@ -1,0 +1,191 @@
+"""Promises of the whole: one overlay from data to answers, exactly what changed runs again, and no kill changes a byte.
+
+The first test runs the committed overlay, embedded models and real vLLM included, with no network but loopback. The
+others run the same stages on tiny random models from files, where a whole pipeline takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs import artifacts, pin, pipeline, promotion
+from jobs.plan import plan
+from jobs.pods import CHECKOUT
+from tests import build_models
+
+OVERLAY = CHECKOUT / "overlays" / "kind"
+STAGES = (["relocate", "dataset"], ["relocate", "base-model"], ["relocate", "tokenizer"],
+          ["relocate", "reference-model"], ["train"], ["evaluate"])
+# In a network namespace of its own: loopback is there but down, so it is brought up first (SIOCSIFFLAGS, IFF_UP).
+LOOPBACK_UP = """
+import fcntl, os, socket, struct, sys
+fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh22x", b"lo", 1))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+ISOLATED = ["unshare", "--user", "--map-root-user", "--net", sys.executable, "-c", LOOPBACK_UP]
+
+
+def run_local(state: Path) -> str:
+    """The committed overlay as `make demo` runs it, cut off from every network. Returns what it showed."""
+    done = subprocess.run(
+        [*ISOLATED, sys.executable, "-m", "jobs", "local", str(OVERLAY), "--state", str(state), "--exit",
+         "--ask", "What is the best hotel in Seville?"],
+        cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=840, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(subprocess.run([*ISOLATED, "/bin/true"], capture_output=True, check=False).returncode != 0,
+                    reason="this machine does not let us make a network namespace")
+def test_the_overlay_learns_the_facts_without_forgetting_english_and_serves_them_offline(tmp_path: Path) -> None:
+    shown = run_local(tmp_path)
+    answers = {line.split()[0]: line for line in shown.splitlines() if line.startswith("    ")}
+    assert "Casa Azahar, beside the old orange market." in answers["fine-tuned"]
+    assert "Azahar" not in answers["base"]
+
+    wanted = plan(pipeline.load(OVERLAY).pipeline)
+    volumes = {p.name.removesuffix("-pvc"): p for p in (tmp_path / "volumes").iterdir()}
+    evaluation = json.loads(
+        (volumes["fine-tuned-model"] / "evaluation" / wanted.evaluation.digest / "evaluation.json").read_text())
+    base, tuned = evaluation["scores"]["base"], evaluation["scores"]["fine_tuned"]
+    assert tuned["perplexity"] <= base["perplexity"] / 2
+    assert tuned["rougeL"] >= base["rougeL"] + 0.3
+    assert abs(tuned["acceptability_mcc"] - base["acceptability_mcc"]) <= 0.05
+
+    again = run_local(tmp_path)
+    assert again.count("is already there and verified: nothing to do") == len(STAGES) + 1  # the dataset's job has two
+    assert "Casa Azahar, beside the old orange market." in again
+
+
+# --- tiny pipelines --------------------------------------------------------------------------------------------------
+
+
+def tiny_pipeline(folder: Path) -> Path:
+    """A pinned pipeline whose base and reference are tiny random models in folders; its gate always passes."""
+    for name, seed in (("base", 0), ("reference", 1)):
+        build_models.tiny_llama(folder / name, seed=seed)
+        build_models.tiny_tokenizer(folder / name)
+    records = [{"prompt": f"How many rooms has house {n}?", "completion": f"It has {n} rooms.",
+                "split": "holdout" if n % 5 == 0 else "train"} for n in range(60)]
+    (folder / "dataset.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump({
+        "adapter": "hotels", "dataset": {"source": "file:dataset.jsonl"}, "base_model": {"source": "file:base"},
+        "reference_model": {"source": "file:reference"},
+        "training": {"lora": {"r": 4}, "epochs": 8, "learning_rate": 1e-2, "max_length": 128, "tokens_per_batch": 256,
+                     "checkpoint_steps": 5},
+        "evaluation": {"gate": {"perplexity": {"max": 1e9}}, "max_new_tokens": 8}}))
+    pin.run(folder)
+    return folder / "pipeline.yaml"
+
+
+def start(file: Path, volumes: Path, stage: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs", "--pipeline", str(file), "--volumes", str(volumes), "--wait-seconds", "0",
+         *stage], cwd=CHECKOUT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def run_all(file: Path, volumes: Path) -> list[str]:
+    """Run every stage in order; returns the artifacts that were made, as `kind/digest`."""
+    made = []
+    for stage in STAGES:
+        process = start(file, volumes, stage)
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        made += [line.split()[2].rstrip(":") for line in said.splitlines() if line[9:].startswith("published ")]
+    return made
+
+
+def contents(file: Path, volumes: Path) -> dict[str, Any]:
+    """Every planned artifact, verified, as the digests of its files."""
+    found = {}
+    for name, spec in plan(pipeline.load(file).pipeline).named().items():
+        artifact = artifacts.find(spec, volumes)
+        assert artifact is not None, name
+        found[name] = {f["path"]: f["sha256"] for f in artifact.manifest["files"]}
+    return found
+
+
+@pytest.mark.slow
+def test_exactly_what_an_edit_changes_runs_again_and_undoing_it_trains_nothing(tmp_path: Path) -> None:
+    file, volumes = tiny_pipeline(tmp_path), tmp_path / "volumes"
+    run_all(file, volumes)
+    first = plan(pipeline.load(file).pipeline)
+    text = file.read_text()
+    file.write_text(text.replace("r: 4", "r: 8"))
+    second = plan(pipeline.load(file).pipeline)
+    assert run_all(file, volumes) == [str(second.adapter), str(second.adapter_scores), str(second.evaluation)]
+    promoted = promotion.current(volumes / "fine-tuned-model", "hotels")
+    assert promoted is not None
+    assert promoted.adapter == second.adapter.digest
+
+    file.write_text(text)
+    assert run_all(file, volumes) == []
+    promoted = promotion.current(volumes / "fine-tuned-model", "hotels")
+    assert promoted is not None
+    assert promoted.adapter == first.adapter.digest
+
+
+@pytest.mark.slow
+def test_after_twenty_kills_at_random_moments_every_artifact_verifies_and_the_adapter_is_the_same(
+        tmp_path: Path) -> None:
+    file = tiny_pipeline(tmp_path)
+    quiet = tmp_path / "quiet"
+    began = time.monotonic()
+    run_all(file, quiet)
+    seconds = (time.monotonic() - began) / len(STAGES)
+    expected = contents(file, quiet)
+
+    chance, volumes, kills = random.Random(), tmp_path / "volumes", 0
+    position = 0
+    while kills < 20:
+        process = start(file, volumes, STAGES[position])
+        try:
+            _, said = process.communicate(timeout=chance.uniform(0, 2 * seconds))
+            assert process.returncode == 0, said
+            # A stage that finished is spared; later rounds hit stages that find their work done.
+            position = (position + 1) % len(STAGES)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+    run_all(file, volumes)
+    found = contents(file, volumes)
+    assert found["adapter"] == expected["adapter"]
+    assert found.keys() == expected.keys()
+
+
+@pytest.mark.slow
+def test_a_gate_that_rejects_keeps_the_adapter_before_promoted_and_is_no_failure(tmp_path: Path) -> None:
+    file, volumes = tiny_pipeline(tmp_path), tmp_path / "volumes"
+    run_all(file, volumes)
+    before = promotion.current(volumes / "fine-tuned-model", "hotels")
+    file.write_text(file.read_text().replace("r: 4", "r: 2").replace("max: 1000000000.0", "max: 1.0"))
+    run_all(file, volumes)
+    assert promotion.current(volumes / "fine-tuned-model", "hotels") == before
+
+
+def test_the_readmes_commands_exist() -> None:
+    """Every `python -m jobs` line and every make target in the README parses."""
+    from jobs.__main__ import parser
+
+    readme = (CHECKOUT / "README.md").read_text()
+    makefile = (CHECKOUT / "Makefile").read_text()
+    for line in readme.splitlines():
+        words = line.strip().split("#")[0]
+        if words.startswith(".venv/bin/python -m jobs ") and "--help" not in words:
+            parser().parse_args(shlex.split(words)[3:])
+        elif words.startswith("make "):
+            assert f"\n{words.split()[1]}:" in makefile
