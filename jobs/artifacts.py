@@ -219,6 +219,7 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
         draft.mkdir(exist_ok=True)
         started = datetime.now(UTC)
         about = write(draft)
+        _open_to_readers(draft)
         _sync(draft)  # the bytes that are hashed below are the bytes on the disk
         manifest: dict[str, Any] = {
             "kind": spec.kind, "digest": spec.digest, "spec": dict(spec.spec), "inputs": dict(spec.inputs),
@@ -279,6 +280,13 @@ def write_atomically(file: Path, text: str) -> None:
         os.fsync(stream.fileno())
     draft.replace(file)
     _sync_folder(file.parent)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """safetensors writes files that only their owner may read; the pod that serves them may be another user."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():  # `listing` refuses it; what it points to is not ours to change
+            path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _sync(folder: Path) -> None:

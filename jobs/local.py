@@ -114,8 +114,9 @@ async def _present(runner: Runner, pipeline: Pipeline, args: argparse.Namespace)
     volumes, endpoint = runner.state / "volumes", runner.url(INFERENCE)
     evaluation = summary.read(pipeline, volumes)
     print(summary.evaluation(evaluation), flush=True)
-    if args.ask and evaluation["passed"]:
+    if not args.exit or (args.ask and evaluation["passed"]):
         await runner.ready(INFERENCE)
+    if args.ask and evaluation["passed"]:
         print(await asyncio.to_thread(summary.ask, pipeline, endpoint, args.ask), flush=True)
     elif args.ask:
         print("The gate did not pass: the adapter is not served, so there is nothing to ask it.", flush=True)

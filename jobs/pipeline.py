@@ -79,6 +79,9 @@ def _check_source(source: Source, schemes: tuple[Scheme, ...], builtin: tuple[st
     if source.scheme == "builtin" and source.source not in builtin:
         raise PydanticCustomError("source", "{source} is not embedded; allowed: {allowed}",
                                   {"source": source.source, "allowed": ", ".join(builtin)})
+    if source.scheme == "hf" and source.location.startswith("datasets/") != ("https" in schemes):
+        shape = "hf://datasets/OWNER/NAME, with a path or glob behind it" if "https" in schemes else "hf://OWNER/NAME"
+        raise PydanticCustomError("source", "{source} must be {shape}", {"source": source.source, "shape": shape})
     if source.revision and source.sha256:
         raise PydanticCustomError("pin", "has two pins; keep `revision` for hf:// or `sha256` for all else", {})
     wrong = "sha256" if source.scheme == "hf" else "revision"

@@ -42,6 +42,14 @@ def test_a_published_artifact_says_what_it_is(tmp_path: Path) -> None:
     assert artifacts.find(SPEC, tmp_path) is not None
 
 
+def test_whoever_mounts_the_volume_can_read_an_artifact(tmp_path: Path) -> None:
+    def private(folder: Path) -> None:
+        (folder / "weights").write_text("w")
+        (folder / "weights").chmod(0o600)
+
+    assert (artifacts.publish(SPEC, tmp_path, private, keep=3).path / "weights").stat().st_mode & 0o777 == 0o644
+
+
 def test_the_digest_is_the_sha256_of_canonical_json() -> None:
     """Anyone can compute it: this value came from `printf … | sha256sum`."""
     assert Spec("v", "k", {"b": 1, "a": 2}).digest == "8e8e6ff105c1d12b"

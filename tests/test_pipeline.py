@@ -47,6 +47,8 @@ def test_an_overlays_folder_stands_for_its_file(tmp_path: Path) -> None:
     ({"base_model__revision": "main"}, "is not pinned: `revision: main` is not a commit of 40 hex digits"),
     ({"base_model__sha256": build_pipeline.SHA256}, "has two pins"),
     ({"base_model__source": "ftp://x/y"}, "ftp://x/y is not a source; allowed: hf://OWNER/NAME, file:PATH"),
+    ({"base_model__source": "hf://datasets/acme/data"}, "hf://datasets/acme/data must be hf://OWNER/NAME"),
+    ({"dataset": {"source": "hf://acme/data"}}, "hf://acme/data must be hf://datasets/OWNER/NAME"),
     ({"base_model": {"source": "builtin:huge"}}, "builtin:huge is not embedded; allowed: builtin:tiny"),
     ({"tokenizer": {"revision": build_pipeline.COMMIT}}, "tokenizer: has a pin but no `source`"),
     ({"evaluation__gate": {}}, "evaluation.gate: is empty: an adapter would be served unproven"),
