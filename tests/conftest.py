@@ -1,4 +1,4 @@
-"""Keeps test modules from each other: a stage that runs in the test's process sets variables for that process, for ever."""
+"""Keeps test modules from each other: a stage that runs in the test's process sets variables for it, for ever."""
 
 from __future__ import annotations
 
