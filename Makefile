@@ -2,7 +2,7 @@
 # make test    lint, types and all tests
 # Everything is installed into .venv by the first of them (about 3 GB, once).
 
-PYTHON ?= python3
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 BIN := .venv/bin
 TORCH := torch==2.13.0
 OVERLAY ?= overlays/kind
@@ -14,7 +14,7 @@ EXIT ?= $(shell test -t 0 || echo --exit)
 .DELETE_ON_ERROR:
 
 demo: setup
-	$(BIN)/python -m jobs local $(OVERLAY) --ask "$(QUESTION)" $(EXIT)
+	$(BIN)/python -m jobs local $(OVERLAY) --ask "$(QUESTION)" $(EXIT) $(ARGS)
 
 test: setup
 	$(BIN)/ruff check .
