@@ -1,9 +1,10 @@
 """The aliases: which adapter version answers under which name, kept up to date without hurting a request.
 
-vLLM knows an adapter as NAME@DIGEST; clients say NAME. A task looks twice a second at the pipeline files and promotions.
-A new version is verified, loaded beside the old one, proven by a probe, and only then does the alias move, between two
-requests. Requests under way keep the version they began with; the old version is unloaded after the last of them.
-Whatever goes wrong, the version before keeps serving; an alias without a version is never answered by the base model.
+vLLM knows an adapter as NAME@DIGEST; clients say NAME. A task looks twice a second at the pipeline files and
+promotions. A new version is verified, loaded beside the old one, proven by a probe, and only then does the alias move,
+between two requests. Requests under way keep the version they began with; the old version is unloaded after the last of
+them. Whatever goes wrong, the version before keeps serving; an alias without a version is never answered by the base
+model.
 """
 
 from __future__ import annotations
