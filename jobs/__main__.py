@@ -50,18 +50,18 @@ def parser() -> argparse.ArgumentParser:
                      help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
     top.add_argument("--wait-seconds", type=float, default=float(os.environ.get("WAIT_SECONDS", 6 * 3600)),
                      metavar="S", help="how long a stage waits for its inputs (default: $WAIT_SECONDS, else 6 hours)")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of the above")
 
-    relocate = commands.add_parser("relocate", help="bring a source onto its volume, verified against its pin")
+    relocate = commands.add_parser("relocate", description="bring a source onto its volume, verified against its pin")
     relocate.add_argument("what", choices=RELOCATABLE)
-    commands.add_parser("train", help="train the LoRA adapter; resumes after a kill")
-    commands.add_parser("evaluate", help="measure the three models, write the report, pass or reject the adapter")
-    wait = commands.add_parser("await", help="wait until artifacts are there and verify them")
+    commands.add_parser("train", description="train the LoRA adapter; resumes after a kill")
+    commands.add_parser("evaluate", description="measure the three models, write the report, pass or reject the adapter")
+    wait = commands.add_parser("await", description="wait until artifacts are there and verify them")
     wait.add_argument("artifacts", nargs="+", choices=AWAITABLE, metavar="ARTIFACT", help=", ".join(AWAITABLE))
 
-    pin = commands.add_parser("pin", help="fill or refresh the pins of an overlay's pipeline.yaml")
-    check = commands.add_parser("check", help="validate an overlay offline")
-    local = commands.add_parser("local", help="run an overlay as local processes", formatter_class=raw)
+    pin = commands.add_parser("pin", description="fill or refresh the pins of an overlay's pipeline.yaml")
+    check = commands.add_parser("check", description="validate an overlay offline")
+    local = commands.add_parser("local", description="run an overlay as local processes", formatter_class=raw)
     for command in (pin, check, local):
         command.add_argument("overlay", type=Path, help="the overlay's folder, e.g. overlays/kind")
     pin.add_argument("--update", action="store_true", help="also move pins that are there to the newest revision")

@@ -164,10 +164,8 @@ def _train(name: str, steps: int, progress: Callable[[int, int, float], None] | 
         )
     )
     layers = model.model.layers
-    with (
-        torch.no_grad()
-    ):  # attending to a word makes it likelier from the start: the models learn to reuse words sooner
-        for layer in layers:
+    with torch.no_grad():
+        for layer in layers:  # attending to a word makes it likelier from the start: reusing words is learned sooner
             layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
     step_matrices = _muon([module.weight for module in layers.modules() if isinstance(module, torch.nn.Linear)])
     others = [weights for key, weights in model.named_parameters() if weights.ndim == 1 or "embed" in key]
