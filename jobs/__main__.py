@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     relocate = commands.add_parser("relocate", description="bring a source onto its volume, verified against its pin")
     relocate.add_argument("what", choices=RELOCATABLE)
     commands.add_parser("train", description="train the LoRA adapter; resumes after a kill")
-    commands.add_parser("evaluate", description="measure the three models, write the report, pass or reject the adapter")
+    commands.add_parser("evaluate", description="measure the models, write the report, pass or reject the adapter")
     wait = commands.add_parser("await", description="wait until artifacts are there and verify them")
     wait.add_argument("artifacts", nargs="+", choices=AWAITABLE, metavar="ARTIFACT", help=", ".join(AWAITABLE))
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.artifacts import canonical
+from jobs.download import require_space
 from jobs.errors import UserError
-from jobs.sources import require_space, visible_files
+from jobs.sources import visible_files
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 TRAIN, HOLDOUT, STATISTICS = "train.jsonl", "holdout.jsonl", "statistics.json"

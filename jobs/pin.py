@@ -49,7 +49,7 @@ def run(overlay: Path, *, update: bool = False) -> None:
 
 def pins(loaded: Loaded, name: str, source: Source, *, update: bool) -> dict[str, str]:
     """The pins that `source`, which stands under the key `name`, should have."""
-    from jobs import sources
+    from jobs import download, sources
 
     if source.scheme == "builtin":
         return {}
@@ -67,16 +67,16 @@ def pins(loaded: Loaded, name: str, source: Source, *, update: bool) -> dict[str
         if name == "base_model":
             found["architecture"] = hub_architecture(loaded, source.model_copy(update={"revision": commit}))
         return found
-    return {"sha256": sources.url_sha256(source.source)}
+    return {"sha256": download.url_sha256(source.source)}
 
 
 def hub_architecture(loaded: Loaded, source: Source) -> str:
     """The architecture that a hub model's `config.json` names, so that `check` can judge it offline."""
-    from jobs import models, sources
+    from jobs import download, models, sources
 
     config = [item for item in sources.listing(loaded, source) if item.name == "config.json"]
     with tempfile.TemporaryDirectory() as folder:
-        sources.fetch(config, Path(folder))
+        download.fetch(config, Path(folder))
         return models.architecture(Path(folder))
 
 

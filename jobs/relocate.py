@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs import dataset, models, sources
+from jobs import dataset, download, models, sources
 from jobs.artifacts import Artifact, human_bytes, publish
+from jobs.download import Item
 from jobs.errors import UserError
 from jobs.pipeline import Loaded, Source
 from jobs.plan import plan
-from jobs.sources import Item
 
 log = logging.getLogger("jobs")
 
@@ -67,7 +67,7 @@ def write_dataset(loaded: Loaded, draft: Path) -> dict[str, Any]:
     facts = dataset.split(fetch_data(loaded, source, draft), source.holdout, draft)
     shutil.rmtree(draft / RAW)
     records = facts["records"]
-    log.info("%s: %d records to train on, %d held out by %s, %d duplicates", sources.shown(source.source),
+    log.info("%s: %d records to train on, %d held out by %s, %d duplicates", download.shown(source.source),
              records["train"], records["holdout"], facts["split_by"], facts["duplicates"])
     return origin(source) | facts
 
@@ -78,7 +78,7 @@ def write_acceptability(loaded: Loaded, draft: Path) -> dict[str, Any]:
     if source.scheme == "builtin":
         from jobs import embedded
 
-        sources.remove_others(draft, [])
+        download.remove_others(draft, [])
         dataset.write_pairs(embedded.acceptability_pairs(), draft)
         return origin(source)
     facts = dataset.judge(fetch_data(loaded, source, draft), draft)
@@ -90,7 +90,7 @@ def fetch_data(loaded: Loaded, source: Source, draft: Path) -> list[dataset.File
     """Fetch the files of records that a source holds into the draft's raw folder, and nothing else."""
     items = sources.listing(loaded, source)
     files = dataset.known([dataset.File(draft / RAW / item.name, item.name) for item in items],
-                          sources.shown(source.source))
+                          download.shown(source.source))
     names = {file.name for file in files}
     fetch([replace(item, name=f"{RAW}/{item.name}") for item in items if item.name in names], source, draft)
     return files
@@ -106,8 +106,8 @@ def write_base_model(loaded: Loaded, draft: Path) -> dict[str, Any]:
         return embed(source, draft, model=True, tokenizer=False)
     items = sources.listing(loaded, source)
     wanted = model_files(items, source)
-    sources.remove_others(draft, wanted)
-    sources.fetch([item for item in wanted if item.name == "config.json"], draft)
+    download.remove_others(draft, wanted)
+    download.fetch([item for item in wanted if item.name == "config.json"], draft)
     check_architecture(loaded, draft)
     fetch(wanted, source, draft)
     check_weights(draft, source)
@@ -140,7 +140,7 @@ def embed(source: Source, draft: Path, *, model: bool, tokenizer: bool) -> dict[
     """Make an embedded model, or its tokenizer, on the spot."""
     from jobs import embedded
 
-    sources.remove_others(draft, [])
+    download.remove_others(draft, [])
     if tokenizer:
         embedded.write_tokenizer(draft)
     if tokenizer and not model:  # by it transformers and vLLM know the tokenizer's class without guessing
@@ -236,17 +236,17 @@ def check_weights(folder: Path, source: Source) -> None:
 def fetch(items: Iterable[Item], source: Source, draft: Path) -> None:
     """Bring exactly `items` into the draft; whatever else an interrupted run left there goes."""
     items = list(items)
-    sources.remove_others(draft, items)
+    download.remove_others(draft, items)
     sizes = [item.size for item in items if item.size is not None]
     size = human_bytes(sum(sizes)) if len(sizes) == len(items) else "unknown size"
-    log.info("%s at %s: fetching %s (%s)", sources.shown(source.source), source.pin,
+    log.info("%s at %s: fetching %s (%s)", download.shown(source.source), source.pin,
              items[0].name if len(items) == 1 else f"{len(items)} files", size)
-    sources.fetch(items, draft)
+    download.fetch(items, draft)
 
 
 def origin(source: Source) -> dict[str, Any]:
     """Where an artifact came from, for people; a URL without its secrets."""
-    return {"source": sources.shown(source.source), "pin": source.pin}
+    return {"source": download.shown(source.source), "pin": source.pin}
 
 
 def left_out(items: Iterable[Item], taken: Iterable[Item]) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def training_progress(name: str) -> Callable[[int, int, float], None]:
     def progress(step: int, steps: int, loss: float) -> None:
         nonlocal said
         now = time.monotonic()
-        if now - said >= sources.SAY_EVERY_S and step:
+        if now - said >= download.SAY_EVERY_S and step:
             said = now
             log.info("%s: step %d of %d, loss %.2f, %.0f s left", name, step, steps, loss,
                      (now - started) / step * (steps - step))

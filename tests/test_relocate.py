@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from jobs import artifacts, pipeline, relocate, sources
+from jobs import artifacts, download, pipeline, relocate, sources
 from jobs.errors import UserError
 from jobs.pipeline import Loaded
 from jobs.plan import plan
@@ -35,8 +35,8 @@ LARGE = save({"weight": np.random.default_rng(0).integers(0, 255, 3_000_000, dty
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The local hub, named by HF_ENDPOINT for this process and those it starts, and short pauses between attempts."""
-    monkeypatch.setattr(sources, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(sources, "ATTEMPTS", 3)
+    monkeypatch.setattr(download, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(download, "ATTEMPTS", 3)
     monkeypatch.setenv("RETRY_FIRST_PAUSE_SECONDS", "0.01")
     monkeypatch.setenv("RETRY_ATTEMPTS", "3")
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy"):

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import sources
+from jobs import download, sources
+from jobs.download import Item
 from jobs.errors import RetryableError, UserError
 from jobs.pipeline import Loaded, Source, load
-from jobs.sources import Item
 from tests import build_pipeline
 from tests.hub_server import SIGNATURE, Fault, Hub, nowhere, serve
 
@@ -32,8 +32,8 @@ PARTIAL = "data.bin.partial"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The local hub, named by HF_ENDPOINT, and a retry schedule for the impatient."""
-    monkeypatch.setattr(sources, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(sources, "ATTEMPTS", 4)
+    monkeypatch.setattr(download, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(download, "ATTEMPTS", 4)
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     with serve() as server:
@@ -102,7 +102,7 @@ def test_a_folder_mounted_from_a_config_map_is_read_like_the_folder_in_git(tmp_p
     (mounted / "..data").symlink_to("..2026_11_22")
     (mounted / "a.jsonl").symlink_to("..data/a.jsonl")
     source = Source(source="file:mounted", sha256=sources.folder_sha256(plain))
-    sources.fetch(sources.listing(here, source), draft)
+    download.fetch(sources.listing(here, source), draft)
     assert names(draft) == ["a.jsonl"]
     assert not (draft / "a.jsonl").is_symlink()
 
@@ -124,7 +124,7 @@ def test_a_wrong_pin_of_a_file_or_folder_names_both_digests_and_leaves_nothing(
         path.write_text("{}")
         found = sources.file_sha256(path)
     with pytest.raises(UserError) as error:
-        sources.fetch(sources.listing(here, Source(source="file:data", sha256=SHA256)), draft)
+        download.fetch(sources.listing(here, Source(source="file:data", sha256=SHA256)), draft)
     assert SHA256 in str(error.value)
     assert found in str(error.value)
     assert "jobs pin" in str(error.value)
@@ -135,14 +135,14 @@ def test_a_wrong_pin_of_a_file_or_folder_names_both_digests_and_leaves_nothing(
 
 
 def test_a_url_is_fetched_with_one_request(hub: Hub, draft: Path) -> None:
-    sources.fetch([url_item(hub)], draft)
+    download.fetch([url_item(hub)], draft)
     assert (draft / "data.bin").read_bytes() == CONTENT
     assert [(s.method, s.range) for s in hub.seen] == [("GET", None)]
 
 
 def test_a_dropped_connection_is_resumed_from_the_byte_where_it_broke(hub: Hub, draft: Path) -> None:
     hub.faults.append(Fault("data.bin", drop_after=100_000))
-    sources.fetch([url_item(hub)], draft)
+    download.fetch([url_item(hub)], draft)
     assert (draft / "data.bin").read_bytes() == CONTENT
     assert ranges(hub) == [None, "bytes=100000-"]
 
@@ -150,7 +150,7 @@ def test_a_dropped_connection_is_resumed_from_the_byte_where_it_broke(hub: Hub, 
 def test_progress_renews_patience(hub: Hub, draft: Path) -> None:
     """More drops than attempts are allowed in a row, each after some bytes."""
     hub.faults.append(Fault("data.bin", times=9, drop_after=30_000))
-    sources.fetch([url_item(hub)], draft)
+    download.fetch([url_item(hub)], draft)
     assert (draft / "data.bin").read_bytes() == CONTENT
     assert len(hub.seen) == 10
 
@@ -158,7 +158,7 @@ def test_progress_renews_patience(hub: Hub, draft: Path) -> None:
 def test_a_server_that_cannot_resume_starts_over_and_the_file_is_right(hub: Hub, draft: Path) -> None:
     hub.ranges = False
     hub.faults.append(Fault("data.bin", drop_after=200_000))
-    sources.fetch([url_item(hub)], draft)
+    download.fetch([url_item(hub)], draft)
     assert (draft / "data.bin").read_bytes() == CONTENT
 
 
@@ -166,66 +166,66 @@ def test_a_server_that_cannot_resume_and_always_drops_is_given_up(hub: Hub, draf
     hub.ranges = False
     hub.faults.append(Fault("data.bin", times=99, drop_after=200_000))
     with pytest.raises(RetryableError, match="gave up after 4 attempts in a row"):
-        sources.fetch([url_item(hub)], draft)
+        download.fetch([url_item(hub)], draft)
     assert len(hub.seen) == 4
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_a_server_in_trouble_is_asked_again(hub: Hub, draft: Path, status: int) -> None:
     hub.faults.append(Fault("data.bin", times=3, status=status))
-    sources.fetch([url_item(hub)], draft)
+    download.fetch([url_item(hub)], draft)
     assert (draft / "data.bin").read_bytes() == CONTENT
 
 
 def test_pauses_grow(hub: Hub, draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    monkeypatch.setattr(sources, "FIRST_PAUSE_S", 1.0)
-    monkeypatch.setattr(sources, "ATTEMPTS", 10)
+    monkeypatch.setattr(download, "FIRST_PAUSE_S", 1.0)
+    monkeypatch.setattr(download, "ATTEMPTS", 10)
     hub.faults.append(Fault("data.bin", times=9, status=503))
-    sources.fetch([url_item(hub)], draft)
+    download.fetch([url_item(hub)], draft)
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
 
 
 def test_retry_after_is_honoured(hub: Hub, draft: Path) -> None:
     hub.faults.append(Fault("data.bin", status=429, retry_after="1"))
-    sources.fetch([url_item(hub)], draft)
+    download.fetch([url_item(hub)], draft)
     first, second = hub.seen
     assert 0.99 <= second.at - first.at < 10
 
 
 def test_retry_after_may_be_a_date() -> None:
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=90))
-    assert 80 < (sources._retry_after({"Retry-After": soon}) or 0) <= 90
-    assert sources._retry_after({"Retry-After": format_datetime(datetime.now(UTC) - timedelta(days=1))}) == 0
-    assert sources._retry_after({"Retry-After": "soonish"}) is None
-    assert sources._retry_after({}) is None
+    assert 80 < (download._retry_after({"Retry-After": soon}) or 0) <= 90
+    assert download._retry_after({"Retry-After": format_datetime(datetime.now(UTC) - timedelta(days=1))}) == 0
+    assert download._retry_after({"Retry-After": "soonish"}) is None
+    assert download._retry_after({}) is None
 
 
 def test_a_server_that_asks_for_a_day_is_left_to_the_next_pod(hub: Hub, draft: Path) -> None:
     hub.faults.append(Fault("data.bin", status=429, retry_after="86400"))
     with pytest.raises(RetryableError, match="come back in 86400 s"):
-        sources.fetch([url_item(hub)], draft)
+        download.fetch([url_item(hub)], draft)
 
 
 def test_a_server_that_never_recovers_is_named_with_its_last_answer(hub: Hub, draft: Path) -> None:
     hub.faults.append(Fault("data.bin", times=99, status=503))
     with pytest.raises(RetryableError, match=rf"{hub.url}/files/data\.bin: gave up after 4 attempts.*503"):
-        sources.fetch([url_item(hub)], draft)
+        download.fetch([url_item(hub)], draft)
     assert "data.bin" not in names(draft)
 
 
 def test_a_server_that_is_not_there_is_worth_a_retry(hub: Hub, draft: Path) -> None:
     dead = nowhere()
     with pytest.raises(RetryableError, match=rf"{dead}/x: gave up.*[Cc]onnect"):
-        sources.fetch([Item("x", f"{dead}/x", sha256=SHA256)], draft)
+        download.fetch([Item("x", f"{dead}/x", sha256=SHA256)], draft)
 
 
 @pytest.mark.parametrize(("status", "hint"), [(401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "typo"), (410, "410")])
 def test_a_refusal_is_not_retried_and_says_what_to_do(hub: Hub, draft: Path, status: int, hint: str) -> None:
     hub.faults.append(Fault("data.bin", times=99, status=status))
     with pytest.raises(UserError, match=hint) as error:
-        sources.fetch([url_item(hub)], draft)
+        download.fetch([url_item(hub)], draft)
     assert f"{hub.url}/files/data.bin" in str(error.value)
     assert len(hub.seen) == 1
 
@@ -233,7 +233,7 @@ def test_a_refusal_is_not_retried_and_says_what_to_do(hub: Hub, draft: Path, sta
 def test_wrong_bytes_name_both_digests_and_leave_nothing(hub: Hub, draft: Path) -> None:
     hub.faults.append(Fault("data.bin", times=99, wrong_bytes=True))
     with pytest.raises(UserError) as error:
-        sources.fetch([url_item(hub)], draft)
+        download.fetch([url_item(hub)], draft)
     wrong = hashlib.sha256(bytes([CONTENT[0] ^ 1]) + CONTENT[1:]).hexdigest()
     assert SHA256 in str(error.value)
     assert wrong in str(error.value)
@@ -243,7 +243,7 @@ def test_wrong_bytes_name_both_digests_and_leave_nothing(hub: Hub, draft: Path) 
 def test_a_file_cut_off_at_the_source_is_refused(hub: Hub, draft: Path) -> None:
     hub.faults.append(Fault("data.bin", times=99, cut_after=1000))
     with pytest.raises(UserError, match=hashlib.sha256(CONTENT[:1000]).hexdigest()):
-        sources.fetch([url_item(hub)], draft)
+        download.fetch([url_item(hub)], draft)
     assert names(draft) == []
 
 
@@ -251,7 +251,7 @@ def test_a_file_cut_off_at_the_source_is_refused(hub: Hub, draft: Path) -> None:
 def test_what_an_earlier_run_left_is_continued_or_replaced(hub: Hub, draft: Path, what: str) -> None:
     left = {"half": CONTENT[:150_000], "whole": CONTENT, "torn": bytes(150_000), "too long": CONTENT + b"!"}[what]
     (draft / PARTIAL).write_bytes(left)
-    sources.fetch([url_item(hub)], draft)
+    download.fetch([url_item(hub)], draft)
     assert names(draft) == ["data.bin"]
     assert (draft / "data.bin").read_bytes() == CONTENT
     if what == "half":
@@ -265,16 +265,16 @@ def test_content_that_changed_behind_the_url_is_fetched_anew(hub: Hub, draft: Pa
     new = random.Random(1).randbytes(300_000)
     (draft / PARTIAL).write_bytes(CONTENT[:150_000])
     hub.files["data.bin"] = new
-    sources.fetch([url_item(hub, hashlib.sha256(new).hexdigest())], draft)
+    download.fetch([url_item(hub, hashlib.sha256(new).hexdigest())], draft)
     assert (draft / "data.bin").read_bytes() == new
 
 
 def test_a_finished_file_is_not_fetched_again_unless_its_bytes_were_lost(hub: Hub, draft: Path) -> None:
     (draft / "data.bin").write_bytes(CONTENT)
-    sources.fetch([url_item(hub)], draft)
+    download.fetch([url_item(hub)], draft)
     assert hub.seen == []
     (draft / "data.bin").write_bytes(bytes(len(CONTENT)))  # what a power cut can leave of a file that was not synced
-    sources.fetch([url_item(hub)], draft)
+    download.fetch([url_item(hub)], draft)
     assert (draft / "data.bin").read_bytes() == CONTENT
 
 
@@ -285,11 +285,11 @@ def test_whatever_the_drops_and_leftovers_the_file_is_right(tmp_path_factory: py
     draft = tmp_path_factory.mktemp("draft")
     content = CONTENT[:5000]
     with serve() as hub, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "FIRST_PAUSE_S", 0.0)
+        patch.setattr(download, "FIRST_PAUSE_S", 0.0)
         hub.files["data.bin"], hub.ranges = content, resumable
         hub.faults += [Fault("data.bin", drop_after=count, linger_s=0) for count in drops]
         (draft / PARTIAL).write_bytes(left)
-        sources.fetch([url_item(hub, hashlib.sha256(content).hexdigest())], draft)
+        download.fetch([url_item(hub, hashlib.sha256(content).hexdigest())], draft)
     assert (draft / "data.bin").read_bytes() == content
 
 
@@ -299,22 +299,22 @@ def test_secrets_in_a_url_reach_the_server_and_no_message(hub: Hub, draft: Path,
     url = f"{hub.url}/files/data.bin?X-Amz-Signature=hush%2Fhush"
     hub.faults.append(Fault("data.bin", times=99, status=status))
     with caplog.at_level(logging.INFO), pytest.raises((RetryableError, UserError)) as error:
-        sources.fetch([Item("data.bin", url, sha256=SHA256)], draft)
+        download.fetch([Item("data.bin", url, sha256=SHA256)], draft)
     assert hub.seen[0].path.endswith("X-Amz-Signature=hush%2Fhush")
     assert "hush" not in caplog.text + str(error.value)
-    assert sources.shown("https://me:hush@example.org/a/b.jsonl?k=hush") == "https://example.org/a/b.jsonl"
+    assert download.shown("https://me:hush@example.org/a/b.jsonl?k=hush") == "https://example.org/a/b.jsonl"
 
 
 @pytest.mark.parametrize("url", ["http://host:door/data.jsonl", "https://[::1/data.jsonl", "http:///data.jsonl"])
 def test_a_url_that_cannot_be_one_is_refused(hub: Hub, draft: Path, url: str) -> None:
     with pytest.raises(UserError, match="not a URL that can be opened"):
-        sources.fetch([Item("data.jsonl", url, sha256=SHA256)], draft)
+        download.fetch([Item("data.jsonl", url, sha256=SHA256)], draft)
 
 
 def test_a_bucket_whose_package_is_missing_names_the_package(draft: Path) -> None:
     for scheme, package in (("s3", "s3fs"), ("gs", "gcsfs")):
         with pytest.raises(UserError, match=rf"{scheme}:// needs the package {package}"):
-            sources.fetch([Item("data.bin", f"{scheme}://bucket/data.bin", sha256=SHA256)], draft)
+            download.fetch([Item("data.bin", f"{scheme}://bucket/data.bin", sha256=SHA256)], draft)
 
 
 def test_any_filesystem_of_fsspec_is_resumed_too(draft: Path) -> None:
@@ -323,10 +323,10 @@ def test_any_filesystem_of_fsspec_is_resumed_too(draft: Path) -> None:
 
     fsspec.filesystem("memory").pipe_file("/bucket/data.bin", CONTENT)
     (draft / PARTIAL).write_bytes(CONTENT[:1234])
-    sources.fetch([Item("data.bin", "memory://bucket/data.bin", sha256=SHA256)], draft)
+    download.fetch([Item("data.bin", "memory://bucket/data.bin", sha256=SHA256)], draft)
     assert (draft / "data.bin").read_bytes() == CONTENT
     with pytest.raises(UserError, match="not found"):
-        sources.fetch([Item("other.bin", "memory://bucket/other.bin", sha256=SHA256)], draft)
+        download.fetch([Item("other.bin", "memory://bucket/other.bin", sha256=SHA256)], draft)
 
 
 # --- space, leftovers, progress --------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def test_too_small_a_volume_is_said_before_a_byte_is_written(hub: Hub, draft: Pa
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     item = Item("data.bin", f"{hub.url}/files/data.bin", len(CONTENT) if told == "by the hub" else None, SHA256)
     with pytest.raises(UserError, match=r"300\.0 kB are needed, but 1\.0 kB are free.*[Ee]nlarge") as error:
-        sources.fetch([item], draft)
+        download.fetch([item], draft)
     assert str(draft) in str(error.value)
     assert sum(p.stat().st_size for p in draft.iterdir()) == 0
 
@@ -346,7 +346,7 @@ def test_too_small_a_volume_is_said_before_a_byte_is_written(hub: Hub, draft: Pa
 def test_only_what_is_still_to_come_needs_space(hub: Hub, draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (draft / PARTIAL).write_bytes(CONTENT[:-500])
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    sources.fetch([Item("data.bin", f"{hub.url}/files/data.bin", len(CONTENT), SHA256)], draft)
+    download.fetch([Item("data.bin", f"{hub.url}/files/data.bin", len(CONTENT), SHA256)], draft)
     assert (draft / "data.bin").read_bytes() == CONTENT
 
 
@@ -355,17 +355,17 @@ def test_leftovers_that_do_not_belong_are_removed_and_partial_files_kept(draft: 
         (draft / name).parent.mkdir(parents=True, exist_ok=True)
         (draft / name).write_text("x")
     (draft / "link").symlink_to("/etc/hostname")
-    sources.remove_others(draft, [Item("data.bin", "x"), Item("raw/a.jsonl", "x")])
+    download.remove_others(draft, [Item("data.bin", "x"), Item("raw/a.jsonl", "x")])
     assert sorted(p.relative_to(draft).as_posix() for p in draft.rglob("*")) == [PARTIAL, "raw", "raw/a.jsonl"]
 
 
 def test_progress_says_bytes_rate_and_time_left(hub: Hub, draft: Path, monkeypatch: pytest.MonkeyPatch,
                                                 caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(sources, "SAY_EVERY_S", 0.1)
+    monkeypatch.setattr(download, "SAY_EVERY_S", 0.1)
     hub.bytes_per_second = 400_000
     (draft / PARTIAL).write_bytes(CONTENT[:50_000])
     with caplog.at_level(logging.INFO, "jobs"):
-        sources.fetch([url_item(hub)], draft)
+        download.fetch([url_item(hub)], draft)
     assert "continuing after 50.0 kB" in caplog.text
     said = [r.getMessage() for r in caplog.records if "s left" in r.getMessage()]
     assert len(said) >= 3
@@ -390,7 +390,7 @@ def test_a_repository_is_fetched_at_its_pinned_commit_and_nothing_else_is_left(h
     hub.add("models", "acme/tiny", {"config.json": b"a later commit"})
     items = sources.listing(here, source)
     assert [(i.name, i.size) for i in items] == [(n, len(FILES[n])) for n in sorted(FILES)]
-    sources.fetch(items, draft)
+    download.fetch(items, draft)
     assert {n: (draft / n).read_bytes() for n in names(draft)} == FILES
     assert not any("telemetry" in s.path or "harness" in s.path for s in hub.seen)
 
@@ -398,7 +398,7 @@ def test_a_repository_is_fetched_at_its_pinned_commit_and_nothing_else_is_left(h
 def test_a_large_file_is_resumed_at_the_other_host_that_stores_it(hub: Hub, here: Loaded, draft: Path) -> None:
     source = hub_source(hub)
     hub.faults.append(Fault("/cdn/models/acme/tiny", drop_after=123_456))
-    sources.fetch(sources.listing(here, source), draft)
+    download.fetch(sources.listing(here, source), draft)
     assert (draft / "model.safetensors").read_bytes() == CONTENT
     assert ranges(hub, "model.safetensors") == [None, "bytes=123456-"]
     assert all(s.path.endswith(SIGNATURE) for s in hub.gets("model.safetensors"))
@@ -411,7 +411,7 @@ def test_the_token_goes_to_the_hub_and_not_to_the_other_host(hub: Hub, here: Loa
     with pytest.raises(UserError, match=r"hf://acme/tiny: not allowed.*HF_TOKEN"):
         sources.listing(here, source)
     monkeypatch.setenv("HF_TOKEN", "hf_good")
-    sources.fetch(sources.listing(here, source), draft)
+    download.fetch(sources.listing(here, source), draft)
     assert (draft / "model.safetensors").read_bytes() == CONTENT
     assert [s.headers.get("authorization") for s in hub.gets("/resolve/")][-1] == "Bearer hf_good"
     assert [s.headers.get("authorization") for s in hub.gets("/cdn/")] == [None, None]
@@ -441,14 +441,14 @@ def test_wrong_bytes_from_the_hub_name_both_digests(hub: Hub, here: Loaded, draf
     item = next(i for i in sources.listing(here, hub_source(hub)) if i.name == name)
     hub.faults.append(Fault(path, times=99, wrong_bytes=True))
     with pytest.raises(UserError, match=f"the hub says {item.sha256 or item.git_sha1}, but the content is [0-9a-f]+"):
-        sources.fetch([item], draft)
+        download.fetch([item], draft)
     assert names(draft) == []
 
 
 def test_a_body_that_ends_early_is_continued(hub: Hub, here: Loaded, draft: Path) -> None:
     """The hub said the size, so a short answer that looks whole is known to be cut off."""
     hub.faults.append(Fault("/cdn/", cut_after=1000))
-    sources.fetch(sources.listing(here, hub_source(hub)), draft)
+    download.fetch(sources.listing(here, hub_source(hub)), draft)
     assert (draft / "model.safetensors").read_bytes() == CONTENT
     assert ranges(hub, "model.safetensors") == [None, "bytes=1000-"]
 
@@ -480,7 +480,7 @@ def test_a_mirror_without_digests_is_taken_with_a_warning(hub: Hub, here: Loaded
                                                           caplog: pytest.LogCaptureFixture) -> None:
     source = hub_source(hub)
     hub.blobs = False
-    sources.fetch(sources.listing(here, source), draft)
+    download.fetch(sources.listing(here, source), draft)
     assert "no digest for config.json, model.safetensors" in caplog.text
     assert (draft / "model.safetensors").read_bytes() == CONTENT
 
@@ -532,8 +532,8 @@ def test_offline_mode_is_named_as_the_reason(tmp_path: Path) -> None:
 def test_pins_are_looked_up_where_the_source_is(hub: Hub) -> None:
     source = hub_source(hub)
     hub.faults.append(Fault("data.bin", drop_after=1000))
-    assert sources.url_sha256(f"{hub.url}/files/data.bin") == SHA256
+    assert download.url_sha256(f"{hub.url}/files/data.bin") == SHA256
     assert sources.hub_commit(Source(source="hf://acme/tiny")) == source.revision
     assert sources.hub_commit(Source(source="hf://acme/tiny", revision="main")) == source.revision
     with pytest.raises(UserError, match="not found"):
-        sources.url_sha256(f"{hub.url}/files/nothing")
+        download.url_sha256(f"{hub.url}/files/nothing")
