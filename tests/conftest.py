@@ -1,8 +1,9 @@
-"""Keeps test modules from each other: a stage that runs in the test's process sets variables for it, for ever."""
+"""Keeps test modules from each other: a stage that runs in the test's process changes that process, for ever."""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import huggingface_hub.constants  # noqa: F401 - reads HF_HUB_OFFLINE once, when it is imported: before a stage sets it
@@ -10,8 +11,9 @@ import pytest
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _own_environment() -> Iterator[None]:
-    before = dict(os.environ)
+def _own_process() -> Iterator[None]:
+    before, on_sigterm = dict(os.environ), signal.getsignal(signal.SIGTERM)
     yield
+    signal.signal(signal.SIGTERM, on_sigterm)
     os.environ.clear()
     os.environ.update(before)
