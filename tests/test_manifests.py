@@ -354,6 +354,8 @@ def test_jobs_fail_at_once_on_user_errors_and_survive_evictions() -> None:
         (main,) = spec["template"]["spec"]["containers"]
         assert {"action": "FailJob",
                 "onExitCodes": {"containerName": main["name"], "operator": "In", "values": [2]}} in rules, name
+        assert {"action": "Ignore",
+                "onExitCodes": {"containerName": main["name"], "operator": "In", "values": [143]}} in rules, name
         assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]} in rules, name
         assert spec["template"]["spec"]["restartPolicy"] == "Never", name  # podFailurePolicy is refused without it
         assert spec["backoffLimit"] >= 3, name
