@@ -43,7 +43,7 @@ def run(overlay: Path, *, update: bool = False) -> None:
     pipeline.load(overlay)  # what was written must load; anything else is our mistake and must be seen here
     for change in changes:
         log.info("%s", change)
-    log.info("%s: %s", loaded.path, f"{len(changes)} pins written; review and commit them" if changes
+    log.info("%s: %s", loaded.path, f"{len(changes)} pin(s) written; review and commit them" if changes
              else "every source is pinned")
 
 
