@@ -84,7 +84,6 @@ def run(args: argparse.Namespace) -> None:
 
 async def _session(runner: Runner, pipeline: Pipeline, args: argparse.Namespace) -> None:
     """Run every pod until the session's work is done, a pod fails, or a signal arrives; then stop them all."""
-
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
@@ -119,7 +118,7 @@ async def _present(runner: Runner, pipeline: Pipeline, args: argparse.Namespace)
     if args.ask and evaluation["passed"]:
         print(await asyncio.to_thread(summary.ask, pipeline, endpoint, args.ask), flush=True)
     elif args.ask:
-        print("The gate did not pass: the adapter is not served, so there is nothing to ask it.", flush=True)
+        print("The gate did not pass: this adapter is not served, so it is not asked.", flush=True)
     print(summary.places(pipeline, volumes, endpoint, runner.url(TENSORBOARD), serving=not args.exit), flush=True)
     if not args.exit:
         await asyncio.Event().wait()
