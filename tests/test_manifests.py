@@ -33,7 +33,7 @@ KIND = CHECKOUT / "overlays" / "kind"
 OVERLAYS = sorted(p.parent for p in (CHECKOUT / "overlays").glob("*/kustomization.yaml"))
 PVCS = {f"{name}-pvc" for name in ("dataset", "base-model", "base-tokenizer", "reference-model", "fine-tuned-model")}
 
-# DESIGN section 3: the arguments of each Job, the volumes it reads and the one it writes.
+# As the README lists the stages: the arguments of each Job, the volumes it reads and the one it writes.
 STAGES: dict[str, tuple[list[str], set[str], str]] = {
     "dataset-relocation": (["relocate", "dataset"], set(), "dataset"),
     "model-relocation": (["relocate", "base-model"], set(), "base-model"),
