@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     relocate.add_argument("what", choices=RELOCATABLE)
     commands.add_parser("train", description="train the LoRA adapter; resumes after a kill")
     commands.add_parser("evaluate", description="measure the models, write the report, pass or reject the adapter")
-    wait = commands.add_parser("await", description="wait until artifacts are there and verify them")
+    wait = commands.add_parser("await", description="wait until artifacts are there; who uses them verifies them")
     wait.add_argument("artifacts", nargs="+", choices=AWAITABLE, metavar="ARTIFACT", help=", ".join(AWAITABLE))
 
     pin = commands.add_parser("pin", description="fill or refresh the pins of an overlay's pipeline.yaml")
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
             from jobs.plan import plan
 
             named = plan(pipeline.load(args.pipeline).pipeline).named()
-            artifacts.wait([named[a] for a in args.artifacts], args.volumes, args.wait_seconds)
+            artifacts.wait_until_there([named[a] for a in args.artifacts], args.volumes, args.wait_seconds)
 
 
 def main(argv: list[str] | None = None) -> int:

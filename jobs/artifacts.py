@@ -160,6 +160,16 @@ def wait(specs: list[Spec], volumes: Path, deadline_s: float, poll_s: float = 2.
         RetryableError: when `deadline_s` seconds passed; names what is still missing.
         UserError: when one is there but damaged.
     """
+    wait_until_there(specs, volumes, deadline_s, poll_s)
+    return [read(s.path(volumes)) for s in specs]
+
+
+def wait_until_there(specs: list[Spec], volumes: Path, deadline_s: float, poll_s: float = 2.0) -> None:
+    """Wait until every artifact is there, which it is whole or not at all; who uses it verifies it.
+
+    Raises:
+        RetryableError: when `deadline_s` seconds passed; names what is still missing.
+    """
     started = said = time.monotonic()
     missing = [s for s in specs if not s.path(volumes).exists()]
     if missing:
@@ -174,7 +184,6 @@ def wait(specs: list[Spec], volumes: Path, deadline_s: float, poll_s: float = 2.
             said = now
         time.sleep(poll_s)
         missing = [s for s in specs if not s.path(volumes).exists()]
-    return [read(s.path(volumes)) for s in specs]
 
 
 @contextmanager

@@ -41,10 +41,17 @@ def check_data(loaded: Loaded) -> None:
     """The data that lies beside the pipeline file: pinned content, and records that a relocation would take."""
     from jobs import dataset
 
+    for name, source in data_in_git(loaded).items():
+        require_pin(loaded, name, source)
     source = loaded.pipeline.dataset
     if source.scheme == "file":
-        require_pin(loaded, "dataset", source)
         dataset.validate(loaded.resolve(source), source.holdout)
+
+
+def data_in_git(loaded: Loaded) -> dict[str, Source]:
+    """The data that lies beside the pipeline file, by key: records, and sentences with judgements."""
+    named = {"dataset": loaded.pipeline.dataset, "evaluation.acceptability": loaded.pipeline.evaluation.acceptability}
+    return {name: source for name, source in named.items() if source.scheme == "file"}
 
 
 def require_pin(loaded: Loaded, name: str, source: Source) -> None:
@@ -54,7 +61,7 @@ def require_pin(loaded: Loaded, name: str, source: Source) -> None:
     path = loaded.resolve(source)
     if not path.exists():
         raise UserError(f"{loaded.path}: {name}: {path} does not exist")
-    found = sources.folder_sha256(path) if path.is_dir() else sources.file_sha256(path)
+    found = sources.path_sha256(path)
     if found != source.sha256:
         raise UserError(f"{path}: has sha256 {found}, but {loaded.path} pins {name} at {source.sha256}. If the change "
                         f"is meant, run: python -m jobs pin {loaded.path.parent}")
@@ -81,11 +88,9 @@ def check_architecture(loaded: Loaded) -> None:
 
 def check_size(loaded: Loaded) -> None:
     """Pipeline file and data in git fit into the ConfigMap that carries them into the cluster."""
-    source = loaded.pipeline.dataset
-    files = [loaded.path]
-    if source.scheme == "file" and loaded.resolve(source).is_file():
-        files.append(loaded.resolve(source))
+    data = [loaded.resolve(source) for source in data_in_git(loaded).values()]
+    files = [loaded.path, *(path for path in data if path.is_file())]
     total = sum(file.stat().st_size for file in files)
     if total > CONFIG_MAP_BYTES:
-        raise UserError(f"{loaded.path}: the pipeline file and {source.source} have {total} bytes together, and a "
-                        f"ConfigMap holds {CONFIG_MAP_BYTES}. Put the data where a URL reaches it (https://, s3://, hf://)")
+        raise UserError(f"{loaded.path}: the pipeline file and the data beside it have {total} bytes together, and "
+                        f"a ConfigMap holds {CONFIG_MAP_BYTES}. Put the data where a URL reaches it (https://, s3://, hf://)")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("jobs")
 
 TAIL_LINES = 20
+LONGEST_LINE = 2**24  # bytes of a log line that is still shown whole
 COLOURS = (36, 33, 35, 32, 34, 96, 93, 95)  # ANSI foregrounds that read on dark and on light
 DEPLOYMENT_RESTARTS = 3
 INFERENCE, TENSORBOARD = "model-inference", "tensorboard"  # the Deployments whose addresses people want
@@ -119,7 +120,8 @@ async def _present(runner: Runner, pipeline: Pipeline, args: argparse.Namespace)
         print(await asyncio.to_thread(summary.ask, pipeline, endpoint, args.ask), flush=True)
     elif args.ask:
         print("The gate did not pass: this adapter is not served, so it is not asked.", flush=True)
-    print(summary.places(pipeline, volumes, endpoint, runner.url(TENSORBOARD), serving=not args.exit), flush=True)
+    print(summary.places(pipeline, volumes, endpoint, runner.url(TENSORBOARD), args.ask or "Hello!",
+                         serving=not args.exit), flush=True)
     if not args.exit:
         await asyncio.Event().wait()
 
@@ -180,7 +182,8 @@ class Runner:
         await asyncio.gather(*(self._ready[pod.name].wait() for pod in self.pods if pod.title == title))
 
     async def run_pod(self, pod: Pod) -> None:
-        """Run a pod to its end: a Job until it succeeds or has failed for good, a Deployment for ever."""
+        """Run a pod to its end: a Job until it succeeds or has failed for good, a Deployment until it was
+        restarted DEPLOYMENT_RESTARTS times in vain: without a cluster somebody is watching."""
         limit = pod.backoff_limit if pod.kind == "Job" else DEPLOYMENT_RESTARTS
         for attempt in range(limit + 1):
             if attempt:
@@ -211,8 +214,8 @@ class Runner:
     async def _run_container(self, pod: Pod, container: Container) -> int:
         process = await asyncio.create_subprocess_exec(
             *container.argv, cwd=self.state, env=container.env, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True,
-            preexec_fn=_die_with_parent)
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, limit=LONGEST_LINE,
+            start_new_session=True, preexec_fn=_die_with_parent)
         self._processes[process] = pod
         assert process.stdout
         with self.log_file(pod).open("a", encoding="utf-8") as file:
@@ -269,10 +272,13 @@ def _die_with_parent() -> None:
 
 
 async def _read_line(stream: asyncio.StreamReader) -> str:
-    """The next line, without its end but never empty; "" at the end of the stream. Lines may be of any length."""
+    """The next line, without its end but never empty; "" at the end of the stream.
+
+    Of a line beyond LONGEST_LINE a part is lost.
+    """
     try:
         raw = await stream.readline()
-    except ValueError:  # longer than the reader's buffer
+    except ValueError:
         raw = await stream.read(2**16)
     return (raw.decode(errors="replace").rstrip("\r\n") or " ") if raw else ""
 

@@ -57,7 +57,7 @@ def pins(loaded: Loaded, name: str, source: Source, *, update: bool) -> dict[str
         path = loaded.resolve(source)
         if not path.exists():
             raise UserError(f"{loaded.path}: {name}: {path} does not exist")
-        return {"sha256": sources.folder_sha256(path) if path.is_dir() else sources.file_sha256(path)}
+        return {"sha256": sources.path_sha256(path)}
     if source.unpinned() is None and not update:
         return {}
     if source.scheme == "hf":

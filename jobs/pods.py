@@ -25,6 +25,7 @@ from jobs.errors import UserError
 
 CHECKOUT = Path(__file__).resolve().parent.parent  # the folder that holds the packages `jobs` and `serving`
 Manifest = dict[str, Any]
+HASH_SUFFIX = re.compile(r"-[24-9bcdfghkmt]{10}$")  # in the alphabet of kustomize, which spells no words
 
 # A pod sees its own environment only. These say how to reach the network and the hub, which is the machine's affair.
 INHERITED = ("PATH", "LANG", "LC_ALL", "TZ", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY",
@@ -135,7 +136,7 @@ def _pod(manifest: Manifest, state: Path, port_offset: int) -> Pod:
     containers = [_container(c, template, root, state, port_offset) for c in template["containers"]]
     rules = spec.get("podFailurePolicy", {}).get("rules", [])
     return Pod(
-        kind=manifest["kind"], name=name, title=re.sub(r"-[a-z0-9]{10}$", "", name),
+        kind=manifest["kind"], name=name, title=HASH_SUFFIX.sub("", name),
         init_containers=[_container(c, template, root, state, port_offset)
                          for c in template.get("initContainers", [])],
         containers=containers, grace_seconds=float(template.get("terminationGracePeriodSeconds", 30)),

@@ -20,9 +20,9 @@ from jobs.pipeline import Loaded, Source
 log = logging.getLogger("jobs")
 
 
-def file_sha256(file: Path) -> str:
-    """The pin of a file: the sha256 of its bytes, in hex."""
-    return sha256_of(file)
+def path_sha256(path: Path) -> str:
+    """The pin of a `file:` source: of a file the sha256 of its bytes, in hex; of a folder `folder_sha256`."""
+    return folder_sha256(path) if path.is_dir() else sha256_of(path)
 
 
 def folder_sha256(folder: Path) -> str:
@@ -30,7 +30,7 @@ def folder_sha256(folder: Path) -> str:
 
     Hidden files do not count (a mounted ConfigMap has its own bookkeeping there); links to files count as the files.
     """
-    return _pin([(path, file_sha256(folder / path)) for path in visible_files(folder)])
+    return _pin([(path, sha256_of(folder / path)) for path in visible_files(folder)])
 
 
 def _pin(digests: list[tuple[str, str]]) -> str:
@@ -83,7 +83,7 @@ def _on_this_machine(path: Path, source: Source) -> list[Item]:
         return [Item(path.name, str(path), path.stat().st_size, source.sha256)]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder ({source.source} is looked for beside pipeline.yaml)")
-    items = [Item(name, str(path / name), (path / name).stat().st_size, file_sha256(path / name))
+    items = [Item(name, str(path / name), (path / name).stat().st_size, sha256_of(path / name))
              for name in visible_files(path)]
     if not items:
         raise UserError(f"{path}: the folder holds no files")

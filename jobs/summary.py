@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -58,17 +59,19 @@ def _wait_for(client: Any, model: str) -> None:
         time.sleep(0.5)
 
 
-def places(pipeline: Pipeline, volumes: Path, endpoint: str, tensorboard: str, *, serving: bool) -> str:
-    """Where a person finds the report, TensorBoard and the endpoint."""
+def places(pipeline: Pipeline, volumes: Path, endpoint: str, tensorboard: str, question: str, *,
+           serving: bool) -> str:
+    """Where a person finds the report, TensorBoard and the endpoint, and how to ask it `question`."""
     spec = plan(pipeline).evaluation
     report = volumes / f"{spec.volume}-pvc" / spec.kind / spec.digest / "report.html"
     lines = [f"  Report       file://{report}"]
     if serving:
+        request = {"model": pipeline.adapter, "messages": [{"role": "user", "content": question}]}
         lines += [f"  TensorBoard  {tensorboard}",
                   f"  Endpoint     {endpoint}/v1  (models: {pipeline.adapter}, {pipeline.base_model.name})",
                   "", f"  curl {endpoint}/v1/chat/completions -H 'content-type: application/json' \\",
-                  f"    -d '{{\"model\": \"{pipeline.adapter}\", \"messages\": [{{\"role\": \"user\", \"content\": "
-                  "\"What is the best hotel in Seville?\"}]}'", "", "Serving until you press Ctrl-C."]
+                  f"    -d {shlex.quote(json.dumps(request, ensure_ascii=False))}", "",
+                  "Serving until you press Ctrl-C."]
     else:
         lines += [f"  TensorBoard  {tensorboard} and the endpoint {endpoint}/v1 answered while this ran; without "
                   "--exit they keep answering"]

@@ -174,8 +174,6 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     packs = pack(splits.train, training.tokens_per_batch, training.seed)
     steps = len(packs) * training.epochs
-    # With a key-value cache transformers stops telling packed records apart, silently (test_train.py measures it).
-    model.config.use_cache = False
     set_seed(training.seed)  # LoRA's A matrices start random
     adapted = get_peft_model(model, lora_config(training.lora, target_modules))
     trainable, total = adapted.get_nb_trainable_parameters()
@@ -192,7 +190,9 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
             eval_strategy="steps", eval_steps=max(1, steps // 10),
             # Each step's loss is logged by itself: a mean over several would differ after a resume in between.
             logging_steps=1, report_to="none", disable_tqdm=True, remove_unused_columns=False,
-            label_names=["labels"], dataloader_pin_memory=False),
+            label_names=["labels"], dataloader_pin_memory=False,
+            # With a key-value cache transformers stops telling packed records apart, silently.
+            use_cache=False),
         train_dataset=packs,  # type: ignore[arg-type]  # anything with len and []
         eval_dataset=pack(splits.holdout, training.tokens_per_batch, training.seed),  # type: ignore[arg-type]
         data_collator=flatten,  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ def overlay(folder: Path, records: list[dict[str, Any]] | None = None, **changes
     """An overlay's folder with valid data, correctly pinned."""
     data = folder / "dataset.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records or RECORDS))
-    build_pipeline.write(folder, **({"dataset__sha256": sources.file_sha256(data)} | changes))
+    build_pipeline.write(folder, **({"dataset__sha256": sources.path_sha256(data)} | changes))
     return folder
 
 
@@ -54,6 +54,13 @@ def test_bad_records_are_listed_with_their_lines(tmp_path: Path) -> None:
 def test_data_too_large_for_a_config_map_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a ConfigMap holds 1048576"):
         check.run(overlay(tmp_path, [{"prompt": f"q{n}", "completion": "x" * 30_000} for n in range(40)]))
+
+
+def test_sentences_in_git_are_held_to_their_pin_too(tmp_path: Path) -> None:
+    (tmp_path / "cola.jsonl").write_text('{"text": "The cook reads.", "acceptable": true}\n')
+    source = {"source": "file:cola.jsonl", "sha256": "0" * 64}
+    with pytest.raises(UserError, match="pins evaluation.acceptability at 0000"):
+        check.run(overlay(tmp_path, evaluation__acceptability=source))
 
 
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:

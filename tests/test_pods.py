@@ -17,7 +17,7 @@ OVERLAY = pods.CHECKOUT / "overlays" / "kind"
 
 def job(**container: Any) -> dict[str, Any]:
     """A Job manifest with one container, as kustomize renders it."""
-    return {"kind": "Job", "metadata": {"name": "some-job-0123456789"}, "spec": {
+    return {"kind": "Job", "metadata": {"name": "some-job-47ht86d9bm"}, "spec": {
         "backoffLimit": 2,
         "podFailurePolicy": {"rules": [
             {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}},
@@ -42,7 +42,7 @@ def test_paths_at_below_and_above_a_mount_move_and_others_stay(tmp_path: Path) -
     container = only([SETTINGS, job(volumeMounts=MOUNTS, args=[
         "--volumes=/volumes", "/volumes/data/x", "/volumes/dataset", "/etc", "/etc/passwd", "/", "/tmp/cache",
         "relative/path", "--flag", "text with /volumes inside"])], tmp_path)
-    root = tmp_path / "pods" / "some-job-0123456789"
+    root = tmp_path / "pods" / "some-job-47ht86d9bm"
     assert container.argv == [
         sys.executable, "-m", "jobs", f"--volumes={root}/volumes", f"{root}/volumes/data/x", "/volumes/dataset",
         f"{root}/etc", "/etc/passwd", "/", f"{root}/tmp/cache", "relative/path", "--flag", "text with /volumes inside"]
@@ -50,7 +50,7 @@ def test_paths_at_below_and_above_a_mount_move_and_others_stay(tmp_path: Path) -
 
 def test_mounts_hold_the_claims_folder_and_the_config_maps_files(tmp_path: Path) -> None:
     only([SETTINGS, job(volumeMounts=MOUNTS)], tmp_path)
-    root = tmp_path / "pods" / "some-job-0123456789"
+    root = tmp_path / "pods" / "some-job-47ht86d9bm"
     (root / "volumes" / "data" / "kept").write_text("x")
     assert (tmp_path / "volumes" / "data-pvc" / "kept").read_text() == "x"
     assert (root / "etc" / "settings" / "a.yaml").read_text() == "one"
@@ -59,7 +59,7 @@ def test_mounts_hold_the_claims_folder_and_the_config_maps_files(tmp_path: Path)
 def test_a_claim_keeps_its_files_from_run_to_run_and_a_pods_scratch_does_not(tmp_path: Path) -> None:
     manifests = [SETTINGS, job(volumeMounts=MOUNTS)]
     only(manifests, tmp_path)
-    root = tmp_path / "pods" / "some-job-0123456789"
+    root = tmp_path / "pods" / "some-job-47ht86d9bm"
     (root / "volumes" / "data" / "kept").write_text("x")
     (root / "tmp" / "scratch").write_text("x")
     only(manifests, tmp_path)

@@ -122,7 +122,7 @@ def test_a_wrong_pin_of_a_file_or_folder_names_both_digests_and_leaves_nothing(
         found = sources.folder_sha256(path)
     else:
         path.write_text("{}")
-        found = sources.file_sha256(path)
+        found = sources.path_sha256(path)
     with pytest.raises(UserError) as error:
         download.fetch(sources.listing(here, Source(source="file:data", sha256=SHA256)), draft)
     assert SHA256 in str(error.value)
