@@ -66,7 +66,8 @@ def places(pipeline: Pipeline, volumes: Path, endpoint: str, tensorboard: str, q
     report = volumes / f"{spec.volume}-pvc" / spec.kind / spec.digest / "report.html"
     lines = [f"  Report       file://{report}"]
     if serving:
-        request = {"model": pipeline.adapter, "messages": [{"role": "user", "content": question}]}
+        request = {"model": pipeline.adapter, "temperature": 0,  # the answer above, not a sample
+                   "messages": [{"role": "user", "content": question}]}
         lines += [f"  TensorBoard  {tensorboard}",
                   f"  Endpoint     {endpoint}/v1  (models: {pipeline.adapter}, {pipeline.base_model.name})",
                   "", f"  curl {endpoint}/v1/chat/completions -H 'content-type: application/json' \\",
