@@ -38,7 +38,7 @@ examples
 """
 TERMINATION_LOG = Path("/dev/termination-log")  # what `kubectl describe pod` shows as the reason
 RELOCATABLE = ("dataset", "base-model", "tokenizer", "reference-model")
-AWAITABLE = (*RELOCATABLE, "acceptability", "adapter", "evaluation")
+AWAITABLE = (*RELOCATABLE, "acceptability", "adapter", "merged-model", "evaluation")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -246,7 +246,8 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
 
 
 def retain(folder: Path, *, keep: int, protected: set[str]) -> list[str]:
-    """Keep the `keep` most recently used artifacts of a kind, all `protected` and all promoted ones; remove the rest.
+    """Keep the `keep` most recently used artifacts of a kind, all `protected` and promoted ones, and all made from
+    those, such as a promoted adapter's merged model; remove the rest.
 
     Returns the digests that were removed. Promotions are read from `<volume>/promoted/`.
     """
@@ -257,7 +258,7 @@ def retain(folder: Path, *, keep: int, protected: set[str]) -> list[str]:
     there.sort(key=lambda p: (p / MANIFEST).stat().st_mtime, reverse=True)
     removed = []
     for path in there[keep:]:
-        if path.name not in protected:
+        if path.name not in protected and not _made_from(path, protected):
             _remove(path)
             removed.append(path.name)
             log.info("retention: removed %s/%s (%d newer ones are kept)", folder.name, path.name, keep)
@@ -266,6 +267,15 @@ def retain(folder: Path, *, keep: int, protected: set[str]) -> list[str]:
             shutil.rmtree(draft, ignore_errors=True)
             log.info("retention: removed the abandoned draft %s/%s", folder.name, draft.name)
     return removed
+
+
+def _made_from(path: Path, digests: set[str]) -> bool:
+    """Whether one of `digests` is an input of this artifact. Where its manifest is damaged nobody can tell: it counts,
+    since what may be evidence is never removed."""
+    try:
+        return not digests.isdisjoint(json.loads((path / MANIFEST).read_bytes())["inputs"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True
 
 
 def _remove(path: Path) -> None:

@@ -68,7 +68,7 @@ def require_pin(loaded: Loaded, name: str, source: Source) -> None:
 
 
 def check_architecture(loaded: Loaded) -> None:
-    """The base model can carry an adapter in vLLM; what its architecture is, the pipeline file or a folder says."""
+    """What is trained on the base model can be served as asked. Its architecture stands in the file or its folder."""
     from jobs import embedded
 
     base = loaded.pipeline.base_model
@@ -83,7 +83,8 @@ def check_architecture(loaded: Loaded) -> None:
         log.warning("%s: its architecture is not recorded, so whether vLLM can serve it is only found out when it is "
                     "relocated. Record it with: python -m jobs pin %s --update", where, loaded.path.parent)
         return
-    models.check_target_modules(architecture, loaded.pipeline.training.lora.target_modules, where)
+    models.check_target_modules(architecture, loaded.pipeline.training.lora.target_modules, where,
+                                loaded.pipeline.serving.mode)
 
 
 def check_size(loaded: Loaded) -> None:

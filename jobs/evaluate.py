@@ -142,7 +142,9 @@ def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, 
     log.info("\n%s\nreport: %s", report.table(evaluation), artifact.path / "report.html")
     if evaluation["passed"]:
         # Retention may have removed an old adapter while its evaluation was kept; its training job makes it again.
-        artifacts.wait([wanted.adapter], volumes, wait_seconds)
+        # In mode merged clients get the merged model, which training makes after the adapter.
+        merged = [wanted.merged_model] if pipeline.serving.mode == "merged" else []
+        artifacts.wait([wanted.adapter, *merged], volumes, wait_seconds)
         moved = promotion.promote(volume, pipeline.adapter, wanted.adapter.digest, wanted.evaluation.digest)
         log.info(_framed("PROMOTED" if moved else "ALREADY PROMOTED", f"{name} passed the gate: clients that ask for "
                          f"{pipeline.adapter} get it."))

@@ -21,6 +21,7 @@ from jobs.errors import UserError
 # The values vLLM accepts for --max-lora-rank (vllm.config.lora.MaxLoRARanks; tests/test_models.py compares them).
 SERVABLE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+Mode = Literal["lora", "merged"]
 Scheme = Literal["file", "http", "https", "s3", "gs", "hf", "builtin"]
 MODEL_SCHEMES: tuple[Scheme, ...] = ("hf", "file", "builtin")
 DATA_SCHEMES: tuple[Scheme, ...] = ("file", "https", "http", "s3", "gs", "hf")
@@ -216,7 +217,10 @@ class Evaluation(_Strict):
 
 
 class Serving(_Strict):
-    # vLLM reserves LoRA buffers of this rank at start; an adapter of a higher rank cannot be loaded.
+    # lora: vLLM loads the adapter beside the base model, and swaps it without a restart. merged: training also makes
+    # one model of both, for base models on which vLLM has no LoRA (GPT-2), and vLLM restarts for a new one.
+    mode: Mode = "lora"
+    # Mode lora: vLLM reserves buffers of this rank at start, and cannot load an adapter of a higher one.
     max_lora_rank: Annotated[int, Field(ge=1)] = 64
 
     @model_validator(mode="after")
@@ -247,7 +251,7 @@ class Pipeline(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Pipeline:
-        if self.training.lora.r > self.serving.max_lora_rank:
+        if self.serving.mode == "lora" and self.training.lora.r > self.serving.max_lora_rank:
             raise PydanticCustomError("rank", "training.lora.r is {r}, above serving.max_lora_rank ({max}): vLLM would "
                                       "refuse the adapter. Lower the one or raise the other",
                                       {"r": self.training.lora.r, "max": self.serving.max_lora_rank})

@@ -16,7 +16,7 @@ from jobs.pipeline import Pipeline, Source
 # Bump a number when the code of that stage would give another result for the same settings: it renames the artifacts,
 # so that old results are neither reused nor overwritten.
 RECIPES = {"dataset": 1, "acceptability": 1, "base-model": 1, "tokenizer": 1, "reference-model": 1,
-           "adapter": 1, "scores": 1, "evaluation": 1}
+           "adapter": 1, "merged-model": 1, "scores": 1, "evaluation": 1}
 
 DATASET_VOLUME = "dataset"
 BASE_MODEL_VOLUME = "base-model"
@@ -35,6 +35,7 @@ class Plan:
     tokenizer: Spec
     reference_model: Spec
     adapter: Spec
+    merged_model: Spec  # always named; made only in `serving: {mode: merged}`
     base_scores: Spec
     adapter_scores: Spec
     reference_scores: Spec
@@ -76,8 +77,15 @@ def plan(pipeline: Pipeline) -> Plan:
          "gate": pipeline.evaluation.gate.model_dump(exclude_none=True)},
         {"adapter": adapter.digest, "base_scores": base_scores.digest, "adapter_scores": adapter_scores.digest,
          "reference_scores": reference_scores.digest})
-    return Plan(dataset, acceptability, base_model, tokenizer, reference_model, adapter, base_scores, adapter_scores,
-                reference_scores, evaluation)
+    return Plan(dataset, acceptability, base_model, tokenizer, reference_model, adapter,
+                merged_model(adapter.digest, base_model.digest), base_scores, adapter_scores, reference_scores,
+                evaluation)
+
+
+def merged_model(adapter: str, base_model: str) -> Spec:
+    """The merged model of an adapter and its base model, both named by their digests."""
+    return Spec(FINE_TUNED_VOLUME, "merged-model", {"recipe": RECIPES["merged-model"]},
+                {"adapter": adapter, "base_model": base_model})
 
 
 def _source(recipe: str, source: Source) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from jobs.plan import plan
 
 log = logging.getLogger("jobs")
 
-CONFIG = ("config.json", "generation_config.json")
 INDEX = "model.safetensors.index.json"
 # What transformers and vLLM load. Repositories may hold other forms of the same weights too: consolidated.safetensors.
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
@@ -166,7 +165,7 @@ def model_files(items: Iterable[Item], source: Source) -> list[Item]:
         raise UserError(f"{source.source}: holds no model.safetensors, but {pickles}. Pickles are refused: loading one "
                         "can run any code. Convert the model where you trust it (transformers: "
                         "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER)) and name the result")
-    return matching(items, (*WEIGHTS, INDEX, *CONFIG))
+    return matching(items, (*WEIGHTS, INDEX, *models.CONFIG))
 
 
 def tokenizer_files(items: Iterable[Item], source: Source) -> list[Item]:
@@ -190,7 +189,7 @@ def matching(items: Iterable[Item], patterns: Iterable[str]) -> list[Item]:
 
 
 def check_architecture(loaded: Loaded, folder: Path) -> None:
-    """The base model is what the pipeline file says it is, and vLLM can serve the adapter that is to be trained on it.
+    """The base model is what the pipeline file says it is, and what is to be trained on it can be served as asked.
 
     Raises:
         UserError: naming what is wrong and what can be chosen instead.
@@ -200,7 +199,8 @@ def check_architecture(loaded: Loaded, folder: Path) -> None:
     if base.architecture and base.architecture != found:
         raise UserError(f"{loaded.path}: base_model.architecture is {base.architecture}, but {base.source} at "
                         f"{base.pin} is a {found}. Correct the key, or run: python -m jobs pin {loaded.path.parent}")
-    models.check_target_modules(found, loaded.pipeline.training.lora.target_modules, f"{loaded.path}: base_model")
+    models.check_target_modules(found, loaded.pipeline.training.lora.target_modules, f"{loaded.path}: base_model",
+                                loaded.pipeline.serving.mode)
 
 
 def check_weights(folder: Path, source: Source) -> None:

@@ -3,8 +3,9 @@
     python -m jobs --pipeline overlays/kind/pipeline.yaml --volumes /volumes train
 
 Waits for dataset, base model and tokenizer; refuses what vLLM could not serve; encodes and packs the records; trains
-with transformers' Trainer and PEFT; publishes adapter, model card and loss history as one artifact. A kill costs the
-steps since the last checkpoint, never the result: the next attempt resumes and ends with the same weights.
+with transformers' Trainer and PEFT; publishes adapter, model card and loss history as one artifact; and where
+`serving.mode` asks for it, the merged model as another. A kill costs the steps since the last checkpoint, never the
+result: the next attempt resumes and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import artifacts, models
+from jobs import artifacts, merge, models
 from jobs.encoding import Encoded, encode
 from jobs.errors import Terminated, UserError
 from jobs.pipeline import Lora, Pipeline, Training
-from jobs.plan import FINE_TUNED_VOLUME, plan
+from jobs.plan import FINE_TUNED_VOLUME, Plan, plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +60,7 @@ class Splits:
 
 
 def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
-    """Train the adapter that the pipeline asks for, unless it is already there.
+    """Train the adapter that the pipeline asks for, and merge it where it is to be served so, unless that is done.
 
     Raises:
         UserError: the data or the settings cannot give an adapter that vLLM serves.
@@ -68,13 +69,22 @@ def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
     """
     pipeline = loaded.pipeline
     wanted = plan(pipeline)
-    if artifacts.done(wanted.adapter, volumes):
-        return
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    if not artifacts.done(wanted.adapter, volumes):
+        publish_adapter(pipeline, wanted, volumes, wait_seconds)
+    if pipeline.serving.mode == "merged" and not artifacts.done(wanted.merged_model, volumes):
+        merge.publish(pipeline, wanted, volumes, wait_seconds)
+
+
+def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> None:
+    """Wait for the inputs, refuse what could not be served, train the adapter and publish it."""
     dataset, base_model, tokenizer_files = artifacts.wait(
         [wanted.dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
     target_modules = models.check_target_modules(models.architecture(base_model.path),
-                                                 pipeline.training.lora.target_modules, str(base_model.path))
+                                                 pipeline.training.lora.target_modules, str(base_model.path),
+                                                 pipeline.serving.mode)
+    if pipeline.serving.mode == "merged":
+        merge.stored_dtype(base_model.path)  # better refused now than after hours of training
     check_length(models.read_config(base_model.path), pipeline.training)
 
     own = Folders(volumes / FINE_TUNED_VOLUME / "checkpoints" / wanted.adapter.digest,
@@ -168,6 +178,7 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
     import torch
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments, set_seed
+    from transformers.pytorch_utils import Conv1D
     from transformers.trainer_callback import PrinterCallback
 
     stop = threading.Event()
@@ -175,7 +186,9 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
     packs = pack(splits.train, training.tokens_per_batch, training.seed)
     steps = len(packs) * training.epochs
     set_seed(training.seed)  # LoRA's A matrices start random
-    adapted = get_peft_model(model, lora_config(training.lora, target_modules))
+    # GPT-2 keeps its layers' weights the other way round; PEFT would find that out by itself, with a warning a layer.
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    adapted = get_peft_model(model, lora_config(training.lora, target_modules, transposed=transposed))
     trainable, total = adapted.get_nb_trainable_parameters()
     log.info("%d train and %d holdout records in %d batches; %d epochs, %d steps; %d of %d parameters are trained",
              len(splits.train), len(splits.holdout), len(packs), training.epochs, steps, trainable, total)
@@ -210,12 +223,12 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
     return [entry for raw in trainer.state.log_history if (entry := _history_entry(raw))]
 
 
-def lora_config(lora: Lora, target_modules: list[str]) -> Any:
+def lora_config(lora: Lora, target_modules: list[str], *, transposed: bool) -> Any:
     """PEFT's configuration for the pipeline's `training.lora`."""
     from peft import LoraConfig
 
     return LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,  # type: ignore[arg-type]
-                      target_modules=target_modules, bias="none")
+                      target_modules=target_modules, bias="none", fan_in_fan_out=transposed)
 
 
 def newest_checkpoint(folder: Path) -> str | None:

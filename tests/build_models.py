@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from jobs import artifacts, pipeline
+from jobs import artifacts, merge, pipeline
 from jobs.pipeline import Loaded
 from jobs.plan import plan
 
@@ -64,14 +64,34 @@ def tiny_llama(folder: Path, *, vocabulary: int = 320, seed: int = 0, hidden: in
         bos_token_id=None, pad_token_id=1, initializer_range=0.3)).save_pretrained(folder)
 
 
-def tiny_gpt2(folder: Path, *, vocabulary: int = 320, seed: int = 0, positions: int = 256) -> None:
-    """A two-layer GPT-2 with random weights."""
+def tiny_gpt2(folder: Path, *, vocabulary: int = 320, seed: int = 0, positions: int = 256, heads: int = 2,
+              dtype: str = "float32") -> None:
+    """A two-layer GPT-2 with random weights, its heads as small as vLLM takes them (32)."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=positions, vocab_size=vocabulary,
-                               eos_token_id=0, bos_token_id=0, initializer_range=0.3)).save_pretrained(folder)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32 * heads, n_layer=2, n_head=heads, n_positions=positions,
+                                       vocab_size=vocabulary, eos_token_id=0, bos_token_id=0, initializer_range=0.3))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+
+
+def tiny_stablelm(folder: Path, *, vocabulary: int = 320, seed: int = 0) -> None:
+    """A two-layer StableLM with random weights."""
+    import torch
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    torch.manual_seed(seed)
+    StableLmForCausalLM(StableLmConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=vocabulary, max_position_embeddings=256, eos_token_id=0, bos_token_id=None, pad_token_id=1,
+        initializer_range=0.3)).save_pretrained(folder)
+
+
+def tiny_reference(folder: Path) -> None:
+    """A wider Llama than the base, with a tokenizer of its own."""
+    tiny_tokenizer(folder, vocabulary=300)
+    tiny_llama(folder, vocabulary=300, hidden=48, seed=1)
 
 
 def tiny_adapter(folder: Path, base: Path, *, seed: int = 0) -> None:
@@ -88,7 +108,7 @@ def tiny_adapter(folder: Path, base: Path, *, seed: int = 0) -> None:
 
 
 def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str = "file:base", seed: int = 0,
-                   keep: int = 5, max_length: int = 128, **training: Any) -> Loaded:
+                   keep: int = 5, max_length: int = 128, mode: str = "lora", **training: Any) -> Loaded:
     """A pipeline.yaml in `folder` with made-up pins (nothing is relocated from them), loaded."""
     def source(location: str, digit: str) -> dict[str, str]:
         return {"source": location} | ({} if location.startswith("builtin:") else {"sha256": digit * 64})
@@ -98,17 +118,19 @@ def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str
         "adapter": "hotels", "dataset": source("file:dataset.jsonl", "d"), "base_model": source(base, "b"),
         "reference_model": source("file:reference", "e"),
         "training": {"max_length": max_length, "tokens_per_batch": 256, "seed": seed, **training},
-        "evaluation": {"gate": dict(gate), "max_new_tokens": 12}, "retention": {"keep": keep}}))
+        "evaluation": {"gate": dict(gate), "max_new_tokens": 12}, "serving": {"mode": mode},
+        "retention": {"keep": keep}}))
     return pipeline.load(folder)
 
 
 def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] = RECORDS,
                        sentences: Sequence[tuple[str, bool]] = SENTENCES,
-                       base_model: Callable[[Path], None] = tiny_llama, without: Sequence[str] = (),
-                       **settings: Any) -> tuple[Loaded, Path]:
+                       base_model: Callable[[Path], None] = tiny_llama,
+                       reference_model: Callable[[Path], None] = tiny_reference, chat: bool = True,
+                       without: Sequence[str] = (), **settings: Any) -> tuple[Loaded, Path]:
     """A pipeline whose inputs to the evaluation are all published, but those in `without` (by their names in the plan).
 
-    The reference model is a wider Llama with a tokenizer of its own. Returns the loaded pipeline and the volumes' root.
+    Returns the loaded pipeline and the volumes' root.
     Call it again on the same folder with other settings, and only what they rename is made.
     """
     loaded, volumes = write_pipeline(folder, **settings), folder / "volumes"
@@ -122,14 +144,13 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] = R
         jsonl(draft, "holdout.jsonl", records)
 
     def tokenizer(draft: Path) -> None:
-        tiny_tokenizer(draft)
+        tiny_tokenizer(draft, chat=chat)
 
     def adapter(draft: Path) -> None:
         tiny_adapter(draft, wanted.base_model.path(volumes), seed=loaded.pipeline.training.seed)
 
-    def reference(draft: Path) -> None:
-        tiny_tokenizer(draft, vocabulary=300)
-        tiny_llama(draft, vocabulary=300, hidden=48, seed=1)
+    def merged_model(draft: Path) -> None:
+        merge.write_merged(wanted.base_model.path(volumes), wanted.adapter.path(volumes), draft)
 
     makers: dict[str, Callable[[Path], None]] = {
         "dataset": dataset,
@@ -137,9 +158,11 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] = R
                                              [{"text": text, "acceptable": good} for text, good in sentences]),
         "base_model": base_model,
         "tokenizer": tokenizer,
-        "reference_model": reference,
+        "reference_model": reference_model,
         "adapter": adapter,
     }
+    if loaded.pipeline.serving.mode == "merged":
+        makers["merged_model"] = merged_model
     for name, make in makers.items():
         if name not in without:
             artifacts.publish(getattr(wanted, name), volumes, make, keep=5)

@@ -185,6 +185,26 @@ def test_retention_keeps_the_newest_and_the_promoted(tmp_path: Path) -> None:
     assert left == [True, False, False, True, True]
 
 
+def test_retention_keeps_what_was_made_from_the_promoted(tmp_path: Path) -> None:
+    """Serving needs the merged model of a promoted adapter, which has a digest of its own."""
+    promotion.promote(tmp_path / "volume", "name", "a" * 16, "e" * 16)
+    specs = [Spec("volume", "merged-model", {}, {"adapter": letter * 16, "base_model": "0" * 16}) for letter in "abc"]
+    for age, spec in zip((50, 40, 30), specs, strict=True):
+        _age(publish(tmp_path, spec, keep=10), age)
+    assert artifacts.retain(tmp_path / "volume" / "merged-model", keep=1, protected=set()) == [specs[1].digest]
+    assert [artifacts.find(spec, tmp_path) is not None for spec in specs] == [True, False, True]
+
+
+def test_retention_does_not_remove_what_may_be_evidence(tmp_path: Path) -> None:
+    specs = _specs(2)
+    for spec in specs:
+        publish(tmp_path, spec, keep=10)
+    manifest = specs[0].path(tmp_path) / "artifact.json"
+    manifest.write_text("{")
+    os.utime(manifest, (0, 0))
+    assert artifacts.retain(tmp_path / "volume" / "adapter", keep=1, protected=set()) == []
+
+
 def test_an_artifact_that_was_used_again_counts_as_new(tmp_path: Path) -> None:
     """`git revert` and back: what git asked for last is not what retention removes next."""
     specs = _specs(4)

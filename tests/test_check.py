@@ -39,11 +39,22 @@ def test_a_valid_overlay_passes(tmp_path: Path) -> None:
     ({"base_model__architecture": "LlamaForCausalLM", "training__lora__target_modules": ["c_attn"]},
      "c_attn cannot be served on LlamaForCausalLM; allowed: down_proj"),
     ({"base_model": {"source": "builtin:tiny"}, "training__lora__target_modules": ["c_attn"]}, "c_attn cannot"),
+    ({"base_model__architecture": "GPT2LMHeadModel"}, "Set `serving: {mode: merged}`"),
+    ({"base_model__architecture": "GPTJForCausalLM", "serving__mode": "merged"},
+     "training cannot adapt, GPTJForCausalLM. .*LlamaForCausalLM.*GPT2LMHeadModel"),
+    ({"base_model__architecture": "GPT2LMHeadModel", "serving__mode": "merged",
+      "training__lora__target_modules": ["c_attn", "lm_head"]},
+     "lm_head cannot be served on GPT2LMHeadModel; allowed: c_attn, c_fc, c_proj"),
     ({"training__lora__r": 0}, "training.lora.r: 0"),
 ])
 def test_what_would_fail_in_the_cluster_is_refused_here(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         check.run(overlay(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_in_mode_merged_a_model_without_lora_in_vllm_passes_too(tmp_path: Path, architecture: str) -> None:
+    check.run(overlay(tmp_path, base_model__architecture=architecture, serving__mode="merged"))
 
 
 def test_bad_records_are_listed_with_their_lines(tmp_path: Path) -> None:

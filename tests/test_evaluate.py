@@ -16,7 +16,7 @@ import pytest
 from jobs import artifacts, evaluate, models, promotion, scoring
 from jobs.errors import RetryableError, UserError
 from jobs.plan import plan
-from tests.build_models import FAILING, PASSING, RECORDS, published_pipeline, tiny_gpt2
+from tests.build_models import FAILING, PASSING, RECORDS, published_pipeline, tiny_gpt2, tiny_tokenizer
 
 VOLUME = "fine-tuned-model"
 
@@ -213,10 +213,32 @@ def test_keeping_one_artifact_of_a_kind_keeps_the_scores_of_all_three_models(tmp
     assert promoted(volumes) == plan(loaded.pipeline).adapter.digest
 
 
-def test_gpt2_is_measured_as_well(tmp_path: Path) -> None:
-    loaded, volumes = published_pipeline(tmp_path, base_model=tiny_gpt2)
+def test_gpt2_is_measured_against_a_larger_one_with_no_chat_template(tmp_path: Path) -> None:
+    def larger(folder: Path) -> None:
+        tiny_tokenizer(folder, chat=False)
+        tiny_gpt2(folder, seed=1, heads=3)
+
+    records = [*RECORDS, {"text": "The cook reads the book."}]
+    loaded, volumes = published_pipeline(tmp_path, records=records, base_model=tiny_gpt2, reference_model=larger,
+                                         chat=False, mode="merged")
     evaluate.run(loaded, volumes, 0)
-    assert read(plan(loaded.pipeline).base_scores.path(volumes) / "scores.json")["perplexity"] > 1
+    wanted = plan(loaded.pipeline)
+    base, tuned, reference = (read(spec.path(volumes) / "scores.json") for spec in
+                              (wanted.base_scores, wanted.adapter_scores, wanted.reference_scores))
+    assert {scores["records"] for scores in (base, tuned, reference)} == {5}
+    assert {scores["questions"] for scores in (base, tuned, reference)} == {4}, "a text asks nothing"
+    assert len({scores["perplexity"] for scores in (base, tuned, reference)}) == 3
+    assert promoted(volumes) == wanted.adapter.digest
+
+
+def test_in_mode_merged_an_adapter_is_promoted_once_its_merged_model_is_there(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"base_model": tiny_gpt2, "mode": "merged"}
+    loaded, volumes = published_pipeline(tmp_path, without=("merged_model",), **settings)
+    with pytest.raises(RetryableError, match=str(plan(loaded.pipeline).merged_model)):
+        evaluate.run(loaded, volumes, 0)
+    assert promoted(volumes) is None
+    evaluate.run(*published_pipeline(tmp_path, **settings), 0)
+    assert promoted(volumes) == plan(loaded.pipeline).adapter.digest
 
 
 def test_an_adapter_of_nan_weights_is_rejected(tmp_path: Path) -> None:

@@ -21,24 +21,33 @@ from vllm.model_executor.models.registry import ModelRegistry
 names = json.loads(sys.argv[1])
 classes = {name: ModelRegistry._try_load_model_cls(name) for name in names}
 print(json.dumps({"ranks": typing.get_args(MaxLoRARanks),
-                  "served": [n for n, c in classes.items() if c is not None and supports_lora(c)]}))
+                  "served": [n for n, c in classes.items() if c is not None],
+                  "with_lora": [n for n, c in classes.items() if c is not None and supports_lora(c)]}))
 """
 
 
 @pytest.mark.slow
-def test_the_installed_vllm_serves_lora_on_the_architectures_and_ranks_we_accept() -> None:
-    names = [*models.SERVABLE, "GPT2LMHeadModel"]
+def test_the_installed_vllm_serves_the_architectures_and_ranks_we_accept() -> None:
+    names = [*models.SERVABLE, *models.MERGED_ONLY]
     done = subprocess.run([sys.executable, "-c", ASK_VLLM, json.dumps(names)], capture_output=True, text=True,
                           check=False)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
-    assert answer["served"] == list(models.SERVABLE), "GPT-2 must not be among them, all of ours must"
+    assert answer["served"] == names
+    assert answer["with_lora"] == list(models.SERVABLE), "what vLLM learned to serve with LoRA belongs into SERVABLE"
     assert tuple(answer["ranks"]) == SERVABLE_RANKS
 
 
 def test_an_architecture_that_cannot_be_served_is_refused_with_those_that_can() -> None:
-    with pytest.raises(UserError, match="here: vLLM cannot serve a LoRA adapter on GPT2LMHeadModel.*LlamaForCausalLM"):
+    with pytest.raises(UserError, match="here: vLLM cannot serve a LoRA adapter on GPTJForCausalLM. Choose .*Llama"):
+        models.check_servable("GPTJForCausalLM", "here")
+
+
+def test_a_refusal_names_mode_merged_where_that_would_help() -> None:
+    with pytest.raises(UserError, match=r"LoRA adapter on GPT2LMHeadModel. Set `serving: {mode: merged}`.*LlamaForC"):
         models.check_servable("GPT2LMHeadModel", "here")
+    assert models.check_servable("GPT2LMHeadModel", "here", "merged") == {"c_attn", "c_proj", "c_fc"}
+    assert models.check_servable("LlamaForCausalLM", "here", "merged") == models.SERVABLE["LlamaForCausalLM"]
 
 
 def test_all_linear_means_every_layer_that_can_be_served() -> None:

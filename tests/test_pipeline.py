@@ -39,6 +39,7 @@ def test_an_overlays_folder_stands_for_its_file(tmp_path: Path) -> None:
     ({"training__learning_rate": float("nan")}, "training.learning_rate: nan: input should be"),
     ({"training__lora__target_modules": "all"}, "training.lora.target_modules: 'all'"),
     ({"training__max_length": 8192}, "tokens_per_batch (4096) must be at least max_length (8192)"),
+    ({"serving__mode": "both"}, "serving.mode: 'both': input should be 'lora' or 'merged'"),
     ({"serving__max_lora_rank": 24}, "max_lora_rank 24 is not one vLLM serves; allowed: 1, 8, 16,"),
     ({"dataset__holdout": 0}, "dataset.holdout: 0"),
     ({"dataset__sha256": None}, "dataset: file:dataset.jsonl is not pinned: `sha256` is missing. Run: python -m jobs "
@@ -62,6 +63,11 @@ def test_what_is_wrong_is_named_with_its_key(tmp_path: Path, changes: dict[str, 
     assert says in str(raised.value)
     assert str(raised.value).startswith(f"{file}:")
     assert len(str(raised.value).splitlines()) <= 2, "one mistake, one line (a union may need two)"
+
+
+def test_in_mode_merged_vllm_loads_no_adapter_so_its_rank_is_free(tmp_path: Path) -> None:
+    loaded = pipeline.load(build_pipeline.write(tmp_path, training__lora__r=128, serving__mode="merged"))
+    assert loaded.pipeline.training.lora.r > loaded.pipeline.serving.max_lora_rank
 
 
 def test_the_error_names_the_line(tmp_path: Path) -> None:

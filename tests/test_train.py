@@ -43,6 +43,9 @@ def tiny(kind: str) -> tuple[Any, list[str]]:
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "vocab_size": VOCABULARY, "initializer_range": 0.2}
     if kind == "gpt2":
         return t.GPT2LMHeadModel(t.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **ids)), ["c_attn"]
+    if kind == "stablelm":
+        return t.StableLmForCausalLM(t.StableLmConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                                      num_attention_heads=4, num_key_value_heads=4, **ids)), ["q_proj"]
     return t.LlamaForCausalLM(t.LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                                             intermediate_size=64, **ids)), ["q_proj", "v_proj", "down_proj"]
 
@@ -65,7 +68,7 @@ def test_packing_takes_every_record_once_and_keeps_to_the_budget(lengths: list[i
     assert all(sum(map(len, pack)) <= 60 for pack in packs)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "stablelm"])
 def test_a_packed_batch_has_the_loss_of_its_records_one_by_one(kind: str) -> None:
     """Neither padding nor packing changes what is learned: no record attends to another, no prompt is learned."""
     import torch
