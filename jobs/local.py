@@ -114,14 +114,15 @@ async def _present(runner: Runner, pipeline: Pipeline, args: argparse.Namespace)
     volumes, endpoint = runner.state / "volumes", runner.url(INFERENCE)
     evaluation = summary.read(pipeline, volumes)
     print(summary.evaluation(evaluation), flush=True)
+    chats = summary.chats(pipeline, volumes)
     if not args.exit or (args.ask and evaluation["passed"]):
         await runner.ready(INFERENCE)
     if args.ask and evaluation["passed"]:
-        print(await asyncio.to_thread(summary.ask, pipeline, endpoint, args.ask), flush=True)
+        print(await asyncio.to_thread(summary.ask, pipeline, endpoint, args.ask, chats=chats), flush=True)
     elif args.ask:
         print("The gate did not pass: this adapter is not served, so it is not asked.", flush=True)
     print(summary.places(pipeline, volumes, endpoint, runner.url(TENSORBOARD), args.ask or "Hello!",
-                         serving=not args.exit), flush=True)
+                         serving=not args.exit, chats=chats), flush=True)
     if not args.exit:
         await asyncio.Event().wait()
 
@@ -182,24 +183,27 @@ class Runner:
         await asyncio.gather(*(self._ready[pod.name].wait() for pod in self.pods if pod.title == title))
 
     async def run_pod(self, pod: Pod) -> None:
-        """Run a pod to its end: a Job until it succeeds or has failed for good, a Deployment until it was
-        restarted DEPLOYMENT_RESTARTS times in vain: without a cluster somebody is watching."""
+        """Run a pod to its end: a Job until it succeeds or has failed for good, a Deployment until it failed
+        DEPLOYMENT_RESTARTS times more than once: without a cluster somebody is watching."""
         limit = pod.backoff_limit if pod.kind == "Job" else DEPLOYMENT_RESTARTS
-        for attempt in range(limit + 1):
-            if attempt:
-                pause = min(60, 2**attempt)
-                log.info("%s: attempt %d of %d in %d s", pod.title, attempt + 1, limit + 1, pause)
-                await asyncio.sleep(pause)
+        failures = 0
+        while True:
             code = await self._run_containers(pod)
             if code == 0 and pod.kind == "Job":
                 self._done[pod.name].set()
                 return
             log.warning("%s ended with exit code %d", pod.title, code)
-            if code in pod.fatal_exit_codes or (pod.kind == "Deployment" and code == UserError.exit_code):
-                break
-        raise PodFailed(pod, code, list(self._tails[pod.name]))
+            failures += code != 0  # serving ends with 0 to be started again, with another base model for example
+            if failures > limit or code in pod.fatal_exit_codes or (
+                    pod.kind == "Deployment" and code == UserError.exit_code):
+                raise PodFailed(pod, code, list(self._tails[pod.name]))
+            pause = min(60, 2**failures)
+            what = f"attempt {failures + 1} of {limit + 1}" if failures else "again"
+            log.info("%s: %s in %d s", pod.title, what, pause)
+            await asyncio.sleep(pause)
 
     async def _run_containers(self, pod: Pod) -> int:
+        self._ready[pod.name].clear()
         for container in pod.init_containers:
             code = await self._run_container(pod, container)
             if code:

@@ -39,8 +39,24 @@ def current(volume: Path, name: str) -> Promotion | None:
         return Promotion(str(values["adapter"]), str(values["evaluation"]), str(values["at"]))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: the promotion is damaged ({error}). Remove it and run the evaluation again") from None
+
+
+def history(volume: Path, name: str) -> list[Promotion]:
+    """Every promotion under `name`, newest first. A line that cannot be read is passed over: it proves nothing."""
+    try:
+        lines = (volume / FOLDER / f"{name}.history.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    promotions = []
+    for line in reversed(lines):
+        try:
+            values = json.loads(line)
+            promotions.append(Promotion(str(values["adapter"]), str(values["evaluation"]), str(values["at"])))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return promotions
 
 
 def promote(volume: Path, name: str, adapter: str, evaluation: str) -> bool:

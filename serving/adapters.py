@@ -10,14 +10,17 @@ import json
 import os
 import re
 import shutil
+import stat
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from jobs import artifacts, models, promotion
 from jobs.errors import UserError
-from jobs.pipeline import Pipeline
+from jobs.pipeline import Mode, Pipeline
 from jobs.plan import FINE_TUNED_VOLUME, plan
 
 DIGEST = re.compile(r"[0-9a-f]{16}")
@@ -25,11 +28,32 @@ TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.we
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # What an adapter artifact may hold. Not a list of what is forbidden: a pickle can have any name.
 SUFFIXES = (".safetensors", ".json", ".md")
-# Options of PEFT that change what the weights mean. vLLM ignores some of them and would serve another adapter.
-UNSERVABLE = ("use_dora", "modules_to_save", "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora",
-              "use_bdlora", "trainable_token_indices", "target_parameters", "fan_in_fan_out")
-# Above it a value is infinite in float16; weights of real adapters stay below 10.
+FILE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+# The options of PEFT that may be set, and to what. Any other may change what the weights mean, and vLLM may not know
+# it; two hold regular expressions, by which vLLM's engine could be kept busy for ever.
+OPTIONS: dict[str, Callable[[Any], bool]] = {
+    "peft_type": lambda v: v == "LORA",
+    "task_type": lambda v: v == "CAUSAL_LM",
+    "bias": lambda v: v == "none",
+    "r": lambda v: type(v) is int and v > 0,
+    "lora_alpha": lambda v: type(v) in (int, float) and 0 < v <= sys.float_info.max,
+    "lora_dropout": lambda v: type(v) in (int, float) and 0 <= v < 1,
+    "target_modules": lambda v: type(v) is list and v != [] and all(type(layer) is str for layer in v),
+    **dict.fromkeys(("init_lora_weights", "inference_mode"), lambda v: type(v) is bool),
+    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version", "megatron_core"), lambda v: type(v) is str),
+    "qalora_group_size": lambda v: type(v) is int,
+}
+NEEDED = {"peft_type", "r", "lora_alpha", "target_modules"}
+DTYPES = ("F32", "F16", "BF16")
+# Above it a value is infinite in float16; weights of real adapters stay below 10, and a layer's output below 2000 for
+# inputs of 1.
 LARGEST = 65504.0
+SMALLEST = 1e-8  # a change of a layer's output that float32 rounds away beside 1
+# Bytes of a JSON file that is read, and of the weights' header: such files have a few kB, a header 130 bytes a tensor.
+LARGEST_JSON = 2**20
+# Bytes of an artifact beside the weights (the loss history grows with the steps), and files of an artifact.
+LARGEST_REST = 64 * 2**20
+MOST_FILES = 100
 
 Modules = dict[str, tuple[int, int]]  # the base model's linear layers by name: (features out, features in)
 Signature = tuple[tuple[str, int, int, int], ...]
@@ -59,6 +83,11 @@ class Served:
     base_folder: str
     max_lora_rank: int
     private_folder: str  # verified copies of adapters, out of everybody else's reach
+    leader: str = ""  # the pipeline file that decides on base model, tokenizer and mode (serving/base.py)
+    mode: Mode = "lora"
+    merged: str | None = None  # in mode merged: the model that vLLM runs, as NAME@ADAPTER; None: the base model
+    shield_base: bool = False  # whether vLLM would mix adapters into the base model's replies (aliases._prepare_base)
+    drain_seconds: float = 55.0  # how long the last replies may take when the server ends
 
     ENVIRONMENT = "SERVING_SETTINGS"
 
@@ -105,6 +134,26 @@ def promoted(pipeline: Pipeline, volumes: Path) -> Wanted:
     return Wanted(current.adapter, current.evaluation)
 
 
+def earlier(pipeline: Pipeline, volumes: Path) -> list[Wanted]:
+    """The adapters that were promoted under the pipeline's name before the last one, newest first."""
+    history = promotion.history(volumes / FINE_TUNED_VOLUME, pipeline.adapter)
+    return list(dict.fromkeys(Wanted(each.adapter, each.evaluation) for each in history))
+
+
+def proved_at(name: str, wanted: Wanted, volumes: Path) -> float:
+    """When (Unix time) the adapter could be served at the earliest: its evaluation was published, or it was promoted.
+
+    Raises:
+        OSError: when the volume does not say.
+    """
+    times = [(evaluation_folder(wanted.evaluation, volumes) / artifacts.MANIFEST).stat().st_mtime]
+    pointer = volumes / FINE_TUNED_VOLUME / promotion.FOLDER / name
+    current = promotion.current(volumes / FINE_TUNED_VOLUME, name)
+    if current and current.adapter == wanted.adapter:
+        times.append(pointer.stat().st_mtime)
+    return max(times)
+
+
 def adapter_folder(digest: str, volumes: Path) -> Path:
     return _artifact_folder("adapter", digest, volumes)
 
@@ -127,7 +176,7 @@ def signature(folder: Path) -> Signature:
     """
     if not folder.is_dir():
         raise NotYet(f"{folder.parent.name} {folder.name} is not there yet")
-    stats = [(p, p.lstat()) for p in sorted([folder, *folder.rglob("*")])]
+    stats = [(p, p.lstat()) for p in sorted([folder, *folder.iterdir()])]  # flat, or it is refused
     return tuple((p.name, s.st_size, s.st_mtime_ns, s.st_ino) for p, s in stats)
 
 
@@ -136,18 +185,23 @@ def check_gate(asked: Wanted, name: str, volumes: Path) -> None:
 
     Raises:
         Refused: with reason `gate` when it did not pass, `damaged` when the evaluation cannot be trusted.
+        OSError: when it cannot be read; a later attempt may succeed.
     """
-    evaluation = _read(evaluation_folder(asked.evaluation, volumes), "evaluation")
-    try:
-        verdict = json.loads((evaluation.path / "evaluation.json").read_bytes())
-        passed, evaluated = verdict["passed"], verdict["adapter"]["digest"]
-        known = evaluation.manifest["inputs"]["adapter"], evaluation.manifest["spec"]["adapter"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refused("damaged", f"evaluation {asked.evaluation} has no readable verdict ({error!r})") from None
+    folder = evaluation_folder(asked.evaluation, volumes)
+    size = sum(path.lstat().st_size for path in _files(folder))
+    if size > LARGEST_REST:
+        raise Refused("files", f"{folder} has {artifacts.human_bytes(size)}; no evaluation is that large")
+    manifest = _read(folder, "evaluation").manifest
+    verdict = _json(folder / "evaluation.json", "damaged", "is no readable verdict")
+    about = verdict.get("adapter")
+    evaluated = about.get("digest") if isinstance(about, dict) else about
+    known = manifest["inputs"].get("adapter"), manifest["spec"].get("adapter")
     if known != (asked.adapter, name) or evaluated != asked.adapter:
-        raise Refused("damaged", f"evaluation {asked.evaluation} is about {known[1]}@{known[0]} ({evaluated}), not "
-                                 f"{name}@{asked.adapter}")
-    if passed is not True:
+        raise Refused("damaged", _line(f"evaluation {asked.evaluation} is about {known[1]}@{known[0]} ({evaluated}), "
+                                       f"not {name}@{asked.adapter}"))
+    if "passed" not in verdict:
+        raise Refused("damaged", f"evaluation {asked.evaluation} does not say whether {name}@{asked.adapter} passed")
+    if verdict["passed"] is not True:
         raise Refused("gate", f"evaluation {asked.evaluation} rejected {name}@{asked.adapter}: see its report.md")
 
 
@@ -170,106 +224,236 @@ def take(name: str, digest: str, served: Served, modules: Callable[[], Modules])
     copy = private_copy(name, digest, served)
     shutil.rmtree(copy, ignore_errors=True)
     try:
-        for path in source.rglob("*"):
-            if not path.is_dir() and path.suffix not in SUFFIXES:
-                raise Refused("files", f"it holds {path.name}; only {', '.join(SUFFIXES)} files are taken, no pickles")
-        shutil.copytree(source, copy, symlinks=True)  # links stay links, which verification refuses
+        largest = sum(4 * served.max_lora_rank * sum(shape) for shape in modules().values())
+        _copy(source, copy, largest + LARGEST_REST)
         verify(copy, served, modules)
+    except Refused as refused:  # the copy goes; what the message tells people to look at is the original
+        shutil.rmtree(copy, ignore_errors=True)
+        raise Refused(refused.reason, _line(str(refused).replace(str(copy), str(source)))) from None
     except BaseException:
         shutil.rmtree(copy, ignore_errors=True)
         raise
     return copy
 
 
+def _copy(source: Path, target: Path, limit: int) -> None:
+    """Copy the files of an adapter, of `limit` bytes in all; stop at whatever an adapter does not hold."""
+    paths = _files(source)
+    target.mkdir(parents=True)
+    for path in paths:
+        if path.suffix not in SUFFIXES or not FILE_NAME.fullmatch(path.name):
+            raise Refused("files", f"it holds {path.name}; only {', '.join(SUFFIXES)} files are taken, no pickles")
+        if path.suffix == ".safetensors" and path.name != WEIGHTS:
+            raise Refused("files", f"it holds {path.name}; the only weights are {WEIGHTS}")
+        # If it was replaced just now: no link is followed, and no pipe is waited for.
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(handle, "rb") as stream, (target / path.name).open("wb") as sink:  # noqa: PTH123 - by its handle
+            while chunk := stream.read(2**20):
+                limit -= len(chunk)
+                if limit < 0:  # counted as it comes: the file may say another size, or grow
+                    raise Refused("files", f"{path.name} is too large: no adapter for this base model is that large")
+                sink.write(chunk)
+
+
 def verify(folder: Path, served: Served, modules: Callable[[], Modules]) -> None:
     """Return if the adapter artifact in `folder` is whole, made for what is served, and free of harmful weights.
 
     Args:
-        modules: gives the base model's linear layers; only called when all cheaper checks passed.
+        modules: gives the base model's linear layers.
     Raises:
         Refused: naming the first thing that is wrong.
     """
-    inputs = _read(folder, "adapter").manifest["inputs"]
+    manifest = _read(folder, "adapter").manifest
     for key, digest in (("base_model", served.base_model), ("tokenizer", served.tokenizer)):
-        if inputs.get(key) != digest:
-            raise Refused("base", f"it was trained on {key} {inputs.get(key)}; this server serves {digest}")
+        if manifest["inputs"].get(key) != digest:
+            raise Refused("base", f"it was trained on {key} {manifest['inputs'].get(key)}; this server serves {digest}")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise Refused("files", f"{name} is missing")
-    rank = _check_config(folder / CONFIG, served.max_lora_rank)
-    _check_weights(folder / WEIGHTS, rank, served.max_lora_rank, modules())
+    lora, known = _check_config(folder / CONFIG, served.max_lora_rank), modules()
+    _check_weights(folder / WEIGHTS, lora, known)
+    _check_asked(lora, manifest["spec"].get("lora"), known)
 
 
 def _read(folder: Path, kind: str) -> artifacts.Artifact:
+    _json(folder / artifacts.MANIFEST, "damaged", "is missing or damaged")
     try:
         artifact = artifacts.read(folder)
+        manifest = artifact.manifest
+        fits = isinstance(manifest["inputs"], dict) and isinstance(manifest["spec"], dict)
     except UserError as error:
-        raise Refused("damaged", str(error)) from None
-    if artifact.manifest["kind"] != kind:
-        raise Refused("damaged", f"{folder} is an artifact of kind {artifact.manifest['kind']}, not {kind}")
+        raise Refused("damaged", _line(str(error))) from None
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise Refused("damaged", _line(f"{folder}: {artifacts.MANIFEST} is damaged ({error!r})")) from None
+    if not fits or manifest["kind"] != kind:
+        raise Refused("damaged", _line(f"{folder} is an artifact of kind {manifest['kind']!r}, not {kind}"))
     return artifact
 
 
-def _check_config(file: Path, max_rank: int) -> int | None:
-    """The rank that every weight must have; None when the config gives modules ranks of their own."""
+def _files(folder: Path) -> list[Path]:
+    """The files in an artifact's folder; refused if anything else is there: a pipe, for one, is waited for in vain."""
+    paths = sorted(islice(folder.iterdir(), MOST_FILES + 1))
+    if len(paths) > MOST_FILES:
+        raise Refused("files", f"{folder} holds more than {MOST_FILES} files")
+    for path in paths:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise Refused("damaged", _line(f"{path} is not a plain file"))
+    return paths
+
+
+def _json(file: Path, reason: str, otherwise: str) -> dict[str, Any]:
+    """The mapping in a JSON file; refused with `reason` and `otherwise` if it is none."""
     try:
-        config: dict[str, Any] = json.loads(file.read_bytes())
-        kind, r, bias = config["peft_type"], config["r"], config.get("bias", "none")
-        ranks = [r, *(config.get("rank_pattern") or {}).values()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refused("config", f"{file.name} is not a LoRA config ({error!r})") from None
-    if kind != "LORA":
-        raise Refused("config", f"{file.name}: peft_type is {kind}; only LORA is served")
-    if not all(type(rank) is int and rank >= 1 for rank in ranks):
-        raise Refused("config", f"{file.name}: {ranks} are not ranks")
-    if max(ranks) > max_rank:
-        raise Refused("rank", f"{file.name}: rank {max(ranks)} is above the server's {max_rank} "
+        with file.open("rb") as stream:
+            content = stream.read(LARGEST_JSON + 1)
+        if len(content) > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON} bytes")
+        value = json.loads(content.decode())  # as vLLM reads it: from bytes, json would take UTF-16 too
+        if not isinstance(value, dict):
+            raise TypeError(f"it holds a {type(value).__name__}")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, RecursionError) as error:
+        raise Refused(reason, _line(f"{file} {otherwise} ({error!r})")) from None
+    return value
+
+
+def _line(message: str) -> str:
+    """For the log: one short line, whatever names and values of a bad artifact it quotes."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message[:1000])
+
+
+@dataclass(frozen=True)
+class _Lora:
+    """What an adapter's config says of its weights."""
+
+    rank: int
+    alpha: float
+    layers: frozenset[str]  # the last parts of the names of the layers that it adapts
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def _check_config(file: Path, max_rank: int) -> _Lora:
+    """The config of a plain LoRA, which means the same to PEFT and to vLLM."""
+    config = _json(file, "config", "is not a LoRA config")
+    patterns = config.get("rank_pattern")
+    ranks = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())]
+    largest = max((rank for rank in ranks if type(rank) is int), default=0)
+    if largest > max_rank:
+        raise Refused("rank", f"{file.name}: rank {largest} is above the server's {max_rank} "
                               "(serving.max_lora_rank in pipeline.yaml)")
-    if bias != "none":
-        raise Refused("config", f"{file.name}: bias is {bias!r}; vLLM serves no trained bias")
-    for option in UNSERVABLE:
-        if config.get(option):
-            raise Refused("config", f"{file.name}: {option} is {config[option]!r}; vLLM cannot serve that")
-    return r if len(ranks) == 1 else None
+    for option in sorted(config.keys() | NEEDED):
+        value = config.get(option)
+        if _is_unset(value) and option not in NEEDED:
+            continue
+        if option not in OPTIONS or not OPTIONS[option](value):
+            raise Refused("config", f"{file.name}: {option} is {value!r}; vLLM cannot serve that")
+    return _Lora(config["r"], config["lora_alpha"], frozenset(config["target_modules"]))
 
 
-def _check_weights(file: Path, rank: int | None, max_rank: int, modules: Modules) -> None:
+def _is_unset(value: Any) -> bool:
+    """PEFT's ways to say no; zero can be a layer's number."""
+    return value is None or value is False or value == [] or value == {}
+
+
+def _check_weights(file: Path, lora: _Lora, modules: Modules) -> None:
+    """Refuse weights that are not exactly a pair of fitting shape for each targeted layer, sane, and of an effect."""
     import torch
     from safetensors import SafetensorError, safe_open
 
-    ranks: dict[str, dict[str, int]] = {}  # module: side: rank
-    changes = False
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if length > LARGEST_JSON:
+        raise Refused("damaged", f"{file.name} is not a whole safetensors file (its header has {length} bytes)")
+    generator = torch.Generator().manual_seed(0)
+    effect = 0.0
     try:
         with safe_open(file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 - not a mapping
-                match = TENSOR.fullmatch(key)
-                if not match:
-                    raise Refused("module", f"{file.name}: {key} is not a LoRA weight")
-                module, side = match["module"], match["side"]
-                if module not in modules:
-                    raise Refused("module", f"{file.name}: the base model has no layer {module} that vLLM can adapt")
-                tensor = weights.get_tensor(key)  # one at a time: an adapter may be large
-                outer = modules[module][1 if side == "A" else 0]
-                shape = tuple(tensor.shape)
-                own = shape[0 if side == "A" else -1] if len(shape) == 2 else 0
-                if shape != ((own, outer) if side == "A" else (outer, own)) or not 1 <= own <= max_rank:
-                    raise Refused("shape", f"{file.name}: {key} has shape {list(shape)}; the base model's layer is "
-                                           f"{list(modules[module])}")
-                if rank is not None and own != rank:
-                    raise Refused("shape", f"{file.name}: {key} has rank {own}; {CONFIG} says {rank}")
-                if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                    raise Refused("values", f"{file.name}: {key} holds {tensor.dtype}, not floats of 16 or 32 bits")
-                if not bool((tensor.abs() <= LARGEST).all()):  # false for NaN too
-                    raise Refused("values", f"{file.name}: {key} holds NaN, infinite or huge values")
-                changes = changes or (side == "B" and bool(torch.count_nonzero(tensor)))
-                ranks.setdefault(module, {})[side] = own
+            pairs = _pairs(file, weights, lora, modules)
+            for module, keys in pairs.items():
+                a, b = (weights.get_tensor(key).double() for key in keys)  # a pair at a time: there may be many
+                for key, largest in zip(keys, (a.abs().max(), b.abs().max() * lora.scale), strict=True):
+                    if not bool(largest <= LARGEST):  # false for NaN too
+                        raise Refused("values", f"{file.name}: {key} holds NaN, infinite or huge values")
+                # The norms bound the product, which would be large to compute, for every input of at most 1.
+                if not bool(a.abs().sum(1).max() * b.abs().sum(1).max() * lora.scale <= LARGEST):
+                    raise Refused("values", f"{file.name}: the weights of {module} multiply to huge values")
+                # Neither is zero if their product is not; a product that is not zero moves nearly every input.
+                moved = b @ (a @ torch.randn(a.shape[1], dtype=a.dtype, generator=generator)) * lora.scale
+                effect = max(effect, float(moved.abs().max()))
     except SafetensorError as error:
         raise Refused("damaged", f"{file.name} is not a whole safetensors file ({error})") from None
-    for module, sides in ranks.items():
-        if len(sides) != 2 or sides["A"] != sides["B"]:
-            raise Refused("shape", f"{file.name}: {module} lacks lora_A or lora_B, or their ranks differ")
-    if not changes:
-        raise Refused("no effect", f"{file.name}: every lora_B is zero, so it changes nothing")
+    if effect < SMALLEST:
+        raise Refused("no effect", f"{file.name}: every lora_B times lora_A is zero, so it changes nothing")
+
+
+def _pairs(file: Path, weights: Any, lora: _Lora, modules: Modules) -> dict[str, tuple[str, str]]:
+    """The names of lora_A and lora_B by layer, after everything was checked that the header tells."""
+    found: dict[str, dict[str, str]] = {}  # layer: side: name
+    for key in weights.keys():  # noqa: SIM118 - not a mapping
+        match = TENSOR.fullmatch(key)
+        if not match:
+            raise Refused("module", f"{file.name}: {key} is not a LoRA weight")
+        module, side = match["module"], match["side"]
+        if module not in modules:
+            raise Refused("module", f"{file.name}: the base model has no layer {module} that vLLM can adapt")
+        outer, inner = modules[module]
+        tensor = weights.get_slice(key)
+        fitting = [lora.rank, inner] if side == "A" else [outer, lora.rank]
+        if list(tensor.get_shape()) != fitting:
+            raise Refused("shape", f"{file.name}: {key} has shape {tensor.get_shape()}, not {fitting}; {CONFIG} says "
+                                   f"{lora.rank}, the base model's layer is {list(modules[module])}")
+        if tensor.get_dtype() not in DTYPES:
+            raise Refused("values", f"{file.name}: {key} holds {tensor.get_dtype()}, not {' or '.join(DTYPES)}")
+        found.setdefault(module, {})[side] = key
+    for module, sides in found.items():
+        if len(sides) != 2:
+            raise Refused("shape", f"{file.name}: {module} lacks lora_A or lora_B")
+    if not found:
+        raise Refused("no effect", f"{file.name} holds no weights, so it changes nothing")
+    unknown = lora.layers - {_layer(module) for module in modules}
+    if unknown:
+        raise Refused("module", f"{CONFIG}: the base model has no {', '.join(sorted(unknown))} that vLLM can adapt")
+    targeted = {module for module in modules if _layer(module) in lora.layers}
+    for module in sorted(found.keys() - targeted):
+        raise Refused("module", f"{file.name}: {module} has weights; target_modules in {CONFIG} leaves it out")
+    for module in sorted(targeted - found.keys()):
+        raise Refused("module", f"{file.name}: the weights of {module} are missing")
+    return {module: (sides["A"], sides["B"]) for module, sides in found.items()}
+
+
+def _layer(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _check_asked(lora: _Lora, asked: Any, modules: Modules) -> None:
+    """Refuse an adapter that is not what it is named for: the artifact's digest stands for these settings."""
+    try:
+        layers = asked["target_modules"]
+        every = {_layer(module) for module in modules}
+        wanted = _Lora(asked["r"], asked["alpha"], frozenset(every if layers == "all-linear" else layers))
+    except (KeyError, TypeError) as error:
+        raise Refused("damaged", f"{artifacts.MANIFEST} does not say what was asked for ({error!r})") from None
+    for what, said, ought in (("r", lora.rank, wanted.rank), ("alpha", lora.alpha, wanted.alpha),
+                              ("target modules", set(lora.layers), set(wanted.layers))):
+        if said != ought:
+            raise Refused("config", f"{CONFIG} says {what} {said}; the pipeline asked for {what} {ought}")
+
+
+def write_zero(modules: Modules, served: Served) -> Path:
+    """Write an adapter that changes nothing, of rank 1 on one layer, into the private folder; returns its folder."""
+    import torch
+    from safetensors.torch import save_file
+
+    name, (features_out, features_in) = next(iter(modules.items()))
+    folder = Path(served.private_folder) / "zero"
+    folder.mkdir(exist_ok=True)
+    save_file({f"base_model.model.{name}.lora_A.weight": torch.zeros(1, features_in),
+               f"base_model.model.{name}.lora_B.weight": torch.zeros(features_out, 1)}, folder / WEIGHTS)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [name.rpartition(".")[2]]}
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
 
 
 def linear_modules(folder: Path) -> Modules:

@@ -10,7 +10,7 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tests import build_pipeline
 TEXT = ["The best hotel in Seville is the one with the orange trees.", "What is the best hotel?", "Answer it."]
 TEMPLATE = ("{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def load(folder: Path, **changes: Any) -> tuple[Pipeline, Plan]:
@@ -72,35 +73,48 @@ def adapter(volumes: Path, asked: Pipeline, change: Callable[[Path], object] | N
     planned = plan(asked)
 
     def write(draft: Path) -> None:
-        write_adapter(draft, r=asked.training.lora.r, seed=asked.training.seed)
+        lora = asked.training.lora
+        layers = LAYERS if isinstance(lora.target_modules, str) else lora.target_modules
+        write_adapter(draft, r=lora.r, seed=asked.training.seed, alpha=lora.alpha, layers=layers)
         if change:
             change(draft)
 
     return artifacts.publish(planned.adapter, volumes, write, keep=9).path
 
 
-def write_adapter(folder: Path, *, r: int, seed: int) -> None:
-    """Write an adapter with random A and B, in PEFT's own format."""
+def write_adapter(folder: Path, *, r: int, seed: int, alpha: float | None = None,
+                  layers: Sequence[str] = LAYERS) -> None:
+    """Write an adapter with random A and B, in PEFT's own format; `alpha` is 2 r unless given."""
+    shutil.copytree(_written(r, seed, 2 * r if alpha is None else alpha, tuple(layers)), folder, dirs_exist_ok=True)
+
+
+@functools.cache
+def _written(r: int, seed: int, alpha: float, layers: tuple[str, ...]) -> Path:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed + 1)
     model = LlamaForCausalLM.from_pretrained(models() / "base")
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     # init_lora_weights=False leaves B random instead of zero
-    adapted = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, init_lora_weights=False,
+    adapted = get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha,  # type: ignore[arg-type]
+                                               target_modules=list(layers), init_lora_weights=False,
                                                task_type="CAUSAL_LM"))
+    folder = Path(tempfile.mkdtemp(dir=models()))
     adapted.save_pretrained(folder)
+    return folder
 
 
-def evaluation(volumes: Path, asked: Pipeline, *, passed: bool = True) -> Path:
-    """Publish the evaluation that the pipeline asks for, with a verdict."""
+def evaluation(volumes: Path, asked: Pipeline, *, passed: object = True,
+               change: Callable[[Path], object] | None = None) -> Path:
+    """Publish the evaluation that the pipeline asks for, with a verdict, after `change` had its way with the files."""
     planned = plan(asked)
     verdict = {"passed": passed, "adapter": {"name": asked.adapter, "digest": planned.adapter.digest}}
 
     def write(draft: Path) -> None:
         (draft / "evaluation.json").write_text(json.dumps(verdict))
+        if change:
+            change(draft)
 
     return artifacts.publish(planned.evaluation, volumes, write, keep=9).path
 

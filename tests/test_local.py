@@ -19,11 +19,11 @@ from jobs import pods
 from tests import build_pipeline
 
 
-def overlay(folder: Path, program: str, backoff_limit: int = 1) -> Path:
-    """An overlay with one Job that runs `python -c PROGRAM` and one Deployment that listens on port 8000."""
+def overlay(folder: Path, program: str, backoff_limit: int = 1, server: str | None = None) -> Path:
+    """An overlay with one Job that runs `python -c PROGRAM` and one Deployment that listens, or runs `server`."""
     folder.mkdir()
     build_pipeline.write(folder)
-    server = "import http.server as h; h.HTTPServer(('127.0.0.1', %s), h.SimpleHTTPRequestHandler).serve_forever()"
+    listens = "import http.server as h; h.HTTPServer(('127.0.0.1', %s), h.SimpleHTTPRequestHandler).serve_forever()"
     documents = [
         {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "the-job"}, "spec": {
             "backoffLimit": backoff_limit,
@@ -32,8 +32,8 @@ def overlay(folder: Path, program: str, backoff_limit: int = 1) -> Path:
                 {"name": "main", "image": "x:1", "command": ["python", "-c", program]}]}}}},
         {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "model-inference"}, "spec": {
             "selector": {"matchLabels": {"a": "b"}}, "template": {"metadata": {"labels": {"a": "b"}}, "spec": {
-                "containers": [{"name": "main", "image": "x:1", "command": ["python", "-c", server % free_port()],
-                                "ports": [{"containerPort": 8000}]}]}}}},
+                "containers": [{"name": "main", "image": "x:1", "ports": [{"containerPort": 8000}],
+                                "command": ["python", "-c", server or listens % free_port()]}]}}}},
     ]
     (folder / "all.yaml").write_text(yaml.safe_dump_all(documents))
     (folder / "kustomization.yaml").write_text("resources: [all.yaml]\n")
@@ -86,6 +86,14 @@ def test_another_exit_code_is_retried_up_to_the_backoff_limit(tmp_path: Path) ->
     assert code == 1
     assert (tmp_path / "tries").read_text() == "xx"
     assert "attempt 2 of 2" in output
+
+
+def test_a_deployment_that_ends_with_0_is_started_again_as_often_as_it_likes(tmp_path: Path) -> None:
+    ends = f"open('{tmp_path}/starts', 'a').write('x')"
+    waits = f"import os, sys, time\nwhile os.path.getsize('{tmp_path}/starts') < 6: time.sleep(0.1)\nsys.exit(2)"
+    (tmp_path / "starts").touch()
+    code, _ = run(overlay(tmp_path / "o", waits, server=ends))
+    assert code == 2, "the Job ended it, not the Deployment"
 
 
 def test_a_killed_pod_is_retried(tmp_path: Path) -> None:
