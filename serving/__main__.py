@@ -1,7 +1,8 @@
 """Starts the inference server: `python -m serving --help`.
 
 Reads the pipeline files, waits for the base model and the tokenizer, and becomes vLLM's OpenAI server with the guard in
-it. Exit codes as for the jobs: 2 when somebody must change something, else vLLM's own.
+it. Exit codes: 0 when it was told to stop or has to be started again to follow the pipeline files; 2 when somebody must
+change something; 1 when vLLM ended by itself.
 """
 
 from __future__ import annotations
@@ -15,22 +16,30 @@ import signal
 import socket
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from jobs import artifacts, models, pipeline
+from jobs import artifacts, models
 from jobs.__main__ import fail
 from jobs.errors import RetryableError, Terminated, UserError
-from jobs.plan import Plan, plan
-from serving.adapters import Served, pipeline_files
+from jobs.plan import plan
+from serving import base, drain, merged
+from serving.adapters import Served
+from serving.events import log_to_stderr
 
 log = logging.getLogger("serving")
 
 DESCRIPTION = """\
 Serve the base model and its fine-tuned adapters over vLLM's OpenAI-compatible API.
 
-The base model answers as soon as vLLM is up; an adapter joins, with no restart, when it is promoted. Set VLLM_API_KEY
-to require a key. Flags that are not listed here go to vLLM, for example --max-model-len or --enforce-eager.
+The base model answers as soon as vLLM is up; an adapter joins, with no restart, when it is promoted. The first pipeline
+file (by its folder's name) decides on the base model; the others add adapters. When it names another base model, and
+that is there, the server answers its last requests and exits 0, to be started again with it. So it does with each new
+adapter if the pipeline file says `serving: {mode: merged}`, for models on which vLLM has no LoRA.
+
+Set VLLM_API_KEY to require a key. Flags that are not listed here go to vLLM, for example --max-model-len or
+--enforce-eager. SIGTERM ends it after the requests under way are answered.
 """
 # vLLM's flags that say what is served and what guards it, and where to say that instead.
 FROM_PIPELINE = "it follows from the pipeline files"
@@ -59,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
                      help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
     top.add_argument("--wait-seconds", type=float, default=float(os.environ.get("WAIT_SECONDS", 6 * 3600)), metavar="S",
                      help="how long to wait for base model and tokenizer (default: $WAIT_SECONDS, else 6 hours)")
+    top.add_argument("--drain-seconds", type=float, default=float(os.environ.get("DRAIN_SECONDS", 55)), metavar="S",
+                     help="how long the last requests may take when the server ends (default: $DRAIN_SECONDS, else 55)")
     top.add_argument("--host", default="0.0.0.0", help="the address to listen on (default: %(default)s)")  # noqa: S104
     top.add_argument("--port", type=int, default=8000, help="the port to listen on (default: %(default)s)")
     return top
@@ -76,29 +87,12 @@ def check_flags(flags: list[str]) -> None:
             raise UserError(f"vLLM's flag {taken} cannot be given: {TAKEN[taken]}")
 
 
-def load(folder: Path) -> list[tuple[pipeline.Loaded, Plan]]:
-    """Every pipeline in the folder and its plan. They share what one vLLM process can have only one of.
-
-    Raises:
-        UserError: when there is none, one is invalid, two have the same name, or they do not share the base.
-    """
-    loaded = [pipeline.load(file) for file in pipeline_files(folder)]
-    if not loaded:
-        raise UserError(f"{folder}: no pipeline files; there must be at least one {folder}/NAME/pipeline.yaml")
-    plans = [plan(each.pipeline) for each in loaded]
-    first = loaded[0]
-    for other, planned in zip(loaded[1:], plans[1:], strict=True):
-        for key, same in (("base_model", planned.base_model == plans[0].base_model),
-                          ("tokenizer", planned.tokenizer == plans[0].tokenizer),
-                          ("serving.max_lora_rank", other.pipeline.serving == first.pipeline.serving)):
-            if not same:
-                raise UserError(f"{other.path}: {key} is not the same as in {first.path}; one server serves adapters "
-                                "of one base model. Give the pipelines a server each")
-    names = [each.pipeline.adapter for each in loaded]
-    for each, name in zip(loaded, names, strict=True):
-        if names.count(name) > 1:
-            raise UserError(f"{each.path}: the adapter name {name} is taken by another pipeline file in {folder}")
-    return list(zip(loaded, plans, strict=True))
+def check_key() -> None:
+    """Raise `UserError` for an API key that would let everybody in, or nobody."""
+    key = os.environ.get("VLLM_API_KEY")
+    if key is not None and (not key or key != key.strip()):
+        raise UserError("VLLM_API_KEY is empty, or begins or ends with white space such as a line's end; correct the "
+                        "Secret, or remove it to serve without a key")
 
 
 def check_port(host: str, port: int) -> None:
@@ -129,26 +123,44 @@ def private_folder(port: int) -> Path:
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
-    """Wait for what is served and become vLLM's server; returns when that ends."""
-    check_flags(flags)
-    loaded = load(args.pipelines)
-    check_port(args.host, args.port)
-    (first, planned) = loaded[0]
-    base, tokenizer = artifacts.wait([planned.base_model, planned.tokenizer], args.volumes, args.wait_seconds)
-    models.check_servable(models.architecture(base.path), f"{first.path}: base_model")
+    """Wait for what is served and become vLLM's server; returns when that ended because it was to end.
 
-    served = Served(pipelines=str(args.pipelines), volumes=str(args.volumes),
-                    base_name=first.pipeline.base_model.name, base_model=base.digest, tokenizer=tokenizer.digest,
-                    base_folder=str(base.path), max_lora_rank=first.pipeline.serving.max_lora_rank,
+    Raises:
+        UserError: the flags, a pipeline file or what lies on the volumes cannot be served.
+        RetryableError: the base model did not come in time, or vLLM ended by itself.
+    """
+    check_flags(flags)
+    check_key()
+    check_port(args.host, args.port)
+    leader = base.leading(args.pipelines)
+    others = base.following(args.pipelines, leader)
+    planned, wish = plan(leader.pipeline), leader.pipeline
+    base_model, tokenizer = artifacts.wait([planned.base_model, planned.tokenizer], args.volumes, args.wait_seconds)
+    models.check_servable(models.architecture(base_model.path), f"{leader.path}: base_model", wish.serving.mode)
+
+    served = Served(pipelines=str(args.pipelines), leader=str(leader.path), volumes=str(args.volumes),
+                    base_name=wish.base_model.name, base_model=base_model.digest, tokenizer=tokenizer.digest,
+                    base_folder=str(base_model.path), mode=wish.serving.mode,
+                    max_lora_rank=base.max_lora_rank(wish, others), drain_seconds=args.drain_seconds,
                     private_folder=str(private_folder(args.port)))
+    served = merged.choose(wish, served) if served.mode == "merged" else replace(served, shield_base=on_cpu())
     os.environ.update(served.to_environment())
     os.environ.update(environment(flags))
-    log.info("serving %s (%s) on %s:%d, adapters: %s", served.base_name, served.base_model, args.host, args.port,
-             ", ".join(each.pipeline.adapter for each, _ in loaded))
-    sys.argv = [MODULE, *vllm_arguments(served, tokenizer.path, args.host, args.port, len(loaded)), *flags]
+    log.info("serving %s (%s) in mode %s on %s:%d, adapters: %s", served.base_name, served.base_model, served.mode,
+             args.host, args.port, ", ".join(each.adapter for each in (wish, *others)))
+    sys.argv = [MODULE, *vllm_arguments(served, tokenizer.path, args.host, args.port, 1 + len(others)), *flags]
     # In this process and not by exec: as a container's first process, Python would ignore SIGTERM until vLLM, after
     # many seconds of imports, sets its own handler; ours is in place all the while.
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+    if drain.last_reason is None:  # vLLM exits 0 even when its engine was killed
+        raise RetryableError("vLLM ended by itself, probably because its engine did; its log above says why")
+
+
+def on_cpu() -> bool:
+    """Whether vLLM will compute on a CPU. Imports vLLM, which is to be imported anyway."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def environment(flags: list[str]) -> dict[str, str]:
@@ -164,21 +176,13 @@ def environment(flags: list[str]) -> dict[str, str]:
 
 def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, adapters: int) -> list[str]:
     """vLLM's command line. What follows it on the line, from the user, overrides `--max-loras` alone."""
-    return ["--model", served.base_folder, "--tokenizer", str(tokenizer), "--served-model-name", served.base_name,
+    ours = ["--tokenizer", str(tokenizer), "--middleware", "serving.guard.Guard", "--host", host, "--port", str(port)]
+    if served.mode == "merged":
+        return [*merged.vllm_arguments(served), *ours]
+    return ["--model", served.base_folder, "--served-model-name", served.base_name, *ours,
             "--enable-lora", "--max-lora-rank", str(served.max_lora_rank),
-            "--max-loras", str(adapters + 1),  # one more, for a new version beside the old one
-            "--middleware", "serving.guard.Guard", "--host", host, "--port", str(port)]
-
-
-def log_to_stderr() -> None:
-    """Give our loggers a handler of their own: a library that vLLM imports silences the root logger below ERROR."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    for name in ("jobs", "serving"):
-        logger = logging.getLogger(name)
-        logger.setLevel(logging.INFO)
-        logger.addHandler(handler)
-        logger.propagate = False
+            # one more, for a new version beside the old one; another one if the base model needs a slot, too
+            "--max-loras", str(adapters + 1 + served.shield_base)]
 
 
 def terminate(*_: object) -> NoReturn:

@@ -4,7 +4,7 @@ vLLM knows an adapter as NAME@DIGEST; clients say NAME. A task looks twice a sec
 promotions. A new version is verified, loaded beside the old one, proven by a probe, and only then does the alias move,
 between two requests. Requests under way keep the version they began with; the old version is unloaded after the last of
 them. Whatever goes wrong, the version before keeps serving; an alias without a version is never answered by the base
-model.
+model. What a running server cannot follow, such as another base model, it follows by a restart (serving/base.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,13 +29,14 @@ from starlette.types import ASGIApp
 from jobs import pipeline
 from jobs.errors import UserError
 from jobs.pipeline import Pipeline
-from serving import adapters
+from serving import adapters, base, events
 from serving.adapters import NotYet, Refused, Served, Wanted
 
 log = logging.getLogger("serving")
 
 POLL_SECONDS = 0.5  # a promotion is to be live within two seconds
 BACKOFF_SECONDS = 5.0  # after something unforeseen, such as an unreadable volume
+RETRY_SECONDS = 60.0  # until an adapter that vLLM did not load is tried again: it may have been out of memory
 INNER_SECONDS = 300.0  # for one call of vLLM by the guard itself; a probe queues behind clients' requests
 PROBE_PROMPT = "Question: What is this about? Answer:"
 # Probabilities of one and the same model differ by less between two runs in float32; an adapter's by far more.
@@ -68,61 +70,86 @@ class Version:
 class Alias:
     version: Version | None = None
     why: str = "it has not been looked for yet"  # why there is no version, or not the wanted one
+    promotion: Wanted | None = None  # the last one that was seen
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What was refused for the files with this signature, and until when (monotonic) it is not looked at again."""
+
+    signature: tuple[adapters.Signature, ...]
+    refused: Refused
+    until: float
 
 
 class Aliases:
-    """Every alias of this server and what it points to. Lives on vLLM's event loop; disk work is done in threads."""
+    """Every alias of this server and what it points to. Lives on vLLM's event loop; disk work is done in threads.
 
-    def __init__(self, served: Served, vllm: ASGIApp) -> None:
+    Args:
+        vllm: the application that the guard stands before.
+        restart: called with the reason when only a restart can follow the pipeline files.
+    """
+
+    def __init__(self, served: Served, vllm: ASGIApp, restart: Callable[[str], None]) -> None:
         self.served = served
         self.current: dict[str, Alias] = {}
         self._vllm = vllm
+        self._restart = restart
+        self._restarting = False
         self._volumes = Path(served.volumes)
         self._loaded: list[Version] = []
         self._pipelines: dict[Path, tuple[tuple[int, int], Pipeline | None]] = {}  # file: its stamp, what it says
         self._proven: set[tuple[str, Wanted]] = set()
-        self._refusals: dict[str, tuple[adapters.Signature, Refused]] = {}
+        self._refusals: dict[str, Refusal] = {}
         self._modules: adapters.Modules | None = None
+        self.base: Version | None = None  # what base-model requests are given, if not the base model itself
         self._said: dict[str, str] = {}
+        self._updates: dict[str, asyncio.Task[None]] = {}  # by alias; under "" what concerns the base model
+        self._started = time.time()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._forever())
 
     async def stop(self) -> None:
-        if self._task:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [*self._updates.values(), *([self._task] if self._task else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _forever(self) -> None:
+        prepared = False
         while True:
             try:
+                if not prepared:
+                    await self._prepare_base()
+                    prepared = True
                 await self.poll()
                 self._said.pop("poll", None)
                 pause = POLL_SECONDS
             except Exception as error:  # serving goes on with what there is
-                self._say("poll", f"cannot look for adapters: {error!r}; trying again", logging.ERROR)
+                self._say("poll", f"cannot look for adapters: {error!r}; trying again", log.error)
                 pause = BACKOFF_SECONDS
             await asyncio.sleep(pause)
 
     async def poll(self) -> None:
         """Look once: bring every alias to the best version there is, and unload what nobody uses."""
+        if self._restarting:
+            return
         named = await asyncio.to_thread(self._read_pipelines)
         for name in self.current.keys() - named.keys():
-            log.info("%s: no pipeline file names it any more", name)
-            del self.current[name]
+            gone = self.current.pop(name)
+            events.removed(name, gone.version.digest if gone.version else None)
         for name in named:
             self.current.setdefault(name, Alias())
-        failures: list[Exception] = []
-        for name, wish in named.items():
-            try:
-                await self._update(self.current[name], wish)
-            except Exception as error:  # one alias's trouble is not the others'
-                self.current[name].why = "its adapter could not be loaded; the server tries again"
-                failures.append(error)
+        # Each by itself: a large adapter or a new base model that is being verified must not keep the others waiting.
+        work: dict[str, Callable[[], Awaitable[None]]] = {"": self._follow_base}
+        work |= {name: partial(self._update, self.current[name], wish) for name, wish in named.items()}
+        for name in work.keys() - self._updates.keys():
+            self._updates[name] = asyncio.create_task(self._attempt(name, work[name]))
+        await asyncio.wait(self._updates.values(), timeout=POLL_SECONDS)
+        self._updates = {name: task for name, task in self._updates.items() if not task.done()}
         await self._unload_unused()
-        if failures:
-            raise failures[0]
 
     def _read_pipelines(self) -> dict[str, Pipeline]:
         """The pipelines by alias. A file that became invalid counts as it was before; so does one that vanished."""
@@ -134,24 +161,78 @@ class Aliases:
             stamp, before = (stat.st_mtime_ns, stat.st_ino), self._pipelines.get(file)
             if before and before[0] == stamp:
                 continue
+            wish = before[1] if before else None
             try:
                 self._pipelines[file] = (stamp, pipeline.load(file).pipeline)
+                self._said.pop(str(file), None)
             except UserError as error:
-                log.error("%s; what it said before stays in force", error)
-                self._pipelines[file] = (stamp, before[1] if before else None)
+                self._pipelines[file] = (stamp, wish)
+                self._refused(wish.adapter if wish else file.parent.name, str(file),
+                              Refused("pipeline file", f"{error}; what it said before stays in force"))
         named: dict[str, Pipeline] = {}
         for file, (_, wish) in self._pipelines.items():
             if wish is not None and named.setdefault(wish.adapter, wish) is not wish:
-                self._say(str(file), f"{file}: another pipeline file has the adapter name {wish.adapter}; this one is "
-                                     "ignored", logging.ERROR)
+                self._refused(wish.adapter, str(file), Refused(
+                    "name", f"another pipeline file has the adapter name {wish.adapter}; this one is ignored"))
         return named
 
+    async def _follow_base(self) -> None:
+        """Restart when the pipeline files ask for what a running server cannot change to, and it can start with that.
+
+        Until then, while a new base model is on its way for example, the server goes on as it is.
+        """
+        leader = self._leader()
+        if leader is None:
+            return
+        others = [wish for _, wish in self._pipelines.values() if wish is not None and base.fits(wish, self.served)]
+        reason = base.changed(leader, others, self.served)
+        if reason is None:
+            self._said.pop("base", None)
+            return
+        try:
+            await self._unless_refused(leader.adapter, reason, base.folders(leader, self._volumes), partial(
+                asyncio.to_thread, base.check_startable, leader, self._volumes))
+        except NotYet as missing:
+            self._say("base", f"{reason}, but {missing}; the server restarts with it when it is")
+        except Refused as refused:
+            self._say("base", f"{reason}, but it was refused: {refused.reason}; the server goes on as it is")
+        else:
+            self._ask_for_restart(reason)
+
+    def _ask_for_restart(self, reason: str) -> None:
+        self._restarting = True  # from now on nothing new is looked for
+        self._restart(reason)
+
+    async def _attempt(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+            self._said.pop(f"attempt {name}", None)
+        except Exception as error:  # an unreadable volume, say
+            if name in self.current:
+                self.current[name].why = "its adapter could not be loaded; the server tries again"
+            self._say(f"attempt {name}", f"{name or 'base model'}: {error!r}; trying again", log.error)
+            await asyncio.sleep(BACKOFF_SECONDS)
+
     async def _update(self, alias: Alias, wish: Pipeline) -> None:
-        """Point the alias to the first of: what the pipeline file asks for, what was promoted last."""
+        """Point the alias to the first that may be served: what the pipeline file asks for, what was promoted last.
+
+        If nothing is served, as after a restart, and both are unfit: what was promoted before.
+        """
         name, reasons = wish.adapter, list[str]()
-        for by, find in (("pipeline file", adapters.asked), ("last promotion", adapters.promoted)):
+        found = [("pipeline file", await self._look(self._asked, wish)),
+                 ("last promotion", await self._look(adapters.promoted, wish))]
+        self._notice(name, alias, found[1][1])
+        if alias.version is None:
+            found += [("earlier promotion", each)
+                      for each in await asyncio.to_thread(adapters.earlier, wish, self._volumes)]
+        tried: set[Wanted] = set()
+        for by, wanted in found:
+            if isinstance(wanted, Wanted) and wanted in tried:
+                continue
             try:
-                wanted = await asyncio.to_thread(find, wish, self._volumes)
+                if not isinstance(wanted, Wanted):
+                    raise wanted
+                tried.add(wanted)
                 version = await self._prepare(name, wanted)
             except NotYet as reason:
                 reasons.append(str(reason))
@@ -160,59 +241,135 @@ class Aliases:
                 reasons.append(f"the adapter of the {by} was refused: {refused.reason}")
                 continue
             if version is not alias.version:
-                before = alias.version.digest if alias.version else "none"
-                alias.version = version  # from the next request on
-                log.info("%s: serving %s (%s), before: %s", name, version.digest, by, before)
+                before, alias.version = alias.version, version  # from the next request on
+                events.swapped(name, version.digest, before.digest if before else None, by,
+                               await asyncio.to_thread(self._seconds_since_proof, wish, wanted))
             break
         alias.why = "; ".join(dict.fromkeys(reasons))
         if reasons:
-            serving = f"still serving {alias.version.digest}" if alias.version else "not served"
-            self._say(name, f"{name}: {serving}: {alias.why}")
+            self._say(name, alias.why, partial(events.waiting, name, alias.version.digest if alias.version else None))
         else:
             self._said.pop(name, None)
+
+    async def _look(self, find: Callable[[Pipeline, Path], Wanted], wish: Pipeline) -> Wanted | NotYet | Refused:
+        try:
+            return await asyncio.to_thread(find, wish, self._volumes)
+        except NotYet as reason:
+            return reason
+        except Refused as refused:
+            self._refused(wish.adapter, f"what {wish.adapter} asks for", refused)
+            return refused
+
+    def _asked(self, wish: Pipeline, volumes: Path) -> Wanted:
+        try:
+            base.check_fits(wish, self.served)
+        except Refused:
+            if wish is self._leader():
+                raise NotYet("the server has to restart with another base model or mode first") from None
+            raise
+        return adapters.asked(wish, volumes)
+
+    def _leader(self) -> Pipeline | None:
+        return self._pipelines.get(Path(self.served.leader), (None, None))[1]
+
+    def _notice(self, name: str, alias: Alias, promoted: Wanted | NotYet | Refused) -> None:
+        """Report a promotion that was not seen before."""
+        if isinstance(promoted, Wanted) and promoted != alias.promotion:
+            alias.promotion = promoted
+            events.promotion_seen(name, promoted.adapter, promoted.evaluation)
+
+    def _seconds_since_proof(self, wish: Pipeline, wanted: Wanted) -> float | None:
+        """Seconds since the adapter could be served, or since the pipeline file asked for it if that was later.
+
+        None if both were before this server started.
+        """
+        try:
+            proved = adapters.proved_at(wish.adapter, wanted, self._volumes)
+        except (OSError, UserError):
+            return None
+        asked = max((stamp[0] / 1e9 for stamp, said in self._pipelines.values() if said is wish), default=0.0)
+        since = max(proved, asked)
+        return max(0.0, time.time() - since) if since >= self._started else None
 
     async def _prepare(self, name: str, wanted: Wanted) -> Version:
         """The wanted adapter's version in vLLM, which gets it unless it has it: gate, verification, load, probe."""
         if (name, wanted) not in self._proven:
-            evaluation = adapters.evaluation_folder(wanted.evaluation, self._volumes)
-            check = partial(asyncio.to_thread, adapters.check_gate, wanted, name, self._volumes)
-            await self._unless_refused(f"evaluation {wanted.evaluation} of {name}@{wanted.adapter}", evaluation, check)
+            await self._check_gate(name, wanted)
             self._proven.add((name, wanted))
         for version in self._loaded:
             if (version.name, version.digest) == (name, wanted.adapter):
                 return version
         version = Version(name, wanted.adapter)
-        folder = adapters.adapter_folder(wanted.adapter, self._volumes)
-        await self._unless_refused(f"adapter {version.model}", folder, partial(self._admit, version))
+        await self._unless_refused(name, f"adapter {version.model}",
+                                   [self._folder(wanted.adapter)],
+                                   partial(self._admit, version))
         return version
 
-    async def _unless_refused(self, what: str, folder: Path, work: Callable[[], Awaitable[None]]) -> None:
+    def _folder(self, digest: str) -> Path:
+        """What is verified before the adapter is served."""
+        return adapters.adapter_folder(digest, self._volumes)
+
+    async def _check_gate(self, name: str, wanted: Wanted) -> None:
+        what = f"{name}@{wanted.adapter}"
+        check = partial(asyncio.to_thread, adapters.check_gate, wanted, name, self._volumes)
+        try:
+            await self._unless_refused(name, f"evaluation {wanted.evaluation} of {what}",
+                                       [adapters.evaluation_folder(wanted.evaluation, self._volumes)], check)
+        except NotYet as missing:
+            if not await asyncio.to_thread(adapters.adapter_folder(wanted.adapter, self._volumes).is_dir):
+                raise
+            refused = Refused("not promoted", f"it is there, but {missing}")
+            self._refused(name, f"adapter {what}", refused)
+            raise refused from None
+
+    async def _unless_refused(self, alias: str, what: str, folders: list[Path],
+                              work: Callable[[], Awaitable[None]]) -> None:
         """Do the work, unless it was refused before for the very same files. A refusal is logged, once."""
-        signature = await asyncio.to_thread(adapters.signature, folder)
+        signature = await asyncio.to_thread(lambda: tuple(adapters.signature(folder) for folder in folders))
         known = self._refusals.get(what)
-        if known and known[0] == signature:
-            raise known[1]
+        if known and known.signature == signature and time.monotonic() < known.until:
+            raise known.refused
         try:
             await work()
         except Refused as refused:
-            self._refusals[what] = (signature, refused)
-            log.error("%s refused (%s): %s", what, refused.reason, refused)
+            pause = RETRY_SECONDS if refused.reason == "load" else math.inf
+            self._refusals[what] = Refusal(signature, refused, time.monotonic() + pause)
+            self._refused(alias, what, refused)
             raise
+        self._said.pop(what, None)
 
     async def _admit(self, version: Version) -> None:
         """Verify a version, load it into vLLM and prove that it has an effect. A failure leaves nothing of it."""
-        self.current[version.name].why = "its adapter is being verified and loaded"
+        if version.name in self.current:
+            self.current[version.name].why = "its adapter is being verified and loaded"
         copy = await asyncio.to_thread(adapters.take, version.name, version.digest, self.served, self._base_modules)
         try:
-            status, reply = await self._call("POST", "/v1/load_lora_adapter",
-                                             {"lora_name": version.model, "lora_path": str(copy)})
-            if status != 200:
-                raise Refused("load", f"vLLM cannot load it: {reply}")
+            await self._load(version, copy)
             await self._probe(version)
         except Exception:
             await self._unload(version)
             raise
         self._loaded.append(version)
+
+    async def _prepare_base(self) -> None:
+        """Before the first adapter: read the base model's layers, and shield the base model from the adapters.
+
+        vLLM 0.32 on a CPU gives a request to the base model that is computed in one batch with an adapter's the weights
+        in the last LoRA slot (index -1 in vllm/lora/ops/torch_ops/lora_ops.py). So there requests to the base model get
+        an adapter of zeros, which adds nothing, instead of none: no batch has a request without one.
+        """
+        modules = await asyncio.to_thread(self._base_modules)
+        if self.served.shield_base:
+            version = Version(self.served.base_name, "zero")
+            folder = await asyncio.to_thread(adapters.write_zero, modules, self.served)
+            await self._load(version, folder)
+            self.base = version
+
+    async def _load(self, version: Version, folder: Path) -> None:
+        status, reply = await self._call("POST", "/v1/load_lora_adapter",
+                                         {"lora_name": version.model, "lora_path": str(folder)})
+        if status != 200:
+            raise Refused("load", f"vLLM cannot load it: {reply}")
 
     def _base_modules(self) -> adapters.Modules:
         if self._modules is None:
@@ -221,13 +378,15 @@ class Aliases:
 
     async def _probe(self, version: Version) -> None:
         """Raise `Refused` unless the version's probabilities are finite and differ from the base model's."""
-        base = await self._logprobs(self.served.base_name)
-        if base is None:
+        # At once, so that both are computed under the same conditions and the probe costs the time of one.
+        plain = self.base.model if self.base else self.served.base_name
+        base_model, adapted = await asyncio.gather(self._logprobs(plain), self._logprobs(version.model))
+        if base_model is None:
             raise RuntimeError("vLLM does not answer from the base model")
-        adapted = await self._logprobs(version.model)
         if adapted is None:
             raise Refused("values", "vLLM cannot compute finite probabilities with it")
-        if base.keys() == adapted.keys() and all(abs(base[t] - adapted[t]) <= PROBE_TOLERANCE for t in base):
+        if base_model.keys() == adapted.keys() and all(
+                abs(value - adapted[token]) <= PROBE_TOLERANCE for token, value in base_model.items()):
             raise Refused("no effect", "with it the base model's probabilities stay the same, so it changes nothing")
 
     async def _logprobs(self, model: str) -> dict[tuple[int, str], float] | None:
@@ -247,6 +406,7 @@ class Aliases:
         for version in [v for v in self._loaded if v not in used and not v.requests]:
             await self._unload(version)
             self._loaded.remove(version)
+            events.unloaded(version.name, version.digest)
 
     async def _unload(self, version: Version) -> None:
         status, reply = await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": version.model})
@@ -265,8 +425,12 @@ class Aliases:
             reply = await client.request(method, path, json=body, headers=headers)
         return reply.status_code, reply.text
 
-    def _say(self, about: str, message: str, level: int = logging.WARNING) -> None:
-        """Log a state when it changes, not at every look."""
+    def _refused(self, alias: str, what: str, refused: Refused) -> None:
+        """Report a refusal, once, until the same thing was accepted."""
+        self._say(what, str(refused), partial(events.refused, alias, what, refused.reason))
+
+    def _say(self, about: str, message: str, say: Callable[[str], object] = log.warning) -> None:
+        """Say a state when it changes, not at every look."""
         if self._said.get(about) != message:
             self._said[about] = message
-            log.log(level, "%s", message)
+            say(message)

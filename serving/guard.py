@@ -19,6 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.adapters import Served
 from serving.aliases import Aliases, Version
+from serving.drain import Drain
+from serving.merged import MergedAliases
 
 # All that is reachable, compared byte for byte with what was sent. vLLM registers some sixty routes, among them ones
 # that load adapters, pause the engine and run tokens past every check.
@@ -40,7 +42,9 @@ class Guard:
         self.app = app
         self.served = Served.from_environment()
         self._vllm_scope: dict[str, Any] = {}
-        self.aliases = Aliases(self.served, self._call_vllm)
+        self.drain = Drain(self.served.drain_seconds)
+        kind = MergedAliases if self.served.mode == "merged" else Aliases
+        self.aliases = kind(self.served, self._call_vllm, self.drain.begin)
         key = os.environ.get("VLLM_API_KEY")
         self._key = hashlib.sha256(key.encode()).digest() if key else None
 
@@ -68,6 +72,7 @@ class Guard:
 
         async def sent(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
+                self.drain.attach(scope["app"])
                 self.aliases.start()
             await send(message)
 
@@ -75,6 +80,8 @@ class Guard:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = scope["path"], ALLOWED.get(scope["path"])
+        if self.drain.reason is not None:
+            send = _closing(send)
         if method is None or (scope.get("raw_path") or path.encode()) != path.encode():
             # The raw path too: %2f and the like must not become an allowed path by being decoded.
             await _error(404, "Not found")(scope, receive, send)
@@ -83,6 +90,8 @@ class Guard:
         elif path.startswith("/v1/") and not self._has_key(scope):
             # vLLM checks it too, but only behind the guard, which has answers of its own to give.
             await _error(401, "The API key is missing or wrong", code="invalid_api_key")(scope, receive, send)
+        elif path == "/health" and self.drain.reason is not None:
+            await _error(503, f"Draining: {self.drain.reason}")(scope, receive, send)
         elif path == "/v1/models":
             await self._models(scope, receive, send)
         elif method == "POST":
@@ -112,13 +121,12 @@ class Guard:
         elif target is None:
             await self.app(scope, _replay(body, receive), send)
         else:
-            request, version = target
+            version, body = target
             with version.request():
-                body = json.dumps({**request, "model": version.model}).encode()
                 await self.app(_with_length(scope, body), _replay(body, receive), _Renamed(version, send))
 
-    def _target(self, body: bytes) -> tuple[dict[str, Any], Version] | Response | None:
-        """Where a request goes: to a version, to vLLM as it is (None), or back with an error."""
+    def _target(self, body: bytes) -> tuple[Version, bytes] | Response | None:
+        """Where a request goes: to a version, with the body for it; to vLLM as it is (None); or back with an error."""
         try:
             request = json.loads(body)  # the parser that vLLM uses: both read the same model from the same bytes
         except (ValueError, RecursionError):
@@ -129,7 +137,7 @@ class Guard:
         if not model or not isinstance(model, str):  # vLLM would answer from the base model
             return _error(400, "The request must name a model", param="model")
         if model == self.served.base_name:
-            return None
+            return _for(self.aliases.base, request) if self.aliases.base else None
         alias = self.aliases.current.get(model)
         if alias is None:
             return _error(404, f"The model `{model[:100]}` does not exist. See /v1/models", param="model",
@@ -137,7 +145,7 @@ class Guard:
         if alias.version is None:
             return _error(503, f"The model `{model}` is not ready: {alias.why}", code="model_not_ready",
                           headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
-        return request, alias.version
+        return _for(alias.version, request)
 
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
         """vLLM's list, with the aliases in place of the versions. `root` says which version an alias points to."""
@@ -149,12 +157,23 @@ class Guard:
 
     def _listed(self, body: bytes) -> bytes:
         cards = {card["id"]: card for card in json.loads(body)["data"]}
-        listed = [cards[self.served.base_name]] if self.served.base_name in cards else []
+        listed = []
+        if self.served.base_name in cards:  # vLLM's root is a path of this machine
+            root = f"{self.served.base_name}@{self.served.base_model}"
+            listed.append({**cards[self.served.base_name], "root": root})
         for name, alias in sorted(self.aliases.current.items()):
             if alias.version and alias.version.model in cards:
                 listed.append({**cards[alias.version.model], "id": name, "root": alias.version.model,
                                "parent": self.served.base_name})
         return json.dumps({"object": "list", "data": listed}).encode()
+
+
+def _for(version: Version, request: dict[str, Any]) -> tuple[Version, bytes] | Response:
+    """The request as vLLM is to get it."""
+    try:
+        return version, json.dumps({**request, "model": version.model}).encode()
+    except RecursionError:
+        return _error(400, "The request is nested too deeply")
 
 
 class _Renamed:
@@ -235,6 +254,17 @@ async def _read_body(scope: Scope, receive: Receive) -> bytes | Response | None:
             return too_large
         if not message.get("more_body", False):
             return bytes(body)
+
+
+def _closing(send: Send) -> Send:
+    """Close the connection after the reply, so that the client's next request finds another server."""
+
+    async def closing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
+        await send(message)
+
+    return closing
 
 
 def _with_length(scope: Scope, body: bytes) -> Scope:

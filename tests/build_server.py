@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
+from starlette.types import ASGIApp
 from starlette.websockets import WebSocket
 
 from serving.guard import Guard
@@ -40,6 +42,8 @@ class StandIn:
         self.ineffective: set[str] = set()  # versions that change nothing
         self.broken: set[str] = set()  # versions from which no reply can be computed
         self.unloadable: set[str] = set()
+        self.guards: list[Guard] = []
+        self.runs = BASE  # the model that needs no loading
         self.hold: threading.Event | None = None  # streams wait for it after their first event
 
     def app(self) -> Starlette:
@@ -51,12 +55,16 @@ class StandIn:
             Route("/v1/completions", self._completions, methods=post),
             Route("/v1/chat/completions", self._completions, methods=post),
             Route("/health", self._plain, methods=[*get, "POST"]),
-            Route("/metrics", self._plain, methods=get),
+            Route("/metrics", self._metrics, methods=get),
             Route("/{path:path}", self._anything, methods=["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"]),
             WebSocketRoute("/{path:path}", self._websocket),
         ])
-        app.add_middleware(Guard)
+        app.add_middleware(self._guard)
         return app
+
+    def _guard(self, app: ASGIApp) -> Guard:
+        self.guards.append(Guard(app))
+        return self.guards[-1]
 
     def _authorised(self, request: Request) -> bool:
         assert request.scope["app"] is not None  # vLLM's handlers find their state there
@@ -81,7 +89,7 @@ class StandIn:
     async def _models(self, request: Request) -> Response:
         assert self._authorised(request)
         card = {"object": "model", "created": 1, "owned_by": "vllm", "permission": []}
-        cards = [{**card, "id": BASE, "root": "/path", "parent": None}]
+        cards = [{**card, "id": self.runs, "root": "/path", "parent": None}]
         cards += [{**card, "id": name, "root": path, "parent": BASE} for name, path in self.loaded.items()]
         return JSONResponse({"object": "list", "data": cards})
 
@@ -91,15 +99,15 @@ class StandIn:
         self.bodies.append(body)
         try:
             asked = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return JSONResponse({"error": {"message": "JSON decode error"}}, 400)
         model = asked["model"]
-        if model != BASE and model not in self.loaded:
+        if model != self.runs and model not in self.loaded:
             return JSONResponse({"error": {"message": f"The model `{model}` does not exist."}}, 404)
         if "logprobs" in asked:  # the guard's probe
             if model in self.broken:
                 return JSONResponse({"error": {"message": "Out of range float values are not JSON compliant"}}, 500)
-            value = -1.0 if model == BASE or model in self.ineffective else -2.0
+            value = -1.0 if model.startswith(BASE) or model in self.ineffective else -2.0
             return JSONResponse({"choices": [{"logprobs": {"top_logprobs": [{" the": value}]}}]})
         self.asked.append(asked)
         reply = {"id": "x", "model": model, "choices": [{"text": f'I am {{"model":"{model}"}}'}]}
@@ -120,6 +128,9 @@ class StandIn:
     async def _plain(self, request: Request) -> Response:
         return PlainTextResponse("here")
 
+    async def _metrics(self, request: Request) -> Response:
+        return PlainTextResponse(generate_latest())  # the default registry, as vLLM does
+
     async def _anything(self, request: Request) -> Response:
         self.reached.append(f"{request.method} {request.url.path}")
         return PlainTextResponse("reached")
@@ -134,7 +145,9 @@ def running(app: Any) -> Iterator[str]:
     """Serve an ASGI application on a free port of 127.0.0.1; yields its base URL."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+    app.state.server = server  # where vLLM keeps its own
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
+    server.thread = thread  # type: ignore[attr-defined]
     thread.start()
     while not server.started:
         assert thread.is_alive(), "the server did not start"

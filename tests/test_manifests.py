@@ -14,6 +14,7 @@ import pytest
 
 from jobs import artifacts, pipeline
 from jobs.__main__ import parser
+from serving import drain
 from tests.manifests import (
     CHECKOUT,
     Manifest,
@@ -542,7 +543,21 @@ def test_a_rollout_of_serving_cannot_deadlock_on_one_gpu_or_one_node() -> None:
     assert spec["strategy"]["rollingUpdate"]["maxSurge"] == 0
     (vllm,) = spec["template"]["spec"]["containers"]
     pause = vllm["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] >= pause + 30
+    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] >= pause + float(env(vllm)["DRAIN_SECONDS"]) + 5
+
+
+def test_while_serving_drains_by_itself_its_readiness_fails_before_its_port_closes() -> None:
+    (vllm,) = serving()["spec"]["template"]["spec"]["containers"]
+    probe = vllm["readinessProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] + 5 <= drain.LINGER_SECONDS
+
+
+def test_a_node_drain_takes_one_serving_pod_at_a_time_and_is_never_blocked() -> None:
+    (budget,) = of_kind(rendered(KIND), "PodDisruptionBudget")
+    labels = serving()["spec"]["template"]["metadata"]["labels"]
+    assert budget["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert budget["spec"]["maxUnavailable"] == 1
+    assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
 
 
 # --- the pipeline file --------------------------------------------------------------------------------------------

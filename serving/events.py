@@ -1,0 +1,114 @@
+"""What operators see of the aliases: each event is one line in the log, with fields, and one metric on /metrics.
+
+A line reads as a sentence and ends with its fields, for people and for log search alike:
+
+    23:59:07 seville-hotels: serving 81e9dc13a516d878 event=swap alias=seville-hotels adapter=81e9dc13a516d878 …
+
+The metrics are in prometheus_client's default registry, which vLLM's own /metrics shows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+from prometheus_client import Counter, Gauge, Histogram
+
+log = logging.getLogger("serving")
+
+ADAPTER = Gauge("serving_adapter_info", "1 for the adapter that answers under the alias, by digest.",
+                ["alias", "digest"])
+PROMOTIONS = Counter("serving_promotions_seen_total", "Promotions that this server noticed.", ["alias"])
+SWAPS = Counter("serving_swaps_total", "How often another adapter began to answer under the alias.", ["alias"])
+REFUSALS = Counter("serving_refusals_total", "Adapters, evaluations, promotions and pipeline files that were refused.",
+                   ["alias", "reason"])
+# The aim is 2 s, of which half a second is the pause between two looks; a large adapter takes as long as it is read.
+LIVE = Histogram("serving_promotion_to_live_seconds",
+                 "From the promotion, or the pipeline file's change if that came later, to the first request served.",
+                 ["alias"], buckets=(0.25, 0.5, 1, 2, 5, 10, 30, 60, 300))
+DRAINING = Gauge("serving_draining", "1 while the server finishes its last requests before it ends.")
+
+
+class Fields(logging.Formatter):
+    """The message and then the record's `fields` as key=value; values with spaces or quotes as JSON strings."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = getattr(record, "fields", {})
+        message = "; ".join(super().format(record).splitlines()) if fields else super().format(record)
+        return " ".join([message, *(f"{key}={_value(value)}" for key, value in fields.items())])
+
+
+def _value(value: object) -> str:
+    text = str(value)
+    plain = text.isprintable() and not set(text) & set(' "=\\')
+    return text if plain and text else json.dumps(text)
+
+
+def log_to_stderr() -> None:
+    """Give our loggers a handler of their own: a library that vLLM imports silences the root logger below ERROR."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Fields())
+    for name in ("jobs", "serving"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+def promotion_seen(alias: str, adapter: str, evaluation: str) -> None:
+    PROMOTIONS.labels(alias).inc()
+    _say(logging.INFO, f"{alias}: promotion of {adapter} seen", "promotion", alias=alias, adapter=adapter,
+         evaluation=evaluation)
+
+
+def swapped(alias: str, adapter: str, before: str | None, by: str, seconds: float | None) -> None:
+    """Another adapter answers under the alias; `seconds` since it was promoted, None if that was before the start."""
+    if before:
+        ADAPTER.remove(alias, before)
+    ADAPTER.labels(alias, adapter).set(1)
+    SWAPS.labels(alias).inc()
+    timed = {}
+    if seconds is not None:
+        LIVE.labels(alias).observe(seconds)
+        timed = {"seconds": f"{seconds:.2f}"}
+    _say(logging.INFO, f"{alias}: serving {adapter}", "swap", alias=alias, adapter=adapter, before=before or "none",
+         by=by, **timed)
+
+
+def refused(alias: str, what: str, reason: str, message: str) -> None:
+    REFUSALS.labels(alias, reason).inc()
+    # An adapter whose evaluation is still running is the usual course of things.
+    level = logging.WARNING if reason == "not promoted" else logging.ERROR
+    _say(level, f"{what} refused ({reason}): {message}", "refusal", alias=alias, reason=reason)
+
+
+def waiting(alias: str, adapter: str | None, why: str) -> None:
+    """What the pipeline file asks for is not served, and what is served instead."""
+    serving = f"still serving {adapter}" if adapter else "not served"
+    _say(logging.WARNING, f"{alias}: {serving}: {why}", "waiting", alias=alias, adapter=adapter or "none")
+
+
+def unloaded(alias: str, adapter: str) -> None:
+    _say(logging.INFO, f"{alias}: {adapter} answered its last request and is unloaded", "unload", alias=alias,
+         adapter=adapter)
+
+
+def removed(alias: str, adapter: str | None) -> None:
+    """No pipeline file names the alias any more."""
+    if adapter:
+        ADAPTER.remove(alias, adapter)
+    _say(logging.INFO, f"{alias}: no pipeline file names it any more", "removal", alias=alias,
+         adapter=adapter or "none")
+
+
+def draining(reason: str) -> None:
+    DRAINING.set(1)
+    _say(logging.INFO, f"draining: {reason}", "drain", reason=reason)
+
+
+def _say(level: int, message: str, event: str, **fields: object) -> None:
+    log.log(level, "%s", message, extra={"fields": {"event": event, **fields}})

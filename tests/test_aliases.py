@@ -1,0 +1,449 @@
+"""Promises of the aliases: a name is one proven version or a clear 503; whatever goes wrong, the last one serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from safetensors.torch import load_file
+
+from serving import adapters, drain, guard
+from tests import build_adapter
+from tests.build_guarded import NAME, World, start, until
+from tests.build_server import BASE
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    yield from start(tmp_path, monkeypatch)
+
+
+def test_before_a_promotion_the_base_answers_and_the_alias_is_503_with_retry_after_and_the_reason(world: World) -> None:
+    assert world.ask(BASE).json()["model"] == BASE
+    until(lambda: "not there yet" in world.ask().text)
+    reply = world.ask()
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, str(guard.RETRY_AFTER_SECONDS))
+    assert re.search(rf"{NAME}` is not ready: evaluation [0-9a-f]{{16}} is not there yet; no adapter was promoted",
+                     reply.json()["error"]["message"])
+    assert [body["model"] for body in world.vllm.asked] == [BASE]  # vLLM was never asked for the alias
+    assert [m["id"] for m in httpx.get(world.url + "/v1/models").json()["data"]] == [BASE]
+
+
+def test_a_promotion_goes_live_without_a_restart_and_replies_name_the_alias(world: World) -> None:
+    pipeline, planned = world.write()
+    build_adapter.promote(world.volumes, pipeline)
+    assert until(world.served) == world.model(planned)
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        assert world.ask(path=path, temperature=0.5).json()["model"] == NAME
+        assert world.vllm.asked[-1] == {"model": world.model(planned), "prompt": "Hello", "temperature": 0.5}
+    assert world.ask(BASE).json()["model"] == BASE
+    error = world.ask(fail=True)
+    assert (error.status_code, error.json()["error"]["message"]) == (400, f"{NAME} failed")
+    assert world.ask(world.model(planned)).status_code == 404  # versions are nobody's business
+    base, alias = httpx.get(world.url + "/v1/models").json()["data"]
+    assert base["id"] == BASE
+    assert (alias["id"], alias["root"], alias["parent"]) == (NAME, world.model(planned), BASE)
+
+
+def test_a_stream_begun_before_a_swap_ends_on_its_version_which_is_then_unloaded(world: World) -> None:
+    first, first_plan = world.write()
+    build_adapter.promote(world.volumes, first)
+    assert until(world.served) == world.model(first_plan)
+    world.vllm.hold = threading.Event()
+    with world.stream() as stream:
+        lines = stream.iter_lines()
+        models = [json.loads(next(lines).removeprefix("data: "))["model"]]
+        second, second_plan = world.write(training__seed=1)
+        build_adapter.promote(world.volumes, second)
+        until(lambda: world.served() == world.model(second_plan))
+        time.sleep(0.2)  # ten polls
+        assert set(world.vllm.loaded) == {world.model(first_plan), world.model(second_plan)}
+        world.vllm.hold.set()
+        models += [json.loads(line.removeprefix("data: "))["model"] for line in lines if line.startswith("data: {")]
+    assert models == [NAME, NAME]
+    assert world.vllm.asked[-1]["model"] != world.model(first_plan)
+    until(lambda: set(world.vllm.loaded) == {world.model(second_plan)})
+    until(lambda: not (world.folder / "private" / NAME / first_plan.adapter.digest).exists())
+
+
+def test_a_reverted_pipeline_file_serves_the_old_adapter_again_at_once(world: World) -> None:
+    old, old_plan = world.write()
+    build_adapter.promote(world.volumes, old)
+    new, new_plan = world.write(training__seed=1)
+    build_adapter.promote(world.volumes, new)
+    until(lambda: world.served() == world.model(new_plan))
+    world.write()  # git revert: the last promotion is still the new one
+    until(lambda: world.served() == world.model(old_plan))
+
+
+def test_the_last_promoted_adapter_serves_while_the_asked_one_is_trained_or_after_its_gate_failed(world: World) -> None:
+    old, old_plan = world.write()
+    build_adapter.promote(world.volumes, old)
+    assert until(world.served) == world.model(old_plan)
+    new, _ = world.write(training__seed=1)
+    build_adapter.adapter(world.volumes, new)
+    time.sleep(0.2)
+    assert world.served() == world.model(old_plan)
+    build_adapter.evaluation(world.volumes, new, passed=False)
+    time.sleep(0.2)
+    assert world.served() == world.model(old_plan)
+    assert world.vllm.ever_loaded == [world.model(old_plan)]
+
+
+def test_an_unfit_adapter_is_never_given_to_vllm_and_refused_once(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    old, old_plan = world.write()
+    build_adapter.promote(world.volumes, old)
+    assert until(world.served) == world.model(old_plan)
+    new, new_plan = world.write(training__seed=1)
+    weights = build_adapter.adapter(world.volumes, new) / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    build_adapter.evaluation(world.volumes, new)
+    until(lambda: "refused" in caplog.text)
+    time.sleep(0.3)
+    assert caplog.text.count("refused (damaged)") == 1
+    assert "sha256" in caplog.text
+    assert world.served() == world.model(old_plan)
+    assert world.model(new_plan) not in world.vllm.ever_loaded
+    weights.write_bytes(content)  # mended: it is looked at again
+    until(lambda: world.served() == world.model(new_plan))
+
+
+@pytest.mark.parametrize(("trait", "reason"), [
+    ("ineffective", "no effect"), ("broken", "values"), ("unloadable", "load")])
+def test_an_adapter_that_fails_its_proof_is_unloaded_and_the_one_before_keeps_serving(
+        world: World, trait: str, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    old, old_plan = world.write()
+    build_adapter.promote(world.volumes, old)
+    assert until(world.served) == world.model(old_plan)
+    new, new_plan = world.write(training__seed=1)
+    getattr(world.vllm, trait).add(world.model(new_plan))
+    build_adapter.promote(world.volumes, new)
+    until(lambda: f"refused ({reason})" in caplog.text)
+    time.sleep(0.2)
+    assert world.vllm.ever_loaded.count(world.model(new_plan)) == 1
+    assert set(world.vllm.loaded) == {world.model(old_plan)}
+    assert world.served() == world.model(old_plan)
+
+
+def test_a_refused_first_adapter_leaves_a_503_that_says_so_and_never_the_base(world: World) -> None:
+    pipeline, planned = world.write()
+    world.vllm.ineffective.add(world.model(planned))
+    build_adapter.promote(world.volumes, pipeline)
+    until(lambda: "refused: no effect" in world.ask().text)
+    assert world.ask().status_code == 503
+    assert not world.vllm.asked
+
+
+def test_a_pipeline_file_that_became_invalid_changes_nothing_and_is_reported_once(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline, planned = world.write()
+    build_adapter.promote(world.volumes, pipeline)
+    assert until(world.served) == world.model(planned)
+    (world.folder / "pipelines" / "one" / "pipeline.yaml").write_text("adapter: Not A Name\n")
+    until(lambda: "stays in force" in caplog.text)
+    time.sleep(0.2)
+    assert caplog.text.count("stays in force") == 1
+    assert world.served() == world.model(planned)
+
+
+def test_a_vanished_volume_changes_nothing_and_its_return_is_noticed(world: World) -> None:
+    pipeline, planned = world.write()
+    build_adapter.promote(world.volumes, pipeline)
+    assert until(world.served) == world.model(planned)
+    world.volumes.rename(world.folder / "away")
+    new, new_plan = world.write(training__seed=1)
+    time.sleep(0.3)
+    assert world.served() == world.model(planned)
+    (world.folder / "away").rename(world.volumes)
+    build_adapter.promote(world.volumes, new)
+    until(lambda: world.served() == world.model(new_plan))
+
+
+def test_nothing_that_goes_wrong_while_looking_stops_the_looking(
+        world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline, planned = world.write()
+    with monkeypatch.context() as broken:
+        broken.setattr("serving.adapters.take", lambda *_: (_ for _ in ()).throw(OSError("I/O error")))
+        build_adapter.promote(world.volumes, pipeline)
+        until(lambda: "I/O error" in caplog.text)
+        assert world.ask().status_code == 503
+    until(lambda: world.served() == world.model(planned))
+
+
+def test_a_config_map_update_is_noticed_as_kubernetes_makes_it(world: World) -> None:
+    old, old_plan = world.write()
+    build_adapter.promote(world.volumes, old)
+    mount = world.folder / "pipelines" / "one"
+    new, new_plan = build_adapter.load(mount / "..2026_2", training__seed=1)
+    build_adapter.promote(world.volumes, new)
+    build_adapter.load(mount / "..2026_1")
+    (mount / "..data").symlink_to("..2026_1")
+    (mount / "pipeline.yaml").unlink()
+    (mount / "pipeline.yaml").symlink_to("..data/pipeline.yaml")
+    until(lambda: world.served() == world.model(old_plan))
+    (mount / "..data_tmp").symlink_to("..2026_2")
+    (mount / "..data_tmp").rename(mount / "..data")
+    until(lambda: world.served() == world.model(new_plan))
+
+
+def test_a_renamed_adapter_answers_under_its_new_name_only(world: World) -> None:
+    pipeline, _ = world.write()
+    build_adapter.promote(world.volumes, pipeline)
+    until(world.served)
+    renamed, _ = world.write(adapter="granada-hotels")
+    build_adapter.promote(world.volumes, renamed)
+    until(lambda: world.ask("granada-hotels").status_code == 200)
+    assert world.ask(NAME).status_code == 404
+    until(lambda: len(world.vllm.loaded) == 1)
+
+
+def test_two_pipelines_serve_two_adapters_over_one_base(world: World) -> None:
+    one, one_plan = world.write()
+    two, two_plan = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
+    for pipeline in (one, two):
+        build_adapter.promote(world.volumes, pipeline)
+    until(lambda: {world.ask(NAME).status_code, world.ask("granada-hotels").status_code} == {200})
+    assert set(world.vllm.loaded) == {world.model(one_plan), f"granada-hotels@{two_plan.adapter.digest}"}
+    assert world.ask("granada-hotels").json()["model"] == "granada-hotels"
+    assert [m["id"] for m in httpx.get(world.url + "/v1/models").json()["data"]] == [BASE, "granada-hotels", NAME]
+
+
+def test_private_copies_are_all_that_is_needed_after_loading(world: World) -> None:
+    pipeline, planned = world.write()
+    path = build_adapter.promote(world.volumes, pipeline)
+    until(world.served)
+    loaded = Path(world.vllm.loaded[world.model(planned)])
+    shutil.rmtree(path)
+    assert world.folder / "private" in loaded.parents
+    assert (loaded / "adapter_model.safetensors").is_file()
+
+
+# What operators see
+
+
+def test_metrics_and_log_say_which_adapter_answers_since_when_and_what_was_refused_and_why(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    before = {name: world.metric(name, alias=NAME) for name in (
+        "serving_promotions_seen_total", "serving_swaps_total", "serving_promotion_to_live_seconds_count")}
+    refused = world.metric("serving_refusals_total", alias=NAME, reason="values")
+    old, old_plan = world.write()
+    build_adapter.promote(world.volumes, old)
+    assert until(world.served) == world.model(old_plan)
+    assert world.metric("serving_adapter_info", alias=NAME, digest=old_plan.adapter.digest) == 1
+    until(lambda: world.metric("serving_promotions_seen_total", alias=NAME) > before["serving_promotions_seen_total"])
+    new, new_plan = world.write(training__seed=1)
+    build_adapter.promote(world.volumes, new)
+    until(lambda: world.served() == world.model(new_plan))
+    assert world.metric("serving_adapter_info", alias=NAME, digest=new_plan.adapter.digest) == 1
+    assert world.metric("serving_adapter_info", alias=NAME, digest=old_plan.adapter.digest) == 0
+    until(lambda: all(world.metric(name, alias=NAME) == value + 2 for name, value in before.items()))
+    bad, bad_plan = world.write(training__seed=2)
+    world.vllm.broken.add(world.model(bad_plan))
+    build_adapter.promote(world.volumes, bad)
+    until(lambda: world.metric("serving_refusals_total", alias=NAME, reason="values") == refused + 1)
+    time.sleep(0.2)  # ten looks
+    assert world.metric("serving_refusals_total", alias=NAME, reason="values") == refused + 1
+    assert world.metric("serving_adapter_info", alias=NAME, digest=new_plan.adapter.digest) == 1
+    fields = [record.fields for record in caplog.records if hasattr(record, "fields")]
+    swap = next(f for f in fields if f["event"] == "swap" and f["adapter"] == new_plan.adapter.digest)
+    assert (swap["alias"], swap["before"]) == (NAME, old_plan.adapter.digest)
+    assert float(swap["seconds"]) >= 0
+
+
+def test_an_adapter_that_was_promoted_before_the_server_started_is_not_timed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(world: World) -> None:
+        build_adapter.promote(world.volumes, world.write()[0])
+        for file in [*world.volumes.rglob("*"), *(world.folder / "pipelines").rglob("*")]:
+            os.utime(file, (time.time() - 100,) * 2)
+
+    for world in start(tmp_path, monkeypatch, prepare=prepare):
+        count = world.metric("serving_promotion_to_live_seconds_count", alias=NAME)
+        until(world.served)
+        assert world.metric("serving_promotion_to_live_seconds_count", alias=NAME) == count
+
+
+def test_an_adapter_that_no_evaluation_passed_is_refused_by_name_until_one_did(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    before = world.metric("serving_refusals_total", alias=NAME, reason="not promoted")
+    pipeline, planned = world.write()
+    build_adapter.adapter(world.volumes, pipeline)
+    until(lambda: "refused: not promoted" in world.ask().text)
+    time.sleep(0.2)
+    assert caplog.text.count("refused (not promoted)") == 1
+    assert world.metric("serving_refusals_total", alias=NAME, reason="not promoted") == before + 1
+    assert not world.vllm.ever_loaded
+    build_adapter.evaluation(world.volumes, pipeline)
+    until(lambda: world.served() == world.model(planned))
+
+
+def test_an_adapter_that_vllm_could_not_load_is_tried_again_later(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.aliases.RETRY_SECONDS", 0.1)
+    pipeline, planned = world.write()
+    world.vllm.unloadable.add(world.model(planned))  # out of memory, say
+    build_adapter.promote(world.volumes, pipeline)
+    until(lambda: "refused: load" in world.ask().text)
+    world.vllm.unloadable.clear()
+    until(lambda: world.served() == world.model(planned))
+
+
+# After a restart
+
+
+def test_after_a_restart_a_damaged_promotion_is_refused_and_the_one_before_serves(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+
+    def prepare(world: World) -> None:
+        for seed in (1, 2, 3):
+            pipeline, planned = world.write(training__seed=seed)
+            path = build_adapter.promote(world.volumes, pipeline)
+            plans.append(planned)
+        (path / "adapter_model.safetensors").write_bytes(b"torn")
+
+    for world in start(tmp_path, monkeypatch, prepare=prepare):
+        assert until(world.served) == world.model(plans[1])
+        assert not set(world.vllm.loaded) & {world.model(plans[2]), world.model(plans[0])}
+
+
+def test_a_promotion_that_cannot_be_read_after_a_restart_is_looked_up_in_the_history(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+
+    def prepare(world: World) -> None:
+        pipeline, planned = world.write(training__seed=1)
+        build_adapter.promote(world.volumes, pipeline)
+        plans.append(planned)
+        (world.volumes / "fine-tuned-model" / "promoted" / NAME).write_text("{")
+        world.write(training__seed=2)  # not trained yet
+
+    for world in start(tmp_path, monkeypatch, prepare=prepare):
+        assert until(world.served) == world.model(plans[0])
+
+
+# Several adapters, and the base model
+
+
+def test_an_adapter_on_another_base_is_refused_with_the_reason_and_the_others_serve(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    one, one_plan = world.write()
+    two, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels",
+                                base_model={"source": "builtin:tiny-reference"})
+    for pipeline in (one, two):
+        build_adapter.promote(world.volumes, pipeline)
+    assert until(world.served) == world.model(one_plan)
+    until(lambda: "refused: base" in world.ask("granada-hotels").text)
+    assert world.ask("granada-hotels").status_code == 503
+    assert "one base model. Give the pipeline a server of its own" in caplog.text
+    assert world.metric("serving_refusals_total", alias="granada-hotels", reason="base") > 0
+    assert world.vllm.ever_loaded == [world.model(one_plan)]
+    assert not world.ended()
+
+
+def test_one_adapter_that_takes_long_does_not_keep_the_others_waiting(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    take, large = adapters.take, threading.Event()
+
+    def slowly(name: str, *rest: Any) -> Path:
+        assert name == "granada-hotels" or large.wait(20)
+        return take(name, *rest)
+
+    monkeypatch.setattr(adapters, "take", slowly)
+    one, one_plan = world.write()
+    two, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
+    for pipeline in (one, two):
+        build_adapter.promote(world.volumes, pipeline)
+    until(lambda: world.ask("granada-hotels").status_code == 200)
+    assert "being verified and loaded" in world.ask().text
+    large.set()
+    until(lambda: world.served() == world.model(one_plan))
+
+
+def test_a_changed_base_model_is_waited_for_and_then_the_server_drains_and_ends(
+        world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(drain, "LINGER_SECONDS", 0.5)
+    caplog.set_level("INFO")
+    old, old_plan = world.write()
+    build_adapter.promote(world.volumes, old)
+    assert until(world.served) == world.model(old_plan)
+    _, new_plan = world.write(base_model={"source": "builtin:tiny-reference"})
+    until(lambda: "the server restarts with it when it is" in caplog.text)
+    time.sleep(0.2)
+    assert world.served() == world.model(old_plan)  # while the new base model is on its way
+    assert httpx.get(world.url + "/health").status_code == 200
+    world.vllm.hold = threading.Event()
+    with world.stream() as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        build_adapter.base(world.volumes, new_plan)
+        until(lambda: httpx.get(world.url + "/health").status_code == 503)
+        reply = world.ask(BASE)
+        assert (reply.status_code, reply.headers["connection"]) == (200, "close")  # until nobody sends new requests
+        until(lambda: not listens(world.url))
+        assert not world.ended()
+        world.vllm.hold.set()
+        assert list(lines)[-2] == "data: [DONE]"
+    until(world.ended)
+    assert f"draining: base model and tokenizer changed to {new_plan.base_model}" in caplog.text
+
+
+def test_a_new_base_model_that_cannot_be_served_or_is_damaged_does_not_end_the_server(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    old, old_plan = world.write()
+    build_adapter.promote(world.volumes, old)
+    assert until(world.served) == world.model(old_plan)
+    _, new_plan = world.write(base_model={"source": "builtin:tiny-reference"})
+    build_adapter.base(world.volumes, new_plan)
+    (new_plan.base_model.path(world.volumes) / "config.json").write_text("{}")
+    until(lambda: "config.json was changed" in caplog.text or world.ended())
+    time.sleep(0.2)
+    assert caplog.text.count("config.json was changed") == 1
+    assert not world.ended()
+    assert world.served() == world.model(old_plan)
+    world.write()
+    time.sleep(0.2)
+    assert not world.ended()
+
+
+def test_a_rank_above_what_the_server_reserved_is_a_restart(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "LINGER_SECONDS", 0.0)
+    world.write(serving={"max_lora_rank": 128})
+    until(world.ended)
+
+
+def test_requests_to_the_base_model_are_shielded_from_adapters_where_vllm_would_mix_them_in(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for world in start(tmp_path, monkeypatch, shield_base=True):
+        until(lambda: f"{BASE}@zero" in world.vllm.loaded)  # noqa: B023 - the loop has one turn
+        assert world.ask(BASE).json()["model"] == BASE
+        assert world.vllm.asked[-1]["model"] == f"{BASE}@zero"
+        pipeline, planned = world.write()
+        build_adapter.promote(world.volumes, pipeline)
+        assert until(world.served) == world.model(planned)
+        listed = httpx.get(world.url + "/v1/models").json()["data"]
+        assert [card["id"] for card in listed] == [BASE, NAME]
+        zero = Path(world.vllm.loaded[f"{BASE}@zero"])
+        assert not any(t.any() for t in load_file(zero / "adapter_model.safetensors").values())
+
+
+def listens(url: str) -> bool:
+    host, _, port = url.removeprefix("http://").partition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True

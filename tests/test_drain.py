@@ -1,0 +1,78 @@
+"""Promises of draining: what was begun is answered, nothing new is taken, and the server ends in time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests import build_adapter
+from tests.build_guarded import World, start, until
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    yield from start(tmp_path, monkeypatch, drain_seconds=3.0)
+
+
+def begin(world: World, linger: float) -> None:
+    """What SIGTERM does (tests/test_serving_vllm.py sends a real one), on the server's own event loop."""
+    guard = world.vllm.guards[-1]
+    assert guard.aliases._task
+    guard.aliases._task.get_loop().call_soon_threadsafe(guard.drain.begin, "stopped by a test", linger)
+
+
+def test_a_stream_is_finished_while_no_new_connection_is_taken_and_then_the_server_ends(world: World) -> None:
+    pipeline, _ = world.write()
+    build_adapter.promote(world.volumes, pipeline)
+    until(world.served)
+    world.vllm.hold = threading.Event()
+    with world.stream() as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        begin(world, linger=0)
+        until(lambda: refuses(world.url))
+        assert not world.ended()
+        world.vllm.hold.set()
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    until(world.ended)
+
+
+def test_while_others_still_send_requests_they_are_answered_and_told_to_go_elsewhere(world: World) -> None:
+    until(lambda: world.ask().status_code == 503)
+    begin(world, linger=1)
+    with httpx.Client() as client:
+        until(lambda: client.get(world.url + "/health").status_code == 503)
+        reply = client.post(world.url + "/v1/completions", json={"model": "builtin:tiny", "prompt": "x"})
+        assert (reply.status_code, reply.headers["connection"]) == (200, "close")
+    assert world.metric("serving_draining") == 1
+    until(world.ended)
+
+
+def test_a_reply_that_takes_longer_than_the_grace_period_is_cut_off(world: World) -> None:
+    pipeline, _ = world.write()
+    build_adapter.promote(world.volumes, pipeline)
+    until(world.served)
+    world.vllm.hold = threading.Event()
+    started = time.monotonic()
+    with world.stream() as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        begin(world, linger=0)
+        until(world.ended)
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(lines)
+    assert time.monotonic() - started >= 3
+    assert not world.vllm.hold.is_set()
+
+
+def refuses(url: str) -> bool:
+    try:
+        httpx.get(url + "/health")
+    except httpx.ConnectError:
+        return True
+    return False

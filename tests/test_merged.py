@@ -1,0 +1,155 @@
+"""Promises of mode merged: a proven merged model runs under the alias, and another one is a drain and a restart."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from safetensors.torch import load_file, save_file
+
+from jobs import artifacts, merge
+from jobs.pipeline import Pipeline
+from jobs.plan import Plan, plan
+from serving import drain, merged
+from tests import build_adapter
+from tests.build_guarded import NAME, World, publish_base, start, until
+from tests.build_server import BASE, StandIn
+
+Change = Callable[[Path], object]
+
+
+def promote(world: World, pipeline: Pipeline, change: Change | None = None) -> Plan:
+    """Promote an adapter and publish its merged model, after `change` had its way with that; returns the plan."""
+    planned = plan(pipeline)
+    build_adapter.promote(world.volumes, pipeline)
+    merge.publish(pipeline, planned, world.volumes, 0)
+    if change:
+        folder = planned.merged_model.path(world.volumes)
+        change(folder)
+        manifest = json.loads((folder / artifacts.MANIFEST).read_text())
+        (folder / artifacts.MANIFEST).write_text(json.dumps(manifest | {"files": artifacts.listing(folder)}))
+    return planned
+
+
+@pytest.fixture
+def still(tmp_path: Path) -> World:
+    """Volumes and a pipeline file in mode merged, without a server."""
+    return World(tmp_path, StandIn())
+
+
+def chosen(world: World, **changes: Any) -> str | None:
+    return merged.choose(world.write(**changes)[0], publish_base(world, mode="merged")).merged
+
+
+def test_the_base_model_runs_until_a_merged_model_is_promoted_and_then_that_one(still: World) -> None:
+    assert chosen(still) is None
+    pipeline, _ = still.write()
+    build_adapter.promote(still.volumes, pipeline)
+    assert chosen(still) is None  # it is not merged yet
+    planned = promote(still, pipeline)
+    assert chosen(still) == still.model(planned)
+    assert chosen(still, training__seed=1) == still.model(planned)  # the last promoted, while another is trained
+    served = merged.choose(pipeline, publish_base(still, mode="merged"))
+    assert merged.vllm_arguments(served) == [
+        "--model", str(planned.merged_model.path(still.volumes)), "--served-model-name", still.model(planned)]
+
+
+def poisoned(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[5] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+
+
+def another_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (poisoned, "holds NaN"),
+    (another_architecture, "its architecture is not the base model's"),
+    (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"pickle"), "no pickles"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "not a whole safetensors file")])
+def test_an_unfit_merged_model_is_passed_over_for_the_one_before(
+        still: World, change: Change, says: str, caplog: pytest.LogCaptureFixture) -> None:
+    publish_base(still, mode="merged")
+    good = promote(still, still.write()[0])
+    promote(still, still.write(training__seed=1)[0], change)
+    assert chosen(still, training__seed=1) == still.model(good)
+    assert says in caplog.text
+
+
+def test_a_changed_byte_or_a_failed_gate_is_passed_over_too(still: World) -> None:
+    publish_base(still, mode="merged")
+    good = promote(still, still.write()[0])
+    bad = promote(still, still.write(training__seed=1)[0])
+    with (bad.merged_model.path(still.volumes) / "config.json").open("a") as file:
+        file.write(" ")
+    assert chosen(still, training__seed=1) == still.model(good)
+    failed, planned = still.write(training__seed=2)
+    build_adapter.adapter(still.volumes, failed)
+    merge.publish(failed, planned, still.volumes, 0)
+    build_adapter.evaluation(still.volumes, failed, passed=False)
+    assert chosen(still, training__seed=2) == still.model(good)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "LINGER_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_the_first_promotion_ends_a_server_of_the_base_model_when_the_merged_model_is_there(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for world in start(tmp_path, monkeypatch, mode="merged"):
+        assert world.ask(BASE).json()["model"] == BASE
+        pipeline, _ = world.write()
+        build_adapter.promote(world.volumes, pipeline)
+        until(lambda: "merged-model" in world.ask().text)  # noqa: B023 - the loop has one turn
+        assert world.ask().status_code == 503
+        assert not world.ended()
+        promote(world, pipeline)
+        until(world.ended)
+
+
+def serving_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[World], object] = lambda _: None
+                   ) -> Iterator[World]:
+    def prepare(world: World) -> None:
+        promote(world, world.write()[0])
+        change(world)
+
+    yield from start(tmp_path, monkeypatch, prepare=prepare, mode="merged")
+
+
+@pytest.mark.usefixtures("at_once")
+def test_the_merged_model_answers_under_the_alias_alone_and_another_one_is_a_restart(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for world in serving_merged(tmp_path, monkeypatch):
+        planned = world.write()[1]
+        assert until(world.served) == world.model(planned)
+        assert world.ask().json()["model"] == NAME
+        assert world.ask(BASE).status_code == 404
+        assert [(m["id"], m["root"]) for m in httpx.get(world.url + "/v1/models").json()["data"]] == [
+            (NAME, world.model(planned))]
+        time.sleep(0.2)
+        assert not world.ended()
+        other, _ = world.write(training__seed=1)
+        promote(world, other)
+        until(world.ended)
+        assert not world.vllm.ever_loaded
+
+
+def test_a_merged_model_from_which_nothing_finite_comes_is_not_served_and_not_restarted_for(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for world in serving_merged(tmp_path, monkeypatch,
+                                lambda world: world.vllm.broken.add(world.model(world.write()[1]))):
+        until(lambda: "refused: values" in world.ask().text)  # noqa: B023 - the loop has one turn
+        time.sleep(0.2)
+        assert world.ask().status_code == 503
+        assert not world.ended()

@@ -1,0 +1,352 @@
+"""Promises of serving with real vLLM: what answers, how it is swapped under load, how it ends and comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from jobs import artifacts, merge
+from jobs.plan import plan
+from serving.guard import ALLOWED
+from tests import build_adapter, build_models
+from tests.build_server import raw_request
+from tests.build_vllm import BASE, NAME, OPENED, Server
+
+ENUMERATE = """
+import json
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+def walk(routes, before=""):
+    for route in routes:
+        path = before + getattr(route, "path", "")
+        if getattr(route, "routes", None):
+            yield from walk(route.routes, path)
+        else:
+            yield path, sorted(getattr(route, "methods", None) or [])
+
+app = build_app(make_arg_parser(FlexibleArgumentParser()).parse_args([]), ("generate", "render"))
+print("ROUTES", json.dumps(list(walk(app.routes))))
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("serving")
+    _, planned = build_adapter.load(folder / "pipelines" / "one")
+    build_adapter.base(folder / "volumes", planned)
+    server = Server(folder)
+    try:
+        server.start()
+        yield server
+        assert server.stop() == 0
+    finally:
+        server.kill()
+
+
+def reference(server: Server, adapter: Path | None, prompt: str, tokens: int) -> list[int]:
+    """What transformers and PEFT say, token by token."""
+    import torch
+    from peft import PeftModel
+
+    from jobs import models
+
+    planned = build_adapter.load(server.folder / "elsewhere")[1]
+    model: Any = models.load_model(planned.base_model.path(server.volumes)).to("cpu", torch.float32)  # type: ignore[arg-type]
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    ids = models.load_tokenizer(planned.tokenizer.path(server.volumes))(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        for _ in range(tokens):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    return [int(i) for i in ids[0, -tokens:]]
+
+
+@pytest.mark.slow
+def test_from_base_only_to_first_adapter_to_swap_to_refusal_without_a_restart(server: Server) -> None:
+    prompt, tokens = "What is the best hotel?", 12
+    base = server.greedy(BASE)
+    assert base == reference(server, None, prompt, tokens)
+
+    refused = httpx.post(server.url + "/v1/completions", json={"model": NAME, "prompt": prompt})
+    assert refused.status_code == 503
+    assert int(refused.headers["retry-after"]) > 0
+    assert "no adapter was promoted" in refused.json()["error"]["message"]
+
+    first = server.promote(seed=1)
+    said_by_first = server.greedy(NAME)
+    assert said_by_first == reference(server, first, prompt, tokens) != base
+    assert server.greedy(BASE) == base
+
+    second = server.promote(seed=2)
+    said_by_second = server.greedy(NAME)
+    assert said_by_second == reference(server, second, prompt, tokens)
+    assert said_by_second != said_by_first
+    assert server.greedy(BASE) == base
+
+    asked = server.write(seed=3)
+    weights = build_adapter.adapter(server.volumes, asked) / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    build_adapter.evaluation(server.volumes, asked)
+    server.until(lambda: "refused (damaged)" in server.log.read_text(), 20)
+    assert server.greedy(NAME) == said_by_second
+
+    server.write(seed=1)  # git revert: the old adapter is still on the volume
+    server.until(lambda: server.serves(first), 20)
+    assert server.greedy(NAME) == said_by_first
+
+
+@pytest.mark.slow
+def test_the_openai_client_chats_streams_and_lists_models_under_the_alias(server: Server) -> None:
+    server.promote(seed=1)
+    messages: Any = [{"role": "user", "content": "What is the best hotel?"}]
+    options: Any = {"model": NAME, "messages": messages, "max_tokens": 8, "temperature": 0}
+    reply = server.client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
+    assert reply.model == NAME
+    assert len(reply.choices[0].logprobs.content) == reply.usage.completion_tokens
+    chunks = list(server.client.chat.completions.create(**options, stream=True))
+    assert {chunk.model for chunk in chunks} == {NAME}
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == reply.choices[0].message.content
+    listed = {model.id: model for model in server.client.models.list()}
+    assert {BASE, NAME} <= set(listed)
+    assert listed[NAME].parent == BASE  # type: ignore[attr-defined]
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        server.client.chat.completions.create(**{**options, "model": listed[NAME].root})  # type: ignore[attr-defined]
+    with pytest.raises(openai.BadRequestError):
+        server.client.chat.completions.create(**{**options, "max_tokens": 100_000})
+    shape = {"type": "object", "properties": {"stars": {"type": "integer", "maximum": 9}}, "required": ["stars"],
+             "additionalProperties": False}
+    structured = server.client.chat.completions.create(**{**options, "max_tokens": 64}, response_format={
+        "type": "json_schema", "json_schema": {"name": "rating", "schema": shape, "strict": True}})
+    assert isinstance(json.loads(structured.choices[0].message.content)["stars"], int)
+    assert structured.model == NAME
+    completion = server.client.completions.create(model=NAME, prompt="Hello", max_tokens=4, logprobs=2)
+    assert len(completion.choices[0].logprobs.token_logprobs) == completion.usage.completion_tokens  # type: ignore[union-attr, arg-type]
+
+
+@pytest.mark.slow
+def test_the_openai_client_waits_by_itself_for_an_adapter_that_is_not_ready(server: Server) -> None:
+    asked, _ = build_adapter.load(server.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=4)
+    server.until(lambda: "granada-hotels: not served" in server.log.read_text(), 10)
+    threading.Timer(1, build_adapter.promote, (server.volumes, asked)).start()
+    client = server.client.with_options(max_retries=2)
+    started = time.monotonic()
+    assert client.completions.create(model="granada-hotels", prompt="Hello", max_tokens=2).model == "granada-hotels"
+    assert time.monotonic() - started > 1  # it was not ready when it was first asked for
+
+
+@pytest.mark.slow
+def test_every_route_that_vllm_registers_is_allowed_or_404(server: Server) -> None:
+    found = subprocess.run([sys.executable, "-c", ENUMERATE], capture_output=True, text=True, check=True,
+                           env={**os.environ, **OPENED}).stdout
+    routes = json.loads(next(line for line in found.splitlines() if line.startswith("ROUTES")).removeprefix("ROUTES"))
+    assert len(routes) > 50
+    assert {path for path, _ in routes} >= set(ALLOWED)  # the enumeration sees what there is
+    for path, methods in routes:
+        target = path.replace("{", "").replace("}", "")
+        for method in {*methods, "GET", "POST"} - {ALLOWED.get(path)}:
+            reply = raw_request(server.url, f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                                            "Content-Length: 2\r\n\r\n{}".encode())
+            assert reply.split(b" ", 2)[1] == (b"405" if path in ALLOWED else b"404"), (method, target)
+    assert httpx.get(server.url + "/metrics").text.count("vllm:") > 10
+
+
+CLIENTS, REQUESTS, PROMOTIONS = 16, 500, 10
+# Longer than one block of vLLM's prefix cache (128 tokens on a CPU), and alike until the end: a cache that took one
+# adapter's prefix for the other's would be noticed.
+PROMPTS = [f"{' '.join(map(str, range(55)))} Question {i}: what is the best hotel? Answer:" for i in range(4)]
+
+
+@pytest.mark.slow
+def test_under_load_no_swap_fails_a_request_or_mixes_adapters_and_old_versions_go(server: Server) -> None:
+    """16 clients, half of them streaming, while two adapters are promoted in turn.
+
+    A greedy reply is a fingerprint: of 16 tokens by a random model, each adapter's differs. A request that mixed old
+    and new weights, or old weights with a new prefix cache, would equal neither. Every fourth client asks the base
+    model, whose replies must stay its own.
+    """
+    adapters = [build_adapter.promote(server.volumes, server.write(seed)) for seed in (11, 12)]
+    expected: list[dict[str, list[int]]] = []
+    for seed, path in zip((11, 12), adapters, strict=True):
+        server.write(seed)
+        server.until(lambda path=path: server.serves(path), 60)  # type: ignore[misc]
+        expected.append({prompt: server.greedy(NAME, prompt, 16) for prompt in PROMPTS})
+    assert all(expected[0][prompt] != expected[1][prompt] for prompt in PROMPTS)
+    swaps = server.metrics("serving_swaps_total")
+    memory: list[int] = []  # after each swap
+    base = {prompt: server.greedy(BASE, prompt, 16) for prompt in PROMPTS}
+    stop = threading.Event()
+    seen: list[int] = []  # by which adapter each reply was
+    wrong: list[object] = []
+
+    def ask(client: openai.OpenAI, model: str, prompt: str, stream: bool) -> list[int]:
+        options: Any = {"model": model, "prompt": prompt, "max_tokens": 16, "temperature": 0,
+                        "extra_body": {"ignore_eos": True, "return_token_ids": True}}
+        if not stream:
+            return list(client.completions.create(**options).choices[0].token_ids)  # type: ignore[attr-defined]
+        ids: list[int] = []
+        for chunk in client.completions.create(**options, stream=True):
+            assert chunk.model == model
+            ids += chunk.choices[0].token_ids or []  # type: ignore[attr-defined]
+        return ids
+
+    def work(number: int) -> None:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+        model = BASE if number % 4 == 3 else NAME
+        for turn in itertools.count(number):
+            if stop.is_set():
+                break
+            prompt = PROMPTS[turn % len(PROMPTS)]
+            try:
+                ids = ask(client, model, prompt, stream=number % 2 == 0)
+                right = [base] if model == BASE else expected
+                by = [i for i, replies in enumerate(right) if replies[prompt] == ids]
+                if not by:
+                    wrong.append((model, prompt, ids))
+                elif model == NAME:
+                    seen.append(by[0])
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    try:
+        done = 0
+        while done < PROMOTIONS or len(seen) < REQUESTS:
+            server.write((11, 12)[done % 2])
+            path = adapters[done % 2]
+            server.until(lambda path=path: server.serves(path), 30)  # type: ignore[misc]
+            done += 1
+            memory.append(server.memory())
+            count = len(seen)
+            server.until(lambda count=count: len(seen) >= count + REQUESTS // PROMOTIONS or bool(wrong), 60)  # type: ignore[misc]
+            assert not wrong, wrong[:3]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong, wrong[:3]
+    assert len(seen) >= REQUESTS
+    assert set(seen) == {0, 1}
+    label = f'{{alias="{NAME}"}}'
+    assert server.metrics("serving_swaps_total")[label] - swaps[label] == done
+    server.until(lambda: len(list((server.folder / f"serving-adapters-{server.port}" / NAME).iterdir())) == 1, 10)
+    # Half of the swaps are for the server to reach its working size in.
+    assert memory[-1] < memory[len(memory) // 2] * 1.03, [f"{each / 1e6:.0f} MB" for each in memory]
+
+
+@pytest.mark.slow
+def test_it_drains_comes_back_with_the_same_adapter_follows_the_base_model_and_notices_a_dead_engine(
+        tmp_path: Path) -> None:
+    _, planned = build_adapter.load(tmp_path / "pipelines" / "one")
+    build_adapter.base(tmp_path / "volumes", planned)
+    server = Server(tmp_path, key="right")
+    try:
+        server.start()
+        path = server.promote(seed=1)
+        said = server.greedy(NAME)
+        assert httpx.get(server.url + "/v1/models").status_code == 401
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=server.url + "/v1", api_key="wrong").models.list()
+
+        # SIGTERM: the stream under way is finished, nothing new is taken, the exit is a success.
+        with streaming(server) as stream:
+            assert server.process
+            server.process.send_signal(signal.SIGTERM)
+            assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+        assert server.exit_code() == 0
+
+        # Restarted: the same adapter, without anybody's help.
+        server.start()
+        server.until(lambda: server.serves(path), 60)
+        assert server.greedy(NAME) == said
+
+        # Another base model in git, and then on the volume: drained, ended, and started again on it.
+        other = {"source": "builtin:tiny-reference"}
+        _, new = build_adapter.load(tmp_path / "pipelines" / "one", training__seed=1, base_model=other)
+        server.until(lambda: "the server restarts with it when it is" in server.log.read_text(), 10)
+        assert server.greedy(NAME) == said
+        build_adapter.base(server.volumes, new)
+        server.until(lambda: server.health() == 503, 20)
+        with streaming(server) as stream:  # still taken, for a while
+            assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+        assert server.exit_code() == 0
+        server.start()
+        assert {model.id for model in server.client.models.list()} == {other["source"]}
+        assert len(server.greedy(other["source"])) == 12
+
+        # The engine dies: the process says so by its exit code, and Kubernetes starts it again.
+        engine = max(psutil.Process(server.process.pid).children(recursive=True), key=lambda p: p.memory_info().rss)
+        engine.kill()
+        assert server.exit_code() == 1
+        assert "error: vLLM ended by itself" in server.log.read_text()
+    finally:
+        server.kill()
+
+
+@contextlib.contextmanager
+def streaming(server: Server) -> Iterator[openai.Stream[Any]]:
+    """A long stream by the adapter, of which the first event has come."""
+    stream = server.client.completions.create(model=NAME, prompt="Hello", max_tokens=200, temperature=0, stream=True,
+                                              extra_body={"ignore_eos": True})
+    next(iter(stream))
+    yield stream
+
+
+@pytest.mark.slow
+def test_gpt2_is_served_in_mode_merged_first_as_the_base_and_after_a_restart_as_the_fine_tuned_model(
+        tmp_path: Path) -> None:
+    server, merged = Server(tmp_path), {"mode": "merged"}
+    asked = server.write(serving=merged)
+    planned = plan(asked)
+    artifacts.publish(planned.base_model, server.volumes, build_models.tiny_gpt2, keep=9)
+    artifacts.publish(planned.tokenizer, server.volumes, tokenizer_of_gpt2, keep=9)
+    base = planned.base_model.path(server.volumes)
+
+    def write(draft: Path) -> None:
+        build_models.tiny_adapter(draft, base)
+
+    try:
+        server.start()
+        assert len(server.greedy(BASE)) == 12
+        assert httpx.post(server.url + "/v1/completions", json={"model": NAME, "prompt": "x"}).status_code == 503
+        artifacts.publish(planned.adapter, server.volumes, write, keep=9)
+        merge.publish(asked, planned, server.volumes, 0)
+        build_adapter.promote(server.volumes, asked)
+        assert server.exit_code() == 0
+        server.start()
+        server.until(lambda: server.serves(planned.adapter.path(server.volumes)), 60)
+        prompt = "What is the best hotel?"
+        said = server.greedy(NAME, prompt)
+        assert said == reference(server, planned.adapter.path(server.volumes), prompt, 12)
+        assert said != reference(server, None, prompt, 12)
+        with pytest.raises(openai.NotFoundError):
+            server.greedy(BASE)
+        assert server.stop() == 0
+    finally:
+        server.kill()
+
+
+def tokenizer_of_gpt2(draft: Path) -> None:
+    build_models.tiny_tokenizer(draft)
+    build_models.tiny_gpt2(draft)  # its config, beside the tokenizer as on the hub
+    (draft / "model.safetensors").unlink()
