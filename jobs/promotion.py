@@ -8,6 +8,7 @@ cannot point outside the volume.
 from __future__ import annotations
 
 import json
+import stat
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +36,8 @@ def current(volume: Path, name: str) -> Promotion | None:
     """
     file = volume / FOLDER / name
     try:
+        if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for in vain
+            raise ValueError("it is no plain file")
         values = json.loads(file.read_bytes())
         return Promotion(str(values["adapter"]), str(values["evaluation"]), str(values["at"]))
     except FileNotFoundError:

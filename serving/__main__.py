@@ -151,7 +151,13 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     sys.argv = [MODULE, *vllm_arguments(served, tokenizer.path, args.host, args.port, 1 + len(others)), *flags]
     # In this process and not by exec: as a container's first process, Python would ignore SIGTERM until vLLM, after
     # many seconds of imports, sets its own handler; ours is in place all the while.
-    runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+    except ValueError as error:  # as which vLLM raises what is wrong with its flags, given this model
+        raise UserError(f"vLLM cannot serve {served.merged or served.base_name} with these flags: {error}") from None
+    except Exception as error:
+        log.exception("vLLM failed")
+        raise RetryableError(f"vLLM ended by itself: {error!r}; its log above says more") from None
     if drain.last_reason is None:  # vLLM exits 0 even when its engine was killed
         raise RetryableError("vLLM ended by itself, probably because its engine did; its log above says why")
 

@@ -111,3 +111,34 @@ def test_sigterm_ends_the_wait_for_the_base_model_at_once(tmp_path: Path) -> Non
     code, said = outcome(process)
     assert code == 143
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("ends", "code", "says"), [
+    (ValueError("max_model_len (512) is greater than 256"), 2, "with these flags: max_model_len (512) is greater"),
+    (RuntimeError("no room"), 1, "vLLM ended by itself: RuntimeError('no room'); its log above says more"),
+    (None, 1, "vLLM ended by itself, probably because its engine did")])
+def test_a_vllm_that_does_not_start_or_ends_by_itself_is_told_from_one_that_was_told_to_stop(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ends: Exception | None,
+        code: int, says: str) -> None:
+    def vllm(*_: object, **__: object) -> None:
+        if ends:
+            raise ends
+
+    _, planned = build_adapter.load(tmp_path / "pipelines" / "one")
+    build_adapter.base(tmp_path / "volumes", planned)
+    monkeypatch.setattr("runpy.run_module", vllm)
+    monkeypatch.setattr(serving, "on_cpu", lambda: True)
+    monkeypatch.setattr(serving, "log_to_stderr", lambda: None)  # loggers outlive the test
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr("serving.drain.last_reason", None)
+    arguments = ["--pipelines", str(tmp_path / "pipelines"), "--volumes", str(tmp_path / "volumes"), "--port",
+                 str(free_port())]
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert serving.main(arguments) == code
+        assert says in capsys.readouterr().err
+        monkeypatch.setattr("serving.drain.last_reason", "told to")
+        assert serving.main(arguments) == (0 if ends is None else code)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -787,9 +787,11 @@ def test_a_promotion_cannot_name_a_path(world: World, digest: str) -> None:
         adapters.check_gate(adapters.promoted(world.pipeline, world.volumes), "seville-hotels", world.volumes)
 
 
-def test_a_damaged_promotion_is_refused_and_not_a_crash(world: World) -> None:
+@pytest.mark.parametrize("damage", [
+    lambda file: file.write_text("{"), lambda file: file.write_text("[" * 100_000), os.mkfifo, Path.mkdir])
+def test_a_damaged_promotion_is_refused_and_neither_a_crash_nor_waited_for(world: World, damage: Change) -> None:
     (world.volumes / FINE_TUNED_VOLUME / "promoted").mkdir(parents=True)
-    (world.volumes / FINE_TUNED_VOLUME / "promoted" / "seville-hotels").write_text("{")
+    damage(world.volumes / FINE_TUNED_VOLUME / "promoted" / "seville-hotels")
     with pytest.raises(Refused, match="damaged"):
         adapters.promoted(world.pipeline, world.volumes)
 
