@@ -1,5 +1,6 @@
 # make demo    the whole overlay as local processes: relocate, train, evaluate, serve, ask
 # make test    lint, types and all tests
+# make bench-serving    what the guard costs vLLM: ten minutes on an idle machine (ARGS=--quick: three)
 # Everything is installed into .venv by the first of them (about 3 GB, once).
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -10,7 +11,7 @@ QUESTION ?= What is the best hotel in Seville?
 # Where there is no terminal to press Ctrl-C in, the demo ends when the question is answered. EXIT= keeps it serving.
 EXIT ?= $(shell test -t 0 || echo --exit)
 
-.PHONY: demo test setup clean
+.PHONY: demo test bench-serving setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -20,6 +21,9 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+bench-serving: setup
+	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 setup: .venv/installed
 

@@ -206,8 +206,12 @@ class _Renamed:
             end = data.rfind(b"\n") + 1 if more else len(data)
             data, self._line = data[:end], data[end:]
             if data or not more:
-                lines = [self._renamed(line, line.startswith(b'data: {"error"')) for line in data.splitlines(True)]
-                await self._send({"type": "http.response.body", "body": b"".join(lines), "more_body": more})
+                if b'data: {"error"' in data:
+                    lines = (self._renamed(line, line.startswith(b'data: {"error"')) for line in data.splitlines(True))
+                    data = b"".join(lines)
+                else:  # the usual event: at once, because every token of every stream comes along here
+                    data = self._renamed(data, error=False)
+                await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
     def _renamed(self, data: bytes, error: bool) -> bytes:
         if error:  # errors also name the model in their text

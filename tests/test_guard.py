@@ -174,6 +174,9 @@ def test_with_a_key_everything_under_v1_needs_it_and_the_guards_own_calls_have_i
         assert httpx.post(locked.url + "/v1/load_lora_adapter", headers=headers).status_code == 404
     assert httpx.get(locked.url + "/health").status_code == 200
     assert httpx.post(locked.url + "/v1/completions", json={"model": NAME}, headers=right).status_code == 200
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/invocations", "/tokenize"):  # not with it either
+        assert httpx.post(locked.url + path, headers=right).status_code == 404
+    assert not locked.vllm.reached
 
 
 # Replies

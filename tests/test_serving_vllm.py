@@ -163,9 +163,10 @@ def test_every_route_that_vllm_registers_is_allowed_or_404(server: Server) -> No
     for path, methods in routes:
         target = path.replace("{", "").replace("}", "")
         for method in {*methods, "GET", "POST"} - {ALLOWED.get(path)}:
-            reply = raw_request(server.url, f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-                                            "Content-Length: 2\r\n\r\n{}".encode())
-            assert reply.split(b" ", 2)[1] == (b"405" if path in ALLOWED else b"404"), (method, target)
+            for key in ("", "Authorization: Bearer none\r\n"):
+                reply = raw_request(server.url, f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{key}"
+                                                "Content-Length: 2\r\n\r\n{}".encode())
+                assert reply.split(b" ", 2)[1] == (b"405" if path in ALLOWED else b"404"), (method, target)
     assert httpx.get(server.url + "/metrics").text.count("vllm:") > 10
 
 

@@ -1,0 +1,1 @@
+"""Measurements of real servers, run by hand: `make bench-serving`."""
