@@ -6,6 +6,7 @@ runner and the serving guard all agree on names without talking to each other.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,25 @@ class Plan:
 
 def plan(pipeline: Pipeline) -> Plan:
     """Name every artifact that `pipeline` asks for."""
+    return _plan(_Same(pipeline))
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """A pipeline as a key: equal to itself only. It cannot change, and serving asks for its plan all the time."""
+
+    pipeline: Pipeline
+
+    def __hash__(self) -> int:
+        return id(self.pipeline)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.pipeline is other.pipeline
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(same: _Same) -> Plan:
+    pipeline = same.pipeline
     training = pipeline.training
     dataset = Spec(DATASET_VOLUME, "dataset", {**_source("dataset", pipeline.dataset),
                                                "format": _suffix(pipeline.dataset),

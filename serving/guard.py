@@ -184,6 +184,7 @@ class _Renamed:
         self._version, self._alias = version.model.encode(), version.name.encode()
         # Only as the value of a key: within generated text these quotes are escaped, so text cannot match.
         self._field = re.compile(rb'("model"\s*:\s*")' + re.escape(self._version) + rb'"')
+        self._usual = b'"model":"' + self._version + b'"', b'"model":"' + self._alias + b'"'  # as vLLM writes it
         self._kept: _Kept | None = None  # a reply that is no stream, until it is whole
         self._line = b""  # the last line of a stream, until it is whole
 
@@ -216,7 +217,8 @@ class _Renamed:
     def _renamed(self, data: bytes, error: bool) -> bytes:
         if error:  # errors also name the model in their text
             return data.replace(self._version, self._alias)
-        return self._field.sub(rb"\g<1>" + self._alias + b'"', data)
+        data = data.replace(*self._usual)
+        return self._field.sub(rb"\g<1>" + self._alias + b'"', data) if self._version in data else data
 
 
 class _Kept:
