@@ -300,8 +300,7 @@ class Aliases:
             if (version.name, version.digest) == (name, wanted.adapter):
                 return version
         version = Version(name, wanted.adapter)
-        await self._unless_refused(name, f"adapter {version.model}",
-                                   [self._folder(wanted.adapter)],
+        await self._unless_refused(name, f"adapter {version.model}", [self._folder(wanted.adapter)],
                                    partial(self._admit, version))
         return version
 
@@ -403,7 +402,9 @@ class Aliases:
 
     async def _unload_unused(self) -> None:
         used = [alias.version for alias in self.current.values()]
-        for version in [v for v in self._loaded if v not in used and not v.requests]:
+        # Not while its alias is being updated: the update may be about to point back to it.
+        for version in [v for v in self._loaded
+                        if v not in used and not v.requests and v.name not in self._updates]:
             await self._unload(version)
             self._loaded.remove(version)
             events.unloaded(version.name, version.digest)

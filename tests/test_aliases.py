@@ -76,6 +76,35 @@ def test_a_stream_begun_before_a_swap_ends_on_its_version_which_is_then_unloaded
     until(lambda: not (world.folder / "private" / NAME / first_plan.adapter.digest).exists())
 
 
+def test_a_version_is_not_unloaded_while_an_update_could_point_back_to_it(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, first_plan = world.write()
+    build_adapter.promote(world.volumes, first)
+    assert until(world.served) == world.model(first_plan)
+    world.vllm.hold = threading.Event()
+    with world.stream() as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        second, second_plan = world.write(training__seed=1)
+        build_adapter.promote(world.volumes, second)
+        until(lambda: world.served() == world.model(second_plan))
+        promoted, slow, looking = adapters.promoted, threading.Event(), threading.Event()
+
+        def slowly(*args: Any) -> Any:
+            looking.set()
+            slow.wait(20)
+            return promoted(*args)
+
+        monkeypatch.setattr(adapters, "promoted", slowly)  # a slow volume
+        looking.wait(20)
+        world.vllm.hold.set()
+        list(lines)
+    time.sleep(0.3)  # ten looks
+    assert world.model(first_plan) in world.vllm.loaded
+    slow.set()
+    until(lambda: set(world.vllm.loaded) == {world.model(second_plan)})
+
+
 def test_a_reverted_pipeline_file_serves_the_old_adapter_again_at_once(world: World) -> None:
     old, old_plan = world.write()
     build_adapter.promote(world.volumes, old)
