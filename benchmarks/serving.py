@@ -56,10 +56,9 @@ END = "<!-- made by python -m benchmarks.serving: end -->"
 # What both servers get: what a CPU needs, and a cache large enough for every request at once (2 GB of memory each).
 FLAGS = ["--max-model-len", "256", "--enforce-eager", "--kv-cache-memory-bytes", str(128 * 1024**2),
          "--dtype", "float32"]
-START_SECONDS = 400  # 50 s on two idle cores
+START_SECONDS = 400  # 30 s on two idle cores
 CLIENTS = (1, 8, 32)
-# For a second after its last step vLLM's worker looks for the next one without a pause (shm_broadcast.py).
-SPIN_SECONDS = 1.2
+PAUSE_SECONDS = 0.5  # between two servers, so that the one before has come to rest
 TOKENS = 32  # a short reply: what the guard costs once a request weighs more the shorter the reply is
 PROMPTS = [f"Guest {i} asks: What is the best hotel in Seville for {1 + i % 7} nights?" for i in range(64)]
 # That all of n rounds err to the same side of the median has the probability 2 / 2^n; for 6 it is 3 %.
@@ -79,8 +78,10 @@ class Server:
 
     def check(self) -> None:
         """Raise with the log's end if the server ended."""
-        if self.process.poll() is not None:
-            raise RetryableError(f"the server {self.name!r} ended with code {self.process.returncode}. Its log ends:\n"
+        code = self.process.poll()
+        if code is not None:
+            how = f"ended with {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name} from elsewhere"
+            raise RetryableError(f"the server {self.name!r} {how}. Its log ends:\n"
                                  + "\n".join(self.log.read_text(errors="replace").splitlines()[-30:]))
 
     def seconds(self, *, children: bool = True) -> float:
@@ -142,7 +143,7 @@ class Results:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=DESCRIPTION, epilog=EXAMPLES,
                                   formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    top.add_argument("--rounds", type=int, default=12, metavar="N",
+    top.add_argument("--rounds", type=int, default=14, metavar="N",
                      help="how often each load is measured on both servers (default: %(default)s; below "
                           f"{ENOUGH_ROUNDS} there is no verdict)")
     top.add_argument("--seconds", type=float, default=2.5, metavar="S",
@@ -202,6 +203,9 @@ def running(side: str, setting: Setting, port: int) -> Iterator[Server]:
     own = {**os.environ, unguarded.ADAPTER: f"{setting.name}={setting.adapter}", "OMP_NUM_THREADS": "1",
            "TMPDIR": str(folder), "VLLM_CACHE_ROOT": str(folder / "cache"),
            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+           # As on a GPU, the engine computes by itself. By default, on a CPU, a worker process does, and while one of
+           # the two computes the other takes a core to look whether it is done: on few cores that is noise.
+           "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
            # Kept connections are closed after 5 s, which a busy machine can take between a reply and the next request.
            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"}
     own.pop("VLLM_API_KEY", None)
@@ -256,6 +260,7 @@ def check(server: Server, model: str, replies: Sequence[Reply]) -> list[str]:
         except (ValueError, KeyError, StopIteration):
             right = False
         if not right:
+            time.sleep(1)  # if the server is ending: until it has
             server.check()
             raise RetryableError(f"request {i + 1} of {len(replies)} to the server {server.name!r} failed, so there is "
                                  f"nothing to compare. The reply was: {bytes(reply.data[:1000])!r}")
@@ -285,7 +290,7 @@ async def warm_up(servers: dict[str, Server], model: str, seconds: float) -> dic
         if answered != status:
             raise RetryableError(f"the server {side!r} answers /version with {answered}, not {status}, so it is not "
                                  "what it should be")
-    request = Load(False, 1).requests(model, len(PROMPTS))
+    request = Load(False, 1).requests(model, 16)
     said = {side: check(server, model, (await drive(server.port, request, 1))[1]) for side, server in servers.items()}
     if said["plain"] != said["guard"]:
         raise RetryableError("the servers do not say the same, so they do not serve the same model or adapter")
@@ -308,7 +313,7 @@ async def compare(servers: dict[str, Server], model: str, rounds: int, counts: d
             for side in SIDES if (number + i) % 2 else SIDES[::-1]:
                 idle = next(other for other in SIDES if other != side)
                 if last != side:
-                    await asyncio.sleep(SPIN_SECONDS)
+                    await asyncio.sleep(PAUSE_SECONDS)
                 last = side
                 with _shares(servers[side], servers[idle], into):
                     measured = await measure(servers[side], load, model, counts[load])
@@ -414,11 +419,13 @@ async def _pressure(server: Server, model: str, into: Results) -> AsyncIterator[
 
 
 def _process_seconds(pid: int) -> float:
-    try:
-        numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # it ended
-        return 0.0
-    return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
+    """Processor time of a process's threads. Exact; /proc/PID/stat counts hundredths of a second."""
+    used = 0
+    with suppress(OSError):  # it ended
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):
+                used += int((thread / "schedstat").read_text().split()[0])
+    return used / 1e9
 
 
 def _machine_seconds() -> tuple[float, float]:

@@ -246,10 +246,9 @@ class _Kept:
 
 async def _read_body(scope: Scope, receive: Receive) -> bytes | Response | None:
     """The request's body; an error reply if it is too large; None if the client went away meanwhile."""
-    too_large = _error(413, f"The body is larger than {MAX_BODY_BYTES} bytes", headers={"Connection": "close"})
     declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
     if int(declared) > MAX_BODY_BYTES:
-        return too_large
+        return _too_large()
     body = bytearray()
     while True:
         message = await receive()
@@ -257,9 +256,13 @@ async def _read_body(scope: Scope, receive: Receive) -> bytes | Response | None:
             return None
         body += message.get("body", b"")
         if len(body) > MAX_BODY_BYTES:
-            return too_large
+            return _too_large()
         if not message.get("more_body", False):
             return bytes(body)
+
+
+def _too_large() -> Response:
+    return _error(413, f"The body is larger than {MAX_BODY_BYTES} bytes", headers={"Connection": "close"})
 
 
 def _closing(send: Send) -> Send:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -180,18 +178,24 @@ def test_a_quick_run_measures_both_sides_and_every_request_succeeds(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_that_is_stopped_leaves_no_server_and_no_files(number: signal.Signals, code: int) -> None:
+def test_a_run_that_is_stopped_leaves_no_server_and_no_files() -> None:
     process = quick()
+    try:
+        check_stopped(process)
+    finally:
+        process.kill()
+
+
+def check_stopped(process: subprocess.Popen[str]) -> None:
     assert process.stderr
     folder = next(Path(line.split()[-1]) for line in process.stderr if "their logs are in" in line)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(servers_of(folder)) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    os.kill(process.pid, number)
+    process.terminate()
     _, said = process.communicate(timeout=90)
-    assert process.returncode == code, said
+    assert process.returncode == 143, said
     assert "Traceback" not in said
     assert servers_of(folder) == []
     assert not folder.exists()
