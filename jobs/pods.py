@@ -27,6 +27,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent  # the folder that holds the p
 Manifest = dict[str, Any]
 HASH_SUFFIX = re.compile(r"-[24-9bcdfghkmt]{10}$")  # in the alphabet of kustomize, which spells no words
 
+# Fields of a pod's own manifest that are in its environment. Here all processes of a training are on one machine.
+POD_FIELDS = {"metadata.labels['jobset.sigs.k8s.io/coordinator']": "127.0.0.1"}
+
 # A pod sees its own environment only. These say how to reach the network and the hub, which is the machine's affair.
 INHERITED = ("PATH", "LANG", "LC_ALL", "TZ", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY",
              "NO_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "HF_ENDPOINT", "LD_LIBRARY_PATH")
@@ -105,7 +108,17 @@ def pods(manifests: list[Manifest], state: Path, port_offset: int = 0) -> list[P
     for manifest in manifests:
         if manifest["kind"] == "ConfigMap":
             write_config_map(state / "configmaps" / manifest["metadata"]["name"], manifest.get("data", {}))
-    return [_pod(m, state, port_offset) for m in manifests if m["kind"] in ("Job", "Deployment")]
+    return [_pod(m, state, port_offset) for m in [*manifests, *_jobs(manifests)] if m["kind"] in ("Job", "Deployment")]
+
+
+def _jobs(manifests: list[Manifest]) -> Iterator[Manifest]:
+    """The Jobs of every JobSet. What one depends on it waits for by itself, so all start at once here."""
+    for manifest in manifests:
+        if manifest["kind"] == "JobSet":
+            suffix = HASH_SUFFIX.search(manifest["metadata"]["name"])
+            for job in manifest["spec"]["replicatedJobs"]:
+                name = job["name"] + (suffix.group() if suffix else "")
+                yield {"kind": "Job", "metadata": {"name": name}, "spec": job["template"]["spec"]}
 
 
 def write_config_map(folder: Path, data: Mapping[str, str]) -> None:
@@ -178,6 +191,8 @@ def _env(container: Manifest, moved: Placement) -> Iterator[tuple[str, str]]:
             elif not entry["valueFrom"]["secretKeyRef"].get("optional"):
                 raise UserError(f"the container {container['name']} needs the Secret "
                                 f"{entry['valueFrom']['secretKeyRef']['name']}: set {entry['name']} in the environment")
+        elif entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath") in POD_FIELDS:
+            yield entry["name"], POD_FIELDS[entry["valueFrom"]["fieldRef"]["fieldPath"]]
         else:
             raise UserError(f"the container {container['name']} takes {entry['name']} from {entry['valueFrom']}, which "
                             "has no meaning without a cluster; give it a default `value` in the overlay")

@@ -38,9 +38,11 @@ def unhashed(manifest: Manifest) -> str:
 
 
 def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
-    """Every pod template by its workload, e.g. `Deployment/tensorboard`."""
+    """Every pod template by its workload, e.g. `Deployment/tensorboard` or `JobSet/pipeline-HASH/model-training`."""
     return {f"{m['kind']}/{m['metadata']['name']}": m["spec"]["template"] for m in manifests
-            if "template" in m.get("spec", {})}
+            if "template" in m.get("spec", {})} | {
+        f"JobSet/{m['metadata']['name']}/{job['name']}": job["template"]["spec"]["template"]
+        for m in of_kind(manifests, "JobSet") for job in m["spec"]["replicatedJobs"]}
 
 
 def containers(template: Manifest) -> list[Manifest]:

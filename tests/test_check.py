@@ -24,8 +24,10 @@ def overlay(folder: Path, records: list[dict[str, Any]] | None = None, **changes
     return folder
 
 
-def test_the_overlay_in_the_repository_is_valid() -> None:
-    check.run(CHECKOUT / "overlays" / "kind")
+@pytest.mark.parametrize("overlay", sorted(p.parent for p in (CHECKOUT / "overlays").glob("*/pipeline.yaml")),
+                         ids=lambda p: p.name)
+def test_every_overlay_in_the_repository_is_valid(overlay: Path) -> None:
+    check.run(overlay)
 
 
 def test_a_valid_overlay_passes(tmp_path: Path) -> None:
