@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs import pods
+from jobs import local, pods
 from jobs.errors import UserError
 
 OVERLAY = pods.CHECKOUT / "overlays" / "kind"
@@ -113,22 +117,87 @@ def test_retries_follow_the_manifest(tmp_path: Path) -> None:
     assert (pod.backoff_limit, pod.fatal_exit_codes, pod.title) == (2, frozenset({2}), "some-job")
 
 
-def test_every_container_of_the_overlay_sees_what_its_manifest_says(tmp_path: Path) -> None:
+# Runs in place of a container's program: its environment, its arguments, and every file at its mounts.
+PROBE = """
+import json, os, sys
+from pathlib import Path
+mounts = json.loads(sys.argv[1])
+files = {m: {p.name: p.read_text() for p in Path(m).iterdir() if p.is_file()} for m in mounts}
+print(json.dumps({"env": dict(os.environ), "argv": sys.argv[2:], "files": files}))
+"""
+
+
+def test_the_processes_of_the_overlay_see_what_the_manifest_of_their_container_says(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every container of overlays/kind, started by the local runner: all of the manifest is there, and nothing more."""
+    secrets = {"HF_TOKEN": "the token", "VLLM_API_KEY": "the key"}
+    for name, value in secrets.items() | {("AWS_SECRET_ACCESS_KEY", "private")}:
+        monkeypatch.setenv(name, value)
     manifests = pods.render(OVERLAY)
-    by_name = {m["metadata"]["name"]: m["spec"]["template"]["spec"] for m in manifests
-               if m["kind"] in ("Job", "Deployment")}
-    mapped = pods.pods(manifests, tmp_path)
-    assert {pod.name for pod in mapped} == by_name.keys()
+    config = {m["metadata"]["name"]: m["data"] for m in manifests if m["kind"] == "ConfigMap"}
+    for claim in (m["metadata"]["name"] for m in manifests if m["kind"] == "PersistentVolumeClaim"):
+        (tmp_path / "volumes" / claim).mkdir(parents=True)
+        (tmp_path / "volumes" / claim / "claim").write_text(claim)
+    workloads = {m["metadata"]["name"]: m["spec"]["template"]["spec"] for m in manifests
+                 if m["kind"] in ("Job", "Deployment")}
+    offset = 1000
+    mapped = pods.pods(manifests, tmp_path, offset)
+    assert {pod.name for pod in mapped} == workloads.keys()
+    seen = asyncio.run(run_once([probing(pod, workloads[pod.name], tmp_path) for pod in mapped], tmp_path))
+
     for pod in mapped:
-        root = f"{tmp_path}/pods/{pod.name}"
-        for container, manifest in zip(pod.containers, by_name[pod.name]["containers"], strict=True):
-            seen = [argument.replace(root, "").replace("127.0.0.1", "0.0.0.0") for argument in container.argv[1:]]
-            assert seen == [*manifest["command"], *manifest.get("args", [])][1:]
-            for entry in manifest["env"]:
-                if "value" in entry:
-                    assert container.env[entry["name"]].replace(root, "") == entry["value"]
-            for mount in manifest["volumeMounts"]:
-                assert Path(root + mount["mountPath"]).is_dir()
+        root, spec = f"{tmp_path}/pods/{pod.name}", workloads[pod.name]
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        described = [*spec.get("initContainers", []), *spec["containers"]]
+        for container, sight in zip(described, seen[pod.name], strict=True):
+            where = f"{pod.title}/{container['name']}"
+            ports = {str(port["containerPort"]) for port in container.get("ports", [])}
+            here = functools.partial(as_here, root=root, ports=ports, offset=offset)
+
+            arguments = [*container["command"][1:], *container.get("args", [])]
+            assert sight["argv"] == [here(argument) for argument in arguments], where
+
+            stated = {e["name"]: here(e["value"]) if "value" in e else secrets[e["name"]] for e in container["env"]}
+            assert {name: sight["env"].get(name) for name in stated} == stated, where
+            # Python itself sets LC_CTYPE where there is no locale.
+            assert sight["env"].keys() - stated.keys() <= {*pods.INHERITED, "PYTHONPATH", "LC_CTYPE"}, where
+
+            for mount in container["volumeMounts"]:
+                volume = volumes[mount["name"]]
+                if "configMap" in volume:
+                    files = config[volume["configMap"]["name"]]
+                elif "persistentVolumeClaim" in volume:
+                    files = {"claim": volume["persistentVolumeClaim"]["claimName"]}
+                else:
+                    files = {}  # scratch, new for each run
+                assert sight["files"][root + mount["mountPath"]] == files, f"{where}: {mount['mountPath']}"
+
+
+def as_here(text: str, root: str, ports: set[str], offset: int) -> str:
+    """A value or argument of the manifest as it must be on this machine; every path in the overlay is on a mount."""
+    option, equals, value = text.rpartition("=") if text.startswith("--") else ("", "", text)
+    value = f"{root}{value}" if value.startswith("/") else value.replace("0.0.0.0", "127.0.0.1")
+    return option + equals + (str(int(value) + offset) if value in ports else value)
+
+
+def probing(pod: pods.Pod, spec: dict[str, Any], state: Path) -> pods.Pod:
+    """The pod with PROBE in place of its programs."""
+    def probed(containers: list[pods.Container], manifests: list[dict[str, Any]]) -> list[pods.Container]:
+        mounts = [[f"{state}/pods/{pod.name}{m['mountPath']}" for m in c["volumeMounts"]] for c in manifests]
+        return [replace(container, argv=[container.argv[0], "-c", PROBE, json.dumps(places), *container.argv[1:]])
+                for container, places in zip(containers, mounts, strict=True)]
+
+    return replace(pod, init_containers=probed(pod.init_containers, spec.get("initContainers", [])),
+                   containers=probed(pod.containers, spec["containers"]))
+
+
+async def run_once(mapped: list[pods.Pod], state: Path) -> dict[str, list[dict[str, Any]]]:
+    """Run every pod as `jobs local` does. Returns what its containers printed, init containers first."""
+    runner = local.Runner(mapped, state, verbose=False)
+    codes = await asyncio.gather(*(runner._run_containers(pod) for pod in mapped))
+    logs = {pod.name: runner.log_file(pod).read_text() for pod in mapped}
+    assert set(codes) == {0}, logs
+    return {name: [json.loads(line) for line in text.splitlines()] for name, text in logs.items()}
 
 
 def test_without_kubectl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
