@@ -1,0 +1,231 @@
+"""Promises of argocd/: a fork edits one file, a push is a deployment, and Argo CD can do nothing beyond its task."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs import artifacts
+from tests.manifests import CHECKOUT, Manifest, by_name, containers, copy, of_kind, render, restricted_violations
+from tests.renderings import NAMES, rendered, with_options
+
+ARGOCD = CHECKOUT / "argocd"
+OVERLAYS = [name for name in NAMES if name.startswith("overlays/")]  # and with all of their optional components
+CLUSTER_SCOPED = {"Namespace"}
+# What the controllers make of the kinds in git: listed so that Argo CD shows it, and nobody gains anything by it.
+SHOWN = {("", "Pod"), ("apps", "ReplicaSet")}
+
+
+@pytest.fixture
+def both() -> list[Manifest]:
+    """argocd/ with the second Application switched on, as a person would, by removing the comment sign."""
+    return rendered("argocd with options")
+
+
+def settings() -> dict[str, str]:
+    values: dict[str, str] = yaml.safe_load((ARGOCD / "settings.yaml").read_text())["data"]
+    return values
+
+
+def project(found: list[Manifest]) -> Manifest:
+    (only,) = of_kind(found, "AppProject")
+    return only
+
+
+def applications(found: list[Manifest]) -> dict[str, Manifest]:
+    return {a["metadata"]["name"]: a for a in of_kind(found, "Application")}
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+def test_only_the_project_and_applications_reach_the_cluster() -> None:
+    """And all of them in Argo CD's namespace. The settings are read, not applied."""
+    found = rendered("argocd")
+    assert {(m["kind"], m["metadata"]["namespace"]) for m in found} == {("AppProject", "argocd"),
+                                                                        ("Application", "argocd")}
+
+
+def test_a_fork_edits_one_file(tmp_path: Path) -> None:
+    """Repository, branch, overlay and namespace stand once; nothing of the old values is left anywhere."""
+    argocd = Path(shutil.copytree(ARGOCD, tmp_path / "argocd"))
+    (argocd / "kustomization.yaml").write_text(with_options(argocd / "kustomization.yaml"))
+    file = argocd / "settings.yaml"
+    text = file.read_text()
+    new = {"repoURL": "https://git.example.org/mine.git", "revision": "release", "overlay": "overlays/mine",
+           "namespace": "mine"}
+    for key, value in settings().items():
+        assert text.count(f"{key}: {value}") == 1
+        text = text.replace(f"{key}: {value}", f"{key}: {new[key]}")
+    file.write_text(text)
+    found = render(argocd)
+    mine, gpu = applications(found)["lora-gitops"]["spec"], applications(found)["lora-gitops-gpu"]["spec"]
+    assert mine["source"] == {"repoURL": new["repoURL"], "targetRevision": "release", "path": "overlays/mine"}
+    assert mine["destination"]["namespace"] == "mine"
+    assert gpu["source"] == {"repoURL": new["repoURL"], "targetRevision": "release", "path": "overlays/gpu"}
+    spec = project(found)["spec"]
+    assert spec["sourceRepos"] == [new["repoURL"]]
+    assert {d["namespace"] for d in spec["destinations"]} == {"mine", "lora-gitops-gpu"}
+    assert {k["name"] for k in spec["clusterResourceWhitelist"]} == {"mine", "lora-gitops-gpu"}
+    assert settings()["repoURL"] not in yaml.safe_dump_all(found)
+
+
+def test_an_application_follows_an_overlay_into_its_namespace(both: list[Manifest]) -> None:
+    assert applications(both).keys() == {"lora-gitops", "lora-gitops-gpu"}
+    for application in applications(both).values():
+        (namespace,) = of_kind(rendered(application["spec"]["source"]["path"]), "Namespace")
+        assert application["spec"]["destination"] == {"server": "https://kubernetes.default.svc",
+                                                      "namespace": namespace["metadata"]["name"]}
+
+
+# --- what Argo CD may do ------------------------------------------------------------------------------------------
+
+
+def test_the_project_allows_only_this_repository_and_these_namespaces(both: list[Manifest]) -> None:
+    spec = project(both)["spec"]
+    assert spec["sourceRepos"] == [settings()["repoURL"]]
+    namespaces = [a["spec"]["destination"]["namespace"] for a in applications(both).values()]
+    assert sorted(d["namespace"] for d in spec["destinations"]) == sorted(namespaces)
+    assert {d["server"] for d in spec["destinations"]} == {"https://kubernetes.default.svc"}
+    assert {a["spec"]["project"] for a in applications(both).values()} == {project(both)["metadata"]["name"]}
+    assert project(both)["metadata"]["finalizers"]  # it outlives its Applications
+
+
+def test_the_project_allows_exactly_the_kinds_that_are_rendered() -> None:
+    """Those of every overlay with all its optional components, and no Secret."""
+    kinds = {(m["apiVersion"].rpartition("/")[0], m["kind"]) for overlay in OVERLAYS for m in rendered(overlay)}
+    assert {"JobSet", "ScaledObject", "PodMonitor", "Job"} <= {kind for _, kind in kinds}
+    spec = project(rendered("argocd"))["spec"]
+    allowed = [(k["group"], k["kind"]) for k in spec["namespaceResourceWhitelist"]]
+    assert len(allowed) == len(set(allowed))
+    assert set(allowed) == {k for k in kinds if k[1] not in CLUSTER_SCOPED} | SHOWN
+    assert "Secret" not in {kind for _, kind in allowed}
+
+
+def test_argo_cd_may_touch_no_namespace_but_its_own_environments(both: list[Manifest]) -> None:
+    """By name: a push cannot relabel kube-system."""
+    spec = project(both)["spec"]
+    namespaces = {d["namespace"] for d in spec["destinations"]}
+    assert {(k["group"], k["kind"], k["name"]) for k in spec["clusterResourceWhitelist"]} == {
+        ("", "Namespace", name) for name in namespaces}
+
+
+# --- syncing ------------------------------------------------------------------------------------------------------
+
+
+def test_a_push_is_deployed_pruned_healed_and_tried_until_it_works(both: list[Manifest]) -> None:
+    for name, application in applications(both).items():
+        policy = application["spec"]["syncPolicy"]
+        assert policy["automated"] == {"prune": True, "selfHeal": True}, name
+        assert policy["retry"]["limit"] == -1, name
+        assert policy["retry"]["refresh"] is True, name  # or a broken commit is retried, and its repair waits for ever
+        assert policy["retry"]["backoff"]["maxDuration"] == "3m", name
+        assert "ServerSideApply=true" in policy["syncOptions"], name  # data above 256 KiB
+        assert "PrunePropagationPolicy=background" in policy["syncOptions"], name
+        assert "FailOnSharedResource=true" in policy["syncOptions"], name
+        options = application["metadata"]["annotations"]["argocd.argoproj.io/compare-options"]
+        assert "ServerSideDiff=true" in options, name
+        # Jobs cannot be replaced, and a second way to make the namespace would be a phase of its own, before the sync.
+        assert not [o for o in policy["syncOptions"] if o.startswith(("Replace", "Force", "CreateNamespace"))], name
+        assert application["metadata"]["finalizers"] == ["resources-finalizer.argocd.argoproj.io"], name
+
+
+def test_no_sync_waits_for_a_job() -> None:
+    """Neither hooks nor waves: with either, the next push would wait until the training is done."""
+    files = [f for folder in ("argocd", "base", "serving", "overlays") for f in (CHECKOUT / folder).rglob("*.yaml")]
+    assert len(files) > 30
+    for overlay in OVERLAYS:
+        for manifest in rendered(overlay):
+            annotations = manifest["metadata"].get("annotations", {}).keys()
+            assert not {a for a in annotations if a.endswith(("/hook", "/sync-wave"))}, manifest["metadata"]["name"]
+    for file in files:
+        text = file.read_text()
+        assert "argocd.argoproj.io/hook" not in text, file
+        assert "argocd.argoproj.io/sync-wave" not in text, file
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_only_volumes_and_namespace_survive_the_application(overlay: str) -> None:
+    """Their data costs hours to make; everything else comes back within minutes, and a GPU must not stay taken."""
+    for manifest in rendered(overlay):
+        options = manifest["metadata"].get("annotations", {}).get("argocd.argoproj.io/sync-options", "").split(",")
+        keeps = {"Prune=false", "Delete=false"} <= set(options)
+        assert keeps == (manifest["kind"] in ("PersistentVolumeClaim", "Namespace")), manifest["metadata"]["name"]
+
+
+def test_the_health_of_a_job_set_is_a_patch_of_argo_cds_own_settings() -> None:
+    """Not among what is applied: it would take the other settings of that ConfigMap away."""
+    patch = yaml.safe_load((ARGOCD / "jobset-health.yaml").read_text())
+    assert list(patch) == ["data"]
+    assert list(patch["data"]) == ["resource.customizations.health.jobset.x-k8s.io_JobSet"]
+    assert "ConfigMap" not in {m["kind"] for m in rendered("argocd")}
+
+
+# --- docs/operations.md -------------------------------------------------------------------------------------------
+
+OPERATIONS = (CHECKOUT / "docs" / "operations.md").read_text()
+
+
+def block(pattern: str) -> str:
+    """The one group that a pattern finds in docs/operations.md."""
+    (found,) = re.findall(pattern, OPERATIONS, re.DOTALL)
+    return str(found)
+
+
+def test_the_documented_pod_for_the_volumes_is_admitted_and_finds_them_all() -> None:
+    pod = yaml.safe_load(block(r"<<'EOF'\n(.*?)EOF"))
+    assert restricted_violations(pod | {"metadata": {}}) == []
+    claims = {v["persistentVolumeClaim"]["claimName"] for v in pod["spec"]["volumes"]}
+    rendered_claims = by_name(rendered("overlays/kind"), "PersistentVolumeClaim").keys()
+    assert claims == rendered_claims
+    (shell,) = pod["spec"]["containers"]
+    assert {m["mountPath"] for m in shell["volumeMounts"]} == {
+        f"/volumes/{claim.removesuffix('-pvc')}" for claim in rendered_claims}
+
+
+def test_the_documented_verification_finds_every_artifact_and_every_change(tmp_path: Path) -> None:
+    program = block(r"volumes -- python -c '(.*?)'\n").replace('"/volumes"', repr(str(tmp_path)))
+    spec = artifacts.Spec("fine-tuned-model", "adapter", {"r": 8})
+
+    def write(draft: Path) -> None:
+        (draft / "weights").write_bytes(b"0" * 100)
+
+    artifact = artifacts.publish(spec, tmp_path, write, keep=5)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"verified {artifact.path}\n")
+    (artifact.path / "weights").write_bytes(b"1" * 100)
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "weights was changed" in done.stderr
+
+
+def test_the_documented_filter_leaves_namespace_and_volumes_only() -> None:
+    program = block(r"\.venv/bin/python -c '(.*?)'")
+    done = subprocess.run([sys.executable, "-c", program], input=yaml.safe_dump_all(rendered("overlays/kind")),
+                          capture_output=True, text=True, check=True)
+    kept = list(yaml.safe_load_all(done.stdout))
+    assert {m["kind"] for m in kept} == {"Namespace", "PersistentVolumeClaim"}
+    assert len(kept) == 1 + len(of_kind(rendered("overlays/kind"), "PersistentVolumeClaim"))
+
+
+def test_the_documented_patch_sets_the_environment_of_relocation_alone(tmp_path: Path) -> None:
+    patch = yaml.safe_load(block(r"```yaml\n(patches:.*?)```"))
+    kind = copy(tmp_path)
+    file = kind / "kustomization.yaml"
+    values = yaml.safe_load(file.read_text())
+    values["patches"] += patch["patches"]
+    file.write_text(yaml.safe_dump(values))
+    for name, job in by_name(render(kind), "Job").items():
+        template = job["spec"]["template"]
+        (container,) = containers(template)
+        variables = {e["name"]: e.get("value") for e in container["env"]}
+        assert (variables.get("HF_ENDPOINT") == "https://hub.example.com") == name.endswith("-relocation"), name
+        assert {"PIPELINE", "VOLUMES"} <= variables.keys()
+        assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in template["spec"]["volumes"]}
