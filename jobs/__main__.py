@@ -29,6 +29,7 @@ Fine-tune a model privately and serve the result, as one pipeline.yaml says.
     pin OVERLAY       fill or refresh the pins in an overlay's pipeline.yaml, like a lock file
     check OVERLAY     validate an overlay with no network and no cluster: for a pre-commit hook or CI
     local OVERLAY     run the whole overlay, as rendered by kustomize, as local processes
+    kind OVERLAY      run it in a cluster on this machine, with kubectl or with Argo CD
 """
 EPILOG = """\
 examples
@@ -62,12 +63,15 @@ def parser() -> argparse.ArgumentParser:
     pin = commands.add_parser("pin", description="fill or refresh the pins of an overlay's pipeline.yaml")
     check = commands.add_parser("check", description="validate an overlay offline")
     local = commands.add_parser("local", description="run an overlay as local processes", formatter_class=raw)
-    for command in (pin, check, local):
+    kind = commands.add_parser("kind", description="run an overlay in a kind cluster", formatter_class=raw)
+    for command in (pin, check, local, kind):
         command.add_argument("overlay", type=Path, help="the overlay's folder, e.g. overlays/kind")
     pin.add_argument("--update", action="store_true", help="also move pins that are there to the newest revision")
+    from jobs import kind as kind_module
     from jobs import local as local_module
 
     local_module.add_arguments(local)
+    kind_module.add_arguments(kind)
     return top
 
 
@@ -88,6 +92,10 @@ def run(args: argparse.Namespace) -> None:
             from jobs import local
 
             local.run(args)
+        case "kind":
+            from jobs import kind
+
+            kind.run(args)
         case "relocate":
             from jobs import relocate
 
