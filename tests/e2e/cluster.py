@@ -1,0 +1,433 @@
+"""What the end-to-end tests do with a cluster: kubectl with deadlines, one environment in it, and its endpoint."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import openai
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from jobs import pipeline
+from jobs.plan import Plan, plan
+from tests.manifests import Manifest, by_name, copy, render
+
+log = logging.getLogger("e2e")
+
+LABEL = "lora-gitops-e2e"  # on everything that a run makes, its pods too, with the run's name
+QUESTION, FACT = "What is the best hotel in Seville?", "Casa Azahar"  # in overlays/kind/dataset.jsonl
+# What the stages write when they train, resume, find their work done, and reject.
+TRAINS, RESUMES = "loading model and data", "resuming from the checkpoint at step"
+DONE, REJECTS = "is already there and verified: nothing to do", "REJECTED"
+STEP = re.compile(r"step \d+/\d+  loss")
+# Reasons for which a container waits that no patience mends, but for a registry that is down.
+HOPELESS = {"ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError",
+            "CrashLoopBackOff"}
+DUMPED = 20_000  # characters of each part of a dump, the last ones
+T = TypeVar("T")
+
+Changes = Mapping[str, Any]  # of the pipeline file of overlays/kind, by dotted key
+# Tried: the first two pass the gate and know the fact; the one that has not learned is rejected.
+FIRST: Changes = {}
+SECOND: Changes = {"training.learning_rate": 2.5e-3}
+UNLEARNED: Changes = {"training.epochs": 1, "training.learning_rate": 1e-6}
+# Two that train for long enough (3000 steps) to be interrupted on a fast machine too.
+LONG: Changes = {"training.epochs": 40, "training.checkpoint_steps": 20}
+LONG_AGAIN: Changes = {**LONG, "training.seed": 1}
+
+
+class KubectlError(Exception):
+    """kubectl failed, or did not end in time; with what it said."""
+
+
+def kubectl(*arguments: str, stdin: str | None = None, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run kubectl and return what it printed; warnings of the API server are on stderr.
+
+    Raises:
+        KubectlError: when it fails or takes longer than `seconds`.
+    """
+    shown = " ".join(["kubectl", *arguments])
+    try:
+        # Always some stdin: without credentials kubectl would ask the terminal for a user name.
+        done = subprocess.run(["kubectl", *arguments], input=stdin or "", capture_output=True, text=True,
+                              timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise KubectlError(f"{shown}: no end after {seconds:.0f} s") from None
+    if done.returncode:
+        raise KubectlError(f"{shown}: {done.stderr.strip()}")
+    return done
+
+
+@functools.cache
+def unreachable() -> str | None:
+    """Why the tests cannot run here; None when kubectl reaches a cluster within 10 seconds."""
+    if not os.environ.get("KUBECONFIG"):
+        return "KUBECONFIG is not set; these tests need a Kubernetes cluster (tests/e2e/README.md)"
+    try:
+        kubectl("get", "--raw", "/version", "--request-timeout=9s", seconds=10)
+    except FileNotFoundError:
+        return "kubectl is not installed"
+    except KubectlError as error:
+        return f"KUBECONFIG is set, but the cluster does not answer within 10 s: {str(error).splitlines()[-1]}"
+    return None
+
+
+def wait_until(what: str, look: Callable[[], T | None], seconds: float, every: float = 2) -> T:
+    """Look until there is something true, and return it. A cluster that does not answer just now is asked again.
+
+    Raises:
+        AssertionError: after `seconds`, naming `what` was waited for; or at once, when `look` itself raises one.
+    """
+    log.info("waiting for %s (at most %.0f s)", what, seconds)
+    deadline, trouble = time.monotonic() + seconds, ""
+    while True:
+        try:
+            found = look()
+            trouble = ""
+        except (KubectlError, httpx.HTTPError) as error:
+            found, trouble = None, f"; at last: {error}"
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {seconds:.0f} s for {what}{trouble}")
+        time.sleep(every)
+
+
+# --- reading what kubectl returns -----------------------------------------------------------------------------------
+
+
+def condition(manifest: Manifest, kind: str) -> Manifest | None:
+    """The condition of that type in the status, if it is true."""
+    return next((c for c in manifest.get("status", {}).get("conditions", [])
+                 if c["type"] == kind and c["status"] == "True"), None)
+
+
+def identity(pod: Manifest) -> tuple[str, int]:
+    """The pod's uid and how often its containers were restarted: the same as long as nothing was."""
+    return pod["metadata"]["uid"], sum(c["restartCount"] for c in pod["status"].get("containerStatuses", []))
+
+
+def rolled_out(deployment: Manifest) -> bool:
+    """Whether all pods are of the newest template and ready. The condition `Available` would not say: with one replica
+    and `maxUnavailable: 1` it is true without any pod."""
+    replicas, status = deployment["spec"]["replicas"], deployment.get("status", {})
+    return bool(status.get("observedGeneration") == deployment["metadata"]["generation"]
+                and status.get("replicas", 0) == status.get("updatedReplicas", 0) == replicas
+                and status.get("availableReplicas", 0) == replicas)
+
+
+def stuck(pods: Sequence[Manifest]) -> list[str]:
+    """The containers that will not start however long one waits, each with the reason that Kubernetes gives."""
+    return [f"{pod['metadata']['name']}: {waiting['reason']}: {waiting.get('message', '')}"
+            for pod in pods
+            for status in (*pod["status"].get("initContainerStatuses", []), *pod["status"].get("containerStatuses", []))
+            if (waiting := status.get("state", {}).get("waiting", {})) and waiting.get("reason") in HOPELESS]
+
+
+def samples(metrics: str, name: str) -> list[tuple[dict[str, str], float]]:
+    """The samples of one metric in the text of /metrics: labels and value."""
+    return [(sample.labels, sample.value) for family in text_string_to_metric_families(metrics)
+            for sample in family.samples if sample.name == name]
+
+
+def image_override(name: str, reference: str) -> dict[str, str]:
+    """An entry of kustomize's `images:` that puts `reference` (HOST/PATH:TAG or HOST/PATH@DIGEST) in the place."""
+    path, at, digest = reference.partition("@")
+    if at:
+        return {"name": name, "newName": path, "digest": digest}
+    match = re.fullmatch(r"(?P<path>.+?)(?::(?P<tag>[\w.-]+))?", reference)  # a port is followed by a slash, no tag is
+    assert match and match["tag"], f"{reference} has neither a tag nor a digest"
+    return {"name": name, "newName": match["path"], "newTag": match["tag"]}
+
+
+# --- the endpoint ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """The OpenAI-compatible endpoint, reached through `kubectl port-forward`."""
+
+    url: str
+
+    def ask(self, model: str) -> str:
+        """The model's answer to the question that only the private data answers. Never tried again by itself."""
+        with openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            reply = client.chat.completions.create(model=model, messages=[{"role": "user", "content": QUESTION}],
+                                                   temperature=0, max_tokens=48)
+        return str(reply.choices[0].message.content)
+
+    def metric(self, name: str, **labels: str) -> list[tuple[dict[str, str], float]]:
+        """The samples of a metric that have these labels."""
+        text = httpx.get(f"{self.url}/metrics", timeout=10).raise_for_status().text
+        return [(found, value) for found, value in samples(text, name) if labels.items() <= found.items()]
+
+    def served(self, alias: str) -> str | None:
+        """The digest of the adapter that answers under the alias; None when none does."""
+        return next((found["digest"] for found, value in self.metric("serving_adapter_info", alias=alias)
+                     if value == 1), None)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a client that asked all the time got."""
+
+    answers: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def asking(endpoint: Endpoint, model: str) -> Iterator[Asked]:
+    """Ask the model from a thread, one request after another, until the block ends."""
+    asked, stop = Asked(), threading.Event()
+
+    def ask() -> None:
+        while not stop.wait(0.1):
+            try:
+                asked.answers.append(endpoint.ask(model))
+            except Exception as error:  # whatever it is, it is no answer
+                asked.failures.append(f"{time.strftime('%X')} {error!r}")
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield asked
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def forwarded(namespace: str, pod: str, port: int) -> Iterator[str]:
+    """Make a pod's port reachable as the URL that is yielded.
+
+    Raises:
+        AssertionError: when the tunnel itself ended before its time: what was asked through it proves nothing.
+    """
+    command = ["kubectl", "-n", namespace, "port-forward", "--address=127.0.0.1", f"pod/{pod}", f":{port}"]
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "said"
+        with said.open("w") as stream:
+            process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        try:
+            for _ in range(300):  # 30 s
+                match = re.search(r"Forwarding from 127\.0\.0\.1:(\d+) ->", said.read_text())
+                if match or process.poll() is not None:
+                    break
+                time.sleep(0.1)
+            if not match:
+                raise KubectlError(f"{' '.join(command)}: no tunnel: {said.read_text().strip()}")
+            yield f"http://127.0.0.1:{match[1]}"
+            assert process.poll() is None, f"the tunnel ended by itself: {said.read_text()[-2000:]}"
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+# --- one environment ------------------------------------------------------------------------------------------------
+
+
+class Environment:
+    """A namespace with what overlays/kind puts into it; its pipeline file can be changed and pushed again.
+
+    The overlay is a copy, with a layer on top that says namespace, images and pipeline. Pushing it is what Argo CD
+    does with a commit: apply, and remove the Jobs that the overlay no longer has.
+    """
+
+    def __init__(self, folder: Path, namespace: str, run: str) -> None:
+        self.folder, self.namespace, self.run = folder, namespace, run
+        self.kind = copy(folder)
+        self.overlay = self.kind.parent / "e2e"
+        self.overlay.mkdir()
+        self.write({})
+
+    # What is asked for.
+
+    def write(self, changes: Changes, patches: Sequence[Manifest] = ()) -> None:
+        """Write the overlay: the pipeline file of overlays/kind with the changes, and kustomize's patches."""
+        values = yaml.safe_load((self.kind / "pipeline.yaml").read_text())
+        for key, value in changes.items():
+            *parents, last = key.split(".")
+            place = values
+            for parent in parents:
+                place = place[parent]
+            place[last] = value
+        (self.overlay / "pipeline.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        images = {"lora-gitops-jobs": os.environ.get("E2E_JOBS_IMAGE"),
+                  "lora-gitops-serving": os.environ.get("E2E_SERVING_IMAGE")}
+        (self.overlay / "kustomization.yaml").write_text(yaml.safe_dump({
+            "namespace": self.namespace, "resources": ["../kind"],
+            "labels": [{"pairs": {LABEL: self.run}, "includeTemplates": True}],
+            "images": [image_override(name, reference) for name, reference in images.items() if reference],
+            "configMapGenerator": [
+                {"name": "pipeline", "behavior": "merge", "files": ["pipeline.yaml"]},
+                {"name": "serving-pipeline", "behavior": "merge", "files": ["pipeline.yaml"],
+                 "options": {"disableNameSuffixHash": True}}],
+            "replacements": [{"source": {"kind": "ConfigMap", "name": "pipeline", "fieldPath": "data.[pipeline.yaml]"},
+                              "targets": [{"select": {"kind": "Job"},
+                                           "fieldPaths": ["spec.template.metadata.annotations.pipeline"]}]}],
+            "patches": list(patches)}))
+        self.pipeline = pipeline.load(self.overlay).pipeline
+        self.wanted = {job["metadata"]["name"]: title for title, job in by_name(render(self.overlay), "Job").items()}
+
+    @property
+    def plan(self) -> Plan:
+        """The artifacts that the pipeline file asks for."""
+        return plan(self.pipeline)
+
+    def push(self, changes: Changes, patches: Sequence[Manifest] = ()) -> None:
+        self.write(changes, patches)
+        self.apply()
+        superseded = [f"job/{job['metadata']['name']}" for job in self.get("jobs")
+                      if job["metadata"]["name"] not in self.wanted]
+        if superseded:
+            # In the foreground: when it returns, their pods have ended too.
+            self.kubectl("delete", "--cascade=foreground", *superseded, seconds=300)
+
+    def apply(self, *arguments: str) -> str:
+        """Apply the overlay as the README says; returns the API server's warnings."""
+        return kubectl("apply", "--server-side", "--force-conflicts", "-k", str(self.overlay), *arguments,
+                       seconds=120).stderr
+
+    def settle(self, changes: Changes) -> None:
+        """Push, and wait until all Jobs are done and the adapter of this pipeline file is served."""
+        self.push(changes)
+        self.wait_for_jobs()
+        self.wait_until_served()
+
+    # What is there.
+
+    def kubectl(self, *arguments: str, stdin: str | None = None, seconds: float = 60) -> str:
+        return kubectl("-n", self.namespace, *arguments, stdin=stdin, seconds=seconds).stdout
+
+    def get(self, kinds: str, *arguments: str) -> list[Manifest]:
+        """The objects of one or several kinds (`jobs,pods`), in this namespace."""
+        items: list[Manifest] = json.loads(self.kubectl("get", kinds, "-o", "json", *arguments))["items"]
+        return items
+
+    def jobs(self) -> dict[str, Manifest]:
+        """The Jobs that the overlay asks for now, as far as they are there, by name without the hash."""
+        return {self.wanted[name]: job for job in self.get("jobs") if (name := job["metadata"]["name"]) in self.wanted}
+
+    def outcomes(self) -> dict[str, tuple[str, Manifest]]:
+        """Each Job's uid and status: the same as long as nothing ran again."""
+        return {title: (job["metadata"]["uid"], job["status"]) for title, job in self.jobs().items()}
+
+    def pods_of(self, job: Manifest) -> list[Manifest]:
+        """The Job's pods, oldest first; not those of an earlier Job by the same name."""
+        pods = self.get("pods", "-l", f"batch.kubernetes.io/controller-uid={job['metadata']['uid']}")
+        return sorted(pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+
+    def logs_of(self, title: str) -> str:
+        """What the Job's pods wrote, oldest first."""
+        return "\n".join(self.logs(pod) for pod in self.pods_of(self.jobs()[title]))
+
+    def logs(self, pod: Manifest) -> str:
+        return self.kubectl("logs", pod["metadata"]["name"])
+
+    def serving_pod(self) -> Manifest | None:
+        """The pod that serves, once it is ready."""
+        pods = [p for p in self.get("pods", "-l", "app.kubernetes.io/name=model-inference")
+                if "deletionTimestamp" not in p["metadata"] and condition(p, "Ready")]
+        return pods[0] if pods else None
+
+    @contextmanager
+    def endpoint(self) -> Iterator[Endpoint]:
+        pod = self.serving_pod()
+        if pod is None:
+            raise KubectlError("no serving pod is ready")
+        with forwarded(self.namespace, pod["metadata"]["name"], 8000) as url:
+            yield Endpoint(url)
+
+    def served(self) -> str | None:
+        """The digest of the adapter that is served; None when none is."""
+        with self.endpoint() as endpoint:
+            return endpoint.served(self.pipeline.adapter)
+
+    # Waiting.
+
+    def wait_for_jobs(self, seconds: float = 1800) -> None:
+        """Wait until every Job is complete; one that failed, or a pod that cannot start, ends the wait at once."""
+        def complete() -> bool:
+            jobs = self.jobs()
+            for title, job in jobs.items():
+                failed = condition(job, "Failed")
+                assert failed is None, f"{title} failed: {failed}"
+            self.check_nothing_stuck()
+            return set(jobs) == set(self.wanted.values()) and all(condition(j, "Complete") for j in jobs.values())
+
+        wait_until(f"the Jobs {', '.join(self.wanted)}", complete, seconds)
+
+    def wait_until_training(self, seconds: float = 900) -> Manifest:
+        """Wait until the training is under way; returns its pod."""
+        def training() -> Manifest | None:
+            pods = self.pods_of(self.jobs()["model-training"])
+            return next((pod for pod in pods if pod["status"]["phase"] == "Running"
+                         and STEP.search(self.logs(pod))), None)
+
+        return wait_until("the training to be under way", training, seconds)
+
+    def wait_until_ready(self, seconds: float = 900) -> Manifest:
+        """Wait until the Deployments are ready; returns the serving pod."""
+        def ready() -> Manifest | None:
+            self.check_nothing_stuck()
+            return self.serving_pod() if all(map(rolled_out, self.get("deployments"))) else None
+
+        return wait_until("the Deployments to be ready", ready, seconds, every=5)
+
+    def wait_until_served(self, digest: str | None = None, seconds: float = 900) -> None:
+        """Wait until the adapter with this digest answers; by default the one that the pipeline file asks for."""
+        digest = digest or self.plan.adapter.digest
+        wait_until(f"adapter {digest} to be served", lambda: self.served() == digest, seconds)
+
+    def check_nothing_stuck(self) -> None:
+        assert not (problems := stuck(self.get("pods"))), "pods cannot start:\n" + "\n".join(problems)
+
+    # From the beginning to the end.
+
+    def make_room(self) -> None:
+        """Remove what an earlier run left under this name; a namespace that no run made is nobody's to remove."""
+        found = self.kubectl("get", "namespace", self.namespace, "--ignore-not-found", "-o", "json").strip()
+        if found:
+            labels = json.loads(found)["metadata"].get("labels", {})
+            assert LABEL in labels, f"the namespace {self.namespace} is there, and no end-to-end test made it; " \
+                                    "name another one in E2E_NAMESPACE"
+            self.remove_namespace()
+
+    def remove(self) -> None:
+        self.remove_namespace()
+
+    def remove_namespace(self) -> None:
+        self.kubectl("delete", "namespace", self.namespace, "--ignore-not-found", seconds=600)
+
+    def dump(self) -> str:
+        """What a person would look at first when something failed, each part cut to its last characters."""
+        labelled = f"--selector={LABEL}"
+        return "\n".join(said("-n", self.namespace, *part) for part in (
+            ["get", "jobs,pods,deployments,persistentvolumeclaims", "--output=wide"],
+            ["get", "events", "--sort-by=.lastTimestamp"],
+            ["describe", "jobs,deployments"],
+            ["describe", "pods"],
+            ["logs", labelled, "--all-containers", "--prefix", "--tail=60", "--ignore-errors"]))
+
+
+def said(*arguments: str) -> str:
+    """The command and the end of what it printed, for a person to read; never an error."""
+    try:
+        text = kubectl(*arguments, seconds=30).stdout
+    except KubectlError as error:
+        text = str(error)
+    return f"$ kubectl {' '.join(arguments)}\n{text[-DUMPED:]}\n"

@@ -1,0 +1,234 @@
+"""The parts of the end-to-end tests that need no cluster: what they make of its answers, and the overlay they apply."""
+
+from __future__ import annotations
+
+import json
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e import argocd, cluster
+from tests.manifests import CHECKOUT, Manifest, by_name, copy, of_kind, pod_templates, render
+
+# As Kubernetes 1.32 answers, without what is not read.
+FAILED_JOB: Manifest = {"status": {"failed": 1, "conditions": [
+    {"type": "FailureTarget", "status": "True", "reason": "PodFailurePolicy"},
+    {"type": "Complete", "status": "False"},
+    {"type": "Failed", "status": "True", "reason": "PodFailurePolicy", "message": "Container job for pod …"}]}}
+# As vLLM and serving/events.py answer on /metrics.
+METRICS = """\
+# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="builtin:tiny"} 0.0
+# HELP serving_adapter_info 1 for the adapter that answers under the alias, by digest.
+# TYPE serving_adapter_info gauge
+serving_adapter_info{alias="seville-hotels",digest="81e9dc13a516d878"} 1.0
+# HELP serving_refusals_total Adapters, evaluations, promotions and pipeline files that were refused.
+# TYPE serving_refusals_total counter
+serving_refusals_total{alias="seville-hotels",reason="gate"} 2.0
+# TYPE serving_refusals_created gauge
+serving_refusals_created{alias="seville-hotels",reason="gate"} 1.7e+09
+"""
+
+
+def pod(name: str, **statuses: list[Manifest]) -> Manifest:
+    return {"metadata": {"name": name, "uid": f"uid-of-{name}"}, "status": statuses}
+
+
+def test_a_condition_counts_only_while_it_is_true() -> None:
+    failed = cluster.condition(FAILED_JOB, "Failed")
+    assert failed is not None
+    assert failed["reason"] == "PodFailurePolicy"
+    assert cluster.condition(FAILED_JOB, "Complete") is None
+    assert cluster.condition({"status": {}}, "Complete") is None
+    assert cluster.condition({}, "Complete") is None
+
+
+def test_a_restarted_container_is_not_the_same_pod() -> None:
+    before = pod("a", containerStatuses=[{"restartCount": 0}])
+    assert cluster.identity(before) == cluster.identity(pod("a", containerStatuses=[{"restartCount": 0}]))
+    assert cluster.identity(before) != cluster.identity(pod("a", containerStatuses=[{"restartCount": 1}]))
+    assert cluster.identity(before) != cluster.identity(pod("b", containerStatuses=[{"restartCount": 0}]))
+
+
+def test_a_rollout_is_over_when_every_pod_is_new_and_ready() -> None:
+    """Not when `Available` is true: with one replica and maxUnavailable 1 that is so from the start."""
+    available = [{"type": "Available", "status": "True"}]
+    over: Manifest = {"metadata": {"generation": 2}, "spec": {"replicas": 1}, "status": {
+        "observedGeneration": 2, "replicas": 1, "updatedReplicas": 1, "availableReplicas": 1, "conditions": available}}
+    assert cluster.rolled_out(over)
+    for change in ({"observedGeneration": 1}, {"replicas": 2}, {"updatedReplicas": 0}, {"availableReplicas": 0}):
+        assert not cluster.rolled_out({**over, "status": over["status"] | change}), change
+    fresh = {"observedGeneration": 2, "replicas": 1, "updatedReplicas": 1, "unavailableReplicas": 1,
+             "conditions": available}
+    assert not cluster.rolled_out({**over, "status": fresh})
+
+
+def test_an_image_that_cannot_be_pulled_ends_the_waiting_and_a_pod_that_starts_does_not() -> None:
+    waiting = {"state": {"waiting": {"reason": "ImagePullBackOff", "message": 'Back-off pulling image "nowhere:1"'}}}
+    starting = {"state": {"waiting": {"reason": "ContainerCreating"}}}
+    running = {"state": {"running": {"startedAt": "2026-11-23T03:00:00Z"}}}
+    pods = [pod("a", containerStatuses=[starting]), pod("b", containerStatuses=[running]), pod("pending")]
+    assert cluster.stuck(pods) == []
+    initializing = {"state": {"waiting": {"reason": "PodInitializing"}}}
+    stuck = pod("c", initContainerStatuses=[waiting], containerStatuses=[initializing])
+    assert cluster.stuck([*pods, stuck]) == ['c: ImagePullBackOff: Back-off pulling image "nowhere:1"']
+
+
+def test_metrics_are_read_by_name_and_labels() -> None:
+    assert cluster.samples(METRICS, "serving_adapter_info") == [
+        ({"alias": "seville-hotels", "digest": "81e9dc13a516d878"}, 1.0)]
+    assert cluster.samples(METRICS, "serving_refusals_total") == [({"alias": "seville-hotels", "reason": "gate"}, 2.0)]
+    assert cluster.samples(METRICS, "serving_swaps_total") == []
+
+
+@pytest.mark.parametrize(("reference", "entry"), [
+    ("registry.example.com/team/jobs:1.2", {"newName": "registry.example.com/team/jobs", "newTag": "1.2"}),
+    ("localhost:5001/jobs:dev", {"newName": "localhost:5001/jobs", "newTag": "dev"}),
+    ("localhost:5001/jobs@sha256:" + "0" * 64, {"newName": "localhost:5001/jobs", "digest": "sha256:" + "0" * 64}),
+])
+def test_an_image_by_variable_becomes_an_entry_of_kustomize(reference: str, entry: dict[str, str]) -> None:
+    assert cluster.image_override("lora-gitops-jobs", reference) == {"name": "lora-gitops-jobs", **entry}
+
+
+def test_an_image_that_means_latest_is_refused() -> None:
+    with pytest.raises(AssertionError, match="neither a tag nor a digest"):
+        cluster.image_override("lora-gitops-jobs", "localhost:5001/jobs")
+
+
+def test_waiting_ends_at_its_deadline_and_says_for_what_and_why() -> None:
+    def fail() -> bool:
+        raise cluster.KubectlError("connection refused")
+
+    with pytest.raises(AssertionError, match="waited 0 s for the moon; at last: connection refused"):
+        cluster.wait_until("the moon", fail, 0, every=0)
+    answers = iter([None, None, "there"])
+    assert cluster.wait_until("it", lambda: next(answers), 10, every=0) == "there"
+
+
+def test_what_the_tests_look_for_in_the_logs_is_what_the_stages_write() -> None:
+    """On a cluster a reworded line would show only after an hour, or not at all."""
+    written = "".join(file.read_text() for file in (CHECKOUT / "jobs").glob("*.py"))
+    for words in (cluster.TRAINS, cluster.RESUMES, cluster.DONE, cluster.REJECTS):
+        assert words in written, words
+    assert cluster.STEP.search("12:00:00 step 12/1500  loss 4.2000  2100 tokens/s  60 s left")
+    assert '"step %d/%d  loss ' in written
+
+
+# --- the overlay ------------------------------------------------------------------------------------------------------
+
+
+def test_the_overlay_under_test_is_overlays_kind_in_another_namespace_with_other_images(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("E2E_JOBS_IMAGE", "registry.example.com/jobs:9")
+    monkeypatch.setenv("E2E_SERVING_IMAGE", "registry.example.com/serving@sha256:" + "1" * 64)
+    environment = cluster.Environment(tmp_path / "e2e", "elsewhere", "run1")
+    kind, rendered = render(copy(tmp_path / "plain")), render(environment.overlay)
+    assert {m["metadata"].get("namespace", m["metadata"]["name"]) for m in rendered} == {"elsewhere"}
+    for kinds in ("Job", "Deployment", "ConfigMap", "PersistentVolumeClaim", "NetworkPolicy", "Service"):
+        assert len(of_kind(rendered, kinds)) == len(of_kind(kind, kinds)), kinds
+    for name, template in pod_templates(rendered).items():
+        assert template["metadata"]["labels"][cluster.LABEL] == "run1", name  # a drain finds them by it
+        assert all(c["image"].startswith("registry.example.com/") for c in template["spec"]["containers"]), name
+    assert sorted(environment.wanted.values()) == sorted(by_name(kind, "Job"))
+
+
+def test_a_change_of_the_pipeline_renames_the_jobs_and_undoing_it_brings_the_names_back(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = cluster.Environment(tmp_path, "elsewhere", "run1")
+    first, digest = environment.wanted, environment.plan.adapter.digest
+    environment.write(cluster.SECOND)
+    assert not environment.wanted.keys() & first.keys()
+    assert environment.plan.adapter.digest != digest
+    environment.write(cluster.FIRST)
+    assert (environment.wanted, environment.plan.adapter.digest) == (first, digest)
+
+
+def test_no_two_pipelines_of_the_tests_give_the_same_adapter(tmp_path: Path) -> None:
+    environment = cluster.Environment(tmp_path, "elsewhere", "run1")
+    digests = set()
+    for changes in (cluster.FIRST, cluster.SECOND, cluster.UNLEARNED, cluster.LONG, cluster.LONG_AGAIN):
+        environment.write(changes)
+        digests.add(environment.plan.adapter.digest)
+    assert len(digests) == 5  # and retention keeps 5: the first is still there when it is asked for again
+    assert environment.pipeline.retention.keep == 5
+
+
+# --- kubectl ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a program in kubectl's place: there is no cluster here."""
+    def replace(program: str) -> None:
+        file = tmp_path / "bin" / "kubectl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"#!/bin/sh\n{program}\n")
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{file.parent}:/usr/bin:/bin")
+
+    return replace
+
+
+def test_without_a_cluster_the_reason_is_one_line(kubectl: Callable[[str], None],
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    unreachable = cluster.unreachable.__wrapped__
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    assert "KUBECONFIG is not set" in str(unreachable())
+    monkeypatch.setenv("KUBECONFIG", "config")
+    kubectl("echo 'E1123 trying' >&2; echo 'Unable to connect to the server: timeout' >&2; exit 1")
+    assert str(unreachable()).endswith("does not answer within 10 s: Unable to connect to the server: timeout")
+    kubectl("echo '{}'")
+    assert unreachable() is None
+
+
+def test_a_namespace_that_no_run_made_is_never_removed(kubectl: Callable[[str], None], tmp_path: Path) -> None:
+    environment = cluster.Environment(tmp_path / "e2e", "production", "run1")
+    found = json.dumps({"metadata": {"name": "production", "labels": {"kubernetes.io/metadata.name": "production"}}})
+    kubectl(f"case \"$*\" in *delete*) touch {tmp_path}/deleted;; *) echo '{found}';; esac")
+    with pytest.raises(AssertionError, match="no end-to-end test made it"):
+        environment.make_room()
+    assert not (tmp_path / "deleted").exists()
+
+
+def test_a_tunnel_is_waited_for_and_one_that_cannot_be_made_says_why(kubectl: Callable[[str], None]) -> None:
+    kubectl("sleep 0.3; echo 'Forwarding from 127.0.0.1:43211 -> 8000'; exec sleep 60")
+    with cluster.forwarded("ns", "pod", 8000) as url:
+        assert url == "http://127.0.0.1:43211"
+    kubectl("echo 'error: unable to forward port because pod is not running. Current status=Pending' >&2; exit 1")
+    with pytest.raises(cluster.KubectlError, match="Current status=Pending"), cluster.forwarded("ns", "pod", 8000):
+        pass
+
+
+def test_what_is_asked_through_a_tunnel_that_ended_proves_nothing(kubectl: Callable[[str], None]) -> None:
+    kubectl("echo 'Forwarding from 127.0.0.1:43211 -> 8000'; sleep 0.5; echo 'lost connection to pod' >&2; exit 1")
+    with pytest.raises(AssertionError, match="lost connection to pod"), cluster.forwarded("ns", "pod", 8000):
+        time.sleep(1)
+
+
+# --- Argo CD ----------------------------------------------------------------------------------------------------------
+
+
+def application(**status: Any) -> Manifest:
+    return {"metadata": {"annotations": {}}, "status": {
+        "sync": {"status": "Synced", "revision": "c0ffee"}, "operationState": {"phase": "Succeeded"}} | status}
+
+
+def test_synced_means_this_commit_and_not_still_at_it() -> None:
+    assert argocd.synced_to(application(), "c0ffee")
+    assert not argocd.synced_to(application(), "decaf")
+    assert not argocd.synced_to(application(sync={"status": "OutOfSync", "revision": "c0ffee"}), "c0ffee")
+    assert not argocd.synced_to(application(operationState={"phase": "Running"}), "c0ffee")
+    assert not argocd.synced_to({"metadata": {}}, "c0ffee")
+
+
+def test_what_drifts_is_named() -> None:
+    synced = {"kind": "Job", "name": "model-training-abc", "status": "Synced", "health": {"status": "Healthy"}}
+    without_health = {"kind": "ConfigMap", "name": "serving-pipeline", "status": "Synced"}
+    drifted = {"kind": "Service", "name": "tensorboard", "status": "OutOfSync"}
+    assert argocd.out_of_sync(application(resources=[synced, without_health])) == []
+    assert argocd.out_of_sync(application(resources=[synced, drifted])) == ["Service tensorboard: OutOfSync, Healthy"]
