@@ -1,26 +1,78 @@
 # make demo    the whole overlay as local processes: relocate, train, evaluate, serve, ask
 # make test    lint, types and all tests
+# make e2e     tests in the cluster that KUBECONFIG names: tests/e2e/README.md
+# make scan    only the security scan of the rendered manifests and of the Dockerfiles
+# make kind    the same overlay in a cluster on this machine (docker and kind): images, cluster, progress, endpoint
+# make kind-argocd    that, deployed by Argo CD: from your fork with REPO=https://… (REVISION=main), else from the commit here
+# make images   the two container images (FLAVOUR=cuda: for GPUs, ENGINE=podman); docs/registries.md
+# make push REGISTRY=registry.example.com/team    to your registry; prints the digests to pin
 # make bench-serving    what the guard costs vLLM: ten minutes on an idle machine (ARGS=--quick: three)
 # Everything is installed into .venv by the first of them (about 3 GB, once).
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 BIN := .venv/bin
-TORCH := torch==2.13.0
+TORCH := $(shell grep ^torch== jobs/requirements.txt)
 OVERLAY ?= overlays/kind
 QUESTION ?= What is the best hotel in Seville?
 # Where there is no terminal to press Ctrl-C in, the demo ends when the question is answered. EXIT= keeps it serving.
 EXIT ?= $(shell test -t 0 || echo --exit)
+ENGINE ?= docker
+FLAVOUR ?= cpu
+# As the overlays have it: the version, and `-cuda` behind it for what runs on GPUs.
+TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)$(if $(filter-out cpu,$(FLAVOUR)),-$(FLAVOUR))
 
-.PHONY: demo test bench-serving setup clean
+.PHONY: demo test e2e kind kind-argocd scan images push engine bench-serving setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(BIN)/python -m jobs local $(OVERLAY) --ask "$(QUESTION)" $(EXIT) $(ARGS)
 
-test: setup
+test: setup .venv-checkov/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	env -u KUBECONFIG $(BIN)/python -m pytest
+
+# Makes and removes namespaces, and drains a node: never by `make test`, whatever KUBECONFIG happens to be set.
+e2e: setup
+	$(BIN)/python -m pytest tests/e2e -x --log-cli-level=INFO $(ARGS)
+
+scan: setup .venv-checkov/installed
+	$(BIN)/python -m pytest tests/test_scan.py
+
+KIND = $(BIN)/python -m jobs kind $(OVERLAY)
+kind-argocd: KIND += --argocd $(if $(REPO),--repo "$(REPO)") $(if $(REVISION),--revision "$(REVISION)")
+kind kind-argocd: setup
+	$(KIND) --check
+	$(MAKE) images
+	$(KIND) $(EXIT) $(ARGS)
+
+# DOCKER_BUILDKIT for Docker before 23. BUILD_ARGS is for the network you build in: docs/registries.md.
+images: engine
+	@case "$(FLAVOUR)" in cpu|cuda) ;; *) echo "error: FLAVOUR is '$(FLAVOUR)', must be cpu or cuda" >&2; exit 2; esac
+	set -e; for name in jobs serving; do \
+	  DOCKER_BUILDKIT=1 $(ENGINE) build --file $$name/Dockerfile --tag lora-gitops-$$name:$(TAG) \
+	    --build-arg FLAVOUR=$(FLAVOUR) --build-arg VERSION=$(TAG) \
+	    --build-arg REVISION="$$(git describe --always --dirty --abbrev=40 --match= 2>/dev/null || echo unknown)" \
+	    $(BUILD_ARGS) .; done
+
+push: engine
+	@test -n "$(REGISTRY)" || { echo "error: say where to: make push REGISTRY=registry.example.com/team" >&2; exit 2; }
+	@set -e; for name in jobs serving; do \
+	  $(ENGINE) image inspect lora-gitops-$$name:$(TAG) >/dev/null 2>&1 \
+	    || { echo "error: there is no lora-gitops-$$name:$(TAG) to push;" \
+	      "build it: make images FLAVOUR=$(FLAVOUR)" >&2; exit 2; }; \
+	  $(ENGINE) tag lora-gitops-$$name:$(TAG) $(REGISTRY)/lora-gitops-$$name:$(TAG); \
+	  $(ENGINE) push $(REGISTRY)/lora-gitops-$$name:$(TAG); done
+	@echo; echo "images:  # for the overlay's kustomization.yaml"; for name in jobs serving; do \
+	  echo "- name: lora-gitops-$$name"; echo "  newName: $(REGISTRY)/lora-gitops-$$name"; \
+	  $(ENGINE) image inspect --format '{{range .RepoDigests}}{{println .}}{{end}}' $(REGISTRY)/lora-gitops-$$name:$(TAG) \
+	    | sed -n 's#^$(REGISTRY)/lora-gitops-.*@#  digest: #p' | tail -n 1; done
+
+engine:
+	@command -v $(ENGINE) >/dev/null || { echo "error: $(ENGINE) is needed for container images: install it from" \
+	  "https://docs.docker.com/engine/install/, or say ENGINE=podman" >&2; exit 2; }
+	@$(ENGINE) info >/dev/null 2>&1 || { echo "error: $(ENGINE) is installed but does not answer; is its service running," \
+	  "and may you use it? Try: $(ENGINE) info" >&2; exit 2; }
 
 bench-serving: setup
 	$(BIN)/python -m benchmarks.serving $(ARGS)
@@ -30,7 +82,7 @@ setup: .venv/installed
 # --no-deps: the lists are complete, and the CPU build of vLLM asks for packages that have no CPU build and break it.
 # The CPU build of torch, because the default one brings gigabytes of CUDA: from the configured index if it has one,
 # else from PyTorch's own.
-.venv/installed: serving/requirements-cpu.txt tests/requirements.txt
+.venv/installed: jobs/requirements.txt serving/requirements-cpu.txt tests/requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and \
 	  f"error: Python 3.11 is needed (the CPU build of vLLM is made for it), this is {v[0]}.{v[1]}. " \
 	  "Install it and run: make PYTHON=python3.11 ...")'
@@ -43,5 +95,11 @@ setup: .venv/installed
 	$(BIN)/pip install --no-deps -r serving/requirements-cpu.txt -r tests/requirements.txt
 	@touch $@
 
+# The scanner (300 MB, half a minute), in a place of its own: its dependencies and vLLM's contradict each other.
+.venv-checkov/installed: tests/requirements-checkov.txt
+	$(PYTHON) -m venv .venv-checkov
+	.venv-checkov/bin/pip install --quiet --no-deps -r tests/requirements-checkov.txt
+	@touch $@
+
 clean:
-	rm -rf .venv .local
+	rm -rf .venv .venv-checkov .local
