@@ -145,6 +145,10 @@ def terminate(*_: object) -> None:
 
 def fail(message: str, code: int) -> int:
     """Say why, on stderr and where Kubernetes shows it, and return the exit code."""
+    from jobs import distributed
+
+    if distributed.say_to_launcher(message):
+        return code
     print(f"error: {message}", file=sys.stderr, flush=True)
     if os.access(TERMINATION_LOG, os.W_OK):
         # Kubernetes shows at most 4096 bytes of it.

@@ -118,21 +118,44 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(folder: Path, *, use_gpu: bool = True) -> PreTrainedModel:
-    """The model in `folder`, in evaluation mode: bfloat16 on a GPU where there is one, else float32 on the CPU."""
+def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False) -> PreTrainedModel:
+    """The model in `folder`, in evaluation mode: bfloat16 on a GPU where there is one, else float32 on the CPU.
+
+    Args:
+        four_bits: quantize the weights of its linear layers to 4 bits (NF4 with double quantization, computing in
+            bfloat16: QLoRA, Dettmers et al. 2023), to train an adapter on it.
+    Raises:
+        UserError: it cannot be loaded, or bitsandbytes, which quantizes, is not installed.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # bars are for terminals; a pod's log gets one line for each redraw
     gpu = use_gpu and torch.cuda.is_available()
+    quantized = _four_bits() if four_bits else {}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation="sdpa",
-            local_files_only=True, trust_remote_code=False, use_safetensors=True)
+            local_files_only=True, trust_remote_code=False, use_safetensors=True, **quantized)
     except Exception as error:  # the library raises many types for a bad file
         raise UserError(f"{folder}: the model cannot be loaded: {error}") from error
-    return model.to("cuda" if gpu else "cpu").eval()  # type: ignore[arg-type]
+    return (model if quantized else model.to("cuda" if gpu else "cpu")).eval()  # type: ignore[arg-type]
+
+
+def _four_bits() -> dict[str, Any]:
+    import importlib.util
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("training.quantization: 4bit needs the package bitsandbytes, which the CUDA image has "
+                        "(jobs/requirements-cuda.txt). Install it, or remove the key")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                bnb_4bit_compute_dtype=torch.bfloat16)
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:

@@ -164,9 +164,18 @@ class Training(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     # How often a checkpoint is written, in steps. It changes what a kill costs, never the result: not in the digest.
     checkpoint_steps: Annotated[int, Field(ge=1)] = 100
+    # Memory for speed: activations are computed again instead of kept. The same result: not in the digest.
+    gradient_checkpointing: bool = False
+    # fsdp: with several processes, each holds a part of the base model. The same result: not in the digest.
+    sharding: Literal["none", "fsdp"] = "none"
+    # 4bit: QLoRA, the base model in 4 bits while training. Evaluated and served on the whole one. In the digest.
+    quantization: Literal["none", "4bit"] = "none"
 
     @model_validator(mode="after")
     def _fits(self) -> Training:
+        if self.sharding == "fsdp" and self.quantization == "4bit":
+            raise PydanticCustomError("sharding", "sharding: fsdp and quantization: 4bit do not go together; a base "
+                                      "model in 4 bits needs a quarter of the memory: choose one", {})
         if self.tokens_per_batch < self.max_length:
             raise PydanticCustomError("batch", "tokens_per_batch ({batch}) must be at least max_length ({length}): a "
                                       "batch holds whole records", {"batch": self.tokens_per_batch,

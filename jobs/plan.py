@@ -85,7 +85,9 @@ def _plan(same: _Same) -> Plan:
         {"recipe": RECIPES["adapter"],
          "lora": {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "target_modules": modules},
          "epochs": training.epochs, "learning_rate": training.learning_rate, "max_length": training.max_length,
-         "tokens_per_batch": training.tokens_per_batch, "seed": training.seed},
+         "tokens_per_batch": training.tokens_per_batch, "seed": training.seed,
+         # Only where it is asked for: what was named before this setting existed keeps its name.
+         **({} if training.quantization == "none" else {"quantization": training.quantization})},
         {"dataset": dataset.digest, "base_model": base_model.digest, "tokenizer": tokenizer.digest})
     base_scores = _scores(pipeline, dataset, acceptability, {"model": base_model, "tokenizer": tokenizer})
     adapter_scores = _scores(pipeline, dataset, acceptability,

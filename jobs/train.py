@@ -5,7 +5,8 @@
 Waits for dataset, base model and tokenizer; refuses what vLLM could not serve; encodes and packs the records; trains
 with transformers' Trainer and PEFT; publishes adapter, model card and loss history as one artifact; and where
 `serving.mode` asks for it, the merged model as another. A kill costs the steps since the last checkpoint, never the
-result: the next attempt resumes and ends with the same weights.
+result: the next attempt resumes and ends with the same weights. With several GPUs or nodes it is several processes
+(distributed.py), of which the main one publishes and reports.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import artifacts, merge, models
+from jobs import artifacts, distributed, merge, models
+from jobs.distributed import Team
 from jobs.encoding import Encoded, encode
 from jobs.errors import Terminated, UserError
 from jobs.pipeline import Lora, Pipeline, Training
@@ -70,8 +72,22 @@ def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
     pipeline = loaded.pipeline
     wanted = plan(pipeline)
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
-    if not artifacts.done(wanted.adapter, volumes):
+    if distributed.is_worker():
+        if not distributed.is_main():
+            log.setLevel(logging.WARNING)
         publish_adapter(pipeline, wanted, volumes, wait_seconds)
+    elif not artifacts.done(wanted.adapter, volumes):
+        artifacts.wait_until_there([wanted.dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
+        launch = distributed.launch_wanted()
+        if launch is None:
+            # With more GPUs in sight Trainer would divide what it takes for a batch of rows, and is one of tokens.
+            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+            publish_adapter(pipeline, wanted, volumes, wait_seconds)
+        else:
+            distributed.launch(launch, ["--pipeline", str(loaded.path), "--volumes", str(volumes),
+                                        "--wait-seconds", str(wait_seconds), "train"], wait_seconds)
+    if not distributed.is_main():
+        return
     if pipeline.serving.mode == "merged" and not artifacts.done(wanted.merged_model, volumes):
         merge.publish(pipeline, wanted, volumes, wait_seconds)
 
@@ -90,19 +106,33 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
     own = Folders(volumes / FINE_TUNED_VOLUME / "checkpoints" / wanted.adapter.digest,
                   volumes / FINE_TUNED_VOLUME / "tensorboard" / pipeline.adapter / wanted.adapter.digest / "train")
 
-    def write(draft: Path) -> dict[str, Any]:
+    team = Team(wait_seconds)
+    asked = False
+
+    def together(draft: Path) -> tuple[Splits, list[dict[str, float]]]:
         log.info("training %s on %s: loading model and data", wanted.adapter, pipeline.base_model.name)
         tokenizer = models.load_tokenizer(tokenizer_files.path)
-        model = models.load_model(base_model.path)
+        model = models.load_model(base_model.path, four_bits=pipeline.training.quantization == "4bit")
         models.check_vocabulary(model, tokenizer, str(tokenizer_files.path))
         splits = encode_splits(dataset.path, tokenizer, pipeline.training.max_length)
-        history = train(model, splits, pipeline.training, target_modules, own, draft)
+        return splits, train(model, splits, pipeline.training, target_modules, own, draft, team)
+
+    def write(draft: Path) -> dict[str, Any]:
+        nonlocal asked
+        asked = team.told(True)
+        splits, history = together(draft)
         finish_adapter(draft, pipeline, splits, history, target_modules, dataset.digest)
         return {"base_model": pipeline.base_model.name, "dataset": dataset.digest}
 
-    adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.retention.keep)
-    shutil.rmtree(own.checkpoints, ignore_errors=True)
-    log.info("trained: %s", adapter.path)
+    if team.main:
+        adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.retention.keep)
+        if not asked:  # another job had it by the time
+            team.told(False)
+        shutil.rmtree(own.checkpoints, ignore_errors=True)
+        log.info("trained: %s", adapter.path)
+    elif team.told():
+        together(own.checkpoints)  # the main process saves and publishes
+    team.leave()
 
 
 def check_length(config: dict[str, Any], training: Training) -> None:
@@ -166,21 +196,25 @@ def flatten(packs: Sequence[Pack]) -> dict[str, Tensor]:
 
 
 def train(model: PreTrainedModel, splits: Splits, training: Training, target_modules: list[str], folders: Folders,
-          output: Path) -> list[dict[str, float]]:
+          output: Path, team: Team | None = None) -> list[dict[str, float]]:
     """Train a LoRA adapter on `model` and save it in `output`, resuming from the newest whole checkpoint.
 
+    Args:
+        team: the processes that train together; each is called with the same arguments, and the main one saves.
     Returns:
         the loss history: {"step", "epoch", "loss", "learning_rate"} for each step and
         {"step", "epoch", "holdout_loss"} about ten times in all.
     Raises:
-        Terminated: after SIGTERM, with a checkpoint saved.
+        Terminated: after SIGTERM to any of the processes, with a checkpoint saved.
     """
     import torch
-    from peft import get_peft_model
-    from transformers import Trainer, TrainingArguments, set_seed
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from transformers import TrainingArguments, set_seed
     from transformers.pytorch_utils import Conv1D
     from transformers.trainer_callback import PrinterCallback
 
+    team = team or Team()
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it tells each file of each checkpoint
     stop = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     packs = pack(splits.train, training.tokens_per_batch, training.seed)
@@ -188,17 +222,23 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
     set_seed(training.seed)  # LoRA's A matrices start random
     # GPT-2 keeps its layers' weights the other way round; PEFT would find that out by itself, with a warning a layer.
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    if training.quantization == "4bit":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer does that
     adapted = get_peft_model(model, lora_config(training.lora, target_modules, transposed=transposed))
     trainable, total = adapted.get_nb_trainable_parameters()
     log.info("%d train and %d holdout records in %d batches; %d epochs, %d steps; %d of %d parameters are trained",
              len(splits.train), len(splits.holdout), len(packs), training.epochs, steps, trainable, total)
-    trainer = Trainer(
+    trainer = _trainer(team)(
         model=adapted,
         args=TrainingArguments(
             output_dir=str(folders.checkpoints), num_train_epochs=training.epochs,
             per_device_train_batch_size=1, per_device_eval_batch_size=1,  # in packs
             learning_rate=training.learning_rate, lr_scheduler_type="cosine", warmup_steps=min(100, steps // 10),
             seed=training.seed, bf16=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),  # unless told so, accelerate overlooks the others of a team on CPUs
+            gradient_checkpointing=training.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},  # the other kind needs inputs with gradients
+            **_sharding(training, team),
             save_strategy="steps", save_steps=training.checkpoint_steps, save_total_limit=2,
             eval_strategy="steps", eval_steps=max(1, steps // 10),
             # Each step's loss is logged by itself: a mean over several would differ after a resume in between.
@@ -206,21 +246,71 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
             label_names=["labels"], dataloader_pin_memory=False,
             # With a key-value cache transformers stops telling packed records apart, silently.
             use_cache=False),
-        train_dataset=packs,  # type: ignore[arg-type]  # anything with len and []
-        eval_dataset=pack(splits.holdout, training.tokens_per_batch, training.seed),  # type: ignore[arg-type]
-        data_collator=flatten,  # type: ignore[arg-type]
-        callbacks=[_callback(stop, folders.tensorboard, steps, sum(map(len, splits.train)) / len(packs))],
+        train_dataset=[distributed.share(whole, team.rank, team.size) for whole in packs],
+        eval_dataset=[distributed.share(whole, team.rank, team.size)
+                      for whole in pack(splits.holdout, training.tokens_per_batch, training.seed)],
+        data_collator=flatten,
+        callbacks=_callbacks(stop, team, folders.tensorboard, steps, sum(map(len, splits.train)) / len(packs)),
     )
     trainer.remove_callback(PrinterCallback)
+    if training.sharding == "fsdp" and not trainer.is_fsdp_enabled:
+        if team.size > 1:
+            raise UserError("training.sharding: fsdp needs GPUs: accelerate divides a model among those only. Remove "
+                            "the key, or train on GPUs")
+        log.info("training.sharding: fsdp divides the model among processes; this is the only one")
     try:
-        trainer.train(resume_from_checkpoint=newest_checkpoint(folders.checkpoints))
+        checkpoint = team.told(newest_checkpoint(folders.checkpoints) if team.main else None)
+        trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         signal.signal(signal.SIGTERM, previous)
     if trainer.state.global_step < steps:
         raise Terminated(f"stopped by SIGTERM at step {trainer.state.global_step} of {steps}; a checkpoint is saved "
                          "and the next attempt resumes there")
-    adapted.save_pretrained(str(output))
+    whole = _whole_adapter(trainer.model) if trainer.is_fsdp_enabled else None
+    if team.main:
+        adapted.save_pretrained(str(output), state_dict=whole)
     return [entry for raw in trainer.state.log_history if (entry := _history_entry(raw))]
+
+
+def _trainer(team: Team) -> Any:
+    """transformers' Trainer, in which the processes of a team divide each batch instead of taking different ones."""
+    from transformers import Trainer
+
+    class TeamTrainer(Trainer):
+        def _get_dataloader(self, *arguments: Any, **named: Any) -> Any:
+            # accelerate deals the batches out to the processes. Here each has its share of every batch, and takes them
+            # all, in the same order. (transformers does the same for its BatchRebalanceSampler.)
+            loader = super()._get_dataloader(*arguments, **named)
+            if team.size > 1:
+                loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+            return loader
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            # Sharded, Trainer would bring the whole base model together for a checkpoint; the adapter is enough.
+            if not self.is_fsdp_enabled:
+                super().save_model(output_dir, _internal_call)
+                return
+            adapter = _whole_adapter(self.model)
+            if team.main:
+                self._save(output_dir, state_dict=adapter)
+
+    return TeamTrainer
+
+
+def _whole_adapter(model: Any) -> dict[str, Tensor]:
+    """The trained weights of a model that is divided among the processes, whole; all of them must call this."""
+    return {name: getattr(weight.detach(), "full_tensor", weight.detach)().cpu()
+            for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _sharding(training: Training, team: Team) -> dict[str, Any]:
+    """Trainer's arguments for what several processes do with the model."""
+    if team.size == 1:
+        return {}
+    if training.sharding == "none":
+        return {"ddp_find_unused_parameters": False}
+    # Each layer's weights are divided among the processes and brought together while they are needed.
+    return {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
 
 
 def lora_config(lora: Lora, target_modules: list[str], *, transposed: bool) -> Any:
@@ -248,10 +338,30 @@ def _checkpoint_listing(checkpoint: Path) -> list[dict[str, Any]]:
     return [file for file in artifacts.listing(checkpoint) if file["path"] != CHECKPOINT_MARKER]
 
 
-def _callback(stop: threading.Event, tensorboard: Path, steps: int, tokens_per_step: float) -> Any:
-    """Trainer callback: progress lines, TensorBoard scalars, whole checkpoints, and a stop that saves first."""
+def _callbacks(stop: threading.Event, team: Team, tensorboard: Path, steps: int, tokens_per_step: float) -> list[Any]:
+    """Trainer callbacks: in every process whole checkpoints and a stop that saves first; in the main one progress
+    lines and TensorBoard's scalars."""
+    import torch
     from torch.utils.tensorboard import SummaryWriter
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+    class Save(TrainerCallback):
+        def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+            if not team.main:  # other dropout masks than the main process's; a resume loads each one's own state
+                torch.manual_seed(args.seed + team.rank)
+
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                        **_: Any) -> TrainerControl:
+            if team.any(stop.is_set()):  # all of them stop after the same step, whoever was told
+                log.info("SIGTERM: saving a checkpoint at step %d", state.global_step)
+                control.should_save = control.should_training_stop = True
+            return control
+
+        def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+            team.barrier()  # each process has a file of its own in it
+            if team.main:
+                checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+                artifacts.write_atomically(checkpoint / CHECKPOINT_MARKER, json.dumps(_checkpoint_listing(checkpoint)))
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
@@ -276,21 +386,10 @@ def _callback(stop: threading.Event, tensorboard: Path, steps: int, tokens_per_s
                     log.info("step %d/%d  loss %.4f  %.0f tokens/s  %.0f s left", step, steps, logs["loss"],
                              tokens_per_step / seconds_per_step, (steps - step) * seconds_per_step)
 
-        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                        **_: Any) -> TrainerControl:
-            if stop.is_set():
-                log.info("SIGTERM: saving a checkpoint at step %d", state.global_step)
-                control.should_save = control.should_training_stop = True
-            return control
-
-        def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-            checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            artifacts.write_atomically(checkpoint / CHECKPOINT_MARKER, json.dumps(_checkpoint_listing(checkpoint)))
-
         def on_train_end(self, *_: Any, **__: Any) -> None:
             self.writer.close()
 
-    return Watch()
+    return [Save(), Watch()] if team.main else [Save()]
 
 
 def _history_entry(raw: dict[str, float]) -> dict[str, float] | None:

@@ -24,6 +24,8 @@ def planned(folder: Path, **changes: Any) -> Plan:
     ({}, set()),
     ({"training__lora__r": 4}, ADAPTER),
     ({"training__checkpoint_steps": 7}, set()),
+    ({"training__gradient_checkpointing": True, "training__sharding": "fsdp"}, set()),
+    ({"training__quantization": "4bit"}, ADAPTER),
     ({"retention__keep": 9}, set()),
     ({"serving__max_lora_rank": 128}, set()),
     ({"serving__mode": "merged"}, set()),

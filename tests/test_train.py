@@ -119,6 +119,14 @@ def test_the_loss_that_trainer_logs_during_training_is_that_of_separate_records(
     assert sorted(e["loss"] for e in history if "loss" in e) == pytest.approx(sorted(expected), abs=1e-4)
 
 
+def test_gradient_checkpointing_saves_memory_and_changes_nothing(tmp_path: Path) -> None:
+    data = records(20)
+    kept, recomputed = (train.train(
+        tiny("llama")[0], train.Splits(data, data, 0), settings(gradient_checkpointing=chosen), ["q_proj", "v_proj"],
+        folders(tmp_path / str(chosen)), tmp_path / str(chosen)) for chosen in (False, True))
+    assert kept == recomputed
+
+
 def test_records_beyond_max_length_are_left_out_and_counted(tmp_path: Path) -> None:
     build_models.tiny_tokenizer(tmp_path)
     tokenizer = models.load_tokenizer(tmp_path)
@@ -140,6 +148,14 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) 
     build_models.tiny_tokenizer(tmp_path)
     with pytest.raises(UserError, match="they do not belong together"):
         models.check_vocabulary(tiny("llama")[0], models.load_tokenizer(tmp_path), "here")
+
+
+def test_four_bits_without_their_package_are_refused_with_what_to_install(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_models.tiny_llama(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="quantization: 4bit needs the package bitsandbytes"):
+        models.load_model(tmp_path, four_bits=True)
 
 
 # --- the job as a process ----------------------------------------------------------------------------------------
