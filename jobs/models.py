@@ -118,12 +118,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False) -> PreTrainedModel:
+def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
+               stay_on_cpu: bool = False) -> PreTrainedModel:
     """The model in `folder`, in evaluation mode: bfloat16 on a GPU where there is one, else float32 on the CPU.
 
     Args:
         four_bits: quantize the weights of its linear layers to 4 bits (NF4 with double quantization, computing in
             bfloat16: QLoRA, Dettmers et al. 2023), to train an adapter on it.
+        stay_on_cpu: load what is meant for a GPU into the CPU's memory, for whoever divides it among several.
     Raises:
         UserError: it cannot be loaded, or bitsandbytes, which quantizes, is not installed.
     """
@@ -140,7 +142,9 @@ def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False) -
             local_files_only=True, trust_remote_code=False, use_safetensors=True, **quantized)
     except Exception as error:  # the library raises many types for a bad file
         raise UserError(f"{folder}: the model cannot be loaded: {error}") from error
-    return (model if quantized else model.to("cuda" if gpu else "cpu")).eval()  # type: ignore[arg-type]
+    if not quantized:
+        model.to("cuda" if gpu and not stay_on_cpu else "cpu")  # type: ignore[arg-type]
+    return model.eval()
 
 
 def _four_bits() -> dict[str, Any]:

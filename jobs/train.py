@@ -112,7 +112,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
     def together(draft: Path) -> tuple[Splits, list[dict[str, float]]]:
         log.info("training %s on %s: loading model and data", wanted.adapter, pipeline.base_model.name)
         tokenizer = models.load_tokenizer(tokenizer_files.path)
-        model = models.load_model(base_model.path, four_bits=pipeline.training.quantization == "4bit")
+        model = models.load_model(base_model.path, four_bits=pipeline.training.quantization == "4bit",
+                                  stay_on_cpu=pipeline.training.sharding == "fsdp" and team.size > 1)
         models.check_vocabulary(model, tokenizer, str(tokenizer_files.path))
         splits = encode_splits(dataset.path, tokenizer, pipeline.training.max_length)
         return splits, train(model, splits, pipeline.training, target_modules, own, draft, team)
