@@ -354,7 +354,15 @@ def test_jobs_fail_at_once_on_user_errors_and_survive_evictions() -> None:
         assert spec["template"]["spec"]["restartPolicy"] == "Never", name  # podFailurePolicy is refused without it
         assert spec["backoffLimit"] >= 3, name
         assert "ttlSecondsAfterFinished" not in spec, name  # Argo CD would run a removed Job again
-        assert main.get("terminationMessagePolicy", "File") == "File", name  # where the programs write the reason
+
+
+def test_a_pods_status_says_why_it_ended() -> None:
+    """What a program writes to its termination log, or the last lines it printed when it could not write any."""
+    for overlay in OVERLAYS:
+        for name, template in pod_templates(rendered(overlay)).items():
+            for container in containers(template):
+                assert container.get("terminationMessagePolicy") == "FallbackToLogsOnError", name
+                assert "terminationMessagePath" not in container, name  # jobs/__main__.py writes to the default one
 
 
 def test_the_same_data_gives_the_same_adapter_on_a_laptop() -> None:
@@ -364,8 +372,9 @@ def test_the_same_data_gives_the_same_adapter_on_a_laptop() -> None:
         assert env(main)["OMP_NUM_THREADS"] == "1", name
 
 
-def test_the_overlay_fits_a_laptop() -> None:
-    """All pods start at once and wait for each other: together they must fit a node of 4 cores and 8 GiB."""
+def test_all_pods_together_fit_a_small_node() -> None:
+    """All pods start at once and wait for each other. One that is Pending for want of CPU or memory would let those that
+    have both wait for it for ever. A kind node's own pods request 0.95 CPUs and 0.3 GiB."""
     total = {"cpu": 0.0, "memory": 0.0}
     for name, template in pod_templates(rendered(KIND)).items():
         for container in containers(template):
@@ -375,8 +384,8 @@ def test_the_overlay_fits_a_laptop() -> None:
             requests = [quantity(c["resources"]["requests"][key]) for c in template["spec"]["containers"]]
             init = [quantity(c["resources"]["requests"][key]) for c in template["spec"].get("initContainers", [])]
             total[key] += max([sum(requests), *init])
-    assert total["cpu"] < 4
-    assert total["memory"] < 8 * 2**30
+    assert total["cpu"] < 2 - 0.95
+    assert total["memory"] < (7 - 0.3) * 2**30
 
 
 # --- re-running exactly when they must ------------------------------------------------------------------------------
