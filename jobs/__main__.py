@@ -7,14 +7,13 @@ Exit codes: 0 done or already done; 2 somebody must change something (base/ turn
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
 
-from jobs.errors import RetryableError, Terminated, UserError
+from jobs.errors import RetryableError, Terminated, UserError, of_volume
 
 DESCRIPTION = """\
 Fine-tune a model privately and serve the result, as one pipeline.yaml says.
@@ -131,9 +130,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return fail(f"the disk is full while writing {error.filename or 'a file'}: enlarge the volume, or lower "
-                        "`retention.keep` in pipeline.yaml. Nothing was published", UserError.exit_code)
+        if meaning := of_volume(error):
+            return fail(str(meaning), meaning.exit_code)
         raise
     return 0
 

@@ -193,13 +193,8 @@ def lock(spec: Spec, volumes: Path) -> Iterator[None]:
     flock, because the kernel frees it when its holder dies, however it dies.
     """
     folder = spec.path(volumes).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / f".lock-{spec.digest}").open("a")
-    except PermissionError:
-        raise UserError(f"{folder}: cannot be written. Is the volume mounted read-only, or owned by another user "
-                        "(fsGroup)?") from None
-    with stream:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".lock-{spec.digest}").open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,5 +1,10 @@
 """What a stage raises, and the exit code that Kubernetes sees for it (base/ maps 2 to an immediate failure)."""
 
+from __future__ import annotations
+
+import errno
+import os
+
 
 class UserError(Exception):
     """Somebody must change something: the pipeline file, the data, a pin. Retrying cannot help. Exit code 2."""
@@ -20,3 +25,17 @@ class Terminated(BaseException):
     """
 
     exit_code = 143
+
+
+def of_volume(error: OSError) -> UserError | RetryableError | None:
+    """What a full, forbidden or failing volume means to whoever runs the cluster; None for any other error."""
+    name = error.filename or "a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"the disk is full while writing {name}: enlarge the volume, or lower `retention.keep` in "
+                         "pipeline.yaml. Nothing was published")
+    if error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"{name}: {error.strerror} for user {os.getuid()}. Is the volume mounted read-only, or owned "
+                         "by another user (fsGroup)?")
+    if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
+        return RetryableError(f"{name}: {error.strerror}: its volume fails or is gone; look at node and storage")
+    return None

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from jobs import artifacts, models
 from jobs.__main__ import fail
-from jobs.errors import RetryableError, Terminated, UserError
+from jobs.errors import RetryableError, Terminated, UserError, of_volume
 from jobs.plan import plan
 from serving import base, drain, merged
 from serving.adapters import Served
@@ -181,8 +181,10 @@ def environment(flags: list[str]) -> dict[str, str]:
 
 
 def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, adapters: int) -> list[str]:
-    """vLLM's command line. What follows it on the line, from the user, overrides `--max-loras` alone."""
-    ours = ["--tokenizer", str(tokenizer), "--middleware", "serving.guard.Guard", "--host", host, "--port", str(port)]
+    """vLLM's command line. What follows it on the line, from the user, overrides it where `TAKEN` allows."""
+    ours = ["--tokenizer", str(tokenizer), "--middleware", "serving.guard.Guard", "--host", host, "--port", str(port),
+            # Probes and scrapes every few seconds would bury the lines that matter.
+            "--disable-access-log-for-endpoints", "/health,/metrics"]
     if served.mode == "merged":
         return [*merged.vllm_arguments(served), *ours]
     return ["--model", served.base_folder, "--served-model-name", served.base_name, *ours,
@@ -206,6 +208,10 @@ def main(argv: list[str] | None = None) -> int:
         return fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
+    except OSError as error:
+        if meaning := of_volume(error):
+            return fail(str(meaning), meaning.exit_code)
+        raise
     return 0
 
 

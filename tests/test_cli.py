@@ -62,6 +62,8 @@ def test_a_missing_input_is_exit_code_1(tmp_path: Path) -> None:
     (Terminated("stopped"), 143, "stopped"),
     (OSError(errno.ENOSPC, "No space left on device", "/volumes/x"), 2, "the disk is full while writing /volumes/x"),
     (OSError(errno.EDQUOT, "Quota exceeded", "/volumes/x"), 2, "the disk is full"),
+    (PermissionError(errno.EACCES, "Permission denied", "/volumes/x"), 2, "/volumes/x: Permission denied for user"),
+    (OSError(errno.ESTALE, "Stale file handle", "/volumes/x"), 1, "/volumes/x: Stale file handle: its volume fails"),
 ])
 def test_an_error_has_its_exit_code_and_its_reason_where_kubernetes_shows_it(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

@@ -373,8 +373,10 @@ def test_the_same_data_gives_the_same_adapter_on_a_laptop() -> None:
 
 
 def test_all_pods_together_fit_a_small_node() -> None:
-    """All pods start at once and wait for each other. One that is Pending for want of CPU or memory would let those that
-    have both wait for it for ever. A kind node's own pods request 0.95 CPUs and 0.3 GiB."""
+    """All pods start at once and wait for each other: for one that is Pending for want of CPU or memory, for ever.
+
+    The node is one of kind with 2 CPUs and 7 GiB; kind's own pods request 0.95 CPUs and 0.3 GiB of them.
+    """
     total = {"cpu": 0.0, "memory": 0.0}
     for name, template in pod_templates(rendered(KIND)).items():
         for container in containers(template):
