@@ -46,11 +46,13 @@ kind kind-argocd: setup
 	$(MAKE) images
 	$(KIND) $(EXIT) $(ARGS)
 
-# DOCKER_BUILDKIT for Docker before 23. BUILD_ARGS is for the network you build in: docs/registries.md.
+# DOCKER_BUILDKIT for Docker before 23. No attestations: they carry the time, so the same sources would give another
+# digest each time. BUILD_ARGS is for the network you build in: docs/registries.md.
 images: engine
 	@case "$(FLAVOUR)" in cpu|cuda) ;; *) echo "error: FLAVOUR is '$(FLAVOUR)', must be cpu or cuda" >&2; exit 2; esac
 	set -e; for name in jobs serving; do \
-	  DOCKER_BUILDKIT=1 $(ENGINE) build --file $$name/Dockerfile --tag lora-gitops-$$name:$(TAG) \
+	  DOCKER_BUILDKIT=1 BUILDX_NO_DEFAULT_ATTESTATIONS=1 \
+	  $(ENGINE) build --file $$name/Dockerfile --tag lora-gitops-$$name:$(TAG) \
 	    --build-arg FLAVOUR=$(FLAVOUR) --build-arg VERSION=$(TAG) \
 	    --build-arg REVISION="$$(git describe --always --dirty --abbrev=40 --match= 2>/dev/null || echo unknown)" \
 	    $(BUILD_ARGS) .; done

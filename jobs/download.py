@@ -334,8 +334,9 @@ def _open_bucket(scheme: str, url: str, start: int) -> _Stream:
         files = fsspec.filesystem(scheme)
     except ImportError:
         package = PACKAGES.get(scheme, f"fsspec's package for {scheme}")
-        raise UserError(f"{shown(url)}: {scheme}:// needs the package {package}, which is not installed. Add it to the "
-                        "jobs' image (pip install), or give an https:// URL") from None
+        raise UserError(f"{shown(url)}: {scheme}:// needs the package {package}, which is not installed. Add it to "
+                        "jobs/requirements.txt and build the image (docs/registries.md), or give an https:// URL"
+                        ) from None
     raw = files.open(url, "rb")
     raw.seek(start)
     return _Stream(raw, shown(url), start, getattr(raw, "size", None))

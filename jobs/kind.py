@@ -405,8 +405,9 @@ def endings(pod: Manifest) -> list[dict[str, Any]]:
 
 
 def message_of(ending: Mapping[str, Any]) -> str:
-    """The termination message, which a stage writes when it fails; else Kubernetes' word, such as OOMKilled."""
-    return str(ending.get("message") or ending.get("reason")).strip()
+    """What a stage wrote when it failed, or the last line that it logged; and Kubernetes' word, such as OOMKilled."""
+    reason, lines = str(ending.get("reason", "Error")), str(ending.get("message", "")).strip().splitlines()
+    return ": ".join([*([reason] if reason != "Error" or not lines else []), *lines[-1:]])
 
 
 # --- serving ---------------------------------------------------------------------------------------------------------

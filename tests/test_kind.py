@@ -176,6 +176,12 @@ RUNNING = {"running": {"startedAt": "2026-11-23T03:00:05Z"}}
      "exit code 1, to be tried again: the hub is down"),
     ([job(TRAINING), pod(TRAINING, {"terminated": {"exitCode": 137, "reason": "OOMKilled"}})],
      "exit code 137, to be tried again: OOMKilled"),
+    ([job(TRAINING), pod(TRAINING, {"terminated": {"exitCode": 137, "reason": "OOMKilled",
+                                                   "message": "step 1\nstep 2\n"}})],
+     "exit code 137, to be tried again: OOMKilled: step 2"),
+    ([job(TRAINING), pod(TRAINING, {"terminated": {"exitCode": 1, "reason": "Error",
+                                                   "message": "Traceback …\nKeyError: 'x'\n"}})],
+     "exit code 1, to be tried again: KeyError: 'x'"),
     ([job(TRAINING), pod(TRAINING, RUNNING, at="03:01:00"),  # the newest attempt counts, wherever it stands in the list
       pod(TRAINING, {"terminated": {"exitCode": 137, "reason": "OOMKilled"}})], "runs"),
     ([job(TRAINING, "Complete")], "done"),

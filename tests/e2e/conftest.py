@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Generator, Iterator
@@ -12,6 +13,9 @@ from tests.e2e import cluster
 from tests.e2e.cluster import Environment
 
 Report = pytest.TestReport
+
+for client in ("httpx", "httpx2"):  # openai's; a line for each of thousands of requests would hide what is waited for
+    logging.getLogger(client).setLevel(logging.WARNING)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
