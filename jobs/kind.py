@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
         RetryableError: a command failed, a Job failed otherwise, or the time is over.
     """
     from jobs import check, pipeline
+    from jobs.plan import plan
 
     require_tools(["docker", "kind", "kubectl", *(["git"] if args.argocd and not args.repo else [])])
     check.run(args.overlay)
@@ -93,7 +94,9 @@ def run(args: argparse.Namespace) -> None:
             cluster.kubectl("apply", "--server-side", "-k", str(args.overlay))
             cluster.jobs = {m["metadata"]["name"] for m in manifests if m["kind"] == "Job"}
         watch(cluster, deadline)
-        serve(cluster, pipeline.load(args.overlay).pipeline.adapter, args)
+        wanted = pipeline.load(args.overlay).pipeline
+        report = plan(wanted).evaluation.path(Path("/volumes")) / "report.html"
+        serve(cluster, wanted.adapter, report, args)
     except KeyboardInterrupt:
         pass
     log.info("the cluster goes on without this command; to remove it: kind delete cluster --name %s", args.name)
@@ -413,7 +416,7 @@ def message_of(ending: Mapping[str, Any]) -> str:
 # --- serving ---------------------------------------------------------------------------------------------------------
 
 
-def serve(cluster: Cluster, alias: str, args: argparse.Namespace) -> None:
+def serve(cluster: Cluster, alias: str, report: Path, args: argparse.Namespace) -> None:
     """Show the evaluation, wait until the adapter answers under its name, and keep its port open until Ctrl-C."""
     jobs = cluster.get(cluster.namespace, "jobs")
     evaluation = max((j for j in jobs if j["metadata"]["name"].startswith("model-evaluation-")),
@@ -430,7 +433,7 @@ def serve(cluster: Cluster, alias: str, args: argparse.Namespace) -> None:
                                          f"kubectl -n {cluster.namespace} logs deployment/{INFERENCE}")
                 time.sleep(1)
             if forwarding.poll() is None:
-                print(places(cluster, endpoint, alias, args), flush=True)
+                print(places(cluster, endpoint, alias, report, args), flush=True)
                 if args.exit:
                     return
                 forwarding.wait()
@@ -460,10 +463,12 @@ def models_at(endpoint: str) -> set[str]:
         return set()
 
 
-def places(cluster: Cluster, endpoint: str, alias: str, args: argparse.Namespace) -> str:
-    """Where a person finds the endpoint, TensorBoard and Argo CD."""
+def places(cluster: Cluster, endpoint: str, alias: str, report: Path, args: argparse.Namespace) -> str:
+    """Where a person finds the endpoint, the evaluation's report, TensorBoard and Argo CD."""
     context = f"kubectl --context kind-{cluster.name}"
+    read = f"-n {cluster.namespace} exec deployment/tensorboard -- cat {report}"
     lines = [f"  Endpoint     {endpoint}/v1  (model: {alias})",
+             f"  Report       {context} {read} > report.html",
              f"  TensorBoard  {context} -n {cluster.namespace} port-forward service/tensorboard 6006"]
     if args.argocd:
         lines += [f"  Argo CD      {context} -n argocd port-forward service/argocd-server 8443:443"]

@@ -11,6 +11,7 @@ import http.server
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -336,6 +337,9 @@ def test_kubectl_applies_the_overlay_in_the_kind_cluster_and_nowhere_else(
     output = capsys.readouterr().out
     assert "the evaluation's table" in output
     assert f"Endpoint     http://127.0.0.1:{endpoint}/v1  (model: seville-hotels)" in output
+    # The path is the one at which the pod of TensorBoard has it.
+    assert re.search(r"deployment/tensorboard -- cat /volumes/fine-tuned-model/evaluation/[0-9a-f]{16}/report\.html "
+                     r"> report\.html", output)
 
 
 def test_a_cluster_that_is_there_is_taken_up(tools: Tools, endpoint: int) -> None:
