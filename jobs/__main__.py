@@ -145,7 +145,7 @@ def fail(message: str, code: int) -> int:
     """Say why, on stderr and where Kubernetes shows it, and return the exit code."""
     from jobs import distributed
 
-    if distributed.say_to_launcher(message):
+    if distributed.say_to_launcher(message, code):
         return code
     print(f"error: {message}", file=sys.stderr, flush=True)
     if os.access(TERMINATION_LOG, os.W_OK):

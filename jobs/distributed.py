@@ -31,9 +31,13 @@ from jobs.errors import RetryableError, Terminated, UserError
 log = logging.getLogger("jobs")
 
 ERRORS = "JOBS_WORKER_ERRORS"  # where workers leave their error messages for the launcher, which says one of them
-# How long workers may take to end their step and save after SIGTERM, or to notice that another one failed; then they
-# are killed. Just below the pod's grace period (base/model-training.yaml: 120 s). torchrun by itself waits for 30 s.
+# How long workers may take to end their step and save after SIGTERM; then they are killed. Just below the pod's grace
+# period (base/model-training.yaml: 120 s). When one fails by itself, torchrun gives the others 30 s.
 SHUTDOWN_SECONDS = 110
+ENDED = {
+    -signal.SIGKILL: ": it was killed, perhaps for memory (`kubectl describe pod` says OOMKilled)",
+    -signal.SIGABRT: ": it aborted; NCCL does when another process or node is gone, whose log says why",
+}
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,9 @@ class Launch:
 
 
 def is_worker() -> bool:
-    """Whether a launcher started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether torchrun, or its library, started this process. Without LOCAL_RANK it was not: accelerate would not let
+    the processes exchange their gradients."""
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
 
 
 def is_main() -> bool:
@@ -63,6 +68,9 @@ def launch_wanted() -> Launch | None:
     Raises:
         UserError: a variable is not what it should be.
     """
+    if (_number("WORLD_SIZE", 1, least=1) or 1) > 1:
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but LOCAL_RANK is not set: start the processes "
+                        "with `torchrun -m jobs … train`, or set NODES, NODE_RANK and MASTER_ADDR instead")
     nodes = _number("NODES", 1, least=1)
     processes = _number("PROCESSES_PER_NODE", None, least=1)
     rank = _number("NODE_RANK", None, least=0)
@@ -132,25 +140,35 @@ def launch(wanted: Launch, arguments: Sequence[str], wait_seconds: float) -> Non
 
 
 def _raise(failures: dict[int, Any], errors: Path) -> None:
-    """Raise what the workers ended with: what somebody must change before what a retry can help."""
-    said = {int(file.name): file.read_text(encoding="utf-8") for file in errors.iterdir()}
+    """Raise what the workers ended with: what somebody must change before what a retry can help.
+
+    When one fails, torchrun's library stops the others. So a worker that was stopped counts only if all were.
+    """
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
-    for kind in (UserError, Terminated, RetryableError):
+    said = {}
+    for file in errors.iterdir():
+        code, _, why = file.read_text(encoding="utf-8").partition(" ")
+        rank = int(file.name)
+        codes[rank], said[rank] = int(code), why
+    if set(codes.values()) == {Terminated.exit_code}:
+        raise Terminated(next(iter(said.values()), "stopped by SIGTERM"))
+    stopped = {Terminated.exit_code, -signal.SIGTERM}
+    codes = {rank: code for rank, code in codes.items() if code not in stopped} or codes
+    for kind in (UserError, RetryableError):
         of_kind = sorted(rank for rank, code in codes.items() if code == kind.exit_code)
         if of_kind:
             message = next((said[rank] for rank in of_kind if rank in said), None)
             raise kind(message or f"the training process {of_kind[0]} failed; what it said stands above")
     rank, code = min(codes.items())
-    raise RetryableError(f"the training process {rank} ended with exit code {code}" + (
-        ": it was killed, perhaps for memory (`kubectl describe pod` says OOMKilled)" if code < 0 else ""))
+    raise RetryableError(f"the training process {rank} ended with exit code {code}{ENDED.get(code, '')}")
 
 
-def say_to_launcher(message: str) -> bool:
-    """In a worker: leave the error message to the launcher. False where there is none."""
+def say_to_launcher(message: str, code: int) -> bool:
+    """In a worker: leave exit code and error message to the launcher. False where there is none."""
     folder = os.environ.get(ERRORS)
     if not folder or not is_worker():
         return False
-    (Path(folder) / os.environ["RANK"]).write_text(message, encoding="utf-8")
+    (Path(folder) / os.environ["RANK"]).write_text(f"{code} {message}", encoding="utf-8")
     return True
 
 

@@ -66,12 +66,13 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
     inputs += [] if base and adapter else [wanted.base_model, wanted.tokenizer]
     inputs += [] if reference else [wanted.reference_model]
     artifacts.wait(inputs, volumes, wait_seconds)
-    if not (base and adapter):
-        measure_base_and_adapter(pipeline, wanted, volumes, material)
-        _free_memory()  # the reference model is the larger one; two models at once may not fit
-    if not reference:
-        measure_reference(pipeline, wanted, volumes, material)
-        _free_memory()
+    with models.gpu_memory("Take a GPU with more, a smaller reference model, or a lower training.max_length"):
+        if not (base and adapter):
+            measure_base_and_adapter(pipeline, wanted, volumes, material)
+            _free_memory()  # the reference model is the larger one; two models at once may not fit
+        if not reference:
+            measure_reference(pipeline, wanted, volumes, material)
+            _free_memory()
 
 
 def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, material: scoring.Material) -> None:

@@ -6,6 +6,9 @@ Loading is always offline, from safetensors, and never runs code that came with 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +121,32 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_gpu() -> None:
+    """Refuse to compute on the CPU where a GPU was asked for (REQUIRE_GPU, which overlays/gpu sets): it would take
+    weeks, and nothing would say why.
+
+    Raises:
+        UserError: torch sees no GPU that it can use.
+    """
+    import torch
+
+    if os.environ.get("REQUIRE_GPU") and not torch.cuda.is_available():
+        raise UserError(f"REQUIRE_GPU is set, but torch {torch.__version__} sees no GPU that it can use. Is the image "
+                        "the one for GPUs (make images FLAVOUR=cuda), and the node's driver new enough "
+                        "(docs/registries.md)? `nvidia-smi` in the pod says what is there")
+
+
+@contextmanager
+def gpu_memory(advice: str) -> Iterator[None]:
+    """Make a `UserError` with the advice of running out of a GPU's memory: another attempt would end the same way."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it for its name would take seconds
+            raise
+        raise UserError(f"the GPU has too little memory: {'. '.join(str(error).split('. ')[:2])}. {advice}") from None
+
+
 def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
                stay_on_cpu: bool = False) -> PreTrainedModel:
     """The model in `folder`, in evaluation mode: bfloat16 on a GPU where there is one, else float32 on the CPU.
@@ -134,6 +163,8 @@ def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # bars are for terminals; a pod's log gets one line for each redraw
+    if use_gpu:
+        check_gpu()
     gpu = use_gpu and torch.cuda.is_available()
     quantized = _four_bits() if four_bits else {}
     try:

@@ -41,6 +41,8 @@ log = logging.getLogger("jobs")
 
 CHECKPOINT_MARKER = "complete.json"  # a checkpoint without it was interrupted while being written
 PROGRESS_SECONDS = 5.0
+LESS_MEMORY = ("Lower training.tokens_per_batch, or set gradient_checkpointing: true, quantization: 4bit or, with "
+               "several GPUs, sharding: fsdp")
 Pack = list[Encoded]
 
 
@@ -78,6 +80,7 @@ def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
         publish_adapter(pipeline, wanted, volumes, wait_seconds)
     elif not artifacts.done(wanted.adapter, volumes):
         artifacts.wait_until_there([wanted.dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
+        models.check_gpu()
         launch = distributed.launch_wanted()
         if launch is None:
             # With more GPUs in sight Trainer would divide what it takes for a batch of rows, and is one of tokens.
@@ -121,7 +124,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
     def write(draft: Path) -> dict[str, Any]:
         nonlocal asked
         asked = team.told(True)
-        splits, history = together(draft)
+        with models.gpu_memory(LESS_MEMORY):
+            splits, history = together(draft)
         finish_adapter(draft, pipeline, splits, history, target_modules, dataset.digest)
         return {"base_model": pipeline.base_model.name, "dataset": dataset.digest}
 
@@ -132,7 +136,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         shutil.rmtree(own.checkpoints, ignore_errors=True)
         log.info("trained: %s", adapter.path)
     elif team.told():
-        together(own.checkpoints)  # the main process saves and publishes
+        with models.gpu_memory(LESS_MEMORY):
+            together(own.checkpoints)  # the main process saves and publishes
     team.leave()
 
 
@@ -261,6 +266,10 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
         log.info("training.sharding: fsdp divides the model among processes; this is the only one")
     try:
         checkpoint = team.told(newest_checkpoint(folders.checkpoints) if team.main else None)
+        # Otherwise a batch would be divided by one number and its gradients brought together among another.
+        seen = trainer.args.world_size
+        assert seen == team.size, f"Trainer sees {seen} processes, not {team.size}"
+        team.barrier()  # however slowly a node read the model; from here on NCCL waits for 10 minutes at most
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from jobs import artifacts, distributed, pipeline, train
 from jobs.encoding import Encoded
-from jobs.errors import UserError
+from jobs.errors import RetryableError, Terminated, UserError
 from jobs.plan import plan
 from jobs.pods import CHECKOUT
 from tests import build_models
@@ -81,6 +82,8 @@ def test_the_environment_says_how_many_processes(environment: dict[str, str], ex
     ({"PROCESSES_PER_NODE": "0"}, "PROCESSES_PER_NODE is '0', but must be a whole number of at least 1"),
     ({"NODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK is 2, but NODES is 2: ranks go from 0 to 1"),
     ({"NODES": "2"}, "NODES is 2, but MASTER_ADDR is not set"),
+    # As some operators start processes: accelerate would let each of them train alone, on its share of the batches.
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but LOCAL_RANK is not set: start the processes with"),
 ])
 def test_an_environment_that_cannot_work_is_refused_by_name(environment: dict[str, str], says: str,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +93,27 @@ def test_an_environment_that_cannot_work_is_refused_by_name(environment: dict[st
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=says):
         distributed.launch_wanted()
+
+
+# --- how it ends ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("codes", "said", "kind", "says"), [
+    # torchrun stops the others when one fails: what they end with then says nothing about why.
+    ({0: 143, 1: 1}, {0: "143 stopped by SIGTERM"}, RetryableError, "the training process 1 failed"),
+    ({0: 143, 1: -9}, {0: "143 stopped by SIGTERM"}, RetryableError, "process 1 ended with exit code -9: it was"),
+    ({0: -15, 1: -6}, {}, RetryableError, "process 1 ended with exit code -6: it aborted; NCCL does"),
+    ({0: 143, 1: 2}, {0: "143 stopped", 1: "2 lower max_length"}, UserError, "lower max_length"),
+    ({0: 1, 1: 2}, {0: "1 the other one is gone", 1: "2 lower max_length"}, UserError, "lower max_length"),
+    ({1: 1}, {0: "2 the disk is full"}, UserError, "the disk is full"),  # torchrun did not see it end
+    ({0: 143, 1: 143}, {0: "143 stopped at step 7", 1: "143 stopped at step 7"}, Terminated, "stopped at step 7"),
+])
+def test_what_all_processes_end_with_becomes_one_reason(
+        codes: dict[int, int], said: dict[int, str], kind: type[BaseException], says: str, tmp_path: Path) -> None:
+    for rank, text in said.items():
+        (tmp_path / str(rank)).write_text(text)
+    with pytest.raises(kind, match=says):
+        distributed._raise({rank: SimpleNamespace(exitcode=code) for rank, code in codes.items()}, tmp_path)
 
 
 # --- real processes -------------------------------------------------------------------------------------------------
@@ -236,12 +260,18 @@ def test_what_somebody_must_change_is_said_once_and_is_no_reason_to_retry(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("when", ["while loading", "after a checkpoint"])
 def test_a_killed_process_ends_all_and_is_worth_a_retry(
-        tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
+        when: str, tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
+    """Never 143, as which the others end that torchrun stops then: Kubernetes would retry it without end."""
     file, volumes, *_ = alone
     own = other_volumes(tmp_path / "v", volumes)
     process = start(file, own, PROCESSES_PER_NODE="2")
-    wait_for_checkpoint(own, process)
+    if when == "while loading":
+        assert process.stderr
+        assert any("loading model and data" in line for line in process.stderr)
+    else:
+        wait_for_checkpoint(own, process)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
     os.kill(int(workers.split()[-1]), signal.SIGKILL)
     _, said = process.communicate(timeout=120)

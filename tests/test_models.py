@@ -67,3 +67,23 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, content: str | Non
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=says):
         models.architecture(tmp_path)
+
+
+def test_where_a_gpu_is_required_nothing_is_computed_on_the_cpu(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong image or an old driver: training would take weeks, and only `top` would say why."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    models.check_gpu()
+    monkeypatch.setenv("REQUIRE_GPU", "1")
+    for compute in (models.check_gpu, lambda: models.load_model(tmp_path)):
+        with pytest.raises(UserError, match="REQUIRE_GPU is set, but torch .* sees no GPU"):
+            compute()
+
+
+def test_too_little_gpu_memory_says_what_to_change() -> None:
+    import torch
+
+    with pytest.raises(UserError, match="Tried to allocate 2.00 GiB. Lower it$"), models.gpu_memory("Lower it"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …")
+    with pytest.raises(RuntimeError, match="our own"), models.gpu_memory("Lower it"):
+        raise RuntimeError("our own")

@@ -164,6 +164,14 @@ def test_the_same_overlay_runs_without_a_cluster(tmp_path: Path, monkeypatch: py
     assert training.fatal_exit_codes == {2}
     assert training.containers[0].argv[1:] == ["-m", "jobs", "train"]
     assert (training.containers[0].env["NODES"], training.containers[0].env["MASTER_ADDR"]) == ("1", "127.0.0.1")
+    assert "REQUIRE_GPU" not in training.containers[0].env  # it can be tried on a CPU
+
+
+def test_a_stage_that_was_given_a_gpu_does_not_compute_without() -> None:
+    for name in ("model-training", "model-evaluation"):
+        container = main(replicated()[name])
+        assert container["resources"]["limits"]["nvidia.com/gpu"], name
+        assert env(container)["REQUIRE_GPU"] == "1", name
 
 
 # --- serving --------------------------------------------------------------------------------------------------------
