@@ -34,7 +34,7 @@ from jobs.pods import CHECKOUT, HASH_SUFFIX, Manifest, render
 
 log = logging.getLogger("jobs")
 
-ARGOCD = "v3.5.8"
+ARGOCD = "v3.5.4"
 ARGOCD_INSTALL = f"https://raw.githubusercontent.com/argoproj/argo-cd/{ARGOCD}/manifests/install.yaml"
 GIT_URL = "git://git-server.git-demo.svc.cluster.local/lora-gitops.git"  # argocd/demo/git-server.yaml
 GIT_PORT, GIT_BRANCH = 9418, "main"
@@ -44,7 +44,7 @@ ALIAS_SECONDS = 300.0  # from the last Job to the adapter under its name; verify
 
 TOOLS = {
     "docker": "It runs the cluster and builds the images: https://docs.docker.com/get-docker/",
-    "kind": "It makes the cluster: get 0.24 or newer (older ones enforce no network policies) from "
+    "kind": "It makes the cluster: get 0.26 or newer (with Kubernetes 1.32, and network policies are enforced) from "
             "https://kind.sigs.k8s.io/docs/user/quick-start/#installation",
     "kubectl": "Get 1.32 or newer from https://kubernetes.io/docs/tasks/tools/",
     "git": "It brings the current commit into the cluster; or let Argo CD follow your fork with --repo",
@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> None:
             cluster.install_argocd()
             cluster.follow(*repository(cluster, args))
         else:
-            cluster.kubectl("apply", "--server-side", "-k", str(args.overlay))
+            # In Argo CD's name, so that it may take over: what kubectl owns would outlive its removal from git.
+            cluster.kubectl("apply", "--server-side", "--field-manager=argocd-controller", "-k", str(args.overlay))
             cluster.jobs = {m["metadata"]["name"] for m in manifests if m["kind"] == "Job"}
         watch(cluster, deadline)
         wanted = pipeline.load(args.overlay).pipeline
@@ -195,7 +196,16 @@ class Cluster:
             self.kubectl("-n", "argocd", "rollout", "status", workload, "--timeout", "600s")
 
     def follow(self, repo: str, revision: str, overlay: str) -> None:
-        """Apply argocd/ with its settings as a fork would have them, and have the repository looked at now."""
+        """Apply argocd/ with its settings as a fork would have them, and have the repository looked at now.
+
+        An Application of another namespace is deleted first: Argo CD would forget what it made there, and leave it
+        running.
+        """
+        for found in self.get("argocd", "applications.argoproj.io"):
+            before = found["spec"]["destination"]["namespace"]
+            if found["metadata"]["name"] == APPLICATION and before != self.namespace:
+                log.info("deleting what runs in %s; its volumes stay", before)
+                self.kubectl("-n", "argocd", "delete", "applications.argoproj.io", APPLICATION)
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(shutil.copytree(CHECKOUT / "argocd", Path(folder) / "argocd"))
             settings = yaml.safe_load((copy / "settings.yaml").read_text())
@@ -207,8 +217,10 @@ class Cluster:
         log.info("Argo CD follows %s at %s, %s", repo, revision, overlay)
 
     @contextmanager
-    def forward(self, namespace: str, service: str, port: int, target: int) -> Iterator[subprocess.Popen[str]]:
-        """A service's port as a port of this machine, for as long as the context lasts or its pod lives.
+    def forward(self, namespace: str, service: str, port: int, target: int
+                ) -> Iterator[tuple[subprocess.Popen[str], int]]:
+        """A service's port as a port of this machine (0: a free one), for as long as the context lasts or its pod
+        lives. Gives the process, which ends with the pod, and the port.
 
         Raises:
             UserError: the port is taken.
@@ -216,7 +228,7 @@ class Cluster:
         """
         process = subprocess.Popen(
             self._kubectl("-n", namespace, "port-forward", "--address", "127.0.0.1", f"service/{service}",
-                          f"{port}:{target}"),
+                          f"{port or ''}:{target}"),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert process.stdout
         try:
@@ -228,7 +240,7 @@ class Cluster:
                 raise RetryableError(f"kubectl port-forward service/{service}: {last_line(said)}")
             # It says a line for each connection; unread, they would stop it once the pipe is full.
             threading.Thread(target=collections.deque, args=(process.stdout, 0), daemon=True).start()
-            yield process
+            yield process, int(said.partition("->")[0].rpartition(":")[2])
         finally:
             process.terminate()
             process.wait()
@@ -252,9 +264,9 @@ def repository(cluster: Cluster, args: argparse.Namespace) -> tuple[str, str, st
                             "-o", "jsonpath={.spec.template.spec.containers[0].image}")
     cluster.kubectl("apply", "-f", "-", stdin=git_server(image))
     cluster.kubectl("-n", "git-demo", "rollout", "status", "deployment/git-server", "--timeout", "300s")
-    with cluster.forward("git-demo", "git-server", GIT_PORT, GIT_PORT):
+    with cluster.forward("git-demo", "git-server", 0, GIT_PORT) as (_, port):
         call("git", "-C", str(CHECKOUT), "push", "--force",
-             f"git://127.0.0.1:{GIT_PORT}/{GIT_URL.rpartition('/')[2]}", f"HEAD:refs/heads/{GIT_BRANCH}")
+             f"git://127.0.0.1:{port}/{GIT_URL.rpartition('/')[2]}", f"HEAD:refs/heads/{GIT_BRANCH}")
     return GIT_URL, GIT_BRANCH, path
 
 
@@ -351,10 +363,15 @@ def application_state(application: Manifest, commit: str | None) -> State:
     sync, operation = status.get("sync", {}), status.get("operationState", {})
     errors = [c["message"] for c in status.get("conditions", []) if c["type"].endswith("Error")]
     if operation.get("phase") in ("Failed", "Error") or operation.get("retryCount"):
-        errors.append(operation.get("message", ""))
+        errors += [operation.get("message", ""),
+                   *(f"{r['kind']}/{r['name']}: {r.get('message')}"
+                     for r in operation.get("syncResult", {}).get("resources", []) if r.get("status") == "SyncFailed")]
     says = " ".join([f"{sync.get('status', 'not looked at yet')}, {status.get('health', {}).get('status', 'unknown')}",
                      *(f"({error})" for error in errors)])
-    return State(says, done=sync.get("status") == "Synced" and commit in (None, sync.get("revision")))
+    # Argo CD removes the annotation when it has compared; until then it speaks of the commit before.
+    compared = "argocd.argoproj.io/refresh" not in application.get("metadata", {}).get("annotations", {})
+    synced = sync.get("status") == "Synced" and operation.get("phase") != "Running"
+    return State(says, done=compared and synced and commit in (None, sync.get("revision")))
 
 
 def job_state(job: Manifest | None, pods: list[Manifest]) -> State:
@@ -426,7 +443,7 @@ def serve(cluster: Cluster, alias: str, report: Path, args: argparse.Namespace) 
     endpoint = f"http://127.0.0.1:{args.port}"
     deadline = time.monotonic() + ALIAS_SECONDS
     while True:
-        with cluster.forward(cluster.namespace, INFERENCE, args.port, 8000) as forwarding:
+        with cluster.forward(cluster.namespace, INFERENCE, args.port, 8000) as (forwarding, _):
             while alias not in models_at(endpoint) and forwarding.poll() is None:
                 if time.monotonic() > deadline:
                     raise RetryableError(f"{alias} does not answer. Did it pass the gate (above)? The log says more: "
@@ -471,7 +488,9 @@ def places(cluster: Cluster, endpoint: str, alias: str, report: Path, args: argp
              f"  Report       {context} {read} > report.html",
              f"  TensorBoard  {context} -n {cluster.namespace} port-forward service/tensorboard 6006"]
     if args.argocd:
-        lines += [f"  Argo CD      {context} -n argocd port-forward service/argocd-server 8443:443"]
+        initial = "get secret argocd-initial-admin-secret -o jsonpath='{.data.password}' | base64 -d"
+        lines += [f"  Argo CD      {context} -n argocd port-forward service/argocd-server 8443:443",
+                  f"    password   {context} -n argocd {initial}  (user: admin)"]
     if args.argocd and not args.repo:
         lines += ["  Push         commit, and run this again: it pushes the new commit to the cluster's git server"]
     return "\n".join(["", *lines, "", *([] if args.exit else ["Forwarding until you press Ctrl-C."])])

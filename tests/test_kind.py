@@ -151,6 +151,7 @@ def inference(available: int = 1) -> Manifest:
 def application(sync: str = "Synced", revision: str = COMMIT, jobs: list[str] | None = None, **status: Any) -> Manifest:
     resources = [{"group": "batch", "kind": "Job", "name": name, "status": "Synced"} for name in jobs or []]
     return {"apiVersion": "argoproj.io/v1alpha1", "kind": "Application", "metadata": {"name": "lora-gitops"},
+            "spec": {"destination": {"namespace": "lora-gitops"}},
             "status": {"sync": {"status": sync, "revision": revision}, "health": {"status": "Progressing"},
                        "resources": resources, **status}}
 
@@ -227,6 +228,12 @@ def test_servings_state_in_words(items: list[Manifest], says: str) -> None:
     (application("OutOfSync", operationState={
         "phase": "Running", "retryCount": 2, "message": "one or more objects failed to apply. Retrying attempt #3"}),
      "OutOfSync, Progressing (one or more objects failed to apply. Retrying attempt #3)"),
+    (application("OutOfSync", operationState={
+        "phase": "Failed", "message": "one or more objects failed to apply", "syncResult": {"resources": [
+            {"kind": "Service", "name": "tensorboard", "status": "Synced", "message": "serverside-applied"},
+            {"kind": "Deployment", "name": "tensorboard", "status": "SyncFailed", "message": "field is immutable"},
+        ]}}),
+     "OutOfSync, Progressing (one or more objects failed to apply) (Deployment/tensorboard: field is immutable)"),
 ])
 def test_the_applications_state_in_words(found: Manifest, says: str) -> None:
     assert states_of([found], None)["Application"].says == says
@@ -239,6 +246,15 @@ def test_before_argo_cd_has_synced_this_commit_nothing_counts_as_done() -> None:
     assert all(s.done for s in states_of(before, None).values())
     after = [application(jobs=[TRAINING]), *before[1:]]
     assert all(s.done for s in states_of(after, None, COMMIT).values())
+
+
+def test_what_argo_cd_says_before_it_has_looked_again_does_not_count() -> None:
+    """On a second run with --repo its word is still about the commit before, whatever that was."""
+    asked = application(jobs=[TRAINING])
+    asked["metadata"]["annotations"] = {"argocd.argoproj.io/refresh": "normal"}
+    syncing = application(jobs=[TRAINING], operationState={"phase": "Running"})
+    for found in (asked, syncing):
+        assert [s.done for s in states_of([found, job(TRAINING, "Complete"), inference()], None).values()] == [False]
 
 
 def test_a_job_that_argo_cd_still_has_to_prune_does_not_count() -> None:
@@ -331,7 +347,7 @@ def test_kubectl_applies_the_overlay_in_the_kind_cluster_and_nowhere_else(
              "docker image inspect lora-gitops-serving:0.1.0", "kind get clusters",
              "kind create cluster --name trial --wait 120s",
              "kind load docker-image --name trial lora-gitops-jobs:0.1.0 lora-gitops-serving:0.1.0",
-             f"kubectl --context kind-trial apply --server-side -k {OVERLAY}"]
+             f"kubectl --context kind-trial apply --server-side --field-manager=argocd-controller -k {OVERLAY}"]
     assert tools.calls[:len(steps)] == steps
     assert {c.split()[2] for c in tools.calls if c.startswith("kubectl")} == {"kind-trial"}
     output = capsys.readouterr().out
@@ -350,7 +366,8 @@ def test_a_cluster_that_is_there_is_taken_up(tools: Tools, endpoint: int) -> Non
 
 def test_argo_cd_follows_the_users_repository(tools: Tools, endpoint: int) -> None:
     jobs = [i["metadata"]["name"] for i in all_done() if i["kind"] == "Job"]
-    tools.say(("get applications.argoproj.io", [(0, cluster()), (0, cluster(application(revision="ab12", jobs=jobs)))]),
+    tools.say(("get applications.argoproj.io", [(0, cluster()), (0, cluster()),
+                                                (0, cluster(application(revision="ab12", jobs=jobs)))]),
               ("get jobs", [(0, cluster(*all_done()))]))
     assert main(["kind", str(OVERLAY), "--argocd", "--repo", "https://git.example.org/me/fork.git",
                  "--revision", "trial", "--port", str(endpoint), "--exit"]) == 0
@@ -362,25 +379,42 @@ def test_argo_cd_follows_the_users_repository(tools: Tools, endpoint: int) -> No
     (project,) = of_kind(applied, "AppProject")
     assert project["spec"]["sourceRepos"] == ["https://git.example.org/me/fork.git"]
     (install,) = [c for c in tools.calls if "install.yaml" in c]
+    assert kind.ARGOCD_INSTALL in (CHECKOUT / "docs" / "operations.md").read_text()
     assert "--server-side --force-conflicts" in install
     assert f"/{kind.ARGOCD}/" in install
     assert not [c for c in tools.calls if c.startswith("git ") or "git-demo" in c]
-    assert not [c for c in tools.calls if f"apply --server-side -k {OVERLAY}" in c]  # Argo CD does it
+    assert not [c for c in tools.calls if f"-k {OVERLAY}" in c]  # Argo CD does it
+    assert not [c for c in tools.calls if "delete" in c]
 
 
 def test_without_a_repository_the_current_commit_is_pushed_into_the_cluster(tools: Tools, endpoint: int) -> None:
     jobs = [i["metadata"]["name"] for i in all_done() if i["kind"] == "Job"]
-    tools.say(("get applications.argoproj.io", [(0, cluster(application(revision="0" * 40, jobs=jobs))),
-                                                (0, cluster(application(jobs=jobs)))]),
+    before = cluster(application(revision="0" * 40, jobs=jobs))
+    tools.say(("get applications.argoproj.io", [(0, before), (0, before), (0, cluster(application(jobs=jobs)))]),
+              ("port-forward", [(0, "Forwarding from 127.0.0.1:43210 -> 9418"),
+                                (0, "Forwarding from 127.0.0.1:8000 -> 8000")]),
               ("get jobs", [(0, cluster(*all_done()))]))
     assert main(["kind", str(OVERLAY), "--argocd", "--port", str(endpoint), "--exit"]) == 0
     order = ["apply -f -", "install.yaml", "rollout status deployment/git-server", "port-forward --address 127.0.0.1 "
-             "service/git-server 9418:9418", "push --force git://127.0.0.1:9418/lora-gitops.git HEAD:refs/heads/main",
-             "apply -k", "refresh=normal", "get applications"]
+             "service/git-server :9418", "push --force git://127.0.0.1:43210/lora-gitops.git HEAD:refs/heads/main",
+             "apply -k", "refresh=normal", "get jobs,deployments,pods"]
     positions = [next(n for n, call in enumerate(tools.calls) if text in call) for text in order]
     assert positions == sorted(positions)
     (followed,) = of_kind(list(yaml.safe_load_all(tools.sent("apply -k "))), "Application")
     assert followed["spec"]["source"] == {"repoURL": kind.GIT_URL, "targetRevision": "main", "path": "overlays/kind"}
+
+
+def test_another_overlays_environment_ends_before_the_application_forgets_it(tools: Tools, endpoint: int) -> None:
+    jobs = [i["metadata"]["name"] for i in all_done() if i["kind"] == "Job"]
+    elsewhere = application(jobs=jobs)
+    elsewhere["spec"]["destination"]["namespace"] = "lora-gitops-smollm2"
+    tools.say(("get applications.argoproj.io", [(0, cluster(elsewhere)), (0, cluster(application(jobs=jobs)))]),
+              ("get jobs", [(0, cluster(*all_done()))]))
+    assert main(["kind", str(OVERLAY), "--argocd", "--repo", "https://git.example.org/me/fork.git",
+                 "--port", str(endpoint), "--exit"]) == 0
+    order = ["-n argocd delete applications.argoproj.io lora-gitops", "apply -k"]
+    positions = [next(n for n, call in enumerate(tools.calls) if text in call) for text in order]
+    assert positions == sorted(positions)
 
 
 def test_a_port_that_is_taken_is_said_in_one_line(tools: Tools, capsys: pytest.CaptureFixture[str]) -> None:
@@ -431,24 +465,28 @@ def test_the_git_servers_commands_take_a_push_and_give_it_back(tmp_path: Path) -
     (tmp_path / "srv").mkdir()
     (tmp_path / "work").mkdir()
     environment = {**os.environ, "HOME": str(tmp_path)}
+    of_pod = {e["name"]: e["value"] for e in spec["containers"][0]["env"] if e["name"] != "HOME"}
 
     def git(*argv: str) -> str:
         return subprocess.run(["git", "-C", str(tmp_path / "work"), *argv], check=True, text=True, env=environment,
                               capture_output=True).stdout
 
     subprocess.run(init, check=True, env=environment, capture_output=True)
-    git("init", "--quiet")
-    git("-c", "user.name=n", "-c", "user.email=e", "commit", "--quiet", "--allow-empty", "-m", "first")
+    git("init", "--quiet", "origin")
+    for message in ("first", "second"):
+        git("-C", "origin", "-c", "user.name=n", "-c", "user.email=e",
+            "commit", "--quiet", "--allow-empty", "-m", message)
+    git("clone", "--quiet", "--depth=1", f"file://{tmp_path}/work/origin", "shallow")  # as many people's clones are
     port = free_port()
-    server = subprocess.Popen([*daemon, "--listen=127.0.0.1", f"--port={port}"], env=environment)
+    server = subprocess.Popen([*daemon, "--listen=127.0.0.1", f"--port={port}"], env=environment | of_pod)
     url = f"git://127.0.0.1:{port}/{kind.GIT_URL.rpartition('/')[2]}"
     try:
         for _ in range(50):
             with suppress(subprocess.CalledProcessError):  # while the daemon starts
-                git("push", "--force", url, "HEAD:refs/heads/main")
+                git("-C", "shallow", "push", "--force", url, "HEAD:refs/heads/main")
                 break
             time.sleep(0.1)
-        commit = git("rev-parse", "HEAD").strip()
+        commit = git("-C", "origin", "rev-parse", "HEAD").strip()
         assert git("ls-remote", url).split() == [commit, "HEAD", commit, "refs/heads/main"]
     finally:
         server.terminate()

@@ -134,7 +134,6 @@ def synced_to(application: Manifest, commit: str) -> bool:
 
 
 def out_of_sync(application: Manifest) -> list[str]:
-    """The objects that differ from git, or are not healthy."""
-    return [f"{each['kind']} {each['name']}: {each.get('status')}, {each.get('health', {}).get('status', 'Healthy')}"
-            for each in application["status"]["resources"]
-            if each.get("status") != "Synced" or each.get("health", {}).get("status", "Healthy") != "Healthy"]
+    """The objects that differ from git. (Since Argo CD 3 their health is not written here, only the Application's.)"""
+    return [f"{each['kind']} {each['name']}: {each.get('status')}"
+            for each in application["status"]["resources"] if each.get("status") != "Synced"]
