@@ -155,4 +155,6 @@ def fail(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from jobs import distributed
+
+    distributed.end(main())

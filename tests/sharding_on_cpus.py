@@ -6,12 +6,12 @@ accelerate take them for GPUs, so that training with `sharding: fsdp` can be tri
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
+from jobs import distributed
 from jobs.__main__ import main
 
 original = AcceleratorState.__init__
@@ -26,4 +26,4 @@ def patched(self: Any, *arguments: Any, fsdp_plugin: Any = None, **named: Any) -
 AcceleratorState.__init__ = patched
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.end(main())

@@ -116,6 +116,17 @@ def test_what_all_processes_end_with_becomes_one_reason(
         distributed._raise({rank: SimpleNamespace(exitcode=code) for rank, code in codes.items()}, tmp_path)
 
 
+@pytest.mark.parametrize("code", [0, 143])
+def test_a_worker_that_is_done_cannot_fail_while_python_ends(code: int) -> None:
+    """Rarely, a thread of gloo aborts the process then: an adapter that is published would count as a failed Job."""
+    program = ("import atexit, os; from jobs import distributed; "
+               f"atexit.register(os.abort); print('all'); distributed.end({code})")
+    worker = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, env=os.environ | worker, capture_output=True,
+                          text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "all\n")
+
+
 # --- real processes -------------------------------------------------------------------------------------------------
 
 
