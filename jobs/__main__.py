@@ -13,6 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
+from jobs import distributed
 from jobs.errors import RetryableError, Terminated, UserError, of_volume
 
 DESCRIPTION = """\
@@ -143,8 +144,6 @@ def terminate(*_: object) -> None:
 
 def fail(message: str, code: int) -> int:
     """Say why, on stderr and where Kubernetes shows it, and return the exit code."""
-    from jobs import distributed
-
     if distributed.say_to_launcher(message, code):
         return code
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -155,6 +154,4 @@ def fail(message: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    from jobs import distributed
-
     distributed.end(main())

@@ -179,8 +179,8 @@ def end(code: int) -> NoReturn:
     process ("terminate called without an active exception", exit code -6), though all its work is done.
     """
     if is_worker():
-        logging.shutdown()
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

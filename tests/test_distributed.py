@@ -116,15 +116,17 @@ def test_what_all_processes_end_with_becomes_one_reason(
         distributed._raise({rank: SimpleNamespace(exitcode=code) for rank, code in codes.items()}, tmp_path)
 
 
-@pytest.mark.parametrize("code", [0, 143])
-def test_a_worker_that_is_done_cannot_fail_while_python_ends(code: int) -> None:
-    """Rarely, a thread of gloo aborts the process then: an adapter that is published would count as a failed Job."""
-    program = ("import atexit, os; from jobs import distributed; "
-               f"atexit.register(os.abort); print('all'); distributed.end({code})")
-    worker = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, env=os.environ | worker, capture_output=True,
-                          text=True, check=False)
-    assert (done.returncode, done.stdout) == (code, "all\n")
+@pytest.mark.parametrize(("overlay", "code"), [("kind", 0), ("missing", 2)])
+def test_a_worker_that_is_done_cannot_fail_while_python_ends(overlay: str, code: int) -> None:
+    """Rarely, a thread of gloo aborts the process then: an adapter that is published would count as a failed Job.
+    What it said before is not lost."""
+    program = ("import atexit, os, runpy; atexit.register(os.abort); print('said'); "
+               "runpy.run_module('jobs', run_name='__main__')")
+    worker = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "PYTHONUNBUFFERED": ""}
+    done = subprocess.run([sys.executable, "-c", program, "check", f"overlays/{overlay}"], cwd=CHECKOUT,
+                          env=os.environ | worker, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, "said\n"), done.stderr
+    assert f"overlays/{overlay}" in done.stderr
 
 
 # --- real processes -------------------------------------------------------------------------------------------------
