@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,22 @@ def test_training_learns_and_writes_an_adapter_in_safetensors(tmp_path: Path, ki
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    """What a lost attempt logged beyond its last whole checkpoint is hidden; what came before it stays."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    data, steps = records(20), 0
+    for _ in range(2):
+        history = train.train(tiny("llama")[0], train.Splits(data, data, 0), settings(), ["q_proj"],
+                              folders(tmp_path), tmp_path / "out")
+        steps = int(history[-1]["step"])
+        shutil.rmtree(tmp_path / "checkpoints" / f"checkpoint-{steps}")
+    assert steps > settings().checkpoint_steps
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/train")] == list(range(1, steps + 1))
 
 
 def test_the_loss_that_trainer_logs_during_training_is_that_of_separate_records(tmp_path: Path) -> None:
