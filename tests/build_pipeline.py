@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from jobs import artifacts
+
 COMMIT = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 SHA256 = "5b1f" * 16
 
@@ -34,7 +36,8 @@ def values(**changes: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, **changes: Any) -> Path:
-    """Write `values(**changes)` as `folder/pipeline.yaml` and return the file."""
+    """Write `values(**changes)` as `folder/pipeline.yaml` and return the file. Like a ConfigMap's, it changes at once:
+    a server that watches it would report an empty one."""
     file = folder / "pipeline.yaml"
-    file.write_text(yaml.safe_dump(values(**changes), sort_keys=False))
+    artifacts.write_atomically(file, yaml.safe_dump(values(**changes), sort_keys=False))
     return file

@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from serving import adapters, drain, guard
-from tests import build_adapter
+from tests import build_adapter, build_pipeline
 from tests.build_guarded import NAME, World, start, until
 from tests.build_server import BASE
 
@@ -180,7 +180,7 @@ def test_a_pipeline_file_that_became_invalid_changes_nothing_and_is_reported_onc
     pipeline, planned = world.write()
     build_adapter.promote(world.volumes, pipeline)
     assert until(world.served) == world.model(planned)
-    (world.folder / "pipelines" / "one" / "pipeline.yaml").write_text("adapter: Not A Name\n")
+    build_pipeline.write(world.folder / "pipelines" / "one", adapter="Not A Name")
     until(lambda: "stays in force" in caplog.text)
     time.sleep(0.2)
     assert caplog.text.count("stays in force") == 1
@@ -435,9 +435,11 @@ def test_a_new_base_model_that_cannot_be_served_or_is_damaged_does_not_end_the_s
     old, old_plan = world.write()
     build_adapter.promote(world.volumes, old)
     assert until(world.served) == world.model(old_plan)
-    _, new_plan = world.write(base_model={"source": "builtin:tiny-reference"})
+    asked = {"base_model": {"source": "builtin:tiny-reference"}}
+    _, new_plan = build_adapter.load(world.folder / "not served", **asked)
     build_adapter.base(world.volumes, new_plan)
     (new_plan.base_model.path(world.volumes) / "config.json").write_text("{}")
+    world.write(**asked)  # last: whole for a moment, the new base model would end the server
     until(lambda: "config.json was changed" in caplog.text or world.ended())
     time.sleep(0.2)
     assert caplog.text.count("config.json was changed") == 1
