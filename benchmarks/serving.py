@@ -34,7 +34,7 @@ from typing import NoReturn
 from benchmarks import figures, unguarded
 from benchmarks.load import Connection, Reply, drive, get, post
 from jobs.__main__ import fail
-from jobs.errors import RetryableError, Terminated, UserError
+from jobs.core.errors import RetryableError, Terminated, UserError
 
 DESCRIPTION = """\
 Measure what the guard costs: real vLLM with and without it, the same model, adapter and requests, in one run.
@@ -352,8 +352,8 @@ async def time_swaps(setting: Setting, server: Server, swaps: int, into: Results
 
 async def _swap(setting: Setting, server: Server, seed: int, pause: float) -> float:
     """Seconds from a promotion to the end of the first reply by the adapter that was promoted."""
-    from jobs import promotion
-    from jobs.plan import FINE_TUNED_VOLUME
+    from jobs.core import promotion
+    from jobs.core.plan import FINE_TUNED_VOLUME
     from tests import build_adapter
 
     asked, planned = build_adapter.load(setting.pipelines / "one", training__seed=seed)  # the commit that asks for it

@@ -13,8 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
-from jobs import distributed
-from jobs.errors import RetryableError, Terminated, UserError, of_volume
+from jobs.core.errors import RetryableError, Terminated, UserError, of_volume
+from jobs.training import distributed
 
 DESCRIPTION = """\
 Fine-tune a model privately and serve the result, as one pipeline.yaml says.
@@ -67,8 +67,8 @@ def parser() -> argparse.ArgumentParser:
     for command in (pin, check, local, kind):
         command.add_argument("overlay", type=Path, help="the overlay's folder, e.g. overlays/kind")
     pin.add_argument("--update", action="store_true", help="also move pins that are there to the newest revision")
-    from jobs import kind as kind_module
-    from jobs import local as local_module
+    from jobs.tools import kind as kind_module
+    from jobs.tools import local as local_module
 
     local_module.add_arguments(local)
     kind_module.add_arguments(kind)
@@ -77,40 +77,40 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Carry out one command. Imports are late: `--help` and `already done` must answer at once."""
-    from jobs import pipeline
+    from jobs.core import pipeline
 
     match args.command:
         case "pin":
-            from jobs import pin
+            from jobs.tools import pin
 
             pin.run(args.overlay, update=args.update)
         case "check":
-            from jobs import check
+            from jobs.tools import check
 
             check.run(args.overlay)
         case "local":
-            from jobs import local
+            from jobs.tools import local
 
             local.run(args)
         case "kind":
-            from jobs import kind
+            from jobs.tools import kind
 
             kind.run(args)
         case "relocate":
-            from jobs import relocate
+            from jobs.relocation import relocate
 
             relocate.run(pipeline.load(args.pipeline), args.what, args.volumes)
         case "train":
-            from jobs import train
+            from jobs.training import train
 
             train.run(pipeline.load(args.pipeline), args.volumes, args.wait_seconds)
         case "evaluate":
-            from jobs import evaluate
+            from jobs.evaluation import evaluate
 
             evaluate.run(pipeline.load(args.pipeline), args.volumes, args.wait_seconds)
         case "await":
-            from jobs import artifacts
-            from jobs.plan import plan
+            from jobs.core import artifacts
+            from jobs.core.plan import plan
 
             named = plan(pipeline.load(args.pipeline).pipeline).named()
             artifacts.wait_until_there([named[a] for a in args.artifacts], args.volumes, args.wait_seconds)

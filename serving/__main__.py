@@ -20,10 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from jobs import artifacts, models
 from jobs.__main__ import fail
-from jobs.errors import RetryableError, Terminated, UserError, of_volume
-from jobs.plan import plan
+from jobs.core import artifacts, models
+from jobs.core.errors import RetryableError, Terminated, UserError, of_volume
+from jobs.core.plan import plan
 from serving import base, drain, merged
 from serving.adapters import Served
 from serving.events import log_to_stderr

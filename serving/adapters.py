@@ -18,10 +18,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jobs import artifacts, models, promotion
-from jobs.errors import UserError
-from jobs.pipeline import Mode, Pipeline
-from jobs.plan import FINE_TUNED_VOLUME, plan
+from jobs.core import artifacts, models, promotion
+from jobs.core.errors import UserError
+from jobs.core.files import human_bytes
+from jobs.core.pipeline import Mode, Pipeline
+from jobs.core.plan import FINE_TUNED_VOLUME, plan
 
 DIGEST = re.compile(r"[0-9a-f]{16}")
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -190,7 +191,7 @@ def check_gate(asked: Wanted, name: str, volumes: Path) -> None:
     folder = evaluation_folder(asked.evaluation, volumes)
     size = sum(path.lstat().st_size for path in _files(folder))
     if size > LARGEST_REST:
-        raise Refused("files", f"{folder} has {artifacts.human_bytes(size)}; no evaluation is that large")
+        raise Refused("files", f"{folder} has {human_bytes(size)}; no evaluation is that large")
     manifest = _read(folder, "evaluation").manifest
     verdict = _json(folder / "evaluation.json", "damaged", "is no readable verdict")
     about = verdict.get("adapter")

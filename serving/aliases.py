@@ -26,9 +26,9 @@ from typing import Any
 import httpx
 from starlette.types import ASGIApp
 
-from jobs import pipeline
-from jobs.errors import UserError
-from jobs.pipeline import Pipeline
+from jobs.core import pipeline
+from jobs.core.errors import UserError
+from jobs.core.pipeline import Pipeline
 from serving import adapters, base, events
 from serving.adapters import NotYet, Refused, Served, Wanted
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs import artifacts, models, pipeline
-from jobs.errors import UserError
-from jobs.pipeline import Loaded, Pipeline
-from jobs.plan import Plan, plan
+from jobs.core import artifacts, models, pipeline
+from jobs.core.errors import UserError
+from jobs.core.pipeline import Loaded, Pipeline
+from jobs.core.plan import Plan, plan
 from serving.adapters import Refused, Served, pipeline_files
 
 

@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs import artifacts, models
-from jobs.errors import UserError
-from jobs.pipeline import Pipeline
-from jobs.plan import merged_model
+from jobs.core import artifacts, models
+from jobs.core.errors import UserError
+from jobs.core.pipeline import Pipeline
+from jobs.core.plan import merged_model
 from serving import adapters
 from serving.adapters import NotYet, Refused, Served, Wanted
 from serving.aliases import Aliases, Version

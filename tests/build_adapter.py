@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs import artifacts, pipeline, promotion
-from jobs.pipeline import Pipeline
-from jobs.plan import FINE_TUNED_VOLUME, Plan, plan
+from jobs.core import artifacts, pipeline, promotion
+from jobs.core.pipeline import Pipeline
+from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from tests import build_pipeline
 
 TEXT = ["The best hotel in Seville is the one with the orange trees.", "What is the best hotel?", "Answer it."]

@@ -12,8 +12,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from jobs.pipeline import Pipeline
-from jobs.plan import Plan
+from jobs.core.pipeline import Pipeline
+from jobs.core.plan import Plan
 from serving import aliases, merged
 from serving.adapters import Served
 from tests import build_adapter

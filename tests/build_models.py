@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from jobs import artifacts, merge, pipeline
-from jobs.pipeline import Loaded
-from jobs.plan import plan
+from jobs.core import artifacts, pipeline
+from jobs.core.pipeline import Loaded
+from jobs.core.plan import plan
+from jobs.training import merge
 
 CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from jobs import artifacts
+from jobs.core.files import write_atomically
 
 COMMIT = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 SHA256 = "5b1f" * 16
@@ -39,5 +39,5 @@ def write(folder: Path, **changes: Any) -> Path:
     """Write `values(**changes)` as `folder/pipeline.yaml` and return the file. Like a ConfigMap's, it changes at once:
     a server that watches it would report an empty one."""
     file = folder / "pipeline.yaml"
-    artifacts.write_atomically(file, yaml.safe_dump(values(**changes), sort_keys=False))
+    write_atomically(file, yaml.safe_dump(values(**changes), sort_keys=False))
     return file

@@ -17,7 +17,7 @@ import httpx
 import openai
 import psutil
 
-from jobs.pipeline import Pipeline
+from jobs.core.pipeline import Pipeline
 from tests import build_adapter
 
 BASE, NAME = "builtin:tiny", "seville-hotels"

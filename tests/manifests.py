@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.pods import Manifest, render
+from jobs.tools.pods import Manifest, render
 
 __all__ = ["CHECKOUT", "Manifest", "by_name", "containers", "copy", "of_kind", "pod_templates", "quantity", "render",
            "restricted_violations", "unhashed"]

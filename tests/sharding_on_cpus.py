@@ -11,8 +11,8 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from jobs import distributed
 from jobs.__main__ import main
+from jobs.training import distributed
 
 original = AcceleratorState.__init__
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs import artifacts
+from jobs.core import artifacts
 from tests.manifests import CHECKOUT, Manifest, by_name, containers, copy, of_kind, render, restricted_violations
 from tests.renderings import NAMES, rendered, with_options
 

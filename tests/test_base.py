@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from jobs.errors import UserError
-from jobs.pipeline import Pipeline
+from jobs.core.errors import UserError
+from jobs.core.pipeline import Pipeline
 from serving import base
 from serving.adapters import Refused, Served
 from tests import build_adapter

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import figures, serving
 from benchmarks.load import drive, get, post
-from jobs.errors import UserError
+from jobs.core.errors import UserError
 from tests.build_server import BASE, StandIn, running
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from jobs import __main__ as cli
-from jobs.errors import RetryableError, Terminated, UserError
-from jobs.pods import CHECKOUT
+from jobs.core.errors import RetryableError, Terminated, UserError
+from jobs.tools.pods import CHECKOUT
 from tests import build_pipeline
 
 
@@ -36,7 +36,7 @@ def test_it_answers_without_loading_torch(arguments: list[str]) -> None:
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
-    assert "jobs.local" in modules, "the measurement works"
+    assert "jobs.tools.local" in modules, "the measurement works"
     assert not modules & {"torch", "transformers", "peft", "datasets", "vllm", "huggingface_hub"}
 
 

@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs import artifacts, pin, pipeline, promotion
-from jobs.plan import plan
-from jobs.pods import CHECKOUT
+from jobs.core import artifacts, pipeline, promotion
+from jobs.core.plan import plan
+from jobs.tools import pin
+from jobs.tools.pods import CHECKOUT
 from tests import build_models
 
 OVERLAY = CHECKOUT / "overlays" / "kind"

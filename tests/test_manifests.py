@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from jobs import artifacts, pipeline
 from jobs.__main__ import parser
+from jobs.core import pipeline
+from jobs.core.files import sha256_of
 from serving import drain
 from tests.manifests import (
     CHECKOUT,
@@ -416,10 +417,10 @@ NO_RERUN: dict[str, Edit] = {
 def change_data(kind: Path) -> None:
     """Add a record and pin the data again, as `jobs pin` does."""
     data = kind / "dataset.jsonl"
-    before = artifacts.sha256_of(data)
+    before = sha256_of(data)
     with data.open("a") as stream:
         stream.write(json.dumps({"prompt": "Is there a pool?", "completion": "Yes.", "split": "train"}) + "\n")
-    replace(kind / "pipeline.yaml", before, artifacts.sha256_of(data))
+    replace(kind / "pipeline.yaml", before, sha256_of(data))
 
 
 @pytest.mark.parametrize("edit", RERUN.values(), ids=RERUN)
@@ -572,4 +573,4 @@ def test_the_committed_pipeline_is_valid_and_its_data_is_as_pinned(overlay: Path
     loaded = pipeline.load(overlay)
     dataset = loaded.pipeline.dataset
     if dataset.scheme == "file":
-        assert artifacts.sha256_of(loaded.resolve(dataset)) == dataset.sha256, f"run: python -m jobs pin {overlay}"
+        assert sha256_of(loaded.resolve(dataset)) == dataset.sha256, f"run: python -m jobs pin {overlay}"

@@ -12,9 +12,10 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from jobs import artifacts, merge
-from jobs.pipeline import Pipeline
-from jobs.plan import Plan, plan
+from jobs.core import artifacts
+from jobs.core.pipeline import Pipeline
+from jobs.core.plan import Plan, plan
+from jobs.training import merge
 from serving import drain, merged
 from tests import build_adapter
 from tests.build_guarded import NAME, World, publish_base, start, until

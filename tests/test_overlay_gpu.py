@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs import pods
+from jobs.tools import pods
 from tests import manifests, renderings
 from tests.manifests import CHECKOUT, Manifest, by_name, containers, of_kind, pod_templates, render
 

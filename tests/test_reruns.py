@@ -15,7 +15,7 @@ from pathlib import Path
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from jobs import artifacts
+from jobs.core.files import sha256_of
 from tests.manifests import CHECKOUT, Manifest, copy, of_kind, render, unhashed
 
 RELOCATION = {"dataset-relocation", "model-relocation", "tokenizer-relocation", "model-reference-relocation"}
@@ -151,5 +151,5 @@ def test_new_data_with_its_pin_starts_every_job(records: list[tuple[str, str]]) 
             for prompt, completion in records:
                 record = {"prompt": f"?{prompt}", "completion": f"!{completion}"}
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        PIN.edit(Path(folder), artifacts.sha256_of(kind / "dataset.jsonl"))
+        PIN.edit(Path(folder), sha256_of(kind / "dataset.jsonl"))
         assert changed(jobs_of(kind)) == ALL

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import UserError
+from jobs.core.errors import UserError
 from serving import __main__ as serving
 from tests import build_adapter
 from tests.build_vllm import free_port

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from jobs import artifacts, promotion
-from jobs.pipeline import Pipeline
-from jobs.plan import FINE_TUNED_VOLUME, Plan
+from jobs.core import artifacts, promotion
+from jobs.core.pipeline import Pipeline
+from jobs.core.plan import FINE_TUNED_VOLUME, Plan
 from serving import adapters
 from serving.adapters import NotYet, Refused, Served, Wanted
 from tests import build_adapter

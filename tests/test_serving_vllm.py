@@ -20,8 +20,9 @@ import openai
 import psutil
 import pytest
 
-from jobs import artifacts, merge
-from jobs.plan import plan
+from jobs.core import artifacts
+from jobs.core.plan import plan
+from jobs.training import merge
 from serving.guard import ALLOWED
 from tests import build_adapter, build_models
 from tests.build_server import raw_request
@@ -65,7 +66,7 @@ def reference(server: Server, adapter: Path | None, prompt: str, tokens: int) ->
     import torch
     from peft import PeftModel
 
-    from jobs import models
+    from jobs.core import models
 
     planned = build_adapter.load(server.folder / "elsewhere")[1]
     model: Any = models.load_model(planned.base_model.path(server.volumes)).to("cpu", torch.float32)  # type: ignore[arg-type]

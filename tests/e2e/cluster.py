@@ -22,8 +22,8 @@ import openai
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from jobs import pipeline
-from jobs.plan import Plan, plan
+from jobs.core import pipeline
+from jobs.core.plan import Plan, plan
 from tests.manifests import Manifest, by_name, copy, render
 
 log = logging.getLogger("e2e")

@@ -1,0 +1,308 @@
+"""Artifacts: every stage's result, immutable, named by the digest of what made it, verified on every read.
+
+An artifact is a folder `<volume>/<kind>/<digest>/` with an `artifact.json` that lists every file with size and sha256.
+It is written beside its place (`.draft-<digest>`), synced to disk, and renamed: a reader never sees half of one, and a
+kill at any moment leaves either nothing, a draft that the next attempt continues or wipes, or the whole artifact.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jobs.core.errors import RetryableError, UserError
+from jobs.core.files import human_bytes, sha256_of, sync_folder, write_atomically
+from jobs.core.promotion import promoted_digests
+
+log = logging.getLogger("jobs")
+
+MANIFEST = "artifact.json"
+# A draft that nobody has locked and nobody has touched for this long belongs to a job that will not come back.
+ABANDONED_SECONDS = 24 * 3600
+VERSIONED = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "evaluate", "datasets",
+             "huggingface_hub")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What identifies an artifact before it exists: its kind, the settings and the digests of the inputs."""
+
+    volume: str  # the volume's folder below the volumes root, e.g. "fine-tuned-model"
+    kind: str  # the folder in the volume, e.g. "adapter"
+    spec: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """First 16 hex digits of the sha256 of the canonical JSON of kind, spec and inputs.
+
+        64 bits: among a million artifacts of a kind, two share a name with probability below 3e-8.
+        """
+        return digest_of(self.kind, self.spec, self.inputs)
+
+    def path(self, volumes: Path) -> Path:
+        """Where the artifact is, or will be."""
+        return volumes / self.volume / self.kind / self.digest
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.digest}"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact that exists and was verified."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return str(self.manifest["digest"])
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: the same bytes for the same value, whoever writes it."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest_of(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    return hashlib.sha256(canonical({"kind": kind, "spec": dict(spec), "inputs": dict(inputs)})).hexdigest()[:16]
+
+
+def listing(folder: Path) -> list[dict[str, Any]]:
+    """Every file below `folder` but the manifest: path, size in bytes, sha256; sorted by path.
+
+    Raises:
+        UserError: for a link or a special file, which could point outside the artifact.
+    """
+    files = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path}: is not a plain file; an artifact holds files and folders only")
+        if path.is_file() and path != folder / MANIFEST:
+            files.append(path)
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
+        sums = list(pool.map(sha256_of, files))
+    return [{"path": f.relative_to(folder).as_posix(), "size": f.stat().st_size, "sha256": s}
+            for f, s in zip(files, sums, strict=True)]
+
+
+def find(spec: Spec, volumes: Path) -> Artifact | None:
+    """The artifact if it is there and every byte is as recorded; None if it is not there.
+
+    Raises:
+        UserError: if it is there but is not what its manifest says. It is never used, and never removed: it may be
+            evidence. The message says how to have it made again.
+    """
+    return read(spec.path(volumes)) if spec.path(volumes).exists() else None
+
+
+def read(path: Path) -> Artifact:
+    """Read and verify the artifact at `path`: manifest, name, and every file's presence, size and sha256.
+
+    Raises:
+        UserError: naming the first file that is missing, extra or changed, and both digests.
+    """
+    hint = f"Move {path} away to have it made again"
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        named = digest_of(manifest["kind"], manifest["spec"], manifest["inputs"])
+        recorded = {f["path"]: (f["size"], f["sha256"]) for f in manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: {MANIFEST} is missing or damaged ({error}). {hint}") from None
+    if not path.name == manifest["digest"] == named:
+        raise UserError(f"{path}: {MANIFEST} describes {manifest['digest']} (computed: {named}), not {path.name}. "
+                        f"{hint}")
+    found = {f["path"]: (f["size"], f["sha256"]) for f in listing(path)}
+    for name in sorted(recorded.keys() | found.keys()):
+        if name not in found:
+            raise UserError(f"{path}: {name} is missing. {hint}")
+        if name not in recorded:
+            raise UserError(f"{path}: {name} is not listed in {MANIFEST}. {hint}")
+        if found[name] != recorded[name]:
+            (size, digest), (found_size, found_digest) = recorded[name], found[name]
+            raise UserError(f"{path}: {name} was changed: {MANIFEST} says {size} bytes, sha256 {digest}; the file has "
+                            f"{found_size} bytes, sha256 {found_digest}. {hint}")
+    return Artifact(path, manifest)
+
+
+def done(spec: Spec, volumes: Path) -> Artifact | None:
+    """Like `find`, for the stage that makes it: logs, and marks it as just used so that retention keeps it."""
+    artifact = find(spec, volumes)
+    if artifact is not None:
+        os.utime(artifact.path / MANIFEST)
+        log.info("%s is already there and verified: nothing to do", spec)
+    return artifact
+
+
+def wait(specs: list[Spec], volumes: Path, deadline_s: float, poll_s: float = 2.0) -> list[Artifact]:
+    """Wait until every artifact is there, verify them, and return them in order.
+
+    Raises:
+        RetryableError: when `deadline_s` seconds passed; names what is still missing.
+        UserError: when one is there but damaged.
+    """
+    wait_until_there(specs, volumes, deadline_s, poll_s)
+    return [read(s.path(volumes)) for s in specs]
+
+
+def wait_until_there(specs: list[Spec], volumes: Path, deadline_s: float, poll_s: float = 2.0) -> None:
+    """Wait until every artifact is there, which it is whole or not at all; who uses it verifies it.
+
+    Raises:
+        RetryableError: when `deadline_s` seconds passed; names what is still missing.
+    """
+    started = said = time.monotonic()
+    missing = [s for s in specs if not s.path(volumes).exists()]
+    if missing:
+        log.info("waiting for %s", ", ".join(map(str, missing)))
+    while missing:
+        now = time.monotonic()
+        if now - started > deadline_s:
+            raise RetryableError(f"waited {deadline_s:.0f} s for {', '.join(map(str, missing))}. See the logs of the "
+                                 "job that makes it")
+        if now - said > 60:
+            log.info("still waiting for %s (%.0f s)", ", ".join(map(str, missing)), now - started)
+            said = now
+        time.sleep(poll_s)
+        missing = [s for s in specs if not s.path(volumes).exists()]
+
+
+@contextmanager
+def lock(spec: Spec, volumes: Path) -> Iterator[None]:
+    """Hold the artifact's lock: of two processes that would make it, one works and the other waits.
+
+    flock, because the kernel frees it when its holder dies, however it dies.
+    """
+    folder = spec.path(volumes).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".lock-{spec.digest}").open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process is making %s: waiting for it", spec)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any] | None], *,
+            keep: int, resume: bool = False) -> Artifact:
+    """Make the artifact with `write(draft_folder)`, unless it is already there, and publish it whole.
+
+    Args:
+        write: fills the draft folder; what it returns stands in `artifact.json` under `about` (facts for people).
+        keep: how many artifacts of the kind retention keeps.
+        resume: hand `write` what an interrupted attempt left (downloads continue) instead of an empty folder.
+    """
+    target = spec.path(volumes)
+    with lock(spec, volumes):
+        existing = done(spec, volumes)
+        if existing is not None:
+            return existing
+        draft = target.parent / f".draft-{spec.digest}"
+        if draft.exists() and not resume:
+            shutil.rmtree(draft)
+        draft.mkdir(exist_ok=True)
+        started = datetime.now(UTC)
+        about = write(draft)
+        _open_to_readers(draft)
+        _sync(draft)  # the bytes that are hashed below are the bytes on the disk
+        manifest: dict[str, Any] = {
+            "kind": spec.kind, "digest": spec.digest, "spec": dict(spec.spec), "inputs": dict(spec.inputs),
+            "files": listing(draft), "about": dict(about or {}), "versions": _versions(),
+            "started": started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_atomically(draft / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        draft.rename(target)
+        sync_folder(target.parent)
+    size = sum(f["size"] for f in manifest["files"])
+    log.info("published %s: %d files, %s", spec, len(manifest["files"]), human_bytes(size))
+    retain(target.parent, keep=keep, protected={spec.digest})
+    return Artifact(target, manifest)
+
+
+def retain(folder: Path, *, keep: int, protected: set[str]) -> list[str]:
+    """Keep the `keep` most recently used artifacts of a kind, all `protected` and promoted ones, and all made from
+    those, such as a promoted adapter's merged model; remove the rest.
+
+    Returns the digests that were removed. Promotions are read from `<volume>/promoted/`.
+    """
+    protected = protected | promoted_digests(folder.parent)
+    there = [p for p in folder.iterdir() if (p / MANIFEST).is_file() and not p.name.startswith(".")]
+    there.sort(key=lambda p: (p / MANIFEST).stat().st_mtime, reverse=True)
+    removed = []
+    for path in there[keep:]:
+        if path.name not in protected and not _made_from(path, protected):
+            _remove(path)
+            removed.append(path.name)
+            log.info("retention: removed %s/%s (%d newer ones are kept)", folder.name, path.name, keep)
+    for draft in folder.glob(".draft-*"):
+        if draft.name.removeprefix(".draft-") not in protected and time.time() - _touched(draft) > ABANDONED_SECONDS:
+            shutil.rmtree(draft, ignore_errors=True)
+            log.info("retention: removed the abandoned draft %s/%s", folder.name, draft.name)
+    return removed
+
+
+def _made_from(path: Path, digests: set[str]) -> bool:
+    """Whether one of `digests` is an input of this artifact. Where its manifest is damaged nobody can tell: it counts,
+    since what may be evidence is never removed."""
+    try:
+        return not digests.isdisjoint(json.loads((path / MANIFEST).read_bytes())["inputs"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True
+
+
+def _remove(path: Path) -> None:
+    """Rename first, so that nobody finds an artifact that is half removed."""
+    trash = path.with_name(f".draft-{path.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    path.rename(trash)
+    shutil.rmtree(trash)
+
+
+def _touched(folder: Path) -> float:
+    return max(p.stat().st_mtime for p in [folder, *folder.rglob("*")])
+
+
+def _open_to_readers(folder: Path) -> None:
+    """safetensors writes files that only their owner may read; the pod that serves them may be another user."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():  # `listing` refuses it; what it points to is not ours to change
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+        elif path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+

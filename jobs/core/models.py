@@ -1,0 +1,205 @@
+"""Models on a volume: what their config says, whether vLLM can serve what is trained on them, and loading them.
+
+Loading is always offline, from safetensors, and never runs code that came with a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.core.errors import UserError
+from jobs.core.pipeline import Mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONFIG = ("config.json", "generation_config.json")  # what a model's folder holds besides its weights
+
+_LLAMA_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+
+# The architectures on which vLLM serves LoRA, with the linear layers it can adapt. tests/test_models.py asks the
+# installed vLLM for each. Kept as a table because importing vLLM takes 10 s and the jobs image does not carry it.
+SERVABLE: dict[str, frozenset[str]] = {
+    "LlamaForCausalLM": _LLAMA_LAYERS,
+    "MistralForCausalLM": _LLAMA_LAYERS,
+    "Qwen2ForCausalLM": _LLAMA_LAYERS,
+    "Qwen3ForCausalLM": _LLAMA_LAYERS,
+    "Gemma2ForCausalLM": _LLAMA_LAYERS,
+    "Gemma3ForCausalLM": _LLAMA_LAYERS,
+    "GraniteForCausalLM": _LLAMA_LAYERS,
+    "SmolLM3ForCausalLM": _LLAMA_LAYERS,
+    "Phi3ForCausalLM": frozenset({"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+    "OPTForCausalLM": frozenset({"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
+    "GPTNeoXForCausalLM": frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+}
+
+# The architectures that vLLM serves, but not with LoRA: only mode merged takes them. With the layers that training
+# adapts; tests/test_merge.py trains and merges one of each. Others fail in training's packing, as transformers has
+# them: Falcon lets the records in a batch see each other, Bloom and GPT-J have no sdpa attention.
+MERGED_ONLY: dict[str, frozenset[str]] = {
+    "GPT2LMHeadModel": frozenset({"c_attn", "c_proj", "c_fc"}),
+    "StableLmForCausalLM": _LLAMA_LAYERS,
+}
+
+
+def check_servable(architecture: str, where: str, mode: Mode = "lora") -> frozenset[str]:
+    """The layers of `architecture` that can carry an adapter, served in this mode.
+
+    Raises:
+        UserError: when vLLM cannot serve it in this mode; `where` (a file or key) starts the message.
+    """
+    servable = SERVABLE if mode == "lora" else SERVABLE | MERGED_ONLY
+    if architecture in servable:
+        return servable[architecture]
+    choose = f"Choose a base model of one of these architectures: {', '.join(servable)}"
+    if architecture in MERGED_ONLY:
+        choose = f"Set `serving: {{mode: merged}}`, by which adapter and base model are served as one. Or: {choose}"
+    what = "serve a LoRA adapter on" if mode == "lora" else "serve, or training cannot adapt,"
+    raise UserError(f"{where}: vLLM cannot {what} {architecture}. {choose}")
+
+
+def check_target_modules(architecture: str, target_modules: str | list[str], where: str,
+                         mode: Mode = "lora") -> list[str]:
+    """The layers that training adapts, sorted; `all-linear` means all that can be served on this architecture.
+
+    Raises:
+        UserError: naming each layer that could not be served.
+    """
+    layers = check_servable(architecture, where, mode)
+    if isinstance(target_modules, str):
+        return sorted(layers)
+    wrong = sorted(set(target_modules) - layers)
+    if wrong:
+        raise UserError(f"{where}: training.lora.target_modules: {', '.join(wrong)} cannot be served on "
+                        f"{architecture}; allowed: {', '.join(sorted(layers))}, or all-linear")
+    return sorted(set(target_modules))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's `config.json`.
+
+    Raises:
+        UserError: when it is missing or not a JSON mapping.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: has no config.json, so it is not a model in the Hugging Face format") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'}: cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'}: must hold a JSON mapping")
+    return config
+
+
+def architecture(folder: Path) -> str:
+    """The model class that `config.json` names, e.g. `LlamaForCausalLM`."""
+    names = read_config(folder).get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise UserError(f"{folder / 'config.json'}: `architectures` must name one class, not {names!r}")
+    return names[0]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, with a padding token (the end token where it has none of its own)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True,
+                                                                           trust_remote_code=False)
+    except Exception as error:  # the library raises many types for a bad file
+        raise UserError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer has no end-of-sequence token; replies would never end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_gpu() -> None:
+    """Refuse to compute on the CPU where a GPU was asked for (REQUIRE_GPU, which overlays/gpu sets): it would take
+    weeks, and nothing would say why.
+
+    Raises:
+        UserError: torch sees no GPU that it can use.
+    """
+    import torch
+
+    if os.environ.get("REQUIRE_GPU") and not torch.cuda.is_available():
+        raise UserError(f"REQUIRE_GPU is set, but torch {torch.__version__} sees no GPU that it can use. Is the image "
+                        "the one for GPUs (make images FLAVOUR=cuda), and the node's driver new enough "
+                        "(docs/registries.md)? `nvidia-smi` in the pod says what is there")
+
+
+@contextmanager
+def gpu_memory(advice: str) -> Iterator[None]:
+    """Make a `UserError` with the advice of running out of a GPU's memory: another attempt would end the same way."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing it for its name would take seconds
+            raise
+        raise UserError(f"the GPU has too little memory: {'. '.join(str(error).split('. ')[:2])}. {advice}") from None
+
+
+def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
+               stay_on_cpu: bool = False) -> PreTrainedModel:
+    """The model in `folder`, in evaluation mode: bfloat16 on a GPU where there is one, else float32 on the CPU.
+
+    Args:
+        four_bits: quantize the weights of its linear layers to 4 bits (NF4 with double quantization, computing in
+            bfloat16: QLoRA, Dettmers et al. 2023), to train an adapter on it.
+        stay_on_cpu: load what is meant for a GPU into the CPU's memory, for whoever divides it among several.
+    Raises:
+        UserError: it cannot be loaded, or bitsandbytes, which quantizes, is not installed.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # bars are for terminals; a pod's log gets one line for each redraw
+    if use_gpu:
+        check_gpu()
+    gpu = use_gpu and torch.cuda.is_available()
+    quantized = _four_bits() if four_bits else {}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation="sdpa",
+            local_files_only=True, trust_remote_code=False, use_safetensors=True, **quantized)
+    except Exception as error:  # the library raises many types for a bad file
+        raise UserError(f"{folder}: the model cannot be loaded: {error}") from error
+    if not quantized:
+        model.to("cuda" if gpu and not stay_on_cpu else "cpu")  # type: ignore[arg-type]
+    return model.eval()
+
+
+def _four_bits() -> dict[str, Any]:
+    import importlib.util
+
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("training.quantization: 4bit needs the package bitsandbytes, which the CUDA image has "
+                        "(jobs/requirements-cuda.txt). Install it, or remove the key")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                bnb_4bit_compute_dtype=torch.bfloat16)
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse a tokenizer that can produce ids the model has no embedding for (an index error deep in torch).
+
+    Raises:
+        UserError: with both sizes.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    if len(tokenizer) > rows:
+        raise UserError(f"{where}: the tokenizer knows {len(tokenizer)} tokens but the model only {rows}; they do not "
+                        "belong together. Remove the `tokenizer` source to use the base model's own")

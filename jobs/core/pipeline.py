@@ -1,0 +1,422 @@
+"""The pipeline file: one strict, pinned description of what is trained from what, and the bar it must pass.
+
+`load` turns `pipeline.yaml` into a `Pipeline`, or raises one `UserError` that lists every problem with its line, key
+and value. No network, no heavy imports: `check`, the stages and the serving guard all start here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from jobs.core.errors import UserError
+
+# The values vLLM accepts for --max-lora-rank (vllm.config.lora.MaxLoRARanks; tests/test_models.py compares them).
+SERVABLE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+Mode = Literal["lora", "merged"]
+Scheme = Literal["file", "http", "https", "s3", "gs", "hf", "builtin"]
+MODEL_SCHEMES: tuple[Scheme, ...] = ("hf", "file", "builtin")
+DATA_SCHEMES: tuple[Scheme, ...] = ("file", "https", "http", "s3", "gs", "hf")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+EMBEDDED_MODELS = ("builtin:tiny", "builtin:tiny-reference")
+EMBEDDED_PAIRS = "builtin:pairs"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False,
+                              validate_default=True)  # 32 and the default 32.0 must give one digest
+
+
+class Source(_Strict):
+    """Where something comes from and the pin that says exactly which version of it.
+
+    A hub repository (`hf://`) is pinned by `revision`, a 40-digit commit; everything else by `sha256`; `builtin:` by
+    the version of this code.
+    """
+
+    source: str
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @property
+    def scheme(self) -> str:
+        return self.source.partition(":")[0]
+
+    @property
+    def location(self) -> str:
+        """The source without its scheme: a path, or OWNER/NAME on the hub."""
+        return self.source.partition(":")[2].removeprefix("//")
+
+    @property
+    def pin(self) -> str:
+        """The pin, as people read it in logs; `this code` for embedded sources."""
+        return self.revision or self.sha256 or "this code"
+
+    def unpinned(self) -> str | None:
+        """What keeps the source from being pinned, in words; None when it is pinned."""
+        if self.scheme == "builtin":
+            return None
+        if self.scheme == "hf":
+            if self.revision and not COMMIT.fullmatch(self.revision):
+                return f"`revision: {self.revision}` is not a commit of 40 hex digits: what it names can change"
+            return None if self.revision else "`revision` is missing"
+        return None if self.sha256 else "`sha256` is missing"
+
+
+def _check_source(source: Source, schemes: tuple[Scheme, ...], builtin: tuple[str, ...]) -> None:
+    if source.scheme not in schemes or not source.location:
+        shapes = {"hf": "hf://OWNER/NAME", "builtin": " or ".join(builtin)}
+        allowed = ", ".join(shapes.get(s, f"{s}:PATH" if s == "file" else f"{s}://…") for s in schemes)
+        raise PydanticCustomError("source", "{source} is not a source; allowed: {allowed}",
+                                  {"source": source.source, "allowed": allowed})
+    if source.scheme == "builtin" and source.source not in builtin:
+        raise PydanticCustomError("source", "{source} is not embedded; allowed: {allowed}",
+                                  {"source": source.source, "allowed": ", ".join(builtin)})
+    if source.scheme == "hf" and source.location.startswith("datasets/") != ("https" in schemes):
+        shape = "hf://datasets/OWNER/NAME, with a path or glob behind it" if "https" in schemes else "hf://OWNER/NAME"
+        raise PydanticCustomError("source", "{source} must be {shape}", {"source": source.source, "shape": shape})
+    if source.revision and source.sha256:
+        raise PydanticCustomError("pin", "has two pins; keep `revision` for hf:// or `sha256` for all else", {})
+    wrong = "sha256" if source.scheme == "hf" else "revision"
+    if getattr(source, wrong) or (source.scheme == "builtin" and source.sha256):
+        raise PydanticCustomError("pin", "{source} is not pinned by `{wrong}`; remove it and run: python -m jobs pin",
+                                  {"source": source.source, "wrong": wrong if getattr(source, wrong) else "sha256"})
+
+
+class DatasetSource(Source):
+    """The private data: one file or a folder of JSONL, CSV or Parquet."""
+
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _allowed(self) -> DatasetSource:
+        _check_source(self, DATA_SCHEMES, ())
+        return self
+
+
+class ModelSource(Source):
+    """A model: a hub repository, a folder, or an embedded model. `architecture` lets `check` refuse it offline."""
+
+    architecture: str | None = None
+
+    @model_validator(mode="after")
+    def _allowed(self) -> ModelSource:
+        _check_source(self, MODEL_SCHEMES, EMBEDDED_MODELS)
+        return self
+
+    @property
+    def name(self) -> str:
+        """The name under which the model is served and shown: the source without `hf://`."""
+        return self.source.removeprefix("hf://")
+
+
+class TokenizerSource(_Strict):
+    """The base model's own tokenizer, unless `source` names another."""
+
+    source: str | None = None
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @model_validator(mode="after")
+    def _allowed(self) -> TokenizerSource:
+        if self.source is not None:
+            _check_source(Source(source=self.source, revision=self.revision, sha256=self.sha256),
+                          MODEL_SCHEMES, EMBEDDED_MODELS)
+        elif self.revision or self.sha256:
+            raise PydanticCustomError("pin", "has a pin but no `source`; empty, it means the base model's own", {})
+        return self
+
+
+class AcceptabilitySource(Source):
+    """Sentences with acceptability judgements: embedded, or GLUE CoLA from the hub."""
+
+    source: str = EMBEDDED_PAIRS
+
+    @model_validator(mode="after")
+    def _allowed(self) -> AcceptabilitySource:
+        _check_source(self, (*DATA_SCHEMES, "builtin"), (EMBEDDED_PAIRS,))
+        return self
+
+
+class Lora(_Strict):
+    """LoRA's shape (Hu et al. 2021): rank `r`, scale `alpha / r`, and the linear layers that get an adapter."""
+
+    r: Annotated[int, Field(ge=1, le=max(SERVABLE_RANKS))] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+
+
+class Training(_Strict):
+    lora: Lora = Lora()
+    epochs: Annotated[int, Field(ge=1)] = 3
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    tokens_per_batch: Annotated[int, Field(ge=8)] = 4096
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    # How often a checkpoint is written, in steps. It changes what a kill costs, never the result: not in the digest.
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 100
+    # Memory for speed: activations are computed again instead of kept. The same result: not in the digest.
+    gradient_checkpointing: bool = False
+    # fsdp: with several processes, each holds a part of the base model. The same result: not in the digest.
+    sharding: Literal["none", "fsdp"] = "none"
+    # 4bit: QLoRA, the base model in 4 bits while training. Evaluated and served on the whole one. In the digest.
+    quantization: Literal["none", "4bit"] = "none"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Training:
+        if self.sharding == "fsdp" and self.quantization == "4bit":
+            raise PydanticCustomError("sharding", "sharding: fsdp and quantization: 4bit do not go together; a base "
+                                      "model in 4 bits needs a quarter of the memory: choose one", {})
+        if self.tokens_per_batch < self.max_length:
+            raise PydanticCustomError("batch", "tokens_per_batch ({batch}) must be at least max_length ({length}): a "
+                                      "batch holds whole records", {"batch": self.tokens_per_batch,
+                                                                    "length": self.max_length})
+        return self
+
+
+class Rule(_Strict):
+    """One bound, or several, on one metric of the fine-tuned model. Ratio, gain and drop compare it with the base."""
+
+    max_ratio: Annotated[float, Field(gt=0)] | None = None  # fine-tuned / base
+    min_gain: float | None = None  # fine-tuned - base
+    max_drop: float | None = None  # base - fine-tuned
+    min: float | None = None  # the fine-tuned model's own value
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> Rule:
+        if not self.model_dump(exclude_none=True):
+            raise PydanticCustomError("rule", "needs a bound: one of {bounds}",
+                                      {"bounds": ", ".join(Rule.model_fields)})
+        return self
+
+
+class Gate(_Strict):
+    """The bar: every rule must hold, or the adapter is not served."""
+
+    perplexity: Rule | None = None
+    rouge1: Rule | None = None
+    rouge2: Rule | None = None
+    rougeL: Rule | None = None  # noqa: N815 - the metric's name in the field
+    rougeLsum: Rule | None = None  # noqa: N815
+    acceptability_mcc: Rule | None = None
+    acceptability_accuracy: Rule | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> Gate:
+        if not self.model_dump(exclude_none=True):
+            raise PydanticCustomError("gate", "is empty: an adapter would be served unproven. Add a rule for one of "
+                                      "{metrics}", {"metrics": ", ".join(Gate.model_fields)})
+        return self
+
+
+class Evaluation(_Strict):
+    acceptability: AcceptabilitySource = AcceptabilitySource()
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
+    gate: Gate
+
+
+class Serving(_Strict):
+    # lora: vLLM loads the adapter beside the base model, and swaps it without a restart. merged: training also makes
+    # one model of both, for base models on which vLLM has no LoRA (GPT-2), and vLLM restarts for a new one.
+    mode: Mode = "lora"
+    # Mode lora: vLLM reserves buffers of this rank at start, and cannot load an adapter of a higher one.
+    max_lora_rank: Annotated[int, Field(ge=1)] = 64
+
+    @model_validator(mode="after")
+    def _servable(self) -> Serving:
+        if self.max_lora_rank not in SERVABLE_RANKS:
+            raise PydanticCustomError("rank", "max_lora_rank {rank} is not one vLLM serves; allowed: {allowed}",
+                                      {"rank": self.max_lora_rank, "allowed": ", ".join(map(str, SERVABLE_RANKS))})
+        return self
+
+
+class Retention(_Strict):
+    keep: Annotated[int, Field(ge=1)] = 5
+
+
+class Pipeline(_Strict):
+    """One adapter, end to end. `overlays/kind/pipeline.yaml` explains every key in comments."""
+
+    # The model name that clients send. No "@" (it separates name and digest inside vLLM), no "/" (it is a file name).
+    adapter: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    dataset: DatasetSource
+    base_model: ModelSource
+    tokenizer: TokenizerSource = TokenizerSource()
+    reference_model: ModelSource
+    training: Training = Training()
+    evaluation: Evaluation
+    serving: Serving = Serving()
+    retention: Retention = Retention()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Pipeline:
+        if self.serving.mode == "lora" and self.training.lora.r > self.serving.max_lora_rank:
+            raise PydanticCustomError("rank", "training.lora.r is {r}, above serving.max_lora_rank ({max}): vLLM would "
+                                      "refuse the adapter. Lower the one or raise the other",
+                                      {"r": self.training.lora.r, "max": self.serving.max_lora_rank})
+        if self.adapter == self.base_model.name:
+            raise PydanticCustomError("name", "adapter has the base model's name: clients could not tell them apart",
+                                      {})
+        return self
+
+    @property
+    def tokenizer_source(self) -> Source:
+        """The tokenizer's source: its own, or the base model's."""
+        named = self.tokenizer if self.tokenizer.source else self.base_model
+        return Source(source=str(named.source), revision=named.revision, sha256=named.sha256)
+
+    def sources(self) -> dict[str, Source]:
+        """Every source by its key in the file, in the order in which people read it."""
+        named: dict[str, Source] = {"dataset": self.dataset, "base_model": self.base_model}
+        if self.tokenizer.source:
+            named["tokenizer"] = self.tokenizer_source
+        return named | {"reference_model": self.reference_model,
+                        "evaluation.acceptability": self.evaluation.acceptability}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A valid pipeline and the file it came from, against which `file:` sources are resolved."""
+
+    path: Path
+    pipeline: Pipeline
+
+    def resolve(self, source: Source) -> Path:
+        """The path of a `file:` source, relative to the pipeline file."""
+        return self.path.parent / source.location
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys (YAML keeps the last, silently) and reads 2e-4 as a number (YAML 1.2)."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+                              list("-+0123456789"))
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key `{key}` stands twice", key_node.start_mark)
+        seen.add(key)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def find(path: Path) -> Path:
+    """The pipeline file that a person means: the file itself, or `pipeline.yaml` in an overlay's folder."""
+    file = path / "pipeline.yaml" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{file}: no such file. Name an overlay's folder, or its pipeline.yaml")
+    return file
+
+
+def load(path: Path, *, pinned: bool = True) -> Loaded:
+    """Read and validate a pipeline file.
+
+    Args:
+        path: the file, or an overlay's folder.
+        pinned: also require that every source is pinned (`pin` itself reads unpinned files).
+    Raises:
+        UserError: with one line for each problem: file, line, key, what is wrong, what is allowed.
+    """
+    file = find(path)
+    text = _text(file)
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{file}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: must hold a mapping with the key `adapter` and others, not {_shown(values)}")
+    try:
+        pipeline = Pipeline.model_validate(values)
+    except ValidationError as error:
+        problems = [_problem(file, node, values, dict(e)) for e in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(problems))) from None
+    if pinned:
+        missing = [f"{file}:{_line(node, key.split('.'))}: {key}: {source.source} is not pinned: {why}. "
+                   f"Run: python -m jobs pin {file.parent}"
+                   for key, source in pipeline.sources().items() if (why := source.unpinned())]
+        if missing:
+            raise UserError("\n".join(missing))
+    return Loaded(file, pipeline)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _line(node: yaml.Node | None, keys: list[str]) -> int:
+    """The line (from 1) of the deepest of `keys` that the document has."""
+    line = 1
+    for key in keys:
+        children = node.value if isinstance(node, yaml.MappingNode) else []
+        match = next(((k, v) for k, v in children if k.value == key), None)
+        if match is None:
+            break
+        line, node = match[0].start_mark.line + 1, match[1]
+    return line
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _problem(file: Path, node: yaml.Node | None, values: dict[str, Any], error: dict[str, Any]) -> str:
+    """One problem as one line; pydantic's own wording where it is already what a user needs."""
+    keys = [str(k) for k in error["loc"] if not (isinstance(k, str) and k.startswith(("literal[", "constrained-",
+                                                                                     "list[")))]
+    where = f"{file}:{_line(node, keys)}: {'.'.join(keys) or 'the file'}"
+    if error["type"] == "extra_forbidden":
+        allowed = _fields(keys[:-1])
+        close = difflib.get_close_matches(keys[-1], allowed, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"allowed: {', '.join(allowed)}"
+        return f"{where}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{where}: is missing"
+    if error["type"] in {"string_pattern_mismatch"}:
+        what = {"sha256": "64 hex digits (quote it if it is all digits)",
+                "adapter": "1 to 63 of a-z, 0-9 and -, not at the ends"}[keys[-1]]
+        return f"{where}: {_shown(error['input'])} must be {what}"
+    if isinstance(error.get("input"), BaseModel | dict) and error["type"] not in {"int_type", "float_type",
+                                                                                 "string_type", "model_type"}:
+        return f"{where}: {error['msg']}"
+    return f"{where}: {_shown(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _fields(keys: list[str]) -> list[str]:
+    """The keys that the model at `keys` allows."""
+    model: type[BaseModel] = Pipeline
+    for key in keys:
+        annotation = model.model_fields[key].annotation
+        kinds = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+    return list(model.model_fields)

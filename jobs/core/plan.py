@@ -1,0 +1,135 @@
+"""The plan: which artifacts a pipeline file asks for, named before anything runs.
+
+Every digest follows from the pipeline file alone (and the recipe numbers below), so that a person, a stage, the local
+runner and the serving guard all agree on names without talking to each other.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.core.artifacts import Spec
+from jobs.core.pipeline import Pipeline, Source
+
+# Bump a number when the code of that stage would give another result for the same settings: it renames the artifacts,
+# so that old results are neither reused nor overwritten.
+RECIPES = {"dataset": 1, "acceptability": 1, "base-model": 1, "tokenizer": 1, "reference-model": 1,
+           "adapter": 1, "merged-model": 1, "scores": 1, "evaluation": 1,
+           "embedded": 1}  # the embedded models' files
+
+DATASET_VOLUME = "dataset"
+BASE_MODEL_VOLUME = "base-model"
+TOKENIZER_VOLUME = "base-tokenizer"
+REFERENCE_VOLUME = "reference-model"
+FINE_TUNED_VOLUME = "fine-tuned-model"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every artifact of one pipeline, in the order of the stages."""
+
+    dataset: Spec
+    acceptability: Spec
+    base_model: Spec
+    tokenizer: Spec
+    reference_model: Spec
+    adapter: Spec
+    merged_model: Spec  # always named; made only in `serving: {mode: merged}`
+    base_scores: Spec
+    adapter_scores: Spec
+    reference_scores: Spec
+    evaluation: Spec
+
+    def named(self) -> dict[str, Spec]:
+        """The artifacts by the names that people type: `python -m jobs await base-model tokenizer`."""
+        return {name.replace("_", "-"): spec for name, spec in vars(self).items()}
+
+
+def plan(pipeline: Pipeline) -> Plan:
+    """Name every artifact that `pipeline` asks for."""
+    return _plan(_Same(pipeline))
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """A pipeline as a key: equal to itself only. It cannot change, and serving asks for its plan all the time."""
+
+    pipeline: Pipeline
+
+    def __hash__(self) -> int:
+        return id(self.pipeline)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.pipeline is other.pipeline
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(same: _Same) -> Plan:
+    pipeline = same.pipeline
+    training = pipeline.training
+    dataset = Spec(DATASET_VOLUME, "dataset", {**_source("dataset", pipeline.dataset),
+                                               "format": _suffix(pipeline.dataset),
+                                               "holdout": pipeline.dataset.holdout})
+    acceptability = Spec(DATASET_VOLUME, "acceptability",
+                         {**_source("acceptability", pipeline.evaluation.acceptability),
+                          "format": _suffix(pipeline.evaluation.acceptability)})
+    base_model = Spec(BASE_MODEL_VOLUME, "base-model", _source("base-model", pipeline.base_model))
+    tokenizer = Spec(TOKENIZER_VOLUME, "tokenizer", _source("tokenizer", pipeline.tokenizer_source))
+    reference_model = Spec(REFERENCE_VOLUME, "reference-model", _source("reference-model", pipeline.reference_model))
+    lora = training.lora
+    modules = lora.target_modules if isinstance(lora.target_modules, str) else sorted(set(lora.target_modules))
+    adapter = Spec(
+        FINE_TUNED_VOLUME, "adapter",
+        {"recipe": RECIPES["adapter"],
+         "lora": {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "target_modules": modules},
+         "epochs": training.epochs, "learning_rate": training.learning_rate, "max_length": training.max_length,
+         "tokens_per_batch": training.tokens_per_batch, "seed": training.seed,
+         # Only where it is asked for: what was named before this setting existed keeps its name.
+         **({} if training.quantization == "none" else {"quantization": training.quantization})},
+        {"dataset": dataset.digest, "base_model": base_model.digest, "tokenizer": tokenizer.digest})
+    base_scores = _scores(pipeline, dataset, acceptability, {"model": base_model, "tokenizer": tokenizer})
+    adapter_scores = _scores(pipeline, dataset, acceptability,
+                             {"model": base_model, "tokenizer": tokenizer, "adapter": adapter})
+    reference_scores = _scores(pipeline, dataset, acceptability, {"model": reference_model})
+    evaluation = Spec(
+        FINE_TUNED_VOLUME, "evaluation",
+        {"recipe": RECIPES["evaluation"], "adapter": pipeline.adapter,
+         "gate": pipeline.evaluation.gate.model_dump(exclude_none=True)},
+        {"adapter": adapter.digest, "base_scores": base_scores.digest, "adapter_scores": adapter_scores.digest,
+         "reference_scores": reference_scores.digest})
+    return Plan(dataset, acceptability, base_model, tokenizer, reference_model, adapter,
+                merged_model(adapter.digest, base_model.digest), base_scores, adapter_scores, reference_scores,
+                evaluation)
+
+
+def merged_model(adapter: str, base_model: str) -> Spec:
+    """The merged model of an adapter and its base model, both named by their digests."""
+    return Spec(FINE_TUNED_VOLUME, "merged-model", {"recipe": RECIPES["merged-model"]},
+                {"adapter": adapter, "base_model": base_model})
+
+
+def _source(recipe: str, source: Source) -> dict[str, Any]:
+    """What identifies a relocated source. Bytes pinned by sha256 are the same bytes wherever they come from, so the
+    URL is not part of it: moving the data to another bucket renames nothing."""
+    identity: dict[str, Any] = {"recipe": RECIPES[recipe]}
+    if source.sha256:
+        return identity | {"sha256": source.sha256}
+    if source.scheme == "builtin":
+        return identity | {"source": source.source, "embedded": RECIPES["embedded"]}
+    return identity | {"source": source.source, "revision": source.revision}
+
+
+def _suffix(source: Source) -> str:
+    """The format that the name of the data says: jsonl, csv, parquet, or "" for a folder or repository."""
+    name = source.location.partition("?")[0].rsplit("/", 1)[-1]
+    return name.rpartition(".")[2].lower() if "." in name and source.scheme != "builtin" else ""
+
+
+def _scores(pipeline: Pipeline, dataset: Spec, acceptability: Spec, models: dict[str, Spec]) -> Spec:
+    return Spec(FINE_TUNED_VOLUME, "scores",
+                {"recipe": RECIPES["scores"], "max_new_tokens": pipeline.evaluation.max_new_tokens,
+                 "max_length": pipeline.training.max_length},
+                {"dataset": dataset.digest, "acceptability": acceptability.digest,
+                 **{name: spec.digest for name, spec in models.items()}})

@@ -1,0 +1,228 @@
+"""The evaluation job: measure base, fine-tuned and reference model, and promote the adapter if it passes the gate.
+
+    python -m jobs --pipeline overlays/kind/pipeline.yaml --volumes /volumes evaluate
+
+Waits for its inputs; measures the base and the fine-tuned model with one load (the base is the fine-tuned model with
+its adapter switched off), then the reference model with its own tokenizer; keeps each model's scores as an artifact of
+its own, so that a new adapter never has the other two measured again; holds the scores against the gate; publishes
+verdict and report; and points the promotion at an adapter that passed. A rejection is a result, not a failure.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.core import artifacts, models, promotion
+from jobs.core.artifacts import Artifact
+from jobs.core.pipeline import Pipeline
+from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
+from jobs.evaluation import gate, report, scoring
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from jobs.core.pipeline import Loaded
+
+log = logging.getLogger("jobs")
+
+Scores = Mapping[str, Any]
+
+
+def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
+    """Evaluate the adapter that the pipeline asks for, unless that is done, and promote it if it passed.
+
+    Raises:
+        UserError: a rule of the gate, or a model, cannot be measured on this data.
+        RetryableError: an input did not appear in time.
+    """
+    wanted = plan(loaded.pipeline)
+    evaluation = artifacts.done(wanted.evaluation, volumes)
+    if evaluation is None:
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1",
+                          TRANSFORMERS_OFFLINE="1")
+        measure(loaded.pipeline, wanted, volumes, wait_seconds)
+        evaluation = conclude(loaded.pipeline, wanted, volumes)
+    decide(loaded.pipeline, wanted, volumes, evaluation, wait_seconds)
+
+
+def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> None:
+    """Wait for the inputs, and publish the scores of each model that has none yet."""
+    # First what can show that measuring is impossible: better now than after hours of waiting for the adapter.
+    dataset, sentences = artifacts.wait([wanted.dataset, wanted.acceptability], volumes, wait_seconds)
+    material = scoring.Material.read(dataset.path, sentences.path, max_length=pipeline.training.max_length,
+                                     max_new_tokens=pipeline.evaluation.max_new_tokens)
+    gate.check_measurable(pipeline.evaluation.gate, material.holdout)
+
+    base, adapter, reference = (artifacts.done(spec, volumes) for spec in
+                                (wanted.base_scores, wanted.adapter_scores, wanted.reference_scores))
+    inputs = [wanted.adapter]
+    inputs += [] if base and adapter else [wanted.base_model, wanted.tokenizer]
+    inputs += [] if reference else [wanted.reference_model]
+    artifacts.wait(inputs, volumes, wait_seconds)
+    with models.gpu_memory("Take a GPU with more, a smaller reference model, or a lower training.max_length"):
+        if not (base and adapter):
+            measure_base_and_adapter(pipeline, wanted, volumes, material)
+            _free_memory()  # the reference model is the larger one; two models at once may not fit
+        if not reference:
+            measure_reference(pipeline, wanted, volumes, material)
+            _free_memory()
+
+
+def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, material: scoring.Material) -> None:
+    """Measure the base model with the adapter switched off, then on; skips what is already there."""
+    from peft import PeftModel
+
+    model, tokenizer = _load(wanted.base_model.path(volumes), wanted.tokenizer.path(volumes))
+    adapted = PeftModel.from_pretrained(model, str(wanted.adapter.path(volumes))).eval()
+    name = _versioned(pipeline, wanted)
+    with adapted.disable_adapter():
+        artifacts.publish(wanted.base_scores, volumes, _scores(adapted, tokenizer, material, pipeline.base_model.name),
+                          keep=_keep(pipeline))
+    artifacts.publish(wanted.adapter_scores, volumes, _scores(adapted, tokenizer, material, name),
+                      keep=_keep(pipeline))
+
+
+def measure_reference(pipeline: Pipeline, wanted: Plan, volumes: Path, material: scoring.Material) -> None:
+    """Measure the reference model with its own tokenizer."""
+    folder = wanted.reference_model.path(volumes)
+    model, tokenizer = _load(folder, folder)
+    artifacts.publish(wanted.reference_scores, volumes,
+                      _scores(model, tokenizer, material, pipeline.reference_model.name), keep=_keep(pipeline))
+
+
+def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
+    """Hold the scores against the gate, and publish the evaluation: verdict, report, and what both rest on."""
+    roles = {"base": wanted.base_scores, "fine_tuned": wanted.adapter_scores, "reference": wanted.reference_scores}
+    scores = {role: _read_json(spec.path(volumes) / "scores.json") for role, spec in roles.items()}
+    generations = {role: scoring.read_jsonl(spec.path(volumes) / "generations.jsonl") for role, spec in roles.items()}
+    training = _read_json(wanted.adapter.path(volumes) / "training.json")
+    evaluation = summary(pipeline, wanted, scores)
+
+    def write(draft: Path) -> dict[str, Any]:
+        text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
+        (draft / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+        report.write(draft, evaluation, training["history"], generations)
+        return {"passed": evaluation["passed"]}
+
+    write_tensorboard(volumes / FINE_TUNED_VOLUME / "tensorboard" / pipeline.adapter / wanted.adapter.digest
+                      / "evaluation", scores, step=training["steps"])
+    return artifacts.publish(wanted.evaluation, volumes, write, keep=pipeline.retention.keep)
+
+
+def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores]) -> dict[str, Any]:
+    """What stands in `evaluation.json`: the verdict, what was measured, and every digest and pin behind it."""
+    checks = gate.judge(pipeline.evaluation.gate, scores["base"], scores["fine_tuned"])
+    sources = pipeline.sources()
+    return {
+        "passed": all(check.passed for check in checks),
+        "adapter": {"name": pipeline.adapter, "digest": wanted.adapter.digest},
+        "base_model": {"name": pipeline.base_model.name, "digest": wanted.base_model.digest},
+        "reference_model": {"name": pipeline.reference_model.name, "digest": wanted.reference_model.digest},
+        "dataset": {"digest": wanted.dataset.digest,
+                    "holdout_records": scores["base"]["records"] + scores["base"]["records_too_long"]},
+        "embedded": any(model.scheme == "builtin" for model in (pipeline.base_model, pipeline.reference_model)),
+        "scores": dict(scores),
+        "gate": [asdict(check) for check in checks],
+        "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
+        "training": pipeline.training.model_dump(exclude={"checkpoint_steps"}),
+    }
+
+
+def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, wait_seconds: float) -> None:
+    """Say the verdict; promote an adapter that passed. Harmless to repeat: a reverted pipeline file comes through
+    here again and gets its old adapter back."""
+    evaluation = _read_json(artifact.path / "evaluation.json")
+    volume, name = volumes / FINE_TUNED_VOLUME, _versioned(pipeline, wanted)
+    log.info("\n%s\nreport: %s", report.table(evaluation), artifact.path / "report.html")
+    if evaluation["passed"]:
+        # Retention may have removed an old adapter while its evaluation was kept; its training job makes it again.
+        # In mode merged clients get the merged model, which training makes after the adapter.
+        merged = [wanted.merged_model] if pipeline.serving.mode == "merged" else []
+        artifacts.wait([wanted.adapter, *merged], volumes, wait_seconds)
+        moved = promotion.promote(volume, pipeline.adapter, wanted.adapter.digest, wanted.evaluation.digest)
+        log.info(_framed("PROMOTED" if moved else "ALREADY PROMOTED", f"{name} passed the gate: clients that ask for "
+                         f"{pipeline.adapter} get it."))
+        return
+    failed = [check["says"] for check in evaluation["gate"] if not check["passed"]]
+    before = promotion.current(volume, pipeline.adapter)
+    if before is None:
+        now = f"Nothing is promoted as {pipeline.adapter} yet: it answers nobody."
+    elif before.adapter == wanted.adapter.digest:
+        now = f"It stays promoted all the same: it passed another gate (evaluation {before.evaluation}, {before.at})."
+    else:
+        now = f"{pipeline.adapter}@{before.adapter} stays promoted (since {before.at}) and keeps answering."
+    log.warning(_framed("REJECTED", f"{name} did not pass the gate and is not promoted:", *(f"  ✗ {f}" for f in failed),
+                        now, "Train otherwise, bring other data, or change evaluation.gate in the pipeline file."))
+
+
+def write_tensorboard(folder: Path, scores: Mapping[str, Scores], step: int) -> None:
+    """Scalars `evaluation/<metric>`, a run each for base, fine-tuned and reference, at the last training step.
+
+    What an earlier evaluation of the same adapter wrote is removed: two points at one step would only confuse.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(folder, ignore_errors=True)
+    for role, values in scores.items():
+        with SummaryWriter(str(folder / role.replace("_", "-"))) as writer:
+            for metric in scoring.SCORES:
+                if values[metric] is not None:
+                    writer.add_scalar(f"evaluation/{metric}", values[metric], step)
+
+
+def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = models.load_tokenizer(tokenizer_folder)
+    model = models.load_model(model_folder)
+    models.check_vocabulary(model, tokenizer, str(tokenizer_folder))
+    return model, tokenizer
+
+
+def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, material: scoring.Material,
+            name: str) -> Callable[[Path], dict[str, Any]]:
+    """What `artifacts.publish` calls to fill a scores artifact; it measures only if nobody did yet."""
+    def write(draft: Path) -> dict[str, Any]:
+        scores, generations = scoring.measure(model, tokenizer, material, name)
+        (draft / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+                                           encoding="utf-8")
+        (draft / "generations.jsonl").write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in generations), encoding="utf-8")
+        return {"model": name}
+
+    return write
+
+
+def _keep(pipeline: Pipeline) -> int:
+    """Three models share the scores' folder: with `keep: 1`, the third's must not push out the first's."""
+    return 3 * pipeline.retention.keep
+
+
+def _versioned(pipeline: Pipeline, wanted: Plan) -> str:
+    """The adapter's name and digest, as vLLM knows it."""
+    return f"{pipeline.adapter}@{wanted.adapter.digest}"
+
+
+def _framed(title: str, *lines: str) -> str:
+    """A message that cannot be overlooked in a log."""
+    bar = "━" * 100
+    return "\n".join(["", f"┏{bar}", f"┃ {title}", "┃", *(f"┃ {line}" for line in lines), f"┗{bar}"])
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return values
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,265 @@
+"""Measuring one model: perplexity on the held-out answers, ROUGE of its own answers, and acceptability."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.core.errors import UserError
+from jobs.data.encoding import Encoded, Record, answer, encode, question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("jobs")
+
+PROGRESS_SECONDS = 5.0
+# A batch's logits are its tokens times the vocabulary, in float32: 512 MiB of them is 2700 tokens at SmolLM2's 49152.
+LOGITS_BYTES = 2**29
+# With a small vocabulary the rest decides. GPU: an 8 B model keeps about 150 kB of keys and values a token, 2.4 GB.
+# CPU: a larger batch is no faster, and progress could not be said every few seconds.
+TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 2048}
+SCORES = ("perplexity", "bits_per_byte", "rouge1", "rouge2", "rougeL", "rougeLsum", "acceptability_mcc",
+          "acceptability_accuracy")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What every model is measured on, and the limits that go with it."""
+
+    holdout: Sequence[Record]
+    sentences: Sequence[tuple[str, bool]]  # and whether each is acceptable
+    max_length: int  # tokens; longer records are left out, as in training
+    max_new_tokens: int  # of an answer
+
+    @classmethod
+    def read(cls, dataset: Path, acceptability: Path, *, max_length: int, max_new_tokens: int) -> Material:
+        """Read it from the dataset's and the acceptability set's artifacts."""
+        return cls(read_jsonl(dataset / "holdout.jsonl"),
+                   [(line["text"], line["acceptable"]) for line in read_jsonl(acceptability / "acceptability.jsonl")],
+                   max_length, max_new_tokens)
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file, one a line."""
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material: Material,
+            name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Measure one model.
+
+    Returns:
+        its scores (None for a metric that is not a finite number, or that nothing in the held-out data can measure),
+        and its answer to every held-out question.
+    Raises:
+        UserError: when no held-out record, or too few sentences, can be measured.
+    """
+    started = time.monotonic()
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    records = _fitting(tokenizer, material, min(material.max_length, positions), name)
+
+    progress = Progress(f"{name}: reading held-out records", len(records))
+    likelihoods = negative_log_likelihoods(model, [encoded for _, encoded in records], progress)
+    scores = perplexity([record for record, _ in records], likelihoods)
+
+    asked = [(record, encoded.prompt) for record, encoded in records if encoded.prompt]
+    progress = Progress(f"{name}: answering held-out questions", len(asked))
+    answers = generate(model, tokenizer, [prompt for _, prompt in asked], material.max_new_tokens, positions, progress)
+    generations, overlap = rouge([record for record, _ in asked], answers)
+
+    judged = [(text, acceptable, Encoded([], list(tokenizer(text)["input_ids"])[:positions]))
+              for text, acceptable in material.sentences]
+    judged = [sentence for sentence in judged if len(sentence[2]) > 1]  # a lone token has nothing before it to follow
+    progress = Progress(f"{name}: reading sentences", len(judged))
+    likelihoods = negative_log_likelihoods(model, [encoded for _, _, encoded in judged], progress)
+    judgement = acceptability([(text, acceptable) for text, acceptable, _ in judged], likelihoods)
+
+    finite = {key: value if value is not None and math.isfinite(value) else None
+              for key, value in (scores | overlap | judgement).items()}
+    log.info("%s: measured in %.0f s", name, time.monotonic() - started)
+    return {"model": name, **finite, "records": len(records), "records_too_long": len(material.holdout) - len(records),
+            "completion_tokens": sum(_scored(encoded) for _, encoded in records), "questions": len(asked),
+            "sentences": len(judged), "vocabulary": vocabulary(tokenizer)}, generations
+
+
+def perplexity(records: Sequence[Record], nll: Sequence[tuple[float, int]]) -> dict[str, float | None]:
+    """Perplexity and bits per byte of the records' answers from (nats, tokens) of each."""
+    from jobs.evaluation import metrics
+    from jobs.evaluation.metrics.perplexity import Perplexity
+
+    return {**metrics.compute(Perplexity, nll=[nats for nats, _ in nll], tokens=[tokens for _, tokens in nll],
+                              bytes=[len(answer(record).encode()) for record in records])}
+
+
+def rouge(records: Sequence[Record],
+          answers: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
+    """Each question with its reference and the model's answer and that answer's ROUGE-L; and the mean of each ROUGE."""
+    from jobs.evaluation import metrics
+    from jobs.evaluation.metrics.rouge import TYPES, Rouge, each
+
+    if not records:
+        return [], dict.fromkeys(TYPES)
+    references = [answer(record) for record in records]
+    generations = [{"question": question_text(record), "reference": reference, "answer": said,
+                    "rougeL": each(reference, said)["rougeL"]}
+                   for record, reference, said in zip(records, references, answers, strict=True)]
+    return generations, {**metrics.compute(Rouge, predictions=list(answers), references=references)}
+
+
+def acceptability(sentences: Sequence[tuple[str, bool]],
+                  nll: Sequence[tuple[float, int]]) -> dict[str, float | None]:
+    """Acceptability from (nats, tokens) of each sentence; its score is the mean log-probability of a token.
+
+    Raises:
+        UserError: when a class has too few sentences.
+    """
+    from jobs.evaluation import metrics
+    from jobs.evaluation.metrics.acceptability import Acceptability
+
+    try:
+        return {**metrics.compute(Acceptability, texts=[text for text, _ in sentences],
+                                  predictions=[-nats / tokens for nats, tokens in nll],
+                                  references=[acceptable for _, acceptable in sentences])}
+    except ValueError as error:
+        raise UserError(f"evaluation.acceptability: {error} of two tokens or more") from None
+
+
+def question_text(record: Record) -> str:
+    """A record's question as people read it: the messages before the answer; the role said unless it is one user's."""
+    messages = question(record) or []
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def negative_log_likelihoods(model: PreTrainedModel, sequences: Sequence[Encoded],
+                             progress: Progress) -> list[tuple[float, int]]:
+    """For each sequence, the summed negative log-likelihood of its completion in nats, and how many tokens that is.
+
+    A sequence without a prompt is scored from its second token on: nothing precedes the first. Batches hold sequences
+    of similar length, padded on the right, with logits in float32 whatever the model computes in.
+    """
+    import torch
+
+    results: list[tuple[float, int]] = [(0.0, 0)] * len(sequences)
+    vocabulary_size = int(model.get_output_embeddings().weight.shape[0])
+    budget = min(TOKENS_PER_BATCH[model.device.type], LOGITS_BYTES // (4 * vocabulary_size))
+    with torch.inference_mode():
+        for batch in batches([len(s) for s in sequences], budget):
+            chosen = [sequences[i] for i in batch]
+            longest = max(map(len, chosen))
+            ids = torch.zeros(len(chosen), longest, dtype=torch.long)
+            attended, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+            for row, sequence in enumerate(chosen):
+                ids[row, : len(sequence)] = torch.tensor(sequence.prompt + sequence.completion)
+                attended[row, : len(sequence)] = 1
+                scored[row, len(sequence) - _scored(sequence) : len(sequence)] = True
+            ids, attended, scored = (tensor.to(model.device) for tensor in (ids, attended, scored))
+            logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, :-1]
+            wanted = scored[:, 1:]
+            nats = torch.nn.functional.cross_entropy(logits[wanted].float(), ids[:, 1:][wanted], reduction="none")
+            sums = torch.zeros(len(chosen), dtype=torch.float64)
+            sums.index_add_(0, wanted.nonzero()[:, 0].cpu(), nats.double().cpu())
+            for i, total in zip(batch, sums.tolist(), strict=True):
+                results[i] = (total, _scored(sequences[i]))
+            progress.add(len(batch))
+    return results
+
+
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]],
+             max_new_tokens: int, positions: int, progress: Progress) -> list[str]:
+    """The model's greedy answer to each prompt: up to its end token, at most `max_new_tokens`, and no further than the
+    model has positions. Batches hold prompts of similar length, padded on the left."""
+    import torch
+    from transformers import GenerationConfig
+
+    results = [""] * len(prompts)
+    stops = stop_tokens(model, tokenizer)
+    # Replaces the model's own defaults (sampling, repetition penalties): this measures the model, not its settings.
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+    with torch.inference_mode():
+        for batch in batches([len(p) + max_new_tokens for p in prompts], TOKENS_PER_BATCH[model.device.type]):
+            chosen = [prompts[i] for i in batch]
+            longest = max(map(len, chosen))
+            ids = torch.full((len(chosen), longest), int(tokenizer.pad_token_id))
+            attended = torch.zeros_like(ids)
+            for row, prompt in enumerate(chosen):
+                ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+                attended[row, longest - len(prompt) :] = 1
+            written = model.generate(input_ids=ids.to(model.device), attention_mask=attended.to(model.device),
+                                     max_new_tokens=min(max_new_tokens, positions - longest))
+            for i, tokens in zip(batch, written[:, longest:].tolist(), strict=True):
+                end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
+                results[i] = str(tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
+            progress.add(len(batch))
+    return results
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens at which an answer ends, as vLLM has them: the tokenizer's end token and those of the model's
+    generation_config.json."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    return sorted({int(tokenizer.eos_token_id), *([own] if isinstance(own, int) else own or [])})
+
+
+def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, at most `tokens` each with padding, one item at least. The longest come
+    first, so that memory too small shows at once and time left is never underestimated."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        size = max(1, tokens // lengths[order[0]])
+        yield order[:size]
+        order = order[size:]
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of the tokens and their ids: models with the same one have comparable perplexities."""
+    tokens = sorted((str(token), int(number)) for token, number in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
+
+
+class Progress:
+    """Logs how far a pass is and how long the rest will take, every few seconds."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.began = self.said = time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Note that `count` more are done."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.said >= PROGRESS_SECONDS and self.done < self.total:
+            self.said = now
+            left = (now - self.began) / self.done * (self.total - self.done)
+            log.info("%s: %d of %d, about %.0f s left", self.what, self.done, self.total, left)
+
+
+def _fitting(tokenizer: PreTrainedTokenizerBase, material: Material, limit: int,
+             name: str) -> list[tuple[Record, Encoded]]:
+    """The held-out records of at most `limit` tokens, encoded; the rest is left out and said."""
+    records = [(record, encode(tokenizer, record)) for record in material.holdout]
+    fitting = [(record, encoded) for record, encoded in records if len(encoded) <= limit and _scored(encoded)]
+    if not fitting:
+        raise UserError(f"{name}: none of the {len(records)} held-out records fits: the shortest has "
+                        f"{min((len(encoded) for _, encoded in records), default=0)} tokens and {limit} are allowed "
+                        "(training.max_length, or what the model knows). Raise it, or shorten the records")
+    if len(fitting) < len(records):
+        log.warning("%s: %d of %d held-out records have more than %d tokens and are left out", name,
+                    len(records) - len(fitting), len(records), limit)
+    return fitting
+
+
+def _scored(sequence: Encoded) -> int:
+    """How many tokens of a sequence are scored: its completion, less a first token that nothing precedes."""
+    return len(sequence.completion) - (not sequence.prompt)

@@ -1,0 +1,1 @@
+"""Relocation: pinned sources, brought onto a volume and verified."""

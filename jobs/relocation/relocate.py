@@ -1,0 +1,282 @@
+"""Relocation: bring a pinned source onto its volume, verified, in the form that the other stages read.
+
+Models come as safetensors, config and tokenizer files only: a pickle can run code when it is loaded, and so can a
+Python file, so neither is ever taken. Data comes as validated records, divided into train and holdout.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jobs.core import models
+from jobs.core.artifacts import Artifact, publish
+from jobs.core.errors import UserError
+from jobs.core.files import human_bytes
+from jobs.core.pipeline import Loaded, Source
+from jobs.core.plan import plan
+from jobs.data import split as dataset
+from jobs.relocation import download, sources
+from jobs.relocation.download import Item
+
+log = logging.getLogger("jobs")
+
+INDEX = "model.safetensors.index.json"
+# What transformers and vLLM load. Repositories may hold other forms of the same weights too: consolidated.safetensors.
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")  # one of them at least
+TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+                    "chat_template.jinja", "chat_template.json")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.msgpack", "*.h5")
+RAW = "raw"  # where a draft keeps the downloaded data until its records are written
+
+
+def run(loaded: Loaded, what: str, volumes: Path) -> None:
+    """Publish what the pipeline file names under `what`: dataset, base-model, tokenizer or reference-model.
+
+    `dataset` publishes the acceptability sentences too: they are data, and lie on the same volume.
+
+    Raises:
+        UserError: the source, its pin or its content is not as it must be.
+        RetryableError: the source does not recover.
+    """
+    specs = plan(loaded.pipeline).named()
+
+    def relocate(name: str) -> Artifact:
+        return publish(specs[name], volumes, lambda draft: WRITERS[name](loaded, draft),
+                       keep=loaded.pipeline.retention.keep, resume=True)
+
+    artifact = relocate(what)
+    if what == "base-model":
+        check_architecture(loaded, artifact.path)  # the file may say another architecture than when it was published
+    if what == "dataset":
+        relocate("acceptability")
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def write_dataset(loaded: Loaded, draft: Path) -> dict[str, Any]:
+    """Fetch the data, validate every record, and write train.jsonl, holdout.jsonl and statistics.json."""
+    source = loaded.pipeline.dataset
+    facts = dataset.split(fetch_data(loaded, source, draft), source.holdout, draft)
+    shutil.rmtree(draft / RAW)
+    records = facts["records"]
+    log.info("%s: %d records to train on, %d held out by %s, %d duplicates", download.shown(source.source),
+             records["train"], records["holdout"], facts["split_by"], facts["duplicates"])
+    return origin(source) | facts
+
+
+def write_acceptability(loaded: Loaded, draft: Path) -> dict[str, Any]:
+    """Write acceptability.jsonl: sentences from the embedded grammar, or fetched ones."""
+    source = loaded.pipeline.evaluation.acceptability
+    if source.scheme == "builtin":
+        from jobs.relocation import embedded
+
+        download.remove_others(draft, [])
+        dataset.write_pairs(embedded.acceptability_pairs(), draft)
+        return origin(source)
+    facts = dataset.judge(fetch_data(loaded, source, draft), draft)
+    shutil.rmtree(draft / RAW)
+    return origin(source) | facts
+
+
+def fetch_data(loaded: Loaded, source: Source, draft: Path) -> list[dataset.File]:
+    """Fetch the files of records that a source holds into the draft's raw folder, and nothing else."""
+    items = sources.listing(loaded, source)
+    files = dataset.known([dataset.File(draft / RAW / item.name, item.name) for item in items],
+                          download.shown(source.source))
+    names = {file.name for file in files}
+    fetch([replace(item, name=f"{RAW}/{item.name}") for item in items if item.name in names], source, draft)
+    return files
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def write_base_model(loaded: Loaded, draft: Path) -> dict[str, Any]:
+    """Fetch the base model, without a tokenizer; one that vLLM cannot serve is refused before its weights come."""
+    source = loaded.pipeline.base_model
+    if source.scheme == "builtin":
+        return embed(source, draft, model=True, tokenizer=False)
+    items = sources.listing(loaded, source)
+    wanted = model_files(items, source)
+    download.remove_others(draft, wanted)
+    download.fetch([item for item in wanted if item.name == "config.json"], draft)
+    check_architecture(loaded, draft)
+    fetch(wanted, source, draft)
+    check_weights(draft, source)
+    return origin(source) | left_out(items, wanted)
+
+
+def write_reference_model(loaded: Loaded, draft: Path) -> dict[str, Any]:
+    """Fetch the reference model and the tokenizer that belongs to it."""
+    source = loaded.pipeline.reference_model
+    if source.scheme == "builtin":
+        return embed(source, draft, model=True, tokenizer=True)
+    items = sources.listing(loaded, source)
+    wanted = {item.name: item for item in [*model_files(items, source), *tokenizer_files(items, source)]}
+    fetch(wanted.values(), source, draft)
+    models.architecture(draft)  # any will do, since it carries no adapter, but the config must name one
+    check_weights(draft, source)
+    return origin(source) | left_out(items, wanted.values())
+
+
+def write_tokenizer(loaded: Loaded, draft: Path) -> dict[str, Any]:
+    """Fetch the tokenizer: the base model's, or the one that the pipeline file names."""
+    source = loaded.pipeline.tokenizer_source
+    if source.scheme == "builtin":
+        return embed(source, draft, model=False, tokenizer=True)
+    fetch(tokenizer_files(sources.listing(loaded, source), source), source, draft)
+    return origin(source)
+
+
+def embed(source: Source, draft: Path, *, model: bool, tokenizer: bool) -> dict[str, Any]:
+    """Make an embedded model, or its tokenizer, on the spot."""
+    from jobs.relocation import embedded
+
+    download.remove_others(draft, [])
+    if tokenizer:
+        embedded.write_tokenizer(draft)
+    if tokenizer and not model:  # by it transformers and vLLM know the tokenizer's class without guessing
+        (draft / "config.json").write_text('{"model_type": "llama"}\n')
+    if model:
+        log.info("%s: training it here", source.source)
+        embedded.write_model(source.source, draft, training_progress(source.source))
+    return origin(source) | {"note": "an embedded model, for trying out and for tests"}
+
+
+def model_files(items: Iterable[Item], source: Source) -> list[Item]:
+    """Of all that a source holds, the weights in safetensors and the config.
+
+    Raises:
+        UserError: when there are none, naming the pickles that stand there instead and how to convert them.
+    """
+    items = list(items)
+    names = [item.name for item in items]
+    if "config.json" not in names:
+        raise UserError(f"{source.source}: holds no config.json, so it is not a model in the Hugging Face format")
+    if not matching(items, WEIGHTS):
+        pickles = ", ".join(item.name for item in matching(items, PICKLES)) or "no weights at all"
+        raise UserError(f"{source.source}: holds no model.safetensors, but {pickles}. Pickles are refused: loading one "
+                        "can run any code. Convert the model where you trust it (transformers: "
+                        "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER)) and name the result")
+    return matching(items, (*WEIGHTS, INDEX, *models.CONFIG))
+
+
+def tokenizer_files(items: Iterable[Item], source: Source) -> list[Item]:
+    """Of all that a source holds, the tokenizer's files, and config.json, which says what kind it is.
+
+    Raises:
+        UserError: when there is no tokenizer.
+    """
+    items = list(items)
+    if not matching(items, TOKENIZER):
+        raise UserError(f"{source.source}: holds no tokenizer, i.e. none of {', '.join(TOKENIZER)}. Name one that does "
+                        "under `tokenizer`")
+    return matching(items, (*TOKENIZER, *TOKENIZER_EXTRAS, "config.json"))
+
+
+def matching(items: Iterable[Item], patterns: Iterable[str]) -> list[Item]:
+    """The items at the top of the source whose name matches a pattern."""
+    patterns = list(patterns)
+    return [item for item in items
+            if "/" not in item.name and any(fnmatch.fnmatchcase(item.name, pattern) for pattern in patterns)]
+
+
+def check_architecture(loaded: Loaded, folder: Path) -> None:
+    """The base model is what the pipeline file says it is, and what is to be trained on it can be served as asked.
+
+    Raises:
+        UserError: naming what is wrong and what can be chosen instead.
+    """
+    base = loaded.pipeline.base_model
+    found = models.architecture(folder)
+    if base.architecture and base.architecture != found:
+        raise UserError(f"{loaded.path}: base_model.architecture is {base.architecture}, but {base.source} at "
+                        f"{base.pin} is a {found}. Correct the key, or run: python -m jobs pin {loaded.path.parent}")
+    models.check_target_modules(found, loaded.pipeline.training.lora.target_modules, f"{loaded.path}: base_model",
+                                loaded.pipeline.serving.mode)
+
+
+def check_weights(folder: Path, source: Source) -> None:
+    """Every safetensors file is whole, and every tensor that the index lists is where it says.
+
+    Raises:
+        UserError: naming the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, set[str]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy") as weights:
+                tensors[file.name] = set(weights.keys())
+        except SafetensorError as error:
+            raise UserError(f"{source.source}: {file.name} is damaged or cut off: {error}") from None
+    if not (folder / INDEX).exists():
+        return
+    try:
+        index = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        lost = [f"{tensor} in {file}" for tensor, file in sorted(index.items()) if tensor not in tensors.get(file, ())]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{source.source}: {INDEX} cannot be read: {error!r}") from None
+    if lost:
+        raise UserError(f"{source.source}: {INDEX} lists {', '.join(lost[:3])}, which "
+                        f"{'is' if len(lost) == 1 else f'(with {len(lost) - 1} more) are'} not there")
+
+
+# --- both ------------------------------------------------------------------------------------------------------------
+
+
+def fetch(items: Iterable[Item], source: Source, draft: Path) -> None:
+    """Bring exactly `items` into the draft; whatever else an interrupted run left there goes."""
+    items = list(items)
+    download.remove_others(draft, items)
+    sizes = [item.size for item in items if item.size is not None]
+    size = human_bytes(sum(sizes)) if len(sizes) == len(items) else "unknown size"
+    log.info("%s at %s: fetching %s (%s)", download.shown(source.source), source.pin,
+             items[0].name if len(items) == 1 else f"{len(items)} files", size)
+    download.fetch(items, draft)
+
+
+def origin(source: Source) -> dict[str, Any]:
+    """Where an artifact came from, for people; a URL without its secrets."""
+    return {"source": download.shown(source.source), "pin": source.pin}
+
+
+def left_out(items: Iterable[Item], taken: Iterable[Item]) -> dict[str, Any]:
+    """What a source also holds and was not taken, for people."""
+    names = {item.name for item in taken}
+    return {"left_out": [item.name for item in items if item.name not in names]}
+
+
+def training_progress(name: str) -> Callable[[int, int, float], None]:
+    """A callback that logs the training of an embedded model every few seconds."""
+    started = said = time.monotonic()
+
+    def progress(step: int, steps: int, loss: float) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= download.SAY_EVERY_S and step:
+            said = now
+            log.info("%s: step %d of %d, loss %.2f, %.0f s left", name, step, steps, loss,
+                     (now - started) / step * (steps - step))
+
+    return progress
+
+
+WRITERS: dict[str, Callable[[Loaded, Path], dict[str, Any]]] = {
+    "dataset": write_dataset,
+    "acceptability": write_acceptability,
+    "base-model": write_base_model,
+    "tokenizer": write_tokenizer,
+    "reference-model": write_reference_model,
+}

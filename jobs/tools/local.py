@@ -1,0 +1,296 @@
+"""Run an overlay without a cluster: every workload's containers as local processes, on the real manifests.
+
+All pods start at once and wait for each other, as in a cluster. A Job that fails is retried as its manifest says; when
+it has failed for good, everything stops and its last lines are shown. When the Jobs are done, the evaluation is
+printed; with `--ask`, base and fine-tuned model are asked through the OpenAI-compatible endpoint. Then it keeps
+serving until interrupted, unless `--exit` is given. A tool for developers, not an orchestrator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+import sys
+import urllib.request
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.core.errors import RetryableError, UserError
+
+if TYPE_CHECKING:
+    from jobs.core.pipeline import Pipeline
+    from jobs.tools.pods import Container, Pod
+
+log = logging.getLogger("jobs")
+
+TAIL_LINES = 20
+LONGEST_LINE = 2**24  # bytes of a log line that is still shown whole
+COLOURS = (36, 33, 35, 32, 34, 96, 93, 95)  # ANSI foregrounds that read on dark and on light
+DEPLOYMENT_RESTARTS = 3
+INFERENCE, TENSORBOARD = "model-inference", "tensorboard"  # the Deployments whose addresses people want
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    parser.add_argument("--state", type=Path, metavar="DIR",
+                        help="where volumes and logs are kept (default: .local/NAME beside the checkout's README)")
+    parser.add_argument("--ask", metavar="QUESTION", help="ask base and fine-tuned model this, once it is served")
+    parser.add_argument("--exit", action="store_true", help="exit when the Jobs are done (and --ask is answered)")
+    parser.add_argument("--port-offset", type=int, default=0, metavar="N", help="add N to every port of the manifests")
+    parser.add_argument("--verbose", action="store_true", help="show the servers' logs too (always in STATE/logs)")
+
+
+class PodFailed(Exception):
+    """A pod failed for good."""
+
+    def __init__(self, pod: Pod, code: int, tail: list[str]) -> None:
+        self.pod, self.code, self.tail = pod, code, tail
+        super().__init__(f"{pod.title} failed with exit code {code}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the overlay.
+
+    Raises:
+        UserError: the overlay is invalid, a port is taken, or a Job failed with exit code 2.
+        RetryableError: a Job failed otherwise, after its retries.
+    """
+    from jobs.core import pipeline
+    from jobs.tools import pods
+
+    loaded = pipeline.load(args.overlay)
+    manifests = pods.render(args.overlay)
+    state = (args.state or pods.CHECKOUT / ".local" / args.overlay.resolve().name).resolve()
+    state.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        _own(state, stack)
+        runner = Runner(pods.pods(manifests, state, args.port_offset), state, args.verbose)
+        runner.check_ports()
+        log.info("running %s with its state in %s", args.overlay, state)
+        try:
+            asyncio.run(_session(runner, loaded.pipeline, args))
+        except PodFailed as failure:
+            tail = "\n".join(f"    {line}" for line in failure.tail)
+            message = f"{failure}. Its last lines (all: {runner.log_file(failure.pod)}):\n{tail}"
+            raise (UserError if failure.code == UserError.exit_code else RetryableError)(message) from None
+
+
+async def _session(runner: Runner, pipeline: Pipeline, args: argparse.Namespace) -> None:
+    """Run every pod until the session's work is done, a pod fails, or a signal arrives; then stop them all."""
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(runner.run_pod(pod)) for pod in runner.pods]
+            main = group.create_task(_present(runner, pipeline, args))
+            interrupt = group.create_task(stopped.wait())
+            await asyncio.wait([main, interrupt], return_when=asyncio.FIRST_COMPLETED)
+            if stopped.is_set():
+                log.info("stopping")
+            for task in (*tasks, main, interrupt):
+                if not task.done():
+                    task.cancel()
+    except* (PodFailed, UserError, RetryableError) as failures:
+        raise failures.exceptions[0] from None
+    finally:
+        await runner.stop()
+
+
+async def _present(runner: Runner, pipeline: Pipeline, args: argparse.Namespace) -> None:
+    """When the Jobs are done: show the evaluation, ask the models, say where everything is, and keep serving."""
+    from jobs.tools import summary
+
+    await runner.jobs_done()
+    volumes, endpoint = runner.state / "volumes", runner.url(INFERENCE)
+    evaluation = summary.read(pipeline, volumes)
+    print(summary.evaluation(evaluation), flush=True)
+    chats = summary.chats(pipeline, volumes)
+    if not args.exit or (args.ask and evaluation["passed"]):
+        await runner.ready(INFERENCE)
+    if args.ask and evaluation["passed"]:
+        print(await asyncio.to_thread(summary.ask, pipeline, endpoint, args.ask, chats=chats), flush=True)
+    elif args.ask:
+        print("The gate did not pass: this adapter is not served, so it is not asked.", flush=True)
+    print(summary.places(pipeline, volumes, endpoint, runner.url(TENSORBOARD), args.ask or "Hello!",
+                         serving=not args.exit, chats=chats), flush=True)
+    if not args.exit:
+        await asyncio.Event().wait()
+
+
+def _own(state: Path, stack: ExitStack) -> None:
+    """Two runners over one state would fight for its ports and pods."""
+    stream = stack.enter_context((state / ".lock").open("a"))
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{state} is in use by another `jobs local`. Stop it, or give this one its own --state and "
+                        "--port-offset") from None
+
+
+@dataclass
+class Runner:
+    """The pods and their processes."""
+
+    pods: list[Pod]
+    state: Path
+    verbose: bool
+    _processes: dict[asyncio.subprocess.Process, Pod] = field(default_factory=dict)
+    _tails: dict[str, collections.deque[str]] = field(default_factory=dict)
+    _done: dict[str, asyncio.Event] = field(default_factory=dict)
+    _ready: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        (self.state / "logs").mkdir(exist_ok=True)
+        for pod in self.pods:
+            self._tails[pod.name] = collections.deque(maxlen=TAIL_LINES)
+            self._done[pod.name], self._ready[pod.name] = asyncio.Event(), asyncio.Event()
+            self.log_file(pod).unlink(missing_ok=True)
+
+    def log_file(self, pod: Pod) -> Path:
+        return self.state / "logs" / f"{pod.title}.log"
+
+    def check_ports(self) -> None:
+        """Refuse to start when a port is taken, before anything runs."""
+        for pod in self.pods:
+            for port in (port for container in pod.containers for port in container.ports.values()):
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    try:
+                        probe.bind(("127.0.0.1", port))
+                    except OSError:
+                        raise UserError(f"port {port}, which {pod.title} needs, is taken. Stop what listens there, or "
+                                        "shift all ports with --port-offset 1000") from None
+
+    def url(self, title: str) -> str:
+        """The address of a Deployment's first port."""
+        pod = next(p for p in self.pods if p.title == title)
+        return f"http://127.0.0.1:{next(iter(pod.containers[0].ports.values()))}"
+
+    async def jobs_done(self) -> None:
+        await asyncio.gather(*(self._done[pod.name].wait() for pod in self.pods if pod.kind == "Job"))
+
+    async def ready(self, title: str) -> None:
+        await asyncio.gather(*(self._ready[pod.name].wait() for pod in self.pods if pod.title == title))
+
+    async def run_pod(self, pod: Pod) -> None:
+        """Run a pod to its end: a Job until it succeeds or has failed for good, a Deployment until it failed
+        DEPLOYMENT_RESTARTS times more than once: without a cluster somebody is watching."""
+        limit = pod.backoff_limit if pod.kind == "Job" else DEPLOYMENT_RESTARTS
+        failures = 0
+        while True:
+            code = await self._run_containers(pod)
+            if code == 0 and pod.kind == "Job":
+                self._done[pod.name].set()
+                return
+            log.warning("%s ended with exit code %d", pod.title, code)
+            failures += code != 0  # serving ends with 0 to be started again, with another base model for example
+            if failures > limit or code in pod.fatal_exit_codes or (
+                    pod.kind == "Deployment" and code == UserError.exit_code):
+                raise PodFailed(pod, code, list(self._tails[pod.name]))
+            pause = min(60, 2**failures)
+            what = f"attempt {failures + 1} of {limit + 1}" if failures else "again"
+            log.info("%s: %s in %d s", pod.title, what, pause)
+            await asyncio.sleep(pause)
+
+    async def _run_containers(self, pod: Pod) -> int:
+        self._ready[pod.name].clear()
+        for container in pod.init_containers:
+            code = await self._run_container(pod, container)
+            if code:
+                return code
+        watch = asyncio.create_task(self._watch_ready(pod))
+        try:
+            codes = await asyncio.gather(*(self._run_container(pod, container) for container in pod.containers))
+        finally:
+            watch.cancel()
+        return next((code for code in codes if code), 0)
+
+    async def _run_container(self, pod: Pod, container: Container) -> int:
+        process = await asyncio.create_subprocess_exec(
+            *container.argv, cwd=self.state, env=container.env, stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, limit=LONGEST_LINE,
+            start_new_session=True, preexec_fn=_die_with_parent)
+        self._processes[process] = pod
+        assert process.stdout
+        with self.log_file(pod).open("a", encoding="utf-8") as file:
+            while line := await _read_line(process.stdout):
+                file.write(line + "\n")
+                file.flush()
+                self._tails[pod.name].append(line)
+                if pod.kind == "Job" or self.verbose:
+                    self._show(pod, line)
+        code = await process.wait()
+        del self._processes[process]
+        return code if code >= 0 else 128 - code
+
+    def _show(self, pod: Pod, line: str) -> None:
+        title = f"{pod.title:<{max(len(p.title) for p in self.pods)}} |"
+        if sys.stdout.isatty():
+            title = f"\033[{COLOURS[self.pods.index(pod) % len(COLOURS)]}m{title}\033[0m"
+        print(f"{title} {line}", flush=True)
+
+    async def _watch_ready(self, pod: Pod) -> None:
+        urls = [container.ready_url for container in pod.containers if container.ready_url]
+        for url in urls:
+            while not await asyncio.to_thread(_answers, url):
+                await asyncio.sleep(0.5)
+        if urls:
+            log.info("%s is ready: %s", pod.title, self.url(pod.title))
+        self._ready[pod.name].set()
+
+    async def stop(self) -> None:
+        """SIGTERM to every process group, SIGKILL to those that outlive their grace period."""
+        for process in self._processes:
+            _signal(process, signal.SIGTERM)
+        # communicate, not wait: a process blocks when nobody reads the last it has to say
+        waits = [asyncio.wait_for(process.communicate(), pod.grace_seconds) for process, pod in self._processes.items()]
+        for process, outcome in zip(list(self._processes), await asyncio.gather(*waits, return_exceptions=True),
+                                    strict=True):
+            if isinstance(outcome, BaseException):
+                log.warning("%s did not stop in time: killed", self._processes[process].title)
+            _signal(process, signal.SIGKILL)  # also what the process left in its group
+
+
+def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _die_with_parent() -> None:
+    """In the child: get SIGTERM when the runner dies, even by SIGKILL, so that no server is left behind (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+async def _read_line(stream: asyncio.StreamReader) -> str:
+    """The next line, without its end but never empty; "" at the end of the stream.
+
+    Of a line beyond LONGEST_LINE a part is lost.
+    """
+    try:
+        raw = await stream.readline()
+    except ValueError:
+        raw = await stream.read(2**16)
+    return (raw.decode(errors="replace").rstrip("\r\n") or " ") if raw else ""
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False

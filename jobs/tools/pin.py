@@ -1,0 +1,107 @@
+"""Fill or refresh the pins of a pipeline file, like a lock file: what git says is then exactly what runs.
+
+Files and folders get the sha256 of what is there now; a missing pin of a URL or a hub repository is looked up, and a
+hub ref such as `main` becomes the commit it stands for. Pins that are there stay, unless `--update` asks for the
+newest. Only the pins change in the file: comments and layout stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs.core import pipeline
+from jobs.core.errors import UserError
+from jobs.core.files import write_atomically
+from jobs.core.pipeline import COMMIT, Loaded, Source
+
+log = logging.getLogger("jobs")
+
+
+def run(overlay: Path, *, update: bool = False) -> None:
+    """Pin every source of the overlay's pipeline file and say what changed.
+
+    Raises:
+        UserError: the file is invalid, or a source does not exist.
+        RetryableError: a server does not answer. The file is then unchanged.
+    """
+    loaded = pipeline.load(overlay, pinned=False)
+    text = loaded.path.read_text(encoding="utf-8")
+    changes = []
+    for name, source in loaded.pipeline.sources().items():
+        for key, value in pins(loaded, name, source, update=update).items():
+            before = getattr(_at(loaded.pipeline, name), key)
+            if value != before:
+                text = set_value(text, [*name.split("."), key], value)
+                changes.append(f"{name}.{key}: {before or 'unset'} -> {value}")
+    if changes:
+        write_atomically(loaded.path, text)
+    pipeline.load(overlay)  # what was written must load; anything else is our mistake and must be seen here
+    for change in changes:
+        log.info("%s", change)
+    log.info("%s: %s", loaded.path, f"{len(changes)} pin(s) written; review and commit them" if changes
+             else "every source is pinned")
+
+
+def pins(loaded: Loaded, name: str, source: Source, *, update: bool) -> dict[str, str]:
+    """The pins that `source`, which stands under the key `name`, should have."""
+    from jobs.relocation import download, sources
+
+    if source.scheme == "builtin":
+        return {}
+    if source.scheme == "file":
+        path = loaded.resolve(source)
+        if not path.exists():
+            raise UserError(f"{loaded.path}: {name}: {path} does not exist")
+        return {"sha256": sources.path_sha256(path)}
+    if source.unpinned() is None and not update:
+        return {}
+    if source.scheme == "hf":
+        moving = source.revision if source.revision and not COMMIT.fullmatch(source.revision) else None
+        commit = sources.hub_commit(source.model_copy(update={"revision": moving}))
+        found = {"revision": commit}
+        if name == "base_model":
+            found["architecture"] = hub_architecture(loaded, source.model_copy(update={"revision": commit}))
+        return found
+    return {"sha256": download.url_sha256(source.source)}
+
+
+def hub_architecture(loaded: Loaded, source: Source) -> str:
+    """The architecture that a hub model's `config.json` names, so that `check` can judge it offline."""
+    from jobs.core import models
+    from jobs.relocation import download, sources
+
+    config = [item for item in sources.listing(loaded, source) if item.name == "config.json"]
+    with tempfile.TemporaryDirectory() as folder:
+        download.fetch(config, Path(folder))
+        return models.architecture(Path(folder))
+
+
+def set_value(text: str, keys: list[str], value: str) -> str:
+    """`text`, a YAML mapping, with the value at `keys` replaced, or added after the last entry of its mapping.
+
+    Edits the text and not the parsed values, so that comments, order and quoting survive.
+    """
+    node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    for key in keys[:-1]:
+        node = next(child for name, child in node.value if name.value == key)
+    present = next((child for name, child in node.value if name.value == keys[-1]), None)
+    if present is not None:
+        return text[: present.start_mark.index] + value + text[present.end_mark.index:]
+    after = next(child for name, child in node.value if name.value == "source").end_mark.index
+    if node.flow_style:
+        return f"{text[:after]}, {keys[-1]}: {value}{text[after:]}"
+    end = text.find("\n", after)
+    end = len(text) if end < 0 else end
+    return f"{text[:end]}\n{' ' * node.start_mark.column}{keys[-1]}: {value}{text[end:]}"
+
+
+def _at(values: Any, name: str) -> Any:
+    """The part of the pipeline that stands at a dotted name."""
+    for key in name.split("."):
+        values = getattr(values, key)
+    return values

@@ -1,0 +1,226 @@
+"""Kubernetes manifests as local processes: renders an overlay and maps each pod onto folders and ports of this machine.
+
+PersistentVolumeClaims become folders, ConfigMaps become files (in the layout the kubelet uses), and each pod gets a
+root folder in which its mounts are links. In command, args and env, every absolute path at, below or above a mount is
+moved under that root, `0.0.0.0` becomes `127.0.0.1`, and ports are shifted by an offset. Images are not used: the
+containers' programs are the Python modules of this checkout.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs.core.errors import UserError
+
+CHECKOUT = Path(__file__).resolve().parents[2]  # the folder that holds the packages `jobs` and `serving`
+Manifest = dict[str, Any]
+HASH_SUFFIX = re.compile(r"-[24-9bcdfghkmt]{10}$")  # in the alphabet of kustomize, which spells no words
+
+# Fields of a pod's own manifest that are in its environment. Here all processes of a training are on one machine.
+POD_FIELDS = {"metadata.labels['jobset.sigs.k8s.io/coordinator']": "127.0.0.1"}
+
+# What a node must have. Without a cluster, the machine is what it is: an overlay for GPUs can be tried on a CPU.
+OF_NODES = {"REQUIRE_GPU"}
+
+# A pod sees its own environment only. These say how to reach the network and the hub, which is the machine's affair.
+INHERITED = ("PATH", "LANG", "LC_ALL", "TZ", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY",
+             "NO_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "HF_ENDPOINT", "LD_LIBRARY_PATH")
+
+
+@dataclass(frozen=True)
+class Container:
+    """One container as a process."""
+
+    name: str
+    argv: list[str]
+    env: dict[str, str]
+    ports: dict[str, int]  # by name, after the offset
+    ready_url: str | None  # from the readiness probe
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One Job or Deployment; the local runner starts one pod of each."""
+
+    kind: str  # Job or Deployment
+    name: str  # as rendered, with the content hash
+    title: str  # without it, for people
+    init_containers: list[Container]
+    containers: list[Container]
+    grace_seconds: float
+    backoff_limit: int = 0
+    fatal_exit_codes: frozenset[int] = frozenset()
+
+
+@dataclass
+class Placement:
+    """How strings of one pod are moved onto this machine."""
+
+    root: Path
+    mounts: list[str] = field(default_factory=list)
+    ports: dict[int, int] = field(default_factory=dict)
+
+    def __call__(self, text: str) -> str:
+        option, equals, value = text.rpartition("=") if text.startswith("-") else ("", "", text)
+        return f"{option}{equals}{self._value(value)}"
+
+    def _value(self, value: str) -> str:
+        if value == "0.0.0.0":  # noqa: S104 - replaced, not used
+            return "127.0.0.1"
+        if value.isdigit() and int(value) in self.ports:
+            return str(self.ports[int(value)])
+        path = value.rstrip("/")
+        near = any(path == m or path.startswith(m + "/") or m.startswith(path + "/") for m in self.mounts)
+        return f"{self.root}{value}" if re.match(r"/.", value) and near else value
+
+
+def render(overlay: Path) -> list[Manifest]:
+    """What `kubectl apply -k OVERLAY` would send.
+
+    Raises:
+        UserError: kubectl is missing, or the overlay does not render (with kustomize's own words).
+    """
+    if not (overlay / "kustomization.yaml").is_file():
+        raise UserError(f"{overlay}: has no kustomization.yaml. Name an overlay's folder, e.g. overlays/kind")
+    if shutil.which("kubectl") is None:
+        raise UserError("kubectl is not installed. It renders the overlay (no cluster is needed): get version 1.32 or "
+                        "newer from https://kubernetes.io/docs/tasks/tools/ and put it on the PATH")
+    done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{overlay}: does not render:\n{done.stderr.strip()}")
+    return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+def pods(manifests: list[Manifest], state: Path, port_offset: int = 0) -> list[Pod]:
+    """Lay out volumes, ConfigMaps and pod roots below `state`, and return every pod to run.
+
+    Layout: `volumes/<claim>/` (kept), `configmaps/<name>/` (replaced), `pods/<name>/` (made anew).
+    """
+    shutil.rmtree(state / "pods", ignore_errors=True)  # links and scratch folders; never follows a link
+    for manifest in manifests:
+        if manifest["kind"] == "ConfigMap":
+            write_config_map(state / "configmaps" / manifest["metadata"]["name"], manifest.get("data", {}))
+    return [_pod(m, state, port_offset) for m in [*manifests, *_jobs(manifests)] if m["kind"] in ("Job", "Deployment")]
+
+
+def _jobs(manifests: list[Manifest]) -> Iterator[Manifest]:
+    """The Jobs of every JobSet. What one depends on it waits for by itself, so all start at once here."""
+    for manifest in manifests:
+        if manifest["kind"] == "JobSet":
+            suffix = HASH_SUFFIX.search(manifest["metadata"]["name"])
+            for job in manifest["spec"]["replicatedJobs"]:
+                name = job["name"] + (suffix.group() if suffix else "")
+                yield {"kind": "Job", "metadata": {"name": name}, "spec": job["template"]["spec"]}
+
+
+def write_config_map(folder: Path, data: Mapping[str, str]) -> None:
+    """Write a ConfigMap as the kubelet does: files are links through `..data`, which is switched atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    version = folder / f"..{time.time_ns()}"
+    version.mkdir()
+    for name, text in data.items():
+        (version / name).write_text(text, encoding="utf-8")
+    link = folder / "..data_tmp"
+    link.symlink_to(version.name)
+    before = folder / (folder / "..data").readlink() if (folder / "..data").is_symlink() else None
+    link.replace(folder / "..data")
+    for name in data:
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(f"..data/{name}")
+    for entry in folder.iterdir():
+        if not entry.name.startswith("..") and entry.name not in data:
+            entry.unlink()
+    if before:
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def _pod(manifest: Manifest, state: Path, port_offset: int) -> Pod:
+    name, spec = manifest["metadata"]["name"], manifest["spec"]
+    template = spec["template"]["spec"]
+    root = state / "pods" / name
+    containers = [_container(c, template, root, state, port_offset) for c in template["containers"]]
+    rules = spec.get("podFailurePolicy", {}).get("rules", [])
+    return Pod(
+        kind=manifest["kind"], name=name, title=HASH_SUFFIX.sub("", name),
+        init_containers=[_container(c, template, root, state, port_offset)
+                         for c in template.get("initContainers", [])],
+        containers=containers, grace_seconds=float(template.get("terminationGracePeriodSeconds", 30)),
+        backoff_limit=int(spec.get("backoffLimit", 6)),
+        fatal_exit_codes=frozenset(code for rule in rules if rule["action"] == "FailJob" and "onExitCodes" in rule
+                                   for code in rule["onExitCodes"]["values"]))
+
+
+def _container(container: Manifest, template: Manifest, root: Path, state: Path, port_offset: int) -> Container:
+    volumes = {volume["name"]: volume for volume in template.get("volumes", [])}
+    moved = Placement(root, ports={p["containerPort"]: p["containerPort"] + port_offset
+                                  for p in container.get("ports", [])})
+    for mount in container.get("volumeMounts", []):
+        moved.mounts.append(mount["mountPath"].rstrip("/"))
+        _link(root / mount["mountPath"].strip("/"), _volume(volumes[mount["name"]], root, state))
+    env = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    env |= {"PYTHONPATH": str(CHECKOUT)} | dict(_env(container, moved))
+    command = [*container["command"], *container.get("args", [])]
+    program = sys.executable if command[0] in ("python", "python3") else command[0]
+    ports = {p.get("name", str(p["containerPort"])): moved.ports[p["containerPort"]]
+             for p in container.get("ports", [])}
+    probe = container.get("readinessProbe", {}).get("httpGet")
+    return Container(container["name"], [program, *(moved(argument) for argument in command[1:])], env, ports,
+                     f"http://127.0.0.1:{_port(probe, ports, moved)}{probe['path']}" if probe else None)
+
+
+def _port(probe: Manifest, ports: Mapping[str, int], moved: Placement) -> int:
+    return ports[probe["port"]] if isinstance(probe["port"], str) else moved.ports[probe["port"]]
+
+
+def _env(container: Manifest, moved: Placement) -> Iterator[tuple[str, str]]:
+    for entry in container.get("env", []):
+        if entry["name"] in OF_NODES:
+            continue
+        if "value" in entry:
+            yield entry["name"], moved(entry["value"])
+        elif "secretKeyRef" in entry.get("valueFrom", {}):
+            # Locally a Secret is the environment variable of the same name.
+            if entry["name"] in os.environ:
+                yield entry["name"], os.environ[entry["name"]]
+            elif not entry["valueFrom"]["secretKeyRef"].get("optional"):
+                raise UserError(f"the container {container['name']} needs the Secret "
+                                f"{entry['valueFrom']['secretKeyRef']['name']}: set {entry['name']} in the environment")
+        elif entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath") in POD_FIELDS:
+            yield entry["name"], POD_FIELDS[entry["valueFrom"]["fieldRef"]["fieldPath"]]
+        else:
+            raise UserError(f"the container {container['name']} takes {entry['name']} from {entry['valueFrom']}, which "
+                            "has no meaning without a cluster; give it a default `value` in the overlay")
+
+
+def _volume(volume: Manifest, root: Path, state: Path) -> Path:
+    """The local folder behind a pod's volume."""
+    folder: Path
+    if "persistentVolumeClaim" in volume:
+        folder = state / "volumes" / volume["persistentVolumeClaim"]["claimName"]
+    elif "configMap" in volume:
+        folder = state / "configmaps" / volume["configMap"]["name"]
+        if not folder.is_dir():
+            raise UserError(f"ConfigMap {volume['configMap']['name']} is mounted but the overlay does not make it")
+    elif "emptyDir" in volume:
+        folder = root / ".emptydir" / volume["name"]
+    else:
+        raise UserError(f"the volume {volume['name']} is of a kind that has no meaning without a cluster: {volume}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _link(place: Path, target: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.is_symlink():
+        place.symlink_to(target)

@@ -1,0 +1,245 @@
+"""Promises of artifacts: whole or absent, verified on every read, made once, never lost while they are promoted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.core import artifacts, promotion
+from jobs.core.artifacts import Spec
+from jobs.core.errors import RetryableError, UserError
+
+SPEC = Spec("volume", "thing", {"size": 1}, {"input": "abc"})
+
+
+def write(folder: Path) -> dict[str, Any]:
+    (folder / "sub").mkdir(exist_ok=True)
+    (folder / "a.txt").write_text("first")
+    (folder / "sub" / "b.bin").write_bytes(bytes(range(256)))
+    return {"note": "made for a test"}
+
+
+def publish(volumes: Path, spec: Spec = SPEC, keep: int = 3) -> artifacts.Artifact:
+    return artifacts.publish(spec, volumes, write, keep=keep)
+
+
+def test_a_published_artifact_says_what_it_is(tmp_path: Path) -> None:
+    artifact = publish(tmp_path)
+    assert artifact.path == tmp_path / "volume" / "thing" / SPEC.digest
+    manifest = json.loads((artifact.path / "artifact.json").read_text())
+    assert manifest["spec"] == {"size": 1}
+    assert manifest["inputs"] == {"input": "abc"}
+    assert [(f["path"], f["size"]) for f in manifest["files"]] == [("a.txt", 5), ("sub/b.bin", 256)]
+    assert manifest["about"] == {"note": "made for a test"}
+    assert artifacts.find(SPEC, tmp_path) is not None
+
+
+def test_whoever_mounts_the_volume_can_read_an_artifact(tmp_path: Path) -> None:
+    def private(folder: Path) -> None:
+        (folder / "weights").write_text("w")
+        (folder / "weights").chmod(0o600)
+
+    assert (artifacts.publish(SPEC, tmp_path, private, keep=3).path / "weights").stat().st_mode & 0o777 == 0o644
+
+
+def test_the_digest_is_the_sha256_of_canonical_json() -> None:
+    """Anyone can compute it: this value came from `printf … | sha256sum`."""
+    assert Spec("v", "k", {"b": 1, "a": 2}).digest == "8e8e6ff105c1d12b"
+
+
+def test_it_is_made_once(tmp_path: Path) -> None:
+    publish(tmp_path)
+
+    def again(_: Path) -> None:
+        raise AssertionError("made twice")
+
+    artifacts.publish(SPEC, tmp_path, again, keep=3)
+
+
+def flip(folder: Path) -> None:
+    raw = bytearray((folder / "sub" / "b.bin").read_bytes())
+    raw[100] ^= 1
+    (folder / "sub" / "b.bin").write_bytes(raw)
+
+
+def link(folder: Path) -> None:
+    (folder / "a.txt").unlink()
+    (folder / "a.txt").symlink_to("/etc/hostname")
+
+
+@pytest.mark.parametrize(("damage", "says"), [
+    (flip, "sub/b.bin was changed"),
+    (lambda folder: (folder / "a.txt").unlink(), "a.txt is missing"),
+    (lambda folder: (folder / "a.txt").write_text("fir"), "a.txt was changed"),
+    (lambda folder: (folder / "extra.pkl").write_text("x"), "extra.pkl is not listed"),
+    (link, "is not a plain file"),
+    (lambda folder: (folder / "artifact.json").unlink(), "artifact.json is missing or damaged"),
+    (lambda folder: (folder / "artifact.json").write_text("{"), "artifact.json is missing or damaged"),
+    (lambda folder: (folder / "artifact.json").write_text((folder / "artifact.json").read_text().replace(
+        '"size": 1', '"size": 2', 1)), "(computed: "),
+])
+def test_a_damaged_artifact_is_refused_and_left_in_place(tmp_path: Path, damage: Any, says: str) -> None:
+    folder = publish(tmp_path).path
+    damage(folder)
+    for attempt in (lambda: artifacts.find(SPEC, tmp_path), lambda: publish(tmp_path),
+                    lambda: artifacts.wait([SPEC], tmp_path, 1)):
+        with pytest.raises(UserError) as raised:
+            attempt()
+        assert says in str(raised.value)
+        assert str(folder) in str(raised.value)
+    assert folder.is_dir()
+
+
+def test_a_failed_write_publishes_nothing_and_the_next_attempt_starts_clean(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half.txt").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device", "half.txt")
+
+    with pytest.raises(OSError, match="No space left"):
+        artifacts.publish(SPEC, tmp_path, fail, keep=3)
+    assert artifacts.find(SPEC, tmp_path) is None
+    assert [f["path"] for f in publish(tmp_path).manifest["files"]] == ["a.txt", "sub/b.bin"]
+
+
+def test_a_resuming_write_gets_what_the_interrupted_one_left(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half.txt").write_text("half")
+        raise OSError("cut off")
+
+    with pytest.raises(OSError, match="cut off"):
+        artifacts.publish(SPEC, tmp_path, fail, keep=3, resume=True)
+    seen = []
+    artifacts.publish(SPEC, tmp_path, lambda folder: seen.append((folder / "half.txt").read_text()), keep=3,
+                      resume=True)
+    assert seen == ["half"]
+
+
+def _slow_publish(volumes: Path, log: Path, pause: float) -> None:
+    def slow(folder: Path) -> None:
+        write(folder)
+        with log.open("a") as stream:
+            stream.write("made\n")
+        time.sleep(pause)
+
+    artifacts.publish(SPEC, volumes, slow, keep=3)
+
+
+def _wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_of_two_processes_one_works_and_the_other_finds_it_done(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_slow_publish, args=(tmp_path, tmp_path / "log", 0.5)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert (tmp_path / "log").read_text() == "made\n"
+
+
+def test_a_kill_while_writing_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_slow_publish, args=(tmp_path, tmp_path / "log", 60))
+    process.start()
+    _wait_for(tmp_path / "log")
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    assert artifacts.find(SPEC, tmp_path) is None
+    publish(tmp_path)  # the kernel freed the lock
+    assert artifacts.find(SPEC, tmp_path) is not None
+
+
+def test_waiting_ends_with_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(RetryableError, match=f"waited 0 s for thing/{SPEC.digest}"):
+        artifacts.wait([SPEC], tmp_path, 0.05, poll_s=0.01)
+
+
+def _specs(count: int, kind: str = "adapter") -> list[Spec]:
+    return [Spec("volume", kind, {"n": n}) for n in range(count)]
+
+
+def _age(artifact: artifacts.Artifact, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(artifact.path / "artifact.json", (then, then))
+
+
+def test_retention_keeps_the_newest_and_the_promoted(tmp_path: Path) -> None:
+    specs = _specs(5)
+    promotion.promote(tmp_path / "volume", "name", specs[0].digest, "0" * 16)
+    for age, spec in zip((50, 40, 30, 20), specs, strict=False):
+        _age(publish(tmp_path, spec, keep=10), age)
+    publish(tmp_path, specs[4], keep=2)
+    left = [artifacts.find(spec, tmp_path) is not None for spec in specs]
+    assert left == [True, False, False, True, True]
+
+
+def test_retention_keeps_what_was_made_from_the_promoted(tmp_path: Path) -> None:
+    """Serving needs the merged model of a promoted adapter, which has a digest of its own."""
+    promotion.promote(tmp_path / "volume", "name", "a" * 16, "e" * 16)
+    specs = [Spec("volume", "merged-model", {}, {"adapter": letter * 16, "base_model": "0" * 16}) for letter in "abc"]
+    for age, spec in zip((50, 40, 30), specs, strict=True):
+        _age(publish(tmp_path, spec, keep=10), age)
+    assert artifacts.retain(tmp_path / "volume" / "merged-model", keep=1, protected=set()) == [specs[1].digest]
+    assert [artifacts.find(spec, tmp_path) is not None for spec in specs] == [True, False, True]
+
+
+def test_retention_does_not_remove_what_may_be_evidence(tmp_path: Path) -> None:
+    specs = _specs(2)
+    for spec in specs:
+        publish(tmp_path, spec, keep=10)
+    manifest = specs[0].path(tmp_path) / "artifact.json"
+    manifest.write_text("{")
+    os.utime(manifest, (0, 0))
+    assert artifacts.retain(tmp_path / "volume" / "adapter", keep=1, protected=set()) == []
+
+
+def test_an_artifact_that_was_used_again_counts_as_new(tmp_path: Path) -> None:
+    """`git revert` and back: what git asked for last is not what retention removes next."""
+    specs = _specs(4)
+    for age, spec in zip((50, 40, 30), specs, strict=False):
+        _age(publish(tmp_path, spec, keep=10), age)
+    artifacts.done(specs[0], tmp_path)
+    publish(tmp_path, specs[3], keep=2)
+    assert [artifacts.find(spec, tmp_path) is not None for spec in specs] == [True, False, False, True]
+
+
+def test_an_abandoned_draft_is_removed_and_a_fresh_one_is_not(tmp_path: Path) -> None:
+    folder = tmp_path / "volume" / "thing"
+    for name, age in (("old", artifacts.ABANDONED_SECONDS + 60), ("fresh", 0)):
+        draft = folder / f".draft-{name}"
+        draft.mkdir(parents=True)
+        os.utime(draft, (time.time() - age, time.time() - age))
+    publish(tmp_path)
+    assert sorted(p.name for p in folder.glob(".draft-*")) == [".draft-fresh"]
+
+
+def test_a_promotion_is_one_file_and_a_line_of_history(tmp_path: Path) -> None:
+    assert promotion.current(tmp_path, "name") is None
+    assert promotion.promote(tmp_path, "name", "a" * 16, "e" * 16)
+    assert not promotion.promote(tmp_path, "name", "a" * 16, "e" * 16), "already there"
+    assert promotion.promote(tmp_path, "name", "b" * 16, "f" * 16)
+    now = promotion.current(tmp_path, "name")
+    assert now is not None
+    assert (now.adapter, now.evaluation) == ("b" * 16, "f" * 16)
+    history = [json.loads(line) for line in (tmp_path / "promoted" / "name.history.jsonl").read_text().splitlines()]
+    assert [(entry["before"], entry["adapter"]) for entry in history] == [(None, "a" * 16), ("a" * 16, "b" * 16)]
+    assert promotion.promoted_digests(tmp_path) == {"b" * 16, "f" * 16}
+
+
+def test_a_damaged_promotion_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+    promotion.promote(tmp_path, "name", "a" * 16, "e" * 16)
+    (tmp_path / "promoted" / "name").write_text("{")
+    with pytest.raises(UserError, match="the promotion is damaged"):
+        promotion.current(tmp_path, "name")

@@ -1,0 +1,117 @@
+"""Promises of the pipeline file: what is wrong is refused, with line, key, value and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.core import pipeline
+from jobs.core.errors import UserError
+from tests import build_pipeline
+
+
+def test_a_valid_file_loads_with_its_defaults(tmp_path: Path) -> None:
+    loaded = pipeline.load(build_pipeline.write(tmp_path))
+    assert loaded.pipeline.dataset.holdout == 0.1
+    assert loaded.pipeline.tokenizer_source == pipeline.Source(
+        source="hf://HuggingFaceTB/SmolLM2-135M-Instruct", revision=build_pipeline.COMMIT)
+    assert loaded.resolve(loaded.pipeline.dataset) == tmp_path / "dataset.jsonl"
+
+
+def test_an_overlays_folder_stands_for_its_file(tmp_path: Path) -> None:
+    build_pipeline.write(tmp_path)
+    assert pipeline.load(tmp_path).path == tmp_path / "pipeline.yaml"
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"training__lora__alpah": 3}, "training.lora.alpah: unknown key; did you mean `alpha`?"),
+    ({"modle": 3}, "modle: unknown key; allowed: adapter, dataset,"),
+    ({"adapter": None}, "adapter: is missing"),
+    ({"adapter": "Seville_Hotels"}, "adapter: 'Seville_Hotels' must be 1 to 63 of a-z, 0-9 and -"),
+    ({"training__epochs": "3"}, "training.epochs: '3': input should be a valid integer"),
+    ({"training__epochs": True}, "training.epochs: True: input should be a valid integer"),
+    ({"training__lora__r": 0}, "training.lora.r: 0: input should be greater than or equal to 1"),
+    ({"training__lora__r": 128}, "training.lora.r is 128, above serving.max_lora_rank (64)"),
+    ({"training__lora__r": 1024}, "training.lora.r: 1024: input should be less than or equal to 512"),
+    ({"training__learning_rate": -0.1}, "training.learning_rate: -0.1: input should be greater than 0"),
+    ({"training__learning_rate": float("nan")}, "training.learning_rate: nan: input should be"),
+    ({"training__lora__target_modules": "all"}, "training.lora.target_modules: 'all'"),
+    ({"training__sharding": "fsdp", "training__quantization": "4bit"},
+     "training: sharding: fsdp and quantization: 4bit do not go together"),
+    ({"training__max_length": 8192}, "tokens_per_batch (4096) must be at least max_length (8192)"),
+    ({"serving__mode": "both"}, "serving.mode: 'both': input should be 'lora' or 'merged'"),
+    ({"serving__max_lora_rank": 24}, "max_lora_rank 24 is not one vLLM serves; allowed: 1, 8, 16,"),
+    ({"dataset__holdout": 0}, "dataset.holdout: 0"),
+    ({"dataset__sha256": None}, "dataset: file:dataset.jsonl is not pinned: `sha256` is missing. Run: python -m jobs "
+                                "pin"),
+    ({"dataset__sha256": "5b1f"}, "dataset.sha256: '5b1f' must be 64 hex digits"),
+    ({"base_model__revision": "main"}, "is not pinned: `revision: main` is not a commit of 40 hex digits"),
+    ({"base_model__sha256": build_pipeline.SHA256}, "has two pins"),
+    ({"base_model__source": "ftp://x/y"}, "ftp://x/y is not a source; allowed: hf://OWNER/NAME, file:PATH"),
+    ({"base_model__source": "hf://datasets/acme/data"}, "hf://datasets/acme/data must be hf://OWNER/NAME"),
+    ({"dataset": {"source": "hf://acme/data"}}, "hf://acme/data must be hf://datasets/OWNER/NAME"),
+    ({"base_model": {"source": "builtin:huge"}}, "builtin:huge is not embedded; allowed: builtin:tiny"),
+    ({"tokenizer": {"revision": build_pipeline.COMMIT}}, "tokenizer: has a pin but no `source`"),
+    ({"evaluation__gate": {}}, "evaluation.gate: is empty: an adapter would be served unproven"),
+    ({"evaluation__gate__perplexity": {}}, "evaluation.gate.perplexity: needs a bound: one of max_ratio,"),
+    ({"evaluation__gate__bleu": {"min": 1}}, "evaluation.gate.bleu: unknown key"),
+])
+def test_what_is_wrong_is_named_with_its_key(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    file = build_pipeline.write(tmp_path, **changes)
+    with pytest.raises(UserError) as raised:
+        pipeline.load(file)
+    assert says in str(raised.value)
+    assert str(raised.value).startswith(f"{file}:")
+    assert len(str(raised.value).splitlines()) <= 2, "one mistake, one line (a union may need two)"
+
+
+def test_in_mode_merged_vllm_loads_no_adapter_so_its_rank_is_free(tmp_path: Path) -> None:
+    loaded = pipeline.load(build_pipeline.write(tmp_path, training__lora__r=128, serving__mode="merged"))
+    assert loaded.pipeline.training.lora.r > loaded.pipeline.serving.max_lora_rank
+
+
+def test_the_error_names_the_line(tmp_path: Path) -> None:
+    file = build_pipeline.write(tmp_path)
+    file.write_text(file.read_text().replace("epochs: 1", "epochs: 0"))
+    line = next(n for n, text in enumerate(file.read_text().splitlines(), 1) if "epochs" in text)
+    with pytest.raises(UserError, match=rf"pipeline.yaml:{line}: training.epochs"):
+        pipeline.load(file)
+
+
+def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        pipeline.load(build_pipeline.write(tmp_path, training__epochs=0, training__learning_rate=-1.0, adapter="A"))
+    assert len(str(raised.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("adapter: a\nadapter: b\n", "pipeline.yaml:2: not valid YAML: key `adapter` stands twice"),
+    ("adapter: [\n", "pipeline.yaml:2: not valid YAML"),
+    ("- a\n", "must hold a mapping"),
+    ("", "must hold a mapping"),
+])
+def test_broken_yaml_is_refused_with_its_line(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "pipeline.yaml").write_text(text)
+    with pytest.raises(UserError) as raised:
+        pipeline.load(tmp_path / "pipeline.yaml")
+    assert says in str(raised.value)
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.yaml").write_bytes(b"adapter: caf\xe9\n")
+    with pytest.raises(UserError, match="not UTF-8 at byte 12"):
+        pipeline.load(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pipeline\.yaml: no such file"):
+        pipeline.load(tmp_path)
+
+
+def test_a_learning_rate_may_be_written_without_a_dot(tmp_path: Path) -> None:
+    """YAML 1.1 reads 2e-4 as text; people mean a number."""
+    file = build_pipeline.write(tmp_path)
+    file.write_text(file.read_text().replace("epochs: 1", "learning_rate: 2e-4"))
+    assert pipeline.load(file).pipeline.training.learning_rate == 2e-4

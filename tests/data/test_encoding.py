@@ -1,0 +1,71 @@
+"""Promises of the encoding: training, evaluation and serving see the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jobs.core import models
+from jobs.data import encoding
+from tests import build_models
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("chat")
+    build_models.tiny_tokenizer(folder)
+    return models.load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("plain")
+    build_models.tiny_tokenizer(folder, chat=False)
+    return models.load_tokenizer(folder)
+
+
+def test_with_a_chat_template_the_prompt_is_what_serving_renders(chat: Any) -> None:
+    encoded = encoding.encode(chat, {"prompt": "Who?", "completion": "The maid."})
+    assert chat.decode(encoded.prompt) == "<|user|>Who?<|end|>\n<|assistant|>"
+    assert chat.decode(encoded.completion) == "The maid.<|end|>", "ends where generation stops, without the newline"
+
+
+def test_without_one_the_answer_starts_on_a_new_line(plain: Any) -> None:
+    encoded = encoding.encode(plain, {"prompt": "Who?", "completion": "The maid."})
+    assert plain.decode(encoded.prompt) == "Who?\n"
+    assert plain.decode(encoded.completion) == "The maid.<|end|>"
+
+
+def test_of_a_conversation_the_last_answer_is_the_completion(chat: Any) -> None:
+    conversation = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."},
+                    {"role": "user", "content": "When?"}, {"role": "assistant", "content": "Now."}]
+    encoded = encoding.encode(chat, {"messages": conversation})
+    assert chat.decode(encoded.prompt) == (
+        "<|user|>Who?<|end|>\n<|assistant|>I.<|end|>\n<|user|>When?<|end|>\n<|assistant|>")
+    assert chat.decode(encoded.completion) == "Now.<|end|>"
+
+
+def test_plain_text_is_all_completion(chat: Any) -> None:
+    encoded = encoding.encode(chat, {"text": "The cook reads."})
+    assert encoded.prompt == []
+    assert chat.decode(encoded.completion) == "The cook reads.<|end|>"
+
+
+def test_a_template_that_rewrites_finished_answers_still_trains_on_what_serving_asks(chat: Any) -> None:
+    """Some templates drop or add parts of earlier turns, so the whole does not start with the prompt."""
+    template = chat.chat_template
+    try:
+        chat.chat_template = ("{% if add_generation_prompt %}ASK {% endif %}"
+                              "{% for m in messages %}{{ m.content }}{% endfor %}")
+        encoded = encoding.encode(chat, {"prompt": "Who?", "completion": "The maid."})
+    finally:
+        chat.chat_template = template
+    assert chat.decode(encoded.prompt) == "ASK Who?"
+    assert chat.decode(encoded.completion) == "The maid.<|end|>"
+
+
+@pytest.mark.parametrize("text", ["Málaga", "東京", "a\nb", "  spaces  ", "<b>&amp;</b>"])
+def test_answers_survive_encoding(chat: Any, text: str) -> None:
+    completion = encoding.encode(chat, {"prompt": "?", "completion": text}).completion
+    assert chat.decode(completion[:-1]) == text

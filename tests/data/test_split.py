@@ -1,0 +1,320 @@
+"""Promises about the private data: every record is checked, every problem is placed, nothing leaks into the holdout."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs.core.errors import UserError
+from jobs.data import split as dataset
+
+GOOD = [{"prompt": f"Question {n}?", "completion": f"Answer {n}."} for n in range(50)]
+CHAT = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi?"},
+                     {"role": "assistant", "content": "Hello."}]}
+
+
+def jsonl(folder: Path, records: list[Any], name: str = "data.jsonl") -> Path:
+    """A file of records; a str or bytes is written as it is."""
+    lines = [r if isinstance(r, str | bytes) else json.dumps(r) for r in records]
+    (folder / name).write_bytes(b"".join((r.encode() if isinstance(r, str) else r) + b"\n" for r in lines))
+    return folder / name
+
+
+def parquet(folder: Path, columns: dict[str, list[Any]], name: str = "data.parquet") -> Path:
+    import pyarrow
+    from pyarrow import parquet as writer
+
+    writer.write_table(pyarrow.table(columns), folder / name)
+    return folder / name
+
+
+def split(path: Path, holdout: float = 0.2) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    """The train and the holdout records, and the statistics."""
+    out = path.parent / "out"
+    out.mkdir(exist_ok=True)
+    facts = dataset.split(dataset.files_in(path), holdout, out)
+    assert facts == json.loads((out / "statistics.json").read_text())
+    train, held = ([json.loads(line) for line in (out / name).read_text().splitlines()]
+                   for name in ("train.jsonl", "holdout.jsonl"))
+    return train, held, facts
+
+
+def problems(path: Path) -> str:
+    """The message with which the data is refused; and that both `check` and the relocation refuse it."""
+    with pytest.raises(UserError) as error:
+        dataset.validate(path, 0.2)
+    out = path.parent / "refused"
+    out.mkdir(exist_ok=True)
+    with pytest.raises(UserError) as again:
+        dataset.split(dataset.files_in(path), 0.2, out)
+    assert str(again.value) == str(error.value)
+    assert not (out / "statistics.json").exists()
+    return str(error.value)
+
+
+# --- dividing --------------------------------------------------------------------------------------------------------
+
+
+def test_every_record_is_on_exactly_one_side_in_its_order(tmp_path: Path) -> None:
+    train, held, facts = split(jsonl(tmp_path, GOOD))
+    assert sorted(map(str, train + held)) == sorted(map(str, GOOD))
+    assert train == [r for r in GOOD if r in train]
+    assert held == [r for r in GOOD if r in held]
+    assert facts["records"] == {"train": len(train), "holdout": len(held)}
+    assert 3 <= len(held) <= 18
+
+
+def test_the_side_of_a_prompt_depends_on_nothing_else(tmp_path: Path) -> None:
+    """Adding data never moves a record that was held out into the training set."""
+    _, before, _ = split(jsonl(tmp_path, GOOD[:25]))
+    _, after, _ = split(jsonl(tmp_path, [*reversed(GOOD), {"text": "More."}]))
+    assert [r for r in reversed(after) if r in GOOD[:25]] == before
+
+
+def test_equal_prompts_stay_together_however_they_are_written(tmp_path: Path) -> None:
+    same: list[Any] = [{"prompt": p, "completion": c} for p in (f"Q{n}" for n in range(40)) for c in ("one", "two")]
+    same += [{"messages": [{"role": "user", "content": f"Q{n}"}, CHAT["messages"][2]]} for n in range(40)]
+    train, held, _ = split(jsonl(tmp_path, same))
+    prompts = [{dataset.prompt_of(r) for r in side} for side in (train, held)]
+    assert prompts[0] & prompts[1] == set()
+
+
+def test_records_that_say_their_split_are_obeyed_and_the_rest_is_for_training(tmp_path: Path) -> None:
+    records = [GOOD[0] | {"split": "holdout"}, GOOD[1] | {"split": "train"}, *GOOD[2:]]
+    train, held, facts = split(jsonl(tmp_path, records))
+    assert held == [GOOD[0]]
+    assert train == GOOD[1:]
+    assert facts["split_by"] == "the records"
+
+
+def test_a_prompt_in_both_splits_is_refused_and_both_lines_are_named(tmp_path: Path) -> None:
+    twin = {"messages": [{"role": "user", "content": GOOD[0]["prompt"]}, {"role": "assistant", "content": "x"}]}
+    message = problems(jsonl(tmp_path, [GOOD[0] | {"split": "holdout"}, GOOD[1], twin]))
+    assert f"{tmp_path}/data.jsonl:3: the same prompt stands at {tmp_path}/data.jsonl:1 in the other split" in message
+
+
+def test_a_prompt_in_both_splits_is_found_across_files(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    jsonl(folder, [GOOD[0] | {"split": "holdout"}], "a.jsonl")
+    jsonl(folder, [GOOD[0] | {"completion": "other"}], "b.jsonl")
+    message = problems(folder)
+    assert "b.jsonl:1: the same prompt stands at" in message
+    assert "a.jsonl:1 in the other split" in message
+
+
+def test_the_statistics_count_and_hold_no_text(tmp_path: Path) -> None:
+    records = [{"prompt": "abc", "completion": "12345", "split": "holdout"}, {"prompt": "x", "completion": "1"},
+               {"prompt": "xyz", "completion": "12"}, {"prompt": "x", "completion": "1"}, {"text": "secret secret"},
+               CHAT]
+    _, _, facts = split(jsonl(tmp_path, records))
+    assert facts == {
+        "records": {"train": 5, "holdout": 1}, "split_by": "the records", "duplicates": 1,
+        "shapes": {"prompt": 4, "text": 1, "messages": 1},
+        "characters": {"train": {"prompt": {"min": 1, "median": 2.0, "max": 12},
+                                 "completion": {"min": 1, "median": 2, "max": 13}},
+                       "holdout": {"prompt": {"min": 3, "median": 3, "max": 3},
+                                   "completion": {"min": 5, "median": 5, "max": 5}}}}
+
+
+@pytest.mark.parametrize(("records", "hint"), [
+    (GOOD[:3], r"3 records, and by hash none falls to holdout at holdout 0\.2\. Raise"),
+    ([GOOD[0] | {"split": "train"}], "none for `holdout`"),
+    ([GOOD[0] | {"split": "holdout"}], "none for `train`"),
+])
+def test_an_empty_side_is_refused_and_says_what_to_do(tmp_path: Path, records: list[Any], hint: str) -> None:
+    with pytest.raises(UserError, match=hint):
+        dataset.validate(jsonl(tmp_path, records), 0.2)
+
+
+def test_a_holdout_of_nearly_everything_leaves_nothing_to_train_on(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none falls to train at holdout 0\.999\. Lower"):
+        dataset.validate(jsonl(tmp_path, GOOD[:3]), 0.999)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)).filter(lambda r: all(t.strip() for t in r)),
+                min_size=1, max_size=20))
+def test_any_text_survives_unchanged(tmp_path_factory: pytest.TempPathFactory, texts: list[tuple[str, str]]) -> None:
+    path = tmp_path_factory.mktemp("data")
+    records = [{"prompt": f"p{p}", "completion": c, "split": "train"} for p, c in texts]
+    end = {"prompt": "held out", "completion": "x", "split": "holdout"}
+    out = path / "out"
+    out.mkdir()
+    dataset.split([dataset.File(jsonl(path, [*records, end]), "data.jsonl")], 0.1, out)
+    with (out / "train.jsonl").open(encoding="utf-8", newline="\n") as lines:
+        assert [json.loads(line) for line in lines] == [{"prompt": f"p{p}", "completion": c} for p, c in texts]
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bad", "message"), [
+    ('{"prompt": "a", "completion": }', ":2: not JSON: Expecting value at column 31"),
+    ('{"prompt": "a"', ":2: not JSON"),
+    ('{"prompt": "a", "prompt": "b", "completion": "c"}', ":2: not JSON that can be used: a key stands twice"),
+    ("[" * 100_000, ":2: not JSON that can be used"),
+    (["a"], ":2: must be a JSON object"),
+    ({}, ":2: has none of: `prompt` and `completion`, `messages`, `text`"),
+    ({"prompt": "a"}, ":2: `completion` is missing"),
+    ({"completion": "a"}, ":2: `prompt` is missing"),
+    ({"prompt": "a", "completoin": "b"}, ":2: unknown key 'completoin'; did you mean `completion`?"),
+    ({"prompt": "a", "completion": "b", "zzz": 1}, ":2: unknown key 'zzz'; allowed: prompt, completion"),
+    ({"prompt": "a", "completion": "b", "text": "c"}, ":2: mixes `prompt` and `text`"),
+    ({"prompt": "a", "completion": ""}, ":2: `completion` is empty"),
+    ({"prompt": " \n", "completion": "b"}, ":2: `prompt` is empty"),
+    ({"text": ""}, ":2: `text` is empty"),
+    ({"prompt": 7, "completion": "b"}, ":2: `prompt` must be text, not 7"),
+    ({"prompt": "a", "completion": None}, ":2: `completion` must be text, not nothing"),
+    ({"prompt": "a", "completion": ["b"]}, ":2: `completion` must be text, not a list"),
+    ('{"text": "\\ud800"}', ":2: `text` holds half a character"),
+    ({"prompt": "a", "completion": "b", "split": "test"}, ":2: `split` must be train or holdout, not 'test'"),
+    ({"messages": "hello"}, ":2: `messages` must be a list"),
+    ({"messages": []}, ":2: `messages` must hold at least a question and its answer"),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, "at least a question and its answer"),
+    ({"messages": CHAT["messages"][:2]}, ":2: `messages` must end with the assistant's answer"),
+    ({"messages": ["a", "b"]}, ":2: `messages[0]` must be an object with `role` and `content`"),
+    ({"messages": [*CHAT["messages"][:2], {"role": "assistant", "content": ""}]}, "`messages[2].content` is empty"),
+    ({"messages": [{"role": "robot", "content": "a"}, CHAT["messages"][2]]},
+     "`messages[0].role` must be one of system, user, assistant, not 'robot'"),
+    ({"messages": [{"role": "user", "contents": "a"}, CHAT["messages"][2]]},
+     "`messages[0]`: unknown key 'contents'; did you mean `content`?"),
+    (b'{"prompt": "caf\xe9", "completion": "b"}', "not UTF-8 at byte"),
+])
+def test_a_bad_record_is_named_with_file_line_and_key(tmp_path: Path, bad: Any, message: str) -> None:
+    found = problems(jsonl(tmp_path, [GOOD[0], bad, *GOOD[1:]]))
+    assert message in found
+    assert found.startswith(f"{tmp_path}/data.jsonl:2: ")
+
+
+def test_the_byte_that_is_not_utf8_is_counted_in_the_file(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, [GOOD[0], b'{"text": "caf\xe9"}'])
+    assert f"not UTF-8 at byte {path.read_bytes().index(0xE9)} of the file (0xe9)" in problems(path)
+
+
+def test_the_first_ten_problems_are_listed_and_all_are_counted(tmp_path: Path) -> None:
+    bad = [{"prompt": f"p{n}", "completion": ""} for n in range(24)]
+    lines = problems(jsonl(tmp_path, [*bad, "{"])).splitlines()
+    assert [line.split(": ")[0] for line in lines[:10]] == [f"{tmp_path}/data.jsonl:{n}" for n in range(1, 11)]
+    assert lines[10:] == ["… and 15 more", "25 problems in the data; nothing was published"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
+def test_zero_records_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "data.jsonl").write_bytes(content)
+    assert "data.jsonl: no records" in problems(tmp_path / "data.jsonl")
+
+
+def test_a_format_that_cannot_be_read_says_which_can(tmp_path: Path) -> None:
+    (tmp_path / "data.xlsx").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"must end in \.jsonl, \.csv, \.parquet, and there is data\.xlsx"):
+        dataset.validate(tmp_path / "data.xlsx", 0.2)
+
+
+def test_a_message_shows_no_long_private_text(tmp_path: Path) -> None:
+    secret = "the combination of the safe is 1234 and then left, left, right"
+    assert "left, right" not in problems(jsonl(tmp_path, [{"prompt": "a", "completion": "b", "split": secret}]))
+
+
+# --- the formats -----------------------------------------------------------------------------------------------------
+
+
+def test_the_formats_hold_the_same_records(tmp_path: Path) -> None:
+    tricky = [*GOOD, {"prompt": 'quoted "word",\nand a line', "completion": "ünïcode ✓"}]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["completion", "prompt"])
+    writer.writeheader()
+    writer.writerows(tricky)
+    (tmp_path / "data.csv").write_bytes(b"\xef\xbb\xbf" + text.getvalue().encode())  # as spreadsheets save it
+    parquet(tmp_path, {key: [r[key] for r in tricky] for key in ("prompt", "completion")})
+    results = [split(tmp_path / f"data.{kind}") for kind in ("csv", "parquet")]
+    assert results[0] == results[1] == split(jsonl(tmp_path, tricky))
+
+
+def test_parquet_holds_messages_and_leaves_keys_out_with_null(tmp_path: Path) -> None:
+    columns: dict[str, list[Any]] = {"messages": [CHAT["messages"], None], "text": [None, "A text."],
+                                     "split": [None, "holdout"]}
+    train, held, _ = split(parquet(tmp_path, columns))
+    assert train == [CHAT]
+    assert held == [{"text": "A text."}]
+
+
+def test_a_folder_holds_several_files_and_others_are_ignored(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "more").mkdir(parents=True)
+    (folder / "README.md").write_text("About the data")
+    jsonl(folder, GOOD[:25], "a.jsonl")
+    jsonl(folder / "more", GOOD[25:], "b.jsonl")
+    assert dataset.validate(folder, 0.2) == dataset.validate(jsonl(tmp_path, GOOD), 0.2)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("prompt,completoin\na,b\n", "data.csv: unknown key 'completoin'; did you mean `completion`?"),
+    ("prompt,split\na,train\n", "data.csv: needs the columns prompt and completion, or messages, or text; it has"),
+    ("prompt,completion,prompt\na,b,c\n", "data.csv: the column `prompt` stands twice"),
+    ("prompt,completion\na,b\nc\n", "data.csv:3: has 1 cells, but the header has 2"),
+    ("prompt,completion\na,b\nc,\n", "data.csv:3: `completion` is empty"),
+    ('prompt,completion\n"a\nb",c\nd,\n', "data.csv:4: `completion` is empty"),
+    ('prompt,completion\na,"b\n', "data.csv:2: not CSV: unexpected end of data"),
+    ("prompt,completion\na,b\nc,caf\udce9\n", "data.csv:3: not UTF-8 at byte"),
+    ("prompt,completion,split\na,b,never\n", "data.csv:2: `split` must be train or holdout, not 'never'"),
+    ("", "data.csv: no records"),
+])
+def test_bad_csv_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "data.csv").write_bytes(text.encode(errors="surrogateescape"))
+    assert message in problems(tmp_path / "data.csv")
+
+
+def test_an_empty_cell_in_the_column_split_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("prompt,completion,split\na,b,\nc,d,holdout\n")
+    train, held, _ = split(tmp_path / "data.csv")
+    assert [r["prompt"] for r in train + held] == ["a", "c"]
+
+
+def test_bad_parquet_is_named_with_its_row(tmp_path: Path) -> None:
+    found = problems(parquet(tmp_path, {"prompt": ["a", "b"], "completion": ["x", None]}))
+    assert "data.parquet: row 2: `completion` is missing" in found
+    found = problems(parquet(tmp_path, {"prompt": ["a"], "completion": ["x"], "id": [1]}))
+    assert "data.parquet: unknown key 'id'" in found
+    assert "1 problem in the data" in found
+    (tmp_path / "data.parquet").write_bytes(b"PAR1 is how it begins, but")
+    assert "not Parquet that can be read" in problems(tmp_path / "data.parquet")
+
+
+# --- acceptability ---------------------------------------------------------------------------------------------------
+
+
+def judged(path: Path) -> list[Any]:
+    out = path.parent / "judged"
+    out.mkdir(exist_ok=True)
+    dataset.judge(dataset.files_in(path), out)
+    return [json.loads(line) for line in (out / "acceptability.jsonl").read_text().splitlines()]
+
+
+def test_sentences_of_glue_cola_and_our_own_read_the_same(tmp_path: Path) -> None:
+    ours: list[dict[str, Any]] = [{"text": f"Sentence {n}.", "acceptable": n % 2 == 0} for n in range(6)]
+    cola: dict[str, list[Any]] = {"sentence": [s["text"] for s in ours], "idx": list(range(6)),
+                                  "label": [int(s["acceptable"]) for s in ours]}
+    (tmp_path / "data.csv").write_text("text,acceptable\n" + "".join(f"{s['text']},{s['acceptable']}\n" for s in ours))
+    assert judged(jsonl(tmp_path, ours)) == judged(parquet(tmp_path, cola)) == judged(tmp_path / "data.csv") == ours
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ([{"sentence": "A.", "label": -1}], "data.jsonl:1: `label` must be true or false (1 or 0), not -1"),
+    ([{"text": "A.", "acceptable": "maybe"}], "`acceptable` must be true or false (1 or 0), not 'maybe'"),
+    ([{"text": "", "acceptable": True}], "`text` is empty"),
+    ([{"text": "A."}], "`acceptable` is missing"),
+    ([{"text": f"{n}.", "acceptable": True} for n in range(9)], "9 acceptable and 0 unacceptable sentences"),
+    ([], "0 acceptable and 0 unacceptable"),
+])
+def test_judgements_that_cannot_be_used_are_refused(tmp_path: Path, rows: list[Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        judged(jsonl(tmp_path, rows))
+    assert message in str(error.value)

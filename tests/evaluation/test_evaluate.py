@@ -1,0 +1,326 @@
+"""The evaluation job measures each model once, promotes only what passed, and loses at most one model to a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.core import artifacts, models, promotion
+from jobs.core.errors import RetryableError, UserError
+from jobs.core.plan import plan
+from jobs.evaluation import evaluate, scoring
+from tests.build_models import FAILING, PASSING, RECORDS, published_pipeline, tiny_gpt2, tiny_tokenizer
+
+VOLUME = "fine-tuned-model"
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: Any) -> Path:
+    """A pipeline whose evaluation passed; tests copy it."""
+    folder: Path = tmp_path_factory.mktemp("pipeline")
+    evaluate.run(*published_pipeline(folder), 0)
+    return folder
+
+
+@pytest.fixture
+def folder(evaluated: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(evaluated, tmp_path / "pipeline"))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the models that get measured from here on."""
+    names: list[str] = []
+    real = scoring.measure
+
+    def watch(model: Any, tokenizer: Any, material: Any, name: str) -> Any:
+        names.append(name)
+        return real(model, tokenizer, material, name)
+
+    monkeypatch.setattr(scoring, "measure", watch)
+    return names
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def promoted(volumes: Path) -> str | None:
+    current = promotion.current(volumes / VOLUME, "hotels")
+    return current.adapter if current else None
+
+
+def test_three_models_are_measured_with_two_loads_and_the_adapter_is_promoted(
+        tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[Path] = []
+    real = models.load_model
+
+    def watch(path: Path) -> Any:
+        loads.append(path)
+        return real(path)
+
+    monkeypatch.setattr(models, "load_model", watch)
+    loaded, volumes = published_pipeline(tmp_path)
+    evaluate.run(loaded, volumes, 0)
+    wanted = plan(loaded.pipeline)
+    assert measured == ["file:base", f"hotels@{wanted.adapter.digest}", "file:reference"]
+    assert loads == [wanted.base_model.path(volumes), wanted.reference_model.path(volumes)]
+    assert promoted(volumes) == wanted.adapter.digest
+
+
+def test_the_base_is_measured_as_it_is_without_the_adapter(folder: Path) -> None:
+    """One load for two models must not let the adapter leak into the base's scores."""
+    loaded, volumes = published_pipeline(folder)
+    wanted = plan(loaded.pipeline)
+    material = scoring.Material.read(wanted.dataset.path(volumes), wanted.acceptability.path(volumes), max_length=128,
+                                     max_new_tokens=12)
+    alone, answers = scoring.measure(models.load_model(wanted.base_model.path(volumes)),
+                                     models.load_tokenizer(wanted.tokenizer.path(volumes)), material, "file:base")
+    base, tuned = (spec.path(volumes) for spec in (wanted.base_scores, wanted.adapter_scores))
+    assert {metric: read(base / "scores.json")[metric] for metric in scoring.SCORES} == pytest.approx(
+        {metric: alone[metric] for metric in scoring.SCORES}, rel=1e-6)
+    assert scoring.read_jsonl(base / "generations.jsonl") == answers
+    assert read(tuned / "scores.json")["perplexity"] != pytest.approx(alone["perplexity"], rel=1e-3)
+
+
+def test_the_evaluation_says_what_was_measured_on_what_and_why_it_passed(folder: Path) -> None:
+    loaded, volumes = published_pipeline(folder)
+    wanted = plan(loaded.pipeline)
+    artifact = artifacts.read(wanted.evaluation.path(volumes))
+    assert {f["path"] for f in artifact.manifest["files"]} == {"evaluation.json", "report.md", "report.html"}
+    said = read(artifact.path / "evaluation.json")
+    assert said["passed"] is True and said["embedded"] is False
+    assert said["adapter"] == {"name": "hotels", "digest": wanted.adapter.digest}
+    assert said["base_model"] == {"name": "file:base", "digest": wanted.base_model.digest}
+    assert said["reference_model"] == {"name": "file:reference", "digest": wanted.reference_model.digest}
+    assert said["dataset"] == {"digest": wanted.dataset.digest, "holdout_records": len(RECORDS)}
+    scores = said["scores"]
+    (rule,) = said["gate"]
+    assert rule["value"] == scores["fine_tuned"]["perplexity"] / scores["base"]["perplexity"]
+    assert (rule["metric"], rule["bound"], rule["limit"], rule["passed"]) == ("perplexity", "max_ratio", 1000.0, True)
+    for role, spec in (("base", wanted.base_scores), ("fine_tuned", wanted.adapter_scores),
+                       ("reference", wanted.reference_scores)):
+        assert scores[role] == read(spec.path(volumes) / "scores.json")
+
+
+def test_running_again_changes_nothing_and_answers_without_torch(folder: Path) -> None:
+    """An already-done stage answers in under two seconds: of CPU time, so that a busy machine cannot fail it."""
+    loaded, volumes = published_pipeline(folder)
+    before = {path: path.read_bytes() for path in volumes.rglob("*") if path.is_file()}
+    code = ("import sys; from pathlib import Path; from jobs.__main__ import main; "
+            "code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)")
+    started = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code, "--pipeline", str(loaded.path), "--volumes", str(volumes),
+                           "evaluate"], capture_output=True, text=True)
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert "ALREADY PROMOTED" in done.stderr and "perplexity" in done.stderr
+    assert ended.ru_utime + ended.ru_stime - started.ru_utime - started.ru_stime < 2
+    assert before == {path: path.read_bytes() for path in volumes.rglob("*") if path.is_file()}
+
+
+def test_a_rejected_adapter_is_a_result_and_nothing_is_promoted(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded, volumes = published_pipeline(tmp_path, gate=FAILING)
+    with caplog.at_level("INFO", "jobs"):
+        evaluate.run(loaded, volumes, 0)
+    said = read(plan(loaded.pipeline).evaluation.path(volumes) / "evaluation.json")
+    assert [check["passed"] for check in said["gate"]] == [False, True] and said["passed"] is False
+    assert promoted(volumes) is None
+    (loud,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "REJECTED" in loud and "✗ perplexity: fine-tuned / base is" in loud and "must be at most 1e-06" in loud
+    assert "acceptability_accuracy" not in loud, "only the rules that failed"
+    assert "Nothing is promoted as hotels yet" in loud
+
+
+def test_a_rejection_leaves_the_adapter_before_it_promoted_and_names_it(
+        folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, volumes = published_pipeline(folder)
+    before = promoted(volumes)
+    loaded, _ = published_pipeline(folder, seed=1, gate=FAILING)
+    evaluate.run(loaded, volumes, 0)
+    assert before == promoted(volumes) != plan(loaded.pipeline).adapter.digest
+    assert f"hotels@{before} stays promoted" in caplog.text
+
+
+def test_a_new_adapter_has_only_itself_measured(folder: Path, measured: list[str]) -> None:
+    loaded, volumes = published_pipeline(folder, seed=1)
+    evaluate.run(loaded, volumes, 0)
+    digest = plan(loaded.pipeline).adapter.digest
+    assert measured == [f"hotels@{digest}"] and promoted(volumes) == digest
+
+
+def test_a_changed_gate_measures_nothing_and_needs_no_model(folder: Path, measured: list[str]) -> None:
+    """Only the verdict is made again, even when the models are no longer on their volumes."""
+    published_pipeline(folder)
+    for volume in ("base-model", "base-tokenizer", "reference-model"):
+        shutil.rmtree(folder / "volumes" / volume)
+    loaded, volumes = published_pipeline(folder, gate={"perplexity": {"max": 1e9}},
+                                         without=("base_model", "tokenizer", "reference_model"))
+    evaluate.run(loaded, volumes, 0)
+    assert measured == [] and plan(loaded.pipeline).evaluation.path(volumes).is_dir()
+
+
+def test_reverting_the_pipeline_file_promotes_the_old_adapter_without_measuring(
+        folder: Path, measured: list[str]) -> None:
+    first, volumes = published_pipeline(folder)
+    evaluate.run(*published_pipeline(folder, seed=1), 0)
+    assert promoted(volumes) != plan(first.pipeline).adapter.digest
+    measured.clear()
+    evaluate.run(first, volumes, 0)
+    assert promoted(volumes) == plan(first.pipeline).adapter.digest and measured == []
+
+
+def test_an_evaluation_whose_adapter_is_gone_does_not_promote_it(folder: Path) -> None:
+    """Retention may have removed it: promoting a name with nothing behind it would break serving."""
+    loaded, volumes = published_pipeline(folder)
+    shutil.rmtree(plan(loaded.pipeline).adapter.path(volumes))
+    (volumes / VOLUME / "promoted" / "hotels").unlink()
+    with pytest.raises(RetryableError, match="adapter/"):
+        evaluate.run(loaded, volumes, 0)
+    assert promoted(volumes) is None
+
+
+def test_a_kill_between_two_models_costs_only_the_second(
+        tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, volumes = published_pipeline(tmp_path)
+    watch = scoring.measure
+
+    def killed(model: Any, tokenizer: Any, material: Any, name: str) -> Any:
+        if name.startswith("hotels@"):
+            raise KeyboardInterrupt
+        return watch(model, tokenizer, material, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "measure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(loaded, volumes, 0)
+    assert measured == ["file:base"] and promoted(volumes) is None
+    evaluate.run(loaded, volumes, 0)
+    assert measured.count("file:base") == 1 and len(measured) == 3 and promoted(volumes)
+
+
+def test_keeping_one_artifact_of_a_kind_keeps_the_scores_of_all_three_models(tmp_path: Path) -> None:
+    loaded, volumes = published_pipeline(tmp_path, keep=1)
+    evaluate.run(loaded, volumes, 0)
+    assert promoted(volumes) == plan(loaded.pipeline).adapter.digest
+
+
+def test_gpt2_is_measured_against_a_larger_one_with_no_chat_template(tmp_path: Path) -> None:
+    def larger(folder: Path) -> None:
+        tiny_tokenizer(folder, chat=False)
+        tiny_gpt2(folder, seed=1, heads=3)
+
+    records = [*RECORDS, {"text": "The cook reads the book."}]
+    loaded, volumes = published_pipeline(tmp_path, records=records, base_model=tiny_gpt2, reference_model=larger,
+                                         chat=False, mode="merged")
+    evaluate.run(loaded, volumes, 0)
+    wanted = plan(loaded.pipeline)
+    base, tuned, reference = (read(spec.path(volumes) / "scores.json") for spec in
+                              (wanted.base_scores, wanted.adapter_scores, wanted.reference_scores))
+    assert {scores["records"] for scores in (base, tuned, reference)} == {5}
+    assert {scores["questions"] for scores in (base, tuned, reference)} == {4}, "a text asks nothing"
+    assert len({scores["perplexity"] for scores in (base, tuned, reference)}) == 3
+    assert promoted(volumes) == wanted.adapter.digest
+
+
+def test_in_mode_merged_an_adapter_is_promoted_once_its_merged_model_is_there(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"base_model": tiny_gpt2, "mode": "merged"}
+    loaded, volumes = published_pipeline(tmp_path, without=("merged_model",), **settings)
+    with pytest.raises(RetryableError, match=str(plan(loaded.pipeline).merged_model)):
+        evaluate.run(loaded, volumes, 0)
+    assert promoted(volumes) is None
+    evaluate.run(*published_pipeline(tmp_path, **settings), 0)
+    assert promoted(volumes) == plan(loaded.pipeline).adapter.digest
+
+
+def test_an_adapter_of_nan_weights_is_rejected(tmp_path: Path) -> None:
+    """vLLM would load it and answer nonsense."""
+    from safetensors.torch import load_file, save_file
+
+    loaded, volumes = published_pipeline(tmp_path, without=("adapter",))
+    donor, _ = published_pipeline(tmp_path, seed=1)
+    source = plan(donor.pipeline).adapter.path(volumes)
+
+    def damaged(draft: Path) -> None:
+        shutil.copytree(source, draft, dirs_exist_ok=True)
+        (draft / artifacts.MANIFEST).unlink()
+        file = draft / "adapter_model.safetensors"
+        save_file({name: tensor * float("nan") for name, tensor in load_file(file).items()}, file)
+
+    artifacts.publish(plan(loaded.pipeline).adapter, volumes, damaged, keep=5)
+    evaluate.run(loaded, volumes, 0)
+    said = read(plan(loaded.pipeline).evaluation.path(volumes) / "evaluation.json")
+    assert said["passed"] is False and said["gate"][0]["value"] is None and promoted(volumes) is None
+
+
+def test_a_rouge_rule_on_plain_text_fails_before_waiting_for_the_adapter(tmp_path: Path) -> None:
+    loaded, volumes = published_pipeline(tmp_path, records=[{"text": "The cook reads."}], gate={"rougeL": {"min": 0.5}},
+                                         without=("base_model", "tokenizer", "reference_model", "adapter"))
+    with pytest.raises(UserError, match=r"evaluation\.gate\.rougeL: cannot be measured"):
+        evaluate.run(loaded, volumes, 0)
+
+
+def test_plain_text_is_evaluated_by_perplexity(tmp_path: Path) -> None:
+    loaded, volumes = published_pipeline(tmp_path, records=[{"text": "The cook reads the book."}])
+    evaluate.run(loaded, volumes, 0)
+    assert "ask no questions" in (plan(loaded.pipeline).evaluation.path(volumes) / "report.md").read_text()
+    assert promoted(volumes)
+
+
+def test_a_missing_adapter_is_waited_for_and_named(tmp_path: Path) -> None:
+    loaded, volumes = published_pipeline(tmp_path, without=("adapter", "reference_model"))
+    wanted = plan(loaded.pipeline)
+    with pytest.raises(RetryableError, match=f"{wanted.adapter}, {wanted.reference_model}"):
+        evaluate.run(loaded, volumes, 0)
+
+
+def test_tensorboard_has_each_score_of_each_model_once_even_after_running_twice(folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    evaluate.run(*published_pipeline(folder, gate={"perplexity": {"max": 1e9}}), 0)
+    loaded, volumes = published_pipeline(folder)
+    wanted = plan(loaded.pipeline)
+    runs = volumes / VOLUME / "tensorboard" / "hotels" / wanted.adapter.digest / "evaluation"
+    for role, spec in (("base", wanted.base_scores), ("fine-tuned", wanted.adapter_scores),
+                       ("reference", wanted.reference_scores)):
+        events = EventAccumulator(str(runs / role))
+        events.Reload()
+        scores = read(spec.path(volumes) / "scores.json")
+        assert set(events.Tags()["scalars"]) == {f"evaluation/{metric}" for metric in scoring.SCORES}
+        (point,) = events.Scalars("evaluation/perplexity")
+        assert (point.step, point.value) == (2, pytest.approx(scores["perplexity"], rel=1e-6))
+
+
+def test_every_report_on_an_embedded_model_says_so(tmp_path: Path) -> None:
+    loaded, volumes = published_pipeline(tmp_path, base="builtin:tiny")
+    evaluate.run(loaded, volumes, 0)
+    result = plan(loaded.pipeline).evaluation.path(volumes)
+    assert read(result / "evaluation.json")["embedded"] is True
+    for name in ("report.md", "report.html"):
+        assert "for trying out and testing only" in (result / name).read_text()
+
+
+@pytest.mark.slow
+def test_the_job_runs_with_no_network_and_no_writable_home(tmp_path: Path) -> None:
+    loaded, volumes = published_pipeline(tmp_path, gate=PASSING)
+    code = """
+import socket, sys
+def refuse(*_): raise AssertionError("the network was used")
+socket.socket.connect = socket.getaddrinfo = refuse
+from jobs.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))} | {"HOME": "/dev/null"}
+    done = subprocess.run([sys.executable, "-c", code, "--pipeline", str(loaded.path), "--volumes", str(volumes),
+                           "evaluate"], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert promoted(volumes) == plan(loaded.pipeline).adapter.digest

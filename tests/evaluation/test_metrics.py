@@ -1,0 +1,140 @@
+"""The metrics give the numbers that their definitions give, whatever the language, and need no network and no home."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs.evaluation import metrics
+from jobs.evaluation.metrics import acceptability
+from jobs.evaluation.metrics.acceptability import Acceptability, best_threshold, choosing_half, matthews
+from jobs.evaluation.metrics.perplexity import Perplexity
+from jobs.evaluation.metrics.rouge import Rouge, Words
+
+COUNT = st.integers(0, 50)
+
+
+def test_perplexity_weighs_tokens_not_records() -> None:
+    """Three tokens of 1 bit and one of 5 bits: 2 to the power of (3 + 5) / 4, and 8 bits over 16 bytes."""
+    got = metrics.compute(Perplexity, nll=[3 * math.log(2), 5 * math.log(2)], tokens=[3, 1], bytes=[10, 6])
+    assert got["perplexity"] == pytest.approx(4.0, rel=1e-12)
+    assert got["bits_per_byte"] == pytest.approx(0.5, rel=1e-12)
+
+
+def test_a_hopeless_model_has_infinite_perplexity_and_raises_nothing() -> None:
+    assert metrics.compute(Perplexity, nll=[5000.0], tokens=[1], bytes=[1])["perplexity"] == math.inf
+
+
+def test_rouge_counts_shared_words_pairs_and_sequences() -> None:
+    """Counted by hand: 5 of 6 words, 3 of 5 pairs, and "the cat … on the mat" in order."""
+    got = metrics.compute(Rouge, predictions=["The cat is on the mat."], references=["the cat sat on the mat"])
+    assert got == pytest.approx({"rouge1": 5 / 6, "rouge2": 3 / 5, "rougeL": 5 / 6, "rougeLsum": 5 / 6})
+
+
+def test_rouge_is_the_mean_over_pairs_and_stems_words() -> None:
+    got = metrics.compute(Rouge, predictions=["booking rooms", "nothing"], references=["booked room", "something"])
+    assert got["rouge1"] == pytest.approx(0.5)
+
+
+def test_rouge_lsum_takes_lines_as_sentences() -> None:
+    """Swapped lines: every line is found again, but the longest sequence over the whole text is one line."""
+    got = metrics.compute(Rouge, predictions=["one two\nthree four"], references=["three four\none two"])
+    assert (got["rougeL"], got["rougeLsum"]) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(("said", "reference", "least"), [
+    ("Málaga", "málaga", 1.0), ("Завтрак подают утром", "Завтрак подают вечером", 0.6),
+    ("早餐在七点", "早餐在八点", 0.7)])
+def test_rouge_sees_words_in_every_script(said: str, reference: str, least: float) -> None:
+    """rouge_score's own tokenizer would give 0 to any Russian or Chinese answer, right or wrong."""
+    assert metrics.compute(Rouge, predictions=[said], references=[reference])["rouge1"] >= least
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_rouge_reads_ascii_exactly_as_rouge_score_does(text: str) -> None:
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    assert Words().tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
+
+
+@given(COUNT, COUNT, COUNT, COUNT)
+@pytest.mark.filterwarnings("ignore:A single label was found")
+def test_matthews_correlation_agrees_with_scikit_learn(tp: int, fp: int, fn: int, tn: int) -> None:
+    from sklearn.metrics import matthews_corrcoef
+
+    if tp + fp + fn + tn == 0:
+        return
+    truth = [1] * tp + [0] * fp + [1] * fn + [0] * tn
+    judged = [1] * tp + [1] * fp + [0] * fn + [0] * tn
+    assert float(matthews(tp, fp, fn, tn)) == pytest.approx(matthews_corrcoef(truth, judged), abs=1e-12)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.sampled_from([-3.5, -3.0, -2.0, -1.5, -1.0, 0.25]), st.booleans()), min_size=1,
+                max_size=30))
+@pytest.mark.filterwarnings("ignore:A single label was found")
+def test_no_threshold_separates_better_than_the_chosen_one(pairs: list[tuple[float, bool]]) -> None:
+    from sklearn.metrics import matthews_corrcoef
+
+    scores, truth = np.array([s for s, _ in pairs]), np.array([a for _, a in pairs])
+    chosen = matthews_corrcoef(truth, scores >= best_threshold(scores, truth))
+    assert chosen >= max(matthews_corrcoef(truth, scores >= t) for t in scores) - 1e-12
+
+
+def test_acceptability_is_measured_on_the_half_that_did_not_choose_the_threshold() -> None:
+    """A set whose measured half is judged all wrong by the threshold that is perfect for the other half."""
+    texts, labels = [f"sentence {i}" for i in range(40)], [i % 2 == 0 for i in range(40)]
+    choosing = choosing_half(texts, labels)
+    scores = [(1.0 if good else -1.0) * (1 if chooses else -1) for good, chooses in zip(labels, choosing, strict=True)]
+    got = metrics.compute(Acceptability, texts=texts, predictions=scores, references=labels)
+    assert got == {"acceptability_mcc": -1.0, "acceptability_accuracy": 0.0, "acceptability_threshold": 0.0}
+
+
+def test_acceptability_of_a_perfect_judge_is_one() -> None:
+    texts, labels = [f"sentence {i}" for i in range(40)], [i < 30 for i in range(40)]
+    got = metrics.compute(Acceptability, texts=texts, predictions=[-2.0 if good else -5.0 for good in labels],
+                          references=labels)
+    assert got == {"acceptability_mcc": 1.0, "acceptability_accuracy": 1.0, "acceptability_threshold": -3.5}
+
+
+@given(st.permutations(range(23)))
+def test_the_halves_are_balanced_and_do_not_depend_on_the_order_of_the_set(order: list[int]) -> None:
+    texts, labels = [f"sentence {i}" for i in range(23)], [i < 9 for i in range(23)]
+    half = choosing_half(texts, labels)
+    assert (int(half[:9].sum()), int(half[9:].sum())) == (5, 7)
+    moved = choosing_half([texts[i] for i in order], [labels[i] for i in order])
+    assert [bool(half[i]) for i in order] == moved.tolist()
+
+
+def test_too_few_sentences_of_a_class_is_said_not_guessed() -> None:
+    with pytest.raises(ValueError, match="at least two acceptable and two unacceptable"):
+        acceptability.choosing_half(["a", "b", "c"], [True, True, False])
+
+
+def test_a_score_that_is_not_a_number_judges_nothing() -> None:
+    got = metrics.compute(Acceptability, texts=list("abcd"), predictions=[math.nan, 1.0, 2.0, 3.0],
+                          references=[True, False, True, False])
+    assert math.isnan(got["acceptability_mcc"]) and math.isnan(got["acceptability_accuracy"])
+
+
+@pytest.mark.slow
+def test_metrics_need_no_network_and_no_writable_home() -> None:
+    """In the pod the home is read-only and nothing outside can be reached."""
+    code = """
+import socket
+def refuse(*_): raise AssertionError("the network was used")
+socket.socket.connect = socket.getaddrinfo = refuse
+from jobs import metrics
+from jobs.metrics.rouge import Rouge
+print(metrics.compute(Rouge, predictions=["a b"], references=["a b"])["rougeL"])
+"""
+    env = {k: v for k, v in os.environ.items() if k not in {"HF_HOME", "XDG_CACHE_HOME"}} | {"HOME": "/dev/null"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "1.0"), done.stderr

@@ -1,0 +1,169 @@
+"""The report shows every number and every rule, opens by itself, and shows data without ever obeying it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.core.pipeline import Gate, Rule
+from jobs.evaluation import gate, report, report_html
+
+ATTACK = "<script>alert('x')</script> & \"quoted\" | pipe\n# heading [link](http://evil.example)"
+HISTORY = [{"step": s, "epoch": s / 10, "loss": 5.0 / s, "learning_rate": 0.1} for s in range(1, 31)] + [
+    {"step": s, "epoch": s / 10, "holdout_loss": 6.0 / s} for s in (10, 20, 30)]
+
+
+def scores(model: str, **changes: Any) -> dict[str, Any]:
+    return {"model": model, "perplexity": 812.34, "bits_per_byte": 3.9, "rouge1": 0.1, "rouge2": 0.05, "rougeL": 0.09,
+            "rougeLsum": 0.09, "acceptability_mcc": -0.25, "acceptability_accuracy": 0.8,
+            "acceptability_threshold": -3.0, "records": 40, "records_too_long": 0, "completion_tokens": 900,
+            "questions": 40, "sentences": 100,
+            "vocabulary": "same"} | changes
+
+
+def evaluation(rule: Rule, *, reference: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    three = {"base": scores("base/model"), "reference": scores("reference/model", **(reference or {})),
+             "fine_tuned": scores("hotels@00ff", **({"perplexity": 3.14159, "rougeL": 0.875} | changes))}
+    checks = gate.judge(Gate(rougeL=rule), three["base"], three["fine_tuned"])
+    training = {"lora": {"r": 16, "alpha": 32.0, "dropout": 0.05, "target_modules": "all-linear"}, "epochs": 3,
+                "learning_rate": 2e-4, "max_length": 128, "tokens_per_batch": 256, "seed": 7}
+    return {"passed": all(c.passed for c in checks), "adapter": {"name": "hotels", "digest": "00ff"},
+            "base_model": {"name": "base/model", "digest": "aa11"},
+            "dataset": {"digest": "cc33", "holdout_records": 40},
+            "reference_model": {"name": "reference/model", "digest": "bb22"}, "embedded": False, "scores": three,
+            "gate": [asdict(c) for c in checks], "training": training,
+            "sources": {"dataset": {"source": "https://data.example/d.jsonl", "pin": "5b1f" * 16}}}
+
+
+def generations(answer: str = "An answer.") -> dict[str, list[dict[str, Any]]]:
+    return {role: [{"question": f"Question {i}?", "reference": f"Reference {i}.", "answer": f"{answer} {role} {i}",
+                    "rougeL": i / 40} for i in range(40)] for role in report.ROLES}
+
+
+class Tags(HTMLParser):
+    """Every tag and attribute of a page, and whether tags are closed in order."""
+
+    VOID = frozenset({"meta", "br", "rect", "line", "polyline", "circle"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_data_from_clients_and_models_is_shown_and_never_becomes_markup() -> None:
+    line = {"question": ATTACK, "reference": ATTACK, "answer": ATTACK, "rougeL": 0.0}
+    attacked = {role: [line] for role in report.ROLES}
+    values = evaluation(Rule(min=0.5))
+    values["sources"]["dataset"]["source"] = values["base_model"]["name"] = values["scores"]["base"]["model"] = ATTACK
+    page = report_html.page(values, HISTORY, attacked)
+    assert "&lt;script&gt;alert(" in page and "<script" not in page
+    assert set(Tags(page).seen) & {"script", "a", "h5", "img", "iframe"} == set()
+    text = report.markdown(values, HISTORY, attacked)
+    assert "<script" not in text and not re.search(r"(?<!\\)\]\(", text) and not re.search(r"^# heading", text, re.M)
+    rows = [line for line in text.splitlines() if line.startswith("| base |") or line.startswith("| expected |")]
+    assert rows and all(len(re.findall(r"(?<!\\)\|", row)) == 4 for row in rows)
+
+
+def test_the_page_opens_by_itself_with_no_script_and_no_network() -> None:
+    tags = Tags(report_html.page(evaluation(Rule(min=0.5)), HISTORY, generations()))
+    assert tags.open == [], "every tag is closed"
+    assert not set(tags.seen) & {"script", "link", "img", "iframe", "object"}
+    assert not {name for name, _ in tags.attributes} & {"src", "href", "onload", "onclick"}
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in tags.attributes
+    assert "url(" not in report_html.STYLE and "@import" not in report_html.STYLE
+
+
+def test_the_page_shows_every_score_a_bar_for_each_and_both_loss_curves() -> None:
+    page = report_html.page(evaluation(Rule(min=0.5)), HISTORY, generations())
+    for shown in ("812.3", "3.142", "0.875", "-0.250", "✓ Passed", "held-out 0.2", "Evenly spaced", "Provenance"):
+        assert shown in page
+    assert page.count('<rect class="bar') == 3 * len(report.METRICS)
+    assert page.count("<polyline") == 3 and page.count("<circle") == 3
+
+
+def test_the_terminal_table_has_each_score_of_each_model_and_each_rule() -> None:
+    lines = report.table(evaluation(Rule(min_gain=0.3, max_drop=0.1))).splitlines()
+    assert lines[2].split() == ["base", "fine-tuned", "reference", "better"]
+    assert lines[4].split() == ["perplexity", "812.3", "3.142", "812.3", "lower"]
+    assert "passed: all 2 rules of the gate hold" in lines
+    assert "  ✓ rougeL: fine-tuned - base is 0.785, must be at least 0.3" in lines
+
+
+def test_a_rejection_is_said_with_the_rule_its_value_and_its_bound(tmp_path: Path) -> None:
+    values = evaluation(Rule(min=0.9))
+    report.write(tmp_path, values, HISTORY, generations())
+    assert "  ✗ rougeL: fine-tuned is 0.875, must be at least 0.9" in report.table(values)
+    assert "**Rejected: 1 of 1 rule of the gate does not hold.**" in (tmp_path / "report.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "✗ Rejected" in page and "✗ fails" in page and "The adapter is not promoted." in page
+
+
+@pytest.mark.parametrize("history", [[], HISTORY[:1], HISTORY[-1:],
+                                     [{"step": 1, "epoch": 1.0, "loss": float("nan"), "learning_rate": 0.1}]])
+def test_a_short_or_broken_history_still_gives_a_report(history: list[dict[str, float]]) -> None:
+    page = report_html.page(evaluation(Rule(min=0.5)), history, generations())
+    assert Tags(page).open == [] and not re.search(r"\bnan\b", page)
+
+
+def test_what_was_not_measured_is_a_dash_not_a_zero() -> None:
+    missing: dict[str, Any] = dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"))
+    values = evaluation(Rule(min=0.5), questions=0, reference=missing, **missing)
+    values["scores"]["base"] |= missing
+    empty: dict[str, list[dict[str, Any]]] = {role: [] for role in report.ROLES}
+    page, text = report_html.page(values, HISTORY, empty), report.table(values)
+    assert [line.split() for line in text.splitlines() if line.startswith("ROUGE-L ")] == [
+        ["ROUGE-L", "–", "–", "–", "higher"]]
+    assert "ask no questions" in text and "ask no questions" in page and "Answers to held-out" not in page
+
+
+def test_perplexities_over_different_tokenizers_are_not_compared() -> None:
+    """The reference has the lowest perplexity, but per token of another tokenizer: it is said, and not marked best."""
+    values = evaluation(Rule(min=0.5), reference={"perplexity": 1.5, "vocabulary": "other"})
+    perplexity, bits = report.METRICS[:2]
+    assert "another tokenizer" in report.table(values)
+    assert report.best(values, perplexity) == {"fine_tuned"}
+    assert report.best(values, bits) == {"base", "fine_tuned", "reference"}
+    same = evaluation(Rule(min=0.5), reference={"perplexity": 1.5})
+    assert "another tokenizer" not in report.table(same) and report.best(same, perplexity) == {"reference"}
+
+
+def test_every_report_on_embedded_models_says_so() -> None:
+    values = evaluation(Rule(min=0.5)) | {"embedded": True}
+    for text in (report.table(values), report.markdown(values, HISTORY, generations()),
+                 report_html.page(values, HISTORY, generations())):
+        assert "for trying out and testing only" in text
+
+
+def test_samples_are_evenly_spaced_and_the_worst_are_shown_too() -> None:
+    spaced, worst = report.samples(generations(), count=4, worst=2)
+    assert [sample.question for sample in spaced] == [f"Question {i}?" for i in (0, 13, 26, 39)]
+    assert [sample.question for sample in worst] == ["Question 1?", "Question 2?"]
+    assert set(spaced[0].answers) == set(report.ROLES)
+
+
+def test_a_perfect_adapter_has_no_worst_answers() -> None:
+    perfect = {role: [line | {"rougeL": 1.0} for line in lines] for role, lines in generations().items()}
+    assert report.samples(perfect)[1] == []
+
+
+def test_a_question_that_one_model_could_not_be_asked_is_shown_with_the_other_answers() -> None:
+    partial = generations() | {"reference": []}
+    assert set(report.samples(partial)[0][0].answers) == {"base", "fine_tuned"}

@@ -1,0 +1,193 @@
+"""One model's scores are what a slow, simple computation gives, for Llama-like models and for GPT-2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.core import models
+from jobs.core.errors import UserError
+from jobs.data.encoding import Encoded, encode
+from jobs.evaluation import scoring
+from jobs.evaluation.scoring import Material, Progress
+from tests.build_models import RECORDS, SENTENCES, tiny_gpt2, tiny_llama, tiny_tokenizer
+
+TEXTS = [{"text": "The cook reads the book."}, {"text": "The maid reads."}]
+
+
+@pytest.fixture(scope="module", params=[tiny_llama, tiny_gpt2])
+def loaded(request: Any, tmp_path_factory: Any) -> tuple[Any, Any]:
+    folder = tmp_path_factory.mktemp("model")
+    make: Callable[..., None] = request.param
+    make(folder, positions=96)
+    tiny_tokenizer(folder)
+    return models.load_model(folder), models.load_tokenizer(folder)
+
+
+def material(records: list[Any], max_length: int = 90, max_new_tokens: int = 8) -> Material:
+    return Material(records, SENTENCES, max_length, max_new_tokens)
+
+
+def slow_nll(model: Any, ids: list[int], first: int) -> float:
+    """The definition: one sequence, one token after another, no padding."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].double()
+    return -sum(float(torch.log_softmax(logits[at - 1], -1)[ids[at]]) for at in range(first, len(ids)))
+
+
+def test_padded_batches_give_the_likelihoods_of_one_record_at_a_time(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    sequences = [encode(tokenizer, record) for record in (*RECORDS, *TEXTS)]
+    got = scoring.negative_log_likelihoods(model, sequences, Progress("test", len(sequences)))
+    for sequence, (nats, tokens) in zip(sequences, got, strict=True):
+        first = max(1, len(sequence.prompt))
+        assert tokens == len(sequence) - first
+        assert nats == pytest.approx(slow_nll(model, sequence.prompt + sequence.completion, first), rel=1e-5)
+
+
+def test_likelihoods_equal_the_loss_that_training_minimises(loaded: tuple[Any, Any]) -> None:
+    import torch
+
+    model, tokenizer = loaded
+    sequence = encode(tokenizer, RECORDS[0])
+    labels = torch.tensor([[-100] * len(sequence.prompt) + sequence.completion])
+    with torch.no_grad():
+        loss = float(model(torch.tensor([sequence.prompt + sequence.completion]), labels=labels).loss)
+    [(nats, tokens)] = scoring.negative_log_likelihoods(model, [sequence], Progress("test", 1))
+    assert nats / tokens == pytest.approx(loss, rel=1e-5)
+
+
+def test_answers_in_a_batch_are_the_greedy_answers_of_one_question_at_a_time(
+        loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And settings that come with a model (sampling, repetition penalties) do not change what is measured."""
+    import torch
+    from transformers import GenerationConfig
+
+    model, tokenizer = loaded
+    prompts = [encode(tokenizer, record).prompt for record in RECORDS]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        with torch.no_grad():
+            while len(ids) < len(prompt) + 8 and (len(ids) == len(prompt) or ids[-1] != tokenizer.eos_token_id):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(tokenizer.decode(ids[len(prompt):], skip_special_tokens=True).strip())
+    monkeypatch.setattr(model, "generation_config",
+                        GenerationConfig(do_sample=True, temperature=2.0, repetition_penalty=5.0, eos_token_id=0))
+    assert scoring.generate(model, tokenizer, prompts, 8, 96, Progress("test", len(prompts))) == expected
+
+
+def test_an_answer_stops_at_every_end_token_that_serving_stops_at(
+        loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from transformers import GenerationConfig
+
+    model, tokenizer = loaded
+    prompt = encode(tokenizer, RECORDS[0]).prompt
+    with torch.no_grad():
+        first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=[first]))
+    assert scoring.stop_tokens(model, tokenizer) == sorted({first, tokenizer.eos_token_id})
+    assert scoring.generate(model, tokenizer, [prompt], 8, 96, Progress("test", 1)) == [""]
+
+
+def test_answers_never_run_past_the_positions_that_the_model_has(loaded: tuple[Any, Any]) -> None:
+    """A GPT-2 with 96 positions and a long prompt must not end in an index error."""
+    model, tokenizer = loaded
+    answers = scoring.generate(model, tokenizer, [[5] * 94, [6, 7]], 50, 96, Progress("test", 2))
+    assert len(answers) == 2 and len(tokenizer(answers[0])["input_ids"]) <= 8
+
+
+def test_the_scores_of_a_model_are_complete_and_follow_their_definitions(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    scores, generations = scoring.measure(model, tokenizer, material(RECORDS), "tiny")
+    encoded = [encode(tokenizer, record) for record in RECORDS]
+    nats = sum(slow_nll(model, e.prompt + e.completion, len(e.prompt)) for e in encoded)
+    tokens = sum(len(e.completion) for e in encoded)
+    spelled = sum(len(line["reference"].encode()) for line in generations)
+    assert scores["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert scores["bits_per_byte"] == pytest.approx(nats / math.log(2) / spelled, rel=1e-5)
+    assert (scores["model"], scores["records"], scores["completion_tokens"]) == ("tiny", 4, tokens)
+    assert (scores["questions"], scores["sentences"]) == (4, len(SENTENCES))
+    assert scores["rougeL"] == pytest.approx(sum(line["rougeL"] for line in generations) / 4)
+    assert [line["question"] for line in generations][-1] == "system: Be brief.\nuser: How many rooms are there?"
+    assert set(scoring.SCORES) <= scores.keys()
+
+
+def test_a_sentence_is_scored_by_its_mean_token_log_probability(loaded: tuple[Any, Any]) -> None:
+    """The threshold lies between two such scores, computed slowly, of the half that chooses it."""
+    model, tokenizer = loaded
+    scores, _ = scoring.measure(model, tokenizer, material(RECORDS), "tiny")
+    means = []
+    for text, _good in SENTENCES:
+        ids = tokenizer(text)["input_ids"]
+        means.append(-slow_nll(model, ids, 1) / (len(ids) - 1))
+    middles = [(a + b) / 2 for a in means for b in means]
+    assert min(abs(scores["acceptability_threshold"] - middle) for middle in middles) < 1e-5
+
+
+def test_plain_text_has_perplexity_and_no_rouge(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    scores, generations = scoring.measure(model, tokenizer, material(TEXTS), "tiny")
+    assert scores["perplexity"] > 1 and scores["rougeL"] is None and scores["questions"] == 0 and generations == []
+
+
+def test_records_that_are_too_long_are_left_out_and_counted(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    lengths = sorted(len(encode(tokenizer, record)) for record in RECORDS)
+    scores, generations = scoring.measure(model, tokenizer, material(RECORDS, max_length=lengths[1]), "tiny")
+    assert (scores["records"], scores["records_too_long"], len(generations)) == (2, 2, 2)
+    with pytest.raises(UserError, match=f"none of the 4 held-out records fits: the shortest has {lengths[0]} tokens"):
+        scoring.measure(model, tokenizer, material(RECORDS, max_length=lengths[0] - 1), "tiny")
+
+
+def test_too_few_judged_sentences_is_an_error_that_names_the_setting(loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(UserError, match=r"evaluation\.acceptability: needs at least two acceptable"):
+        scoring.measure(*loaded, Material(RECORDS, SENTENCES[:7], 90, 4), "tiny")
+
+
+def test_scores_that_are_not_numbers_are_recorded_as_not_measured(loaded: tuple[Any, Any]) -> None:
+    """JSON has no NaN, and the gate must see that there is no value."""
+    import copy
+
+    import torch
+
+    model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(math.nan)
+    scores, _ = scoring.measure(model, tokenizer, material(RECORDS), "tiny")
+    assert scores["perplexity"] is None and scores["acceptability_mcc"] is None
+
+
+def test_batches_hold_every_item_once_within_the_budget() -> None:
+    lengths = [3, 50, 7, 7, 120, 1, 20]
+    made = list(scoring.batches(lengths, 60))
+    assert sorted(i for batch in made for i in batch) == list(range(7))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 60 for batch in made)
+
+
+def test_models_with_the_same_tokens_have_the_same_vocabulary_digest(tmp_path: Path) -> None:
+    one, same, other = (tiny_tokenizer(tmp_path / name, vocabulary=size)
+                        for name, size in (("a", 300), ("b", 300), ("c", 310)))
+    assert scoring.vocabulary(one) == scoring.vocabulary(same) != scoring.vocabulary(other)
+
+
+def test_progress_is_said_with_what_is_left(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 102.0, 106.0, 107.0, 120.0])
+    monkeypatch.setattr("jobs.evaluation.scoring.time.monotonic", lambda: next(clock))
+    with caplog.at_level("INFO", "jobs"):
+        progress = Progress("base: answering", 10)
+        for count in (1, 2, 3, 4):
+            progress.add(count)
+    assert caplog.messages == ["base: answering: 3 of 10, about 14 s left"]
+
+
+def test_an_empty_sequence_list_measures_nothing(loaded: tuple[Any, Any]) -> None:
+    sequences: list[Encoded] = []
+    assert scoring.negative_log_likelihoods(loaded[0], sequences, Progress("test", 0)) == []

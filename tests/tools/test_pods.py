@@ -1,0 +1,214 @@
+"""Promises of the mapping from manifests to processes: what a container sees locally is what its manifest says."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.core.errors import UserError
+from jobs.tools import local, pods
+
+OVERLAY = pods.CHECKOUT / "overlays" / "kind"
+
+
+def job(**container: Any) -> dict[str, Any]:
+    """A Job manifest with one container, as kustomize renders it."""
+    return {"kind": "Job", "metadata": {"name": "some-job-47ht86d9bm"}, "spec": {
+        "backoffLimit": 2,
+        "podFailurePolicy": {"rules": [
+            {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}},
+            {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}]},
+        "template": {"spec": {
+            "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "data-pvc"}},
+                        {"name": "settings", "configMap": {"name": "settings"}}, {"name": "tmp", "emptyDir": {}}],
+            "containers": [{"name": "main", "command": ["python", "-m", "jobs"]} | container]}}}}
+
+
+SETTINGS = {"kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"a.yaml": "one", "b.yaml": "two"}}
+MOUNTS = [{"name": "data", "mountPath": "/volumes/data"}, {"name": "settings", "mountPath": "/etc/settings"},
+          {"name": "tmp", "mountPath": "/tmp"}]
+
+
+def only(manifests: list[dict[str, Any]], state: Path, offset: int = 0) -> pods.Container:
+    (pod,) = pods.pods(manifests, state, offset)
+    return pod.containers[0]
+
+
+def test_paths_at_below_and_above_a_mount_move_and_others_stay(tmp_path: Path) -> None:
+    container = only([SETTINGS, job(volumeMounts=MOUNTS, args=[
+        "--volumes=/volumes", "/volumes/data/x", "/volumes/dataset", "/etc", "/etc/passwd", "/", "/tmp/cache",
+        "relative/path", "--flag", "text with /volumes inside"])], tmp_path)
+    root = tmp_path / "pods" / "some-job-47ht86d9bm"
+    assert container.argv == [
+        sys.executable, "-m", "jobs", f"--volumes={root}/volumes", f"{root}/volumes/data/x", "/volumes/dataset",
+        f"{root}/etc", "/etc/passwd", "/", f"{root}/tmp/cache", "relative/path", "--flag", "text with /volumes inside"]
+
+
+def test_mounts_hold_the_claims_folder_and_the_config_maps_files(tmp_path: Path) -> None:
+    only([SETTINGS, job(volumeMounts=MOUNTS)], tmp_path)
+    root = tmp_path / "pods" / "some-job-47ht86d9bm"
+    (root / "volumes" / "data" / "kept").write_text("x")
+    assert (tmp_path / "volumes" / "data-pvc" / "kept").read_text() == "x"
+    assert (root / "etc" / "settings" / "a.yaml").read_text() == "one"
+
+
+def test_a_claim_keeps_its_files_from_run_to_run_and_a_pods_scratch_does_not(tmp_path: Path) -> None:
+    manifests = [SETTINGS, job(volumeMounts=MOUNTS)]
+    only(manifests, tmp_path)
+    root = tmp_path / "pods" / "some-job-47ht86d9bm"
+    (root / "volumes" / "data" / "kept").write_text("x")
+    (root / "tmp" / "scratch").write_text("x")
+    only(manifests, tmp_path)
+    assert (root / "volumes" / "data" / "kept").exists()
+    assert not (root / "tmp" / "scratch").exists()
+
+
+def test_a_changed_config_map_switches_all_files_at_once_like_the_kubelet(tmp_path: Path) -> None:
+    folder = tmp_path / "settings"
+    pods.write_config_map(folder, {"a": "1", "b": "1"})
+    first = (folder / "..data").resolve()
+    pods.write_config_map(folder, {"a": "2", "c": "2"})
+    assert (folder / "..data").resolve() != first
+    assert sorted(p.name for p in folder.iterdir() if not p.name.startswith("..")) == ["a", "c"]
+    assert ((folder / "a").read_text(), (folder / "c").read_text()) == ("2", "2")
+    assert not first.exists()
+
+
+def test_servers_bind_to_this_machine_only_and_ports_shift_together(tmp_path: Path) -> None:
+    container = only([job(
+        ports=[{"name": "http", "containerPort": 8000}], args=["--host=0.0.0.0", "--port=8000", "--size=80000"],
+        env=[{"name": "PORT", "value": "8000"}], readinessProbe={"httpGet": {"path": "/health", "port": "http"}},
+    )], tmp_path, offset=7)
+    assert container.argv[3:] == ["--host=127.0.0.1", "--port=8007", "--size=80000"]
+    assert container.env["PORT"] == "8007"
+    assert container.ready_url == "http://127.0.0.1:8007/health"
+
+
+def test_a_container_does_not_see_the_users_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "private")
+    container = only([job(env=[{"name": "A", "value": "1"}])], tmp_path)
+    assert container.env["A"] == "1"
+    assert not {"AWS_SECRET_ACCESS_KEY", "HOME"} & container.env.keys()
+
+
+def test_a_secret_is_the_variable_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = {"name": "s", "key": "k", "optional": True}
+    manifest = job(env=[{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": reference}}])
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert "HF_TOKEN" not in only([manifest], tmp_path).env
+    monkeypatch.setenv("HF_TOKEN", "token")
+    assert only([manifest], tmp_path).env["HF_TOKEN"] == "token"
+    monkeypatch.delenv("HF_TOKEN")
+    reference["optional"] = False
+    with pytest.raises(UserError, match="needs the Secret s: set HF_TOKEN"):
+        only([manifest], tmp_path)
+
+
+def test_retries_follow_the_manifest(tmp_path: Path) -> None:
+    (pod,) = pods.pods([job()], tmp_path)
+    assert (pod.backoff_limit, pod.fatal_exit_codes, pod.title) == (2, frozenset({2}), "some-job")
+
+
+# Runs in place of a container's program: its environment, its arguments, and every file at its mounts.
+PROBE = """
+import json, os, sys
+from pathlib import Path
+mounts = json.loads(sys.argv[1])
+files = {m: {p.name: p.read_text() for p in Path(m).iterdir() if p.is_file()} for m in mounts}
+print(json.dumps({"env": dict(os.environ), "argv": sys.argv[2:], "files": files}))
+"""
+
+
+def test_the_processes_of_the_overlay_see_what_the_manifest_of_their_container_says(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every container of overlays/kind, started by the local runner: all of the manifest is there, and nothing more."""
+    secrets = {"HF_TOKEN": "the token", "VLLM_API_KEY": "the key"}
+    for name, value in secrets.items() | {("AWS_SECRET_ACCESS_KEY", "private")}:
+        monkeypatch.setenv(name, value)
+    manifests = pods.render(OVERLAY)
+    config = {m["metadata"]["name"]: m["data"] for m in manifests if m["kind"] == "ConfigMap"}
+    for claim in (m["metadata"]["name"] for m in manifests if m["kind"] == "PersistentVolumeClaim"):
+        (tmp_path / "volumes" / claim).mkdir(parents=True)
+        (tmp_path / "volumes" / claim / "claim").write_text(claim)
+    workloads = {m["metadata"]["name"]: m["spec"]["template"]["spec"] for m in manifests
+                 if m["kind"] in ("Job", "Deployment")}
+    offset = 1000
+    mapped = pods.pods(manifests, tmp_path, offset)
+    assert {pod.name for pod in mapped} == workloads.keys()
+    seen = asyncio.run(run_once([probing(pod, workloads[pod.name], tmp_path) for pod in mapped], tmp_path))
+
+    for pod in mapped:
+        root, spec = f"{tmp_path}/pods/{pod.name}", workloads[pod.name]
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        described = [*spec.get("initContainers", []), *spec["containers"]]
+        for container, sight in zip(described, seen[pod.name], strict=True):
+            where = f"{pod.title}/{container['name']}"
+            ports = {str(port["containerPort"]) for port in container.get("ports", [])}
+            here = functools.partial(as_here, root=root, ports=ports, offset=offset)
+
+            arguments = [*container["command"][1:], *container.get("args", [])]
+            assert sight["argv"] == [here(argument) for argument in arguments], where
+
+            stated = {e["name"]: here(e["value"]) if "value" in e else secrets[e["name"]] for e in container["env"]}
+            assert {name: sight["env"].get(name) for name in stated} == stated, where
+            # Python itself sets LC_CTYPE where there is no locale.
+            assert sight["env"].keys() - stated.keys() <= {*pods.INHERITED, "PYTHONPATH", "LC_CTYPE"}, where
+
+            for mount in container["volumeMounts"]:
+                volume = volumes[mount["name"]]
+                if "configMap" in volume:
+                    files = config[volume["configMap"]["name"]]
+                elif "persistentVolumeClaim" in volume:
+                    files = {"claim": volume["persistentVolumeClaim"]["claimName"]}
+                else:
+                    files = {}  # scratch, new for each run
+                assert sight["files"][root + mount["mountPath"]] == files, f"{where}: {mount['mountPath']}"
+
+
+def as_here(text: str, root: str, ports: set[str], offset: int) -> str:
+    """A value or argument of the manifest as it must be on this machine; every path in the overlay is on a mount."""
+    option, equals, value = text.rpartition("=") if text.startswith("--") else ("", "", text)
+    value = f"{root}{value}" if value.startswith("/") else value.replace("0.0.0.0", "127.0.0.1")
+    return option + equals + (str(int(value) + offset) if value in ports else value)
+
+
+def probing(pod: pods.Pod, spec: dict[str, Any], state: Path) -> pods.Pod:
+    """The pod with PROBE in place of its programs."""
+    def probed(containers: list[pods.Container], manifests: list[dict[str, Any]]) -> list[pods.Container]:
+        mounts = [[f"{state}/pods/{pod.name}{m['mountPath']}" for m in c["volumeMounts"]] for c in manifests]
+        return [replace(container, argv=[container.argv[0], "-c", PROBE, json.dumps(places), *container.argv[1:]])
+                for container, places in zip(containers, mounts, strict=True)]
+
+    return replace(pod, init_containers=probed(pod.init_containers, spec.get("initContainers", [])),
+                   containers=probed(pod.containers, spec["containers"]))
+
+
+async def run_once(mapped: list[pods.Pod], state: Path) -> dict[str, list[dict[str, Any]]]:
+    """Run every pod as `jobs local` does. Returns what its containers printed, init containers first."""
+    runner = local.Runner(mapped, state, verbose=False)
+    codes = await asyncio.gather(*(runner._run_containers(pod) for pod in mapped))
+    logs = {pod.name: runner.log_file(pod).read_text() for pod in mapped}
+    assert set(codes) == {0}, logs
+    return {name: [json.loads(line) for line in text.splitlines()] for name, text in logs.items()}
+
+
+def test_without_kubectl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="kubectl is not installed.*1.32"):
+        pods.render(OVERLAY)
+
+
+def test_an_overlay_that_does_not_render_shows_kustomizes_words(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no kustomization\.yaml"):
+        pods.render(tmp_path)
+    shutil.copytree(OVERLAY, tmp_path / "copy")
+    with pytest.raises(UserError, match="does not render"):
+        pods.render(tmp_path / "copy")
