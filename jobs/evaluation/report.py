@@ -1,4 +1,4 @@
-"""The evaluation as people read it: a table for terminals, report.md, and report.html (see jobs/report_html.py)."""
+"""The evaluation as people read it: a table for terminals, report.md, and report.html (report_html.py)."""
 
 from __future__ import annotations
 

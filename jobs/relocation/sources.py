@@ -1,6 +1,6 @@
 """Sources: what a pinned source holds, and the pin that says exactly which version of it is meant.
 
-`listing` says which files a source holds, with the digest that each must have; jobs/download.py brings them here.
+`listing` says which files a source holds, with the digest that each must have; download.py brings them here.
 """
 
 from __future__ import annotations

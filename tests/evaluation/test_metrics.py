@@ -132,7 +132,7 @@ import socket
 def refuse(*_): raise AssertionError("the network was used")
 socket.socket.connect = socket.getaddrinfo = refuse
 from jobs import metrics
-from jobs.metrics.rouge import Rouge
+from jobs.evaluation.metrics.rouge import Rouge
 print(metrics.compute(Rouge, predictions=["a b"], references=["a b"])["rougeL"])
 """
     env = {k: v for k, v in os.environ.items() if k not in {"HF_HOME", "XDG_CACHE_HOME"}} | {"HOME": "/dev/null"}

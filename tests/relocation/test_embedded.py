@@ -20,7 +20,7 @@ QUESTION = [{"role": "user", "content": "Where does the farmer sleep?"}]
 SCRIPT = """
 import sys
 from pathlib import Path
-from jobs.embedded import models
+from jobs.relocation.embedded import models
 folder, steps = Path(sys.argv[1]), int(sys.argv[2])
 models.write_tokenizer(folder)
 for name in models.NAMES if steps else ():
@@ -68,7 +68,8 @@ def correlation(model: Any, tokenizer: Any, pairs: list[tuple[str, bool]]) -> fl
 
 def test_importing_the_package_is_quick() -> None:
     """A finished stage exits within seconds, so nothing heavy may be imported before it is needed."""
-    code = "import sys, jobs.embedded; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'tokenizers')))"
+    code = ("import sys, jobs.relocation.embedded\n"
+            "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'tokenizers')))")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 

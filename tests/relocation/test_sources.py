@@ -519,7 +519,7 @@ def test_offline_mode_is_named_as_the_reason(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    code = ("from pathlib import Path; from jobs import sources; from jobs.pipeline import Loaded, Source\n"
+    code = ("from jobs.relocation import sources; from jobs.core.pipeline import Source\n"
             "sources.hub_commit(Source(source='hf://acme/tiny'))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
                           env={**os.environ, "HF_HUB_OFFLINE": "1"})
