@@ -223,23 +223,3 @@ def test_an_abandoned_draft_is_removed_and_a_fresh_one_is_not(tmp_path: Path) ->
         os.utime(draft, (time.time() - age, time.time() - age))
     publish(tmp_path)
     assert sorted(p.name for p in folder.glob(".draft-*")) == [".draft-fresh"]
-
-
-def test_a_promotion_is_one_file_and_a_line_of_history(tmp_path: Path) -> None:
-    assert promotion.current(tmp_path, "name") is None
-    assert promotion.promote(tmp_path, "name", "a" * 16, "e" * 16)
-    assert not promotion.promote(tmp_path, "name", "a" * 16, "e" * 16), "already there"
-    assert promotion.promote(tmp_path, "name", "b" * 16, "f" * 16)
-    now = promotion.current(tmp_path, "name")
-    assert now is not None
-    assert (now.adapter, now.evaluation) == ("b" * 16, "f" * 16)
-    history = [json.loads(line) for line in (tmp_path / "promoted" / "name.history.jsonl").read_text().splitlines()]
-    assert [(entry["before"], entry["adapter"]) for entry in history] == [(None, "a" * 16), ("a" * 16, "b" * 16)]
-    assert promotion.promoted_digests(tmp_path) == {"b" * 16, "f" * 16}
-
-
-def test_a_damaged_promotion_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
-    promotion.promote(tmp_path, "name", "a" * 16, "e" * 16)
-    (tmp_path / "promoted" / "name").write_text("{")
-    with pytest.raises(UserError, match="the promotion is damaged"):
-        promotion.current(tmp_path, "name")
