@@ -46,8 +46,9 @@ def parser() -> argparse.ArgumentParser:
                      metavar="FILE", help="the pipeline file (default: $PIPELINE, else %(default)s)")
     top.add_argument("--volumes", type=Path, default=Path(os.environ.get("VOLUMES", "/volumes")), metavar="DIR",
                      help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
-    top.add_argument("--wait-seconds", type=float, default=variables.number("WAIT_SECONDS", 6 * 3600),
-                     metavar="S", help="how long a stage waits for its inputs (default: $WAIT_SECONDS, else 6 hours)")
+    top.add_argument("--wait-seconds", type=float, default=variables.wait_seconds(), metavar="S",
+                     help="how long a stage waits for its inputs, or for another process that makes the same artifact "
+                          "(default: $WAIT_SECONDS, else 6 hours)")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of the above")
 
     relocate = commands.add_parser("relocate", description="bring a source onto its volume, verified against its pin")

@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
                                          "(default: $PIPELINES, else %(default)s)")
     top.add_argument("--volumes", type=Path, default=Path(os.environ.get("VOLUMES", "/volumes")), metavar="DIR",
                      help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
-    top.add_argument("--wait-seconds", type=float, default=variables.number("WAIT_SECONDS", 6 * 3600), metavar="S",
+    top.add_argument("--wait-seconds", type=float, default=variables.wait_seconds(), metavar="S",
                      help="how long to wait for base model and tokenizer (default: $WAIT_SECONDS, else 6 hours)")
     top.add_argument("--drain-seconds", type=float, default=variables.number("DRAIN_SECONDS", 55), metavar="S",
                      help="how long the last requests may take when the server ends (default: $DRAIN_SECONDS, else 55)")

@@ -23,3 +23,8 @@ def number(name: str, default: float, *, least: float = 0) -> float:
         raise UserError(f"{name} is {text!r}, but must be a number of at least {least:g}; correct the environment "
                         "variable, or remove it")
     return value
+
+
+def wait_seconds() -> float:
+    """How long a stage waits for its inputs, or for another process that makes the same artifact, in seconds."""
+    return number("WAIT_SECONDS", 6 * 3600)
