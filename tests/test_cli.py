@@ -57,7 +57,7 @@ def test_a_missing_input_is_exit_code_1(tmp_path: Path) -> None:
     assert "base-model/" in done.stderr
 
 
-@pytest.mark.parametrize(("error", "code", "says"), [
+@pytest.mark.parametrize(("error", "code", "message"), [
     (UserError("change it"), 2, "change it"),
     (RetryableError("later"), 1, "later"),
     (Terminated("stopped"), 143, "stopped"),
@@ -68,7 +68,7 @@ def test_a_missing_input_is_exit_code_1(tmp_path: Path) -> None:
 ])
 def test_an_error_has_its_exit_code_and_its_reason_where_kubernetes_shows_it(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-        error: BaseException, code: int, says: str) -> None:
+        error: BaseException, code: int, message: str) -> None:
     def fail(_: object) -> None:
         raise error
 
@@ -77,8 +77,8 @@ def test_an_error_has_its_exit_code_and_its_reason_where_kubernetes_shows_it(
     monkeypatch.setattr(cli, "run", fail)
     monkeypatch.setattr(command, "TERMINATION_LOG", log)
     assert cli.main(["train"]) == code
-    assert says in capsys.readouterr().err
-    assert says in log.read_text()
+    assert message in capsys.readouterr().err
+    assert message in log.read_text()
 
 
 def test_the_termination_log_stays_within_what_kubernetes_keeps(
@@ -140,6 +140,6 @@ def test_sigterm_ends_a_waiting_stage_at_once(tmp_path: Path) -> None:
     assert process.stderr
     assert "waiting for base-model" in process.stderr.readline()
     os.kill(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=20)
-    assert process.returncode == 143, said
-    assert "stopped by SIGTERM" in said
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 143, stderr
+    assert "stopped by SIGTERM" in stderr

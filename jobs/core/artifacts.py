@@ -166,7 +166,7 @@ def wait_until_there(specs: list[Spec], volumes: Path, deadline_s: float, poll_s
     Raises:
         RetryableError: when `deadline_s` seconds passed; names what is still missing.
     """
-    started = said = time.monotonic()
+    started = reported = time.monotonic()
     missing = [s for s in specs if not s.path(volumes).exists()]
     if missing:
         log.info("waiting for %s", ", ".join(map(str, missing)))
@@ -175,9 +175,9 @@ def wait_until_there(specs: list[Spec], volumes: Path, deadline_s: float, poll_s
         if now - started > deadline_s:
             raise RetryableError(f"waited {deadline_s:.0f} s for {', '.join(map(str, missing))}. See the logs of the "
                                  "job that makes it")
-        if now - said > 60:
+        if now - reported > 60:
             log.info("still waiting for %s (%.0f s)", ", ".join(map(str, missing)), now - started)
-            said = now
+            reported = now
         time.sleep(poll_s)
         missing = [s for s in specs if not s.path(volumes).exists()]
 

@@ -23,8 +23,8 @@ from tests import build_pipeline
 HEAD = "adapter: a\ntraining:\n  "
 
 
-def message(file: Path) -> str:
-    """What `load` says about the file; it must refuse it with `UserError`."""
+def refusal(file: Path) -> str:
+    """The message of the `UserError` with which `load` refuses the file."""
     with pytest.raises(UserError) as raised:
         pipeline.load(file)
     return str(raised.value)
@@ -39,7 +39,7 @@ def check_message(text: str, file: Path) -> None:
         assert len(line) <= 1000
 
 
-@pytest.mark.parametrize(("text", "says"), [
+@pytest.mark.parametrize(("text", "message"), [
     (HEAD + "seed: 2026-99-99", ":3: not valid YAML: '2026-99-99' cannot be read as timestamp; quote text"),
     ("{[a]: b}", ":1: not valid YAML: a key must be text; quote it"),
     ("? {a: b}\n: c", ":1: not valid YAML: a key must be text; quote it"),
@@ -73,21 +73,21 @@ def check_message(text: str, file: Path) -> None:
     (f"base_model: {{source: {'a' * 900_000}}}", ":1: base_model: aaaa"),
     ("\n".join(f"k{number}: 1" for number in range(1000)), "more problems"),
 ])
-def test_hostile_yaml_is_refused_with_its_line(tmp_path: Path, text: str, says: str) -> None:
+def test_hostile_yaml_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "pipeline.yaml"
     file.write_bytes(text.encode(errors="surrogatepass"))
     started = time.process_time()
-    said = message(file)
+    found = refusal(file)
     assert time.process_time() - started < 10
-    check_message(said, file)
-    assert says in said
+    check_message(found, file)
+    assert message in found
 
 
 def test_aliases_that_stand_for_gigabytes_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "pipeline.yaml"
     bombs = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]" for n in range(1, 12)]
     file.write_text("\n".join(["l0: &l0 [v]", *bombs]))
-    assert message(file) == f"{file}:5: not valid YAML: more than 10000 values"
+    assert refusal(file) == f"{file}:5: not valid YAML: more than 10000 values"
 
 
 def test_an_alias_can_be_used(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def _unreadable_folder(file: Path) -> None:
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize(("make", "says"), [
+@pytest.mark.parametrize(("make", "message"), [
     (os.mkfifo, ": is not a plain file"), (_socket, ": is not a plain file"),
     (_unreadable_folder, "/pipeline.yaml: is not a plain file"),
     (lambda file: file.symlink_to("/dev/zero"), ": is not a plain file"),
@@ -123,15 +123,15 @@ def _unreadable_folder(file: Path) -> None:
     (lambda file: file.write_bytes(b"\xff\xfe"), ": not UTF-8 at byte 0; save it as UTF-8"),
 ])
 def test_what_is_no_file_to_read_is_neither_read_nor_waited_for(
-        tmp_path: Path, make: Callable[[Path], object], says: str) -> None:
+        tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
     file = tmp_path / "pipeline.yaml"
     make(file)
-    assert message(file).startswith(f"{file}{says}")
+    assert refusal(file).startswith(f"{file}{message}")
 
 
 @pytest.mark.parametrize("path", ["/proc/self/mem", "/dev/null", "/dev/stdin", "nothing", "a" * 300, "a\0b", "x/y/z"])
 def test_any_path_is_answered_with_one_line(path: str) -> None:
-    assert "\n" not in message(Path(path))
+    assert "\n" not in refusal(Path(path))
 
 
 def test_a_file_that_a_configmap_mounts_is_a_link(tmp_path: Path) -> None:
