@@ -112,7 +112,7 @@ def test_waiting_ends_at_its_deadline_and_says_for_what_and_why() -> None:
 
 def test_what_the_tests_look_for_in_the_logs_is_what_the_stages_write() -> None:
     """On a cluster a reworded line would show only after an hour, or not at all."""
-    written = "".join(file.read_text() for file in (CHECKOUT / "jobs").glob("*.py"))
+    written = "".join(file.read_text() for file in (CHECKOUT / "jobs").rglob("*.py"))
     for words in (cluster.TRAINS, cluster.RESUMES, cluster.DONE, cluster.REJECTS):
         assert words in written, words
     assert cluster.STEP.search("12:00:00 step 12/1500  loss 4.2000  2100 tokens/s  60 s left")
