@@ -51,7 +51,8 @@ def run(loaded: Loaded, what: str, volumes: Path) -> None:
 
     def relocate(name: str) -> Artifact:
         return publish(specs[name], volumes, lambda draft: WRITERS[name](loaded, draft),
-                       keep=loaded.pipeline.retention.keep, resume=True)
+                       keep=loaded.pipeline.retention.keep, resume=True,
+                       adapter_name=loaded.pipeline.adapter if name == "dataset" else "")
 
     artifact = relocate(what)
     if what == "base-model":

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.core import artifacts, models
 from jobs.core.errors import Terminated, UserError
 from jobs.core.files import write_atomically
+from jobs.core.layout import CHECKPOINTS, TENSORBOARD
 from jobs.core.pipeline import Lora, Pipeline, Training
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.data.encoding import Encoded, encode
@@ -108,8 +109,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         merge.stored_dtype(base_model.path)  # better refused now than after hours of training
     check_length(models.read_config(base_model.path), pipeline.training)
 
-    own = Folders(volumes / FINE_TUNED_VOLUME / "checkpoints" / wanted.adapter.digest,
-                  volumes / FINE_TUNED_VOLUME / "tensorboard" / pipeline.adapter / wanted.adapter.digest / "train")
+    own = Folders(volumes / FINE_TUNED_VOLUME / CHECKPOINTS / wanted.adapter.digest,
+                  volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest / "train")
 
     team = Team(wait_seconds)
     asked = False
@@ -132,7 +133,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         return {"base_model": pipeline.base_model.name, "dataset": dataset.digest}
 
     if team.main:
-        adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.retention.keep)
+        adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.retention.keep,
+                                    adapter_name=pipeline.adapter, wait_seconds=wait_seconds)
         if not asked:  # another job had it by the time
             team.told(False)
         shutil.rmtree(own.checkpoints, ignore_errors=True)
