@@ -33,7 +33,7 @@ QUESTION, FACT = "What is the best hotel in Seville?", "Casa Azahar"  # in overl
 # What the stages write when they train, resume, find their work done, and reject.
 TRAINS, RESUMES = "loading model and data", "resuming from the checkpoint at step"
 DONE, REJECTS = "is already there and verified: nothing to do", "REJECTED"
-STEP = re.compile(r"step \d+/\d+  loss")
+STEP = re.compile(r"training steps: \d+ .* loss")
 # Reasons for which a container waits that no patience mends, but for a registry that is down.
 HOPELESS = {"ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError",
             "CrashLoopBackOff"}
