@@ -53,6 +53,8 @@ def run(loaded: Loaded, what: str, volumes: Path) -> None:
                        keep=loaded.pipeline.retention.keep, resume=True,
                        adapter_name=loaded.pipeline.adapter if name == "dataset" else "")
 
+    if what == "dataset":
+        check_data_in_git(loaded)
     artifact = relocate(what)
     if what == "base-model":
         check_architecture(loaded, artifact.path)  # the file may say another architecture than when it was published
@@ -61,6 +63,18 @@ def run(loaded: Loaded, what: str, volumes: Path) -> None:
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
+
+
+def check_data_in_git(loaded: Loaded) -> None:
+    """Hold the data that lies beside the pipeline file against its pin, also when the pinned data is there already.
+
+    Raises:
+        UserError: the data was edited without its pin. Under the old pin, the edit would have no effect.
+    """
+    for source in (loaded.pipeline.dataset, loaded.pipeline.evaluation.acceptability):
+        path = loaded.resolve(source) if source.scheme == "file" else None
+        if path and path.exists() and (found := sources.path_sha256(path)) != source.sha256:
+            raise UserError(download.mismatch(str(path), "pipeline.yaml", str(source.sha256), found))
 
 
 def write_dataset(loaded: Loaded, draft: Path) -> dict[str, Any]:

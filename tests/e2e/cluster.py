@@ -276,9 +276,7 @@ class Environment:
                 {"name": "pipeline", "behavior": "merge", "files": ["pipeline.yaml"]},
                 {"name": "serving-pipeline", "behavior": "merge", "files": ["pipeline.yaml"],
                  "options": {"disableNameSuffixHash": True}}],
-            "replacements": [{"source": {"kind": "ConfigMap", "name": "pipeline", "fieldPath": "data.[pipeline.yaml]"},
-                              "targets": [{"select": {"kind": "Job"},
-                                           "fieldPaths": ["spec.template.metadata.annotations.pipeline"]}]}],
+            "components": ["../../base/job-names"],
             "patches": list(patches)}))
         self.pipeline = pipeline.load(self.overlay).pipeline
         self.wanted = {job["metadata"]["name"]: title for title, job in by_name(render(self.overlay), "Job").items()}
