@@ -116,10 +116,12 @@ def containers(template: Manifest) -> list[Manifest]:
 
 
 def error_in(stderr: str) -> str:
-    """The error in what kubectl or another tool wrote: its last line, without `error:` or the prefix of a log."""
-    last = (stderr.strip().splitlines() or ["no error message"])[-1]
-    logged = re.fullmatch(r'[EF]\d{4} .*\] "command failed" err="(.*)"', last)
-    return (logged[1].replace('\\"', '"').replace("\\n", " ") if logged else last).removeprefix("error: ")
+    """The error in what kubectl or another tool wrote, on one line: all from `error` on, else the last line."""
+    lines = stderr.strip().splitlines() or ["no error message"]
+    first = next((n for n, line in enumerate(lines) if line.lower().startswith("error")), len(lines) - 1)
+    error = " ".join(" ".join(lines[first:]).split())
+    logged = re.fullmatch(r'[EF]\d{4} .*\] "command failed" err="(.*)"', error)
+    return (logged[1].replace('\\"', '"').replace("\\n", " ") if logged else error).removeprefix("error: ")
 
 
 def pods(manifests: list[Manifest], state: Path, port_offset: int = 0) -> list[Pod]:
