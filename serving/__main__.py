@@ -23,7 +23,7 @@ from jobs.core import artifacts, models, variables
 from jobs.core.command import fail, run_command
 from jobs.core.errors import RetryableError, Terminated, UserError
 from jobs.core.plan import plan
-from serving import base, drain, merged
+from serving import base, cpu_shield, drain, merged
 from serving.adapters import Served
 from serving.events import log_to_stderr
 
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
                     base_folder=str(base_model.path), mode=wish.serving.mode,
                     max_lora_rank=base.max_lora_rank(wish, others), drain_seconds=args.drain_seconds,
                     private_folder=str(private_folder(args.port)))
-    served = merged.choose(wish, served) if served.mode == "merged" else replace(served, shield_base=on_cpu())
+    served = merged.choose(wish, served) if served.mode == "merged" else replace(served, cpu_shield=cpu_shield.needed())
     os.environ.update(served.to_environment())
     os.environ.update(environment(flags))
     log.info("serving %s (%s) in mode %s on %s:%d, adapters: %s", served.base_name, served.base_model, served.mode,
@@ -159,13 +159,6 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         raise RetryableError(f"vLLM ended by itself: {error!r}; its log above says more") from None
     if drain.last_reason is None:  # vLLM exits 0 even when its engine was killed
         raise RetryableError("vLLM ended by itself, probably because its engine did; its log above says why")
-
-
-def on_cpu() -> bool:
-    """Whether vLLM will compute on a CPU. Imports vLLM, which is to be imported anyway."""
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu())
 
 
 def environment(flags: list[str]) -> dict[str, str]:
@@ -188,8 +181,8 @@ def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, adapte
         return [*merged.vllm_arguments(served), *ours]
     return ["--model", served.base_folder, "--served-model-name", served.base_name, *ours,
             "--enable-lora", "--max-lora-rank", str(served.max_lora_rank),
-            # one more, for a new version beside the old one; another one if the base model needs a slot, too
-            "--max-loras", str(adapters + 1 + served.shield_base)]
+            # one more, for a new version beside the old one
+            "--max-loras", str(adapters + 1 + cpu_shield.slots(served))]
 
 
 def terminate(*_: object) -> NoReturn:
