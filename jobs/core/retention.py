@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.layout import CHECKPOINTS, DRAFT, MANIFEST, TENSORBOARD, draft_folder, lock_file
+from jobs.core.layout import CHECKPOINTS, DRAFT, MANIFEST, TENSORBOARD, draft_folder, lock_file, read_manifest
 from jobs.core.locks import hold_if_free
 from jobs.core.promotion import promoted_digests
 
@@ -78,10 +77,10 @@ def _by_adapter(folder: Path) -> dict[str, list[_Kept]]:
     found = defaultdict(list)
     for path in _folders(folder, "*"):
         try:
-            manifest = json.loads((path / MANIFEST).read_bytes())
+            manifest = read_manifest(path)
             name = str(manifest["about"].get("adapter_name", ""))
             found[name].append(_Kept(path, _used(path), frozenset(manifest["inputs"].values())))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return found
 

@@ -75,6 +75,12 @@ def link(folder: Path) -> None:
     (folder / "a.txt").symlink_to("/etc/hostname")
 
 
+def pipe(folder: Path) -> None:
+    (folder / "artifact.json").unlink()
+    os.mkfifo(folder / "artifact.json")
+
+
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("damage", "message"), [
     (flip, "sub/b.bin was changed"),
     (lambda folder: (folder / "a.txt").unlink(), "a.txt is missing"),
@@ -83,6 +89,8 @@ def link(folder: Path) -> None:
     (link, "is not a plain file"),
     (lambda folder: (folder / "artifact.json").unlink(), "artifact.json is missing or damaged"),
     (lambda folder: (folder / "artifact.json").write_text("{"), "artifact.json is missing or damaged"),
+    (lambda folder: (folder / "artifact.json").write_text("[" * 100_000), "artifact.json is missing or damaged"),
+    (pipe, "artifact.json is missing or damaged"),
     (lambda folder: (folder / "artifact.json").write_text((folder / "artifact.json").read_text().replace(
         '"size": 1', '"size": 2', 1)), "(computed: "),
 ])
