@@ -298,7 +298,7 @@ class Loaded:
         return self.path.parent / source.location
 
 
-PROBLEMS = 20  # how many are listed
+PROBLEMS = 20  # that are listed; the rest is counted
 
 
 def find(path: Path) -> Path:

@@ -76,6 +76,8 @@ def _by_adapter(folder: Path) -> dict[str, list[_Kept]]:
     """The artifacts of a kind by the adapter that they were made for. Damaged ones are left out."""
     found = defaultdict(list)
     for path in _folders(folder, "*"):
+        if not DIGEST.fullmatch(path.name):  # a draft that is about to be published has a manifest, too
+            continue
         try:
             manifest = read_manifest(path)
             name = str(manifest["about"].get("adapter_name", ""))

@@ -67,7 +67,7 @@ def test_serving_names_the_merged_model_of_an_earlier_adapter_by_two_digests(tmp
 
 # --- every key of the pipeline file ---------------------------------------------------------------------------------
 
-SHA256, COMMIT = st.from_regex(r"\A[0-9a-f]{64}\Z"), st.from_regex(r"\A[0-9a-f]{40}\Z")
+SHA256, COMMIT = (st.text("0123456789abcdef", min_size=digits, max_size=digits) for digits in (64, 40))
 MODELS = st.sampled_from(["hf://acme/one", "hf://acme/two", "hf://other/one"])
 BASE_MODEL = {"base_model", "tokenizer", "base_scores"} | ADAPTER
 TOKENIZER = {"tokenizer", "base_scores"} | ADAPTER
@@ -147,7 +147,7 @@ def test_every_key_renames_exactly_the_artifacts_that_it_should(name: str) -> No
     listed = [key for pattern, key in KEYS.items() if fnmatch(name, pattern)]
     assert listed, f"{name} is a new key: list in KEYS which artifacts it renames"
 
-    @settings(max_examples=15, deadline=None, derandomize=True)
+    @settings(max_examples=6, deadline=None, derandomize=True)
     @given(st.lists(listed[0].values, min_size=2, max_size=2, unique_by=repr))
     def check(values: list[Any]) -> None:
         before, after = (plan(_validated(name, value, listed[0].beside)) for value in values)
