@@ -66,7 +66,7 @@ def retain(folder: Path, *, keep: int, protected: set[str]) -> list[str]:
             digest = artifact.path.name
             if digest in protected or not protected.isdisjoint(artifact.inputs):
                 continue
-            if _remove(artifact.path, lock_file(artifact.path), artifact.unused):
+            if _remove(artifact.path, lock_file(artifact.path), artifact.unused, trash=draft_folder(artifact.path)):
                 removed.append(digest)
                 log.info("retention: removed %s/%s (%d newer ones are kept)", folder.name, digest, keep)
     return removed
@@ -115,14 +115,17 @@ def _remove_if_old(path: Path, lock: Path, seconds: float) -> None:
         log.info("retention: removed %s, which nobody touched for %.0f days", path, seconds / 86400)
 
 
-def _remove(path: Path, lock: Path, unused: Callable[[], bool]) -> bool:
-    """Remove a folder unless another process holds its lock, or it is in use by now."""
+def _remove(path: Path, lock: Path, unused: Callable[[], bool], trash: Path | None = None) -> bool:
+    """Remove a folder unless another process holds its lock, or it is in use by now.
+
+    Args:
+        trash: its name while it is removed, so that nobody finds an artifact that is half there.
+    """
     try:
         with hold_if_free(lock) as mine:
             if not mine or not unused():
                 return False
-            if not path.name.startswith(DRAFT):  # first renamed, so that nobody finds an artifact that is half removed
-                trash = draft_folder(path)
+            if trash:
                 shutil.rmtree(trash, ignore_errors=True)
                 path = path.rename(trash)
             shutil.rmtree(path)
