@@ -16,7 +16,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,8 @@ from jobs.core import artifacts, models, promotion
 from jobs.core.artifacts import Artifact
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
-from jobs.evaluation import gate, report, scoring
+from jobs.evaluation import content, gate, report, scoring
+from jobs.evaluation.metrics import SCORES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,7 +119,7 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
 
 def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores]) -> dict[str, Any]:
     """What stands in `evaluation.json`: the verdict, what was measured, and every digest and pin behind it."""
-    checks = gate.judge(pipeline.evaluation.gate, scores["base"], scores["fine_tuned"])
+    checks = gate.evaluate_gate(pipeline.evaluation.gate, scores["base"], scores["fine_tuned"])
     sources = pipeline.sources()
     return {
         "passed": all(check.passed for check in checks),
@@ -130,7 +130,7 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores]) -> d
                     "holdout_records": scores["base"]["records"] + scores["base"]["records_too_long"]},
         "embedded": any(model.scheme == "builtin" for model in (pipeline.base_model, pipeline.reference_model)),
         "scores": dict(scores),
-        "gate": [asdict(check) for check in checks],
+        "gate": [check.to_json() for check in checks],
         "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
         "training": pipeline.training.model_dump(exclude={"checkpoint_steps"}),
     }
@@ -139,7 +139,7 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores]) -> d
 def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, wait_seconds: float) -> None:
     """Say the verdict; promote an adapter that passed. Harmless to repeat: a reverted pipeline file comes through
     here again and gets its old adapter back."""
-    evaluation = _read_json(artifact.path / "evaluation.json")
+    evaluation = content.read_evaluation(artifact.path)
     volume, name = volumes / FINE_TUNED_VOLUME, _versioned(pipeline, wanted)
     log.info("\n%s\nreport: %s", report.table(evaluation), artifact.path / "report.html")
     if evaluation["passed"]:
@@ -151,7 +151,7 @@ def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, 
         log.info(_framed("PROMOTED" if moved else "ALREADY PROMOTED", f"{name} passed the gate: clients that ask for "
                          f"{pipeline.adapter} get it."))
         return
-    failed = [check["says"] for check in evaluation["gate"] if not check["passed"]]
+    failed = [check.description for check in content.checks(evaluation) if not check.passed]
     before = promotion.current(volume, pipeline.adapter)
     if before is None:
         now = f"Nothing is promoted as {pipeline.adapter} yet: it answers nobody."
@@ -173,9 +173,9 @@ def write_tensorboard(folder: Path, scores: Mapping[str, Scores], step: int) -> 
     shutil.rmtree(folder, ignore_errors=True)
     for role, values in scores.items():
         with SummaryWriter(str(folder / role.replace("_", "-"))) as writer:
-            for metric in scoring.SCORES:
-                if values[metric] is not None:
-                    writer.add_scalar(f"evaluation/{metric}", values[metric], step)
+            for score in SCORES:
+                if values[score.key] is not None:
+                    writer.add_scalar(f"evaluation/{score.key}", values[score.key], step)
 
 
 def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -14,6 +14,7 @@ from jobs.core import artifacts
 from jobs.core.errors import RetryableError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import plan
+from jobs.evaluation import content
 
 # From readiness to the promoted adapter. Verifying, loading and proving it takes seconds; in mode merged the server
 # restarts with it, which takes a minute with a small model.
@@ -23,9 +24,7 @@ ALIAS_SECONDS = 300.0
 def read(pipeline: Pipeline, volumes: Path) -> dict[str, Any]:
     """The pipeline's evaluation, from its artifact. `volumes` holds one folder a claim, named X-pvc."""
     spec = plan(pipeline).evaluation
-    folder = artifacts.read(volumes / f"{spec.volume}-pvc" / spec.kind / spec.digest).path
-    evaluation: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    return evaluation
+    return content.read_evaluation(artifacts.read(volumes / f"{spec.volume}-pvc" / spec.kind / spec.digest).path)
 
 
 def evaluation(values: dict[str, Any]) -> str:

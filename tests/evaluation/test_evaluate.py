@@ -17,6 +17,7 @@ from jobs.core import artifacts, models, promotion
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.plan import plan
 from jobs.evaluation import evaluate, scoring
+from jobs.evaluation.metrics import SCORES
 from tests.build_models import FAILING, PASSING, RECORDS, published_pipeline, tiny_gpt2, tiny_tokenizer
 
 VOLUME = "fine-tuned-model"
@@ -85,8 +86,8 @@ def test_the_base_is_measured_as_it_is_without_the_adapter(folder: Path) -> None
     alone, answers = scoring.measure(models.load_model(wanted.base_model.path(volumes)),
                                      models.load_tokenizer(wanted.tokenizer.path(volumes)), material, "file:base")
     base, tuned = (spec.path(volumes) for spec in (wanted.base_scores, wanted.adapter_scores))
-    assert {metric: read(base / "scores.json")[metric] for metric in scoring.SCORES} == pytest.approx(
-        {metric: alone[metric] for metric in scoring.SCORES}, rel=1e-6)
+    assert {score.key: read(base / "scores.json")[score.key] for score in SCORES} == pytest.approx(
+        {score.key: alone[score.key] for score in SCORES}, rel=1e-6)
     assert scoring.read_jsonl(base / "generations.jsonl") == answers
     assert read(tuned / "scores.json")["perplexity"] != pytest.approx(alone["perplexity"], rel=1e-3)
 
@@ -295,7 +296,7 @@ def test_tensorboard_has_each_score_of_each_model_once_even_after_running_twice(
         events = EventAccumulator(str(runs / role))
         events.Reload()
         scores = read(spec.path(volumes) / "scores.json")
-        assert set(events.Tags()["scalars"]) == {f"evaluation/{metric}" for metric in scoring.SCORES}
+        assert set(events.Tags()["scalars"]) == {f"evaluation/{score.key}" for score in SCORES}
         (point,) = events.Scalars("evaluation/perplexity")
         assert (point.step, point.value) == (2, pytest.approx(scores["perplexity"], rel=1e-6))
 

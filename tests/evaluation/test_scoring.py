@@ -13,6 +13,7 @@ from jobs.core import models
 from jobs.core.errors import UserError
 from jobs.data.encoding import Encoded, encode
 from jobs.evaluation import scoring
+from jobs.evaluation.metrics import SCORES
 from jobs.evaluation.scoring import Material, Progress
 from tests.build_models import RECORDS, SENTENCES, tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -117,7 +118,7 @@ def test_the_scores_of_a_model_are_complete_and_follow_their_definitions(loaded:
     assert (scores["questions"], scores["sentences"]) == (4, len(SENTENCES))
     assert scores["rougeL"] == pytest.approx(sum(line["rougeL"] for line in generations) / 4)
     assert [line["question"] for line in generations][-1] == "system: Be brief.\nuser: How many rooms are there?"
-    assert set(scoring.SCORES) <= scores.keys()
+    assert {score.key for score in SCORES} <= scores.keys()
 
 
 def test_a_sentence_is_scored_by_its_mean_token_log_probability(loaded: tuple[Any, Any]) -> None:

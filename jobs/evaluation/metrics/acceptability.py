@@ -9,6 +9,9 @@ import datasets
 import evaluate
 import numpy as np
 
+from jobs.core.errors import UserError
+from jobs.evaluation.metrics import Measurements, compute
+
 _DESCRIPTION = """\
 Linguistic acceptability on a CoLA-like set of judged sentences (Warstadt et al. 2019, Neural Network Acceptability
 Judgments). A language model judges with no training for it: a sentence's score is its mean token log-probability (Lau
@@ -25,6 +28,20 @@ Returns:
     acceptability_accuracy: share of the measured half judged right, 0 to 1.
     acceptability_threshold: the score from which a sentence is called acceptable.
 """
+
+
+def measure(measurements: Measurements) -> dict[str, float | None]:
+    """Acceptability from the sentences' likelihoods; a sentence's score is the mean log-probability of a token.
+
+    Raises:
+        UserError: when a class has too few sentences.
+    """
+    try:
+        return {**compute(Acceptability, texts=[text for text, _ in measurements.sentences],
+                          predictions=[-nats / tokens for nats, tokens in measurements.sentence_likelihoods],
+                          references=[acceptable for _, acceptable in measurements.sentences])}
+    except ValueError as error:
+        raise UserError(f"evaluation.acceptability: {error} of two tokens or more") from None
 
 
 class Acceptability(evaluate.Metric):  # type: ignore[misc]
