@@ -124,8 +124,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def check_gpu() -> None:
-    """Refuse to compute on the CPU where a GPU was asked for (REQUIRE_GPU, which overlays/gpu sets): it would take
-    weeks, and nothing would say why.
+    """Refuse to compute on the CPU where a GPU is required (REQUIRE_GPU, which overlays/gpu sets): it would take
+    weeks, without an error.
 
     Raises:
         UserError: torch sees no GPU that it can use.
@@ -135,7 +135,7 @@ def check_gpu() -> None:
     if os.environ.get("REQUIRE_GPU") and not torch.cuda.is_available():
         raise UserError(f"REQUIRE_GPU is set, but torch {torch.__version__} sees no GPU that it can use. Is the image "
                         "the one for GPUs (make images FLAVOUR=cuda), and the node's driver new enough "
-                        "(docs/registries.md)? `nvidia-smi` in the pod says what is there")
+                        "(docs/registries.md)? `nvidia-smi` in the pod shows what is there")
 
 
 @contextmanager
@@ -178,7 +178,7 @@ def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
             local_files_only=True, trust_remote_code=False, use_safetensors=True, **quantized)
         if not quantized:
             model.to("cuda" if gpu and not stay_on_cpu else "cpu")  # type: ignore[arg-type]
-    except torch.OutOfMemoryError:  # `gpu_memory` says what to change
+    except torch.OutOfMemoryError:  # `gpu_memory` adds what to change
         raise
     except Exception as error:
         raise loading_error(f"{folder}: the model cannot be loaded", error) from error

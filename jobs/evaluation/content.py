@@ -1,4 +1,4 @@
-"""What a report tells, whatever its format: verdict, notes, samples of answers, provenance."""
+"""What a report contains, whatever its format: verdict, notes, samples of answers, provenance."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
     modules = lora["target_modules"] if isinstance(lora["target_modules"], str) else ", ".join(lora["target_modules"])
     return [
         ("adapter", f"{evaluation['adapter']['name']}@{evaluation['adapter']['digest']}"),
-        *((key.replace("_", " "), f"{source['source']} ({source['pin']})")
+        *((key.rpartition(".")[2].replace("_", " "), f"{source['source']} ({source['pin']})")
           for key, source in evaluation["sources"].items()),
         ("artifacts", f"dataset/{evaluation['dataset']['digest']}, base-model/{evaluation['base_model']['digest']}, "
                       f"reference-model/{evaluation['reference_model']['digest']}"),

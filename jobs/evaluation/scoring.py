@@ -70,9 +70,10 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
     progress = Progress(f"{name}: reading held-out records", len(records))
     likelihoods = negative_log_likelihoods(model, [encoded for _, encoded in records], progress)
 
-    asked = [(record, encoded.prompt) for record, encoded in records if encoded.prompt]
-    progress = Progress(f"{name}: answering held-out questions", len(asked))
-    answers = generate(model, tokenizer, [prompt for _, prompt in asked], material.max_new_tokens, positions, progress)
+    questions = [(record, encoded.prompt) for record, encoded in records if encoded.prompt]
+    progress = Progress(f"{name}: answering held-out questions", len(questions))
+    answers = generate(model, tokenizer, [prompt for _, prompt in questions], material.max_new_tokens, positions,
+                       progress)
 
     sentences = [(text, acceptable, Encoded([], list(tokenizer(text)["input_ids"])[:positions]))
               for text, acceptable in material.sentences]
@@ -80,15 +81,15 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
     progress = Progress(f"{name}: reading sentences", len(sentences))
     sentence_likelihoods = negative_log_likelihoods(model, [encoded for _, _, encoded in sentences], progress)
 
-    measurements = Measurements([record for record, _ in records], likelihoods, [record for record, _ in asked],
+    measurements = Measurements([record for record, _ in records], likelihoods, [record for record, _ in questions],
                                 answers, [(text, acceptable) for text, acceptable, _ in sentences],
                                 sentence_likelihoods)
     scores = {key: value if value is not None and math.isfinite(value) else None
               for metric in METRICS for key, value in metric.measure(measurements).items()}
     log.info("%s: measured in %.0f s", name, time.monotonic() - started)
     return {"model": name, **scores, "records": len(records), "records_too_long": len(material.holdout) - len(records),
-            "completion_tokens": sum(_scored(encoded) for _, encoded in records), "questions": len(asked),
-            "sentences": len(sentences), "vocabulary": vocabulary(tokenizer)}, answered(measurements.asked, answers)
+            "completion_tokens": sum(_scored(encoded) for _, encoded in records), "questions": len(questions),
+            "sentences": len(sentences), "vocabulary": vocabulary(tokenizer)}, answered(measurements.questions, answers)
 
 
 def answered(records: Sequence[Record], answers: Sequence[str]) -> list[dict[str, Any]]:

@@ -53,10 +53,10 @@ def ask(pipeline: Pipeline, endpoint: str, question: str, *, chats: bool) -> str
     client = OpenAI(base_url=f"{endpoint}/v1", api_key=os.environ.get("VLLM_API_KEY", "not-needed"))
     _wait_for(client, pipeline.adapter)
     answers = {}
-    asked = [(f"fine-tuned ({pipeline.adapter})", pipeline.adapter)]
+    models = [(f"fine-tuned ({pipeline.adapter})", pipeline.adapter)]
     if pipeline.serving.mode == "lora":
-        asked.insert(0, (f"base model ({pipeline.base_model.name})", pipeline.base_model.name))
-    for title, model in asked:
+        models.insert(0, (f"base model ({pipeline.base_model.name})", pipeline.base_model.name))
+    for title, model in models:
         options: Any = {"model": model, "temperature": 0, "max_tokens": pipeline.evaluation.max_new_tokens}
         if chats:
             reply = client.chat.completions.create(**options, messages=[{"role": "user", "content": question}])

@@ -35,8 +35,8 @@ ERRORS = "JOBS_WORKER_ERRORS"  # where workers leave their error messages for th
 # period (base/model-training.yaml: 120 s). When one fails by itself, torchrun gives the others 30 s.
 SHUTDOWN_SECONDS = 110
 ENDED = {
-    -signal.SIGKILL: ": it was killed, perhaps for memory (`kubectl describe pod` says OOMKilled)",
-    -signal.SIGABRT: ": it aborted; NCCL does when another process or node is gone, whose log says why",
+    -signal.SIGKILL: ": it was killed, perhaps for memory (`kubectl describe pod` shows OOMKilled)",
+    -signal.SIGABRT: ": it aborted; NCCL does when another process or node is gone, whose log has the reason",
 }
 
 
@@ -121,7 +121,7 @@ def launch(wanted: Launch, arguments: Sequence[str], wait_seconds: float) -> Non
              "this node" if alone else f"each of {wanted.nodes} nodes; this is node {wanted.node_rank}")
     config = LaunchConfig(
         min_nodes=wanted.nodes, max_nodes=wanted.nodes, nproc_per_node=wanted.processes, run_id="training",
-        # Alone, any free port. Else fixed ranks: node 0 is where the others were told it is.
+        # Alone, any free port. Otherwise fixed ranks: node 0 is at the address that all nodes were given.
         rdzv_backend="c10d" if alone else "static",
         rdzv_endpoint="localhost:0" if alone else f"{wanted.address}:{wanted.port}",
         rdzv_configs={} if alone else {"rank": wanted.node_rank, "timeout": int(wait_seconds)},
@@ -262,8 +262,8 @@ def _die_with_launcher() -> None:
 def share(pack: Sequence[Encoded], rank: int, size: int) -> list[Encoded]:
     """The records of a pack that a process computes, in the pack's order: about as many tokens as every other one's.
 
-    The longest record goes first, each to whom has the fewest tokens. All shares together are the pack. Where there are
-    fewer records than processes, some get a record without a completion: to compute, with nothing to learn from.
+    The longest record goes first, each to the process with the fewest tokens. The shares add up to the pack. Where
+    there are fewer records than processes, some get a record without a completion: computed, but not learned from.
     """
     tokens = [0] * size
     mine = []

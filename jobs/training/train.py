@@ -166,7 +166,7 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
         trainer.remove_callback(PrinterCallback)
         _check_sharding(trainer, training, team)
         checkpoint = team.broadcast(newest_checkpoint(folders.checkpoints) if team.main else None)
-        # Otherwise a batch would be divided by one number and its gradients brought together among another.
+        # Otherwise a batch would be divided by one number, and its gradients summed over another.
         seen = trainer.args.world_size
         assert seen == team.size, f"Trainer sees {seen} processes, not {team.size}"
         team.barrier()  # however slowly a node read the model; from here on NCCL waits for 10 minutes at most

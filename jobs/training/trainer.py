@@ -38,7 +38,7 @@ def training_arguments(training: Training, checkpoints: Path, steps: int, team: 
         # Each step's loss is logged by itself: a mean over several would differ after a resume in between.
         logging_steps=1, report_to="none", disable_tqdm=True, remove_unused_columns=False,
         label_names=["labels"], dataloader_pin_memory=False,
-        # With a key-value cache transformers stops telling packed records apart, silently.
+        # With a key-value cache transformers lets packed records attend to each other, without an error.
         use_cache=False)
 
 
@@ -48,7 +48,7 @@ def _sharding(training: Training, team: Team) -> dict[str, Any]:
         return {}
     if training.sharding == "none":
         return {"ddp_find_unused_parameters": False}
-    # Each layer's weights are divided among the processes and brought together while they are needed.
+    # Each layer's weights are divided among the processes, and gathered while they are needed.
     return {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
 
 
@@ -71,15 +71,15 @@ def team_trainer(team: Team) -> Any:
 
     class TeamTrainer(Trainer):
         def _get_dataloader(self, *arguments: Any, **named: Any) -> Any:
-            # accelerate deals the batches out to the processes. Here each has its share of every batch, and takes them
-            # all, in the same order. (transformers does the same for its BatchRebalanceSampler.)
+            # accelerate gives each process other batches. Here each process has its share of every batch, and takes all
+            # batches in the same order. (transformers does the same for its BatchRebalanceSampler.)
             loader = super()._get_dataloader(*arguments, **named)
             if team.size > 1:
                 loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
             return loader
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-            # Sharded, Trainer would bring the whole base model together for a checkpoint; the adapter is enough.
+            # Sharded, Trainer would gather the whole base model for a checkpoint; the adapter is enough.
             if not self.is_fsdp_enabled:
                 super().save_model(output_dir, _internal_call)
                 return

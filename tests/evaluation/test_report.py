@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from jobs.core.pipeline import Gate, Rule
 from jobs.evaluation import content, gate, report, report_html
 from jobs.evaluation.metrics import SCORES
+from jobs.tools.pods import CHECKOUT
 
 ATTACK = "<script>alert('x')</script> & \"quoted\" | pipe\n# heading [link](http://evil.example)"
 HISTORY = [{"step": s, "epoch": s / 10, "loss": 5.0 / s, "learning_rate": 0.1} for s in range(1, 31)] + [
@@ -73,8 +75,11 @@ def test_data_from_clients_and_models_is_shown_and_never_becomes_markup() -> Non
     attacked = {role: [line] for role in content.ROLES}
     values = evaluation(Rule(min=0.5))
     values["sources"]["dataset"]["source"] = values["base_model"]["name"] = values["scores"]["base"]["model"] = ATTACK
+    values["adapter"] = {"name": ATTACK, "digest": ATTACK}
+    values["reference_model"]["name"] = values["training"]["lora"]["target_modules"] = ATTACK
     page = report_html.page(values, HISTORY, attacked)
-    assert "&lt;script&gt;alert(" in page and "<script" not in page
+    assert page.count("&lt;script&gt;alert(") == 16 and "<script" not in page
+    assert Tags(page).open == []
     assert set(Tags(page).seen) & {"script", "a", "h5", "img", "iframe"} == set()
     text = report.markdown(values, HISTORY, attacked)
     assert "<script" not in text and not re.search(r"(?<!\\)\]\(", text) and not re.search(r"^# heading", text, re.M)
@@ -90,6 +95,24 @@ def test_the_page_opens_by_itself_with_no_script_and_no_network() -> None:
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in tags.attributes
     style = report_html.TEMPLATE.read_text()
     assert "url(" not in style and "@import" not in style
+
+
+def test_a_name_that_the_template_is_not_given_is_an_error_and_not_a_gap() -> None:
+    from jinja2 import UndefinedError
+
+    with pytest.raises(UndefinedError):
+        report_html._template().render()
+
+
+def test_the_template_is_in_the_package_and_in_the_image() -> None:
+    """It lies beside the code: setuptools takes what package-data names, the Dockerfile copies the folder."""
+    with (CHECKOUT / "pyproject.toml").open("rb") as file:
+        patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["jobs.evaluation"]
+    assert list((CHECKOUT / "jobs").rglob("*.j2")) == [report_html.TEMPLATE]
+    assert any(report_html.TEMPLATE.match(pattern) for pattern in patterns)
+    assert "COPY jobs jobs" in (CHECKOUT / "jobs" / "Dockerfile").read_text()
+    ignored = (CHECKOUT / ".dockerignore").read_text().splitlines()
+    assert not [line for line in ignored if line.startswith("**/") and report_html.TEMPLATE.match(line[3:])]
 
 
 def test_the_page_shows_every_score_a_bar_for_each_and_both_loss_curves() -> None:

@@ -52,6 +52,19 @@ def test_padded_batches_give_the_likelihoods_of_one_record_at_a_time(loaded: tup
         assert nats == pytest.approx(slow_nll(model, sequence.prompt + sequence.completion, first), rel=1e-5)
 
 
+def test_likelihoods_are_computed_in_float32_whatever_the_model_computes_in(loaded: tuple[Any, Any]) -> None:
+    """On a GPU models compute in bfloat16, whose 8 bits would round the likelihoods themselves."""
+    import copy
+
+    import torch
+
+    model, tokenizer = copy.deepcopy(loaded[0]).to(torch.bfloat16), loaded[1]
+    sequence = encode(tokenizer, RECORDS[0])
+    [(nats, _)] = scoring.negative_log_likelihoods(model, [sequence], Progress("test", 1))
+    expected = slow_nll(model, sequence.prompt + sequence.completion, len(sequence.prompt))
+    assert nats == pytest.approx(expected, rel=1e-5)
+
+
 def test_likelihoods_equal_the_loss_that_training_minimises(loaded: tuple[Any, Any]) -> None:
     import torch
 

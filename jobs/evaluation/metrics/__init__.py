@@ -30,7 +30,7 @@ class Measurements:
 
     records: Sequence[Record]
     likelihoods: Sequence[Likelihood]  # of each record's answer
-    asked: Sequence[Record]  # the records that ask a question
+    questions: Sequence[Record]  # the records that ask one
     answers: Sequence[str]  # the model's own answer to each of them
     sentences: Sequence[tuple[str, bool]]  # and whether each is acceptable
     sentence_likelihoods: Sequence[Likelihood]
@@ -83,8 +83,8 @@ class Metric:
 
 METRICS = (
     Metric("perplexity", "Perplexity",
-           "exp of the mean negative log-likelihood of the held-out answers' tokens, given their questions. Bits per "
-           "byte divides the same total by the answers' bytes.",
+           "the exponential of the mean negative log-likelihood of the held-out answers' tokens, given their "
+           "questions. Bits per byte divides the same total by the answers' bytes.",
            (Score("perplexity", "perplexity", False, "1 is no surprise at all", per_token=True,
                   significant_digits=True),
             Score("bits_per_byte", "bits per byte", False, "the same, whatever the tokenizer", gated=False))),

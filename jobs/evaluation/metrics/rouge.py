@@ -34,11 +34,11 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
 
 def measure(measurements: Measurements) -> dict[str, float | None]:
-    """The mean of each of `TYPES` over the questions; None where nothing was asked."""
-    if not measurements.asked:
+    """The mean of each of `TYPES` over the questions; None where there are none."""
+    if not measurements.questions:
         return dict.fromkeys(TYPES)
     return {**compute(Rouge, predictions=list(measurements.answers),
-                      references=[answer(record) for record in measurements.asked])}
+                      references=[answer(record) for record in measurements.questions])}
 
 
 class Words(Tokenizer):  # type: ignore[misc]
