@@ -6,18 +6,17 @@ import json
 import logging
 import shutil
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 from jobs.core import artifacts
 from jobs.core.files import write_atomically
+from jobs.core.progress import Progress
 from jobs.training.distributed import Team
 
 log = logging.getLogger("jobs")
 
 CHECKPOINT_MARKER = "complete.json"  # a checkpoint without it was interrupted while being written
-PROGRESS_SECONDS = 5.0
 
 
 def newest_checkpoint(folder: Path) -> str | None:
@@ -67,24 +66,21 @@ def trainer_callbacks(stop: threading.Event, team: Team, tensorboard: Path, step
         def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
             # purge_step hides what an interrupted attempt logged after the checkpoint that this one resumes from.
             self.writer = SummaryWriter(str(tensorboard), purge_step=state.global_step + 1)
-            self.began, self.first = time.monotonic(), state.global_step
-            self.said = self.began
+            self.progress = Progress("training steps", steps)
+            self.progress.skip(state.global_step)
 
         def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, float],
                    **__: Any) -> None:
-            now, step = time.monotonic(), state.global_step
-            seconds_per_step = (now - self.began) / max(1, step - self.first)
+            step = state.global_step
             if "eval_loss" in logs:
                 self.writer.add_scalar("loss/holdout", logs["eval_loss"], step)
                 log.info("step %d/%d  held-out loss %.4f", step, steps, logs["eval_loss"])
             if "loss" in logs:
                 self.writer.add_scalar("loss/train", logs["loss"], step)
                 self.writer.add_scalar("learning_rate", logs["learning_rate"], step)
-                self.writer.add_scalar("tokens_per_second", tokens_per_step / seconds_per_step, step)
-                if now - self.said >= PROGRESS_SECONDS or step == steps:
-                    self.said = now
-                    log.info("step %d/%d  loss %.4f  %.0f tokens/s  %.0f s left", step, steps, logs["loss"],
-                             tokens_per_step / seconds_per_step, (steps - step) * seconds_per_step)
+                self.progress.add(step - self.progress.done, lambda: f"loss {logs['loss']:.4f}, "
+                                  f"{tokens_per_step * self.progress.rate:.0f} tokens/s")
+                self.writer.add_scalar("tokens_per_second", tokens_per_step * self.progress.rate, step)
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             self.writer.close()

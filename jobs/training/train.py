@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.core import artifacts, models
 from jobs.core.errors import Terminated, UserError
+from jobs.core.layout import CHECKPOINTS, TENSORBOARD
 from jobs.core.pipeline import Pipeline, Training
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.training import distributed, merge
@@ -95,8 +96,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         merge.stored_dtype(base_model.path)  # better refused now than after hours of training
     check_length(models.read_config(base_model.path), pipeline.training)
 
-    own = Folders(volumes / FINE_TUNED_VOLUME / "checkpoints" / wanted.adapter.digest,
-                  volumes / FINE_TUNED_VOLUME / "tensorboard" / pipeline.adapter / wanted.adapter.digest / "train")
+    own = Folders(volumes / FINE_TUNED_VOLUME / CHECKPOINTS / wanted.adapter.digest,
+                  volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest / "train")
     team = Team(wait_seconds)
     started = False
 
@@ -119,7 +120,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         return {"base_model": pipeline.base_model.name, "dataset": dataset.digest}
 
     if team.main:
-        adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.retention.keep)
+        adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.retention.keep,
+                                    adapter_name=pipeline.adapter, wait_seconds=wait_seconds)
         if not started:  # another job published it in the meantime: the other processes need not train
             team.broadcast(False)
         shutil.rmtree(own.checkpoints, ignore_errors=True)
