@@ -23,6 +23,7 @@ from jobs.core.errors import UserError
 from jobs.core.files import human_bytes
 from jobs.core.pipeline import Mode, Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, plan
+from serving import bodies, heartbeat
 
 DIGEST = re.compile(r"[0-9a-f]{16}")
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -89,6 +90,10 @@ class Served:
     merged: str | None = None  # in mode merged: the model that vLLM runs, as NAME@ADAPTER; None: the base model
     cpu_shield: bool = False  # whether vLLM computes LoRA on a CPU (serving/cpu_shield.py)
     drain_seconds: float = 55.0  # how long the last replies may take when the server ends
+    max_sequences: int | None = None  # for one request; None: a share of what the engine computes at once (guard.py)
+    body_seconds: float = bodies.SECONDS
+    body_memory: int = bodies.MEMORY_BYTES
+    hang_seconds: float = heartbeat.SECONDS
 
     ENVIRONMENT = "SERVING_SETTINGS"
 

@@ -106,6 +106,8 @@ class Aliases:
         self._said: dict[str, str] = {}
         self._updates: dict[str, asyncio.Task[None]] = {}  # by alias; under "" what concerns the base model
         self._started = time.time()
+        self._looked: set[str] = set()  # aliases that were looked for at least once
+        self.first_look_done = asyncio.Event()  # every alias was, so that what can be served after a start is served
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -149,6 +151,8 @@ class Aliases:
             self._updates[name] = asyncio.create_task(self._attempt(name, work[name]))
         await asyncio.wait(self._updates.values(), timeout=POLL_SECONDS)
         self._updates = {name: task for name, task in self._updates.items() if not task.done()}
+        if self.current.keys() <= self._looked:
+            self.first_look_done.set()
         await self._unload_unused()
 
     def _read_pipelines(self) -> dict[str, Pipeline]:
@@ -206,8 +210,10 @@ class Aliases:
     async def _attempt(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         try:
             await work()
+            self._looked.add(name)
             self._said.pop(f"attempt {name}", None)
         except Exception as error:  # an unreadable volume, say
+            self._looked.add(name)
             if name in self.current:
                 self.current[name].why = "its adapter could not be loaded; the server tries again"
             self._say(f"attempt {name}", f"{name or 'base model'}: {error!r}; trying again", log.error)

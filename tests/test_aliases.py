@@ -17,7 +17,8 @@ import httpx
 import pytest
 from safetensors.torch import load_file
 
-from serving import adapters, drain, guard
+from serving import adapters, drain
+from serving.replies import RETRY_AFTER_SECONDS
 from tests import build_adapter, build_pipeline
 from tests.build_guarded import NAME, World, start, until
 from tests.build_server import BASE
@@ -32,7 +33,7 @@ def test_before_a_promotion_the_base_answers_and_the_alias_is_503_with_retry_aft
     assert world.ask(BASE).json()["model"] == BASE
     until(lambda: "not there yet" in world.ask().text)
     reply = world.ask()
-    assert (reply.status_code, reply.headers["retry-after"]) == (503, str(guard.RETRY_AFTER_SECONDS))
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, str(RETRY_AFTER_SECONDS))
     assert re.search(rf"{NAME}` is not ready: evaluation [0-9a-f]{{16}} is not there yet; no adapter was promoted",
                      reply.json()["error"]["message"])
     assert [body["model"] for body in world.vllm.asked] == [BASE]  # vLLM was never asked for the alias
@@ -419,7 +420,7 @@ def test_a_changed_base_model_is_waited_for_and_then_the_server_drains_and_ends(
         lines = stream.iter_lines()
         next(lines)
         build_adapter.base(world.volumes, new_plan)
-        until(lambda: httpx.get(world.url + "/health").status_code == 503)
+        until(lambda: httpx.get(world.url + "/ready").status_code == 503)
         reply = world.ask(BASE)
         assert (reply.status_code, reply.headers["connection"]) == (200, "close")  # until nobody sends new requests
         until(lambda: not listens(world.url))
