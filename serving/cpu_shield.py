@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from serving.adapters import CONFIG, WEIGHTS, Modules, Served
+from serving.lora import CONFIG, WEIGHTS, Modules
+from serving.served import Served
 
 ZERO = "zero"  # what the adapter of zeros has in place of a digest
 

@@ -17,10 +17,10 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.adapters import Served
 from serving.aliases import Aliases, Version
 from serving.drain import Drain
 from serving.merged import MergedAliases
+from serving.served import Served
 
 # All that is reachable, compared byte for byte with what was sent. vLLM registers some sixty routes, among them ones
 # that load adapters, pause the engine and run tokens past every check.

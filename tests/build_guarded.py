@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import Plan
 from serving import aliases, merged
-from serving.adapters import Served
+from serving.served import Served
 from tests import build_adapter
 from tests.build_server import BASE, StandIn, running
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from safetensors.torch import load_file
 
-from serving import adapters, drain, guard
+from serving import candidates, drain, guard, verification
 from tests import build_adapter, build_pipeline
 from tests.build_guarded import NAME, World, start, until
 from tests.build_server import BASE
@@ -88,14 +88,14 @@ def test_a_version_is_not_unloaded_while_an_update_could_point_back_to_it(
         second, second_plan = world.write(training__seed=1)
         build_adapter.promote(world.volumes, second)
         until(lambda: world.served() == world.model(second_plan))
-        promoted, slow, looking = adapters.promoted, threading.Event(), threading.Event()
+        promoted, slow, looking = candidates.promoted, threading.Event(), threading.Event()
 
         def slowly(*args: Any) -> Any:
             looking.set()
             slow.wait(20)
             return promoted(*args)
 
-        monkeypatch.setattr(adapters, "promoted", slowly)  # a slow volume
+        monkeypatch.setattr(candidates, "promoted", slowly)  # a slow volume
         looking.wait(20)
         world.vllm.hold.set()
         list(lines)
@@ -204,7 +204,7 @@ def test_nothing_that_goes_wrong_while_looking_stops_the_looking(
         world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     pipeline, planned = world.write()
     with monkeypatch.context() as broken:
-        broken.setattr("serving.adapters.take", lambda *_: (_ for _ in ()).throw(OSError("I/O error")))
+        broken.setattr("serving.verification.copy_verified", lambda *_: (_ for _ in ()).throw(OSError("I/O error")))
         build_adapter.promote(world.volumes, pipeline)
         until(lambda: "I/O error" in caplog.text)
         assert world.ask().status_code == 503
@@ -385,13 +385,13 @@ def test_an_adapter_on_another_base_is_refused_with_the_reason_and_the_others_se
 
 def test_one_adapter_that_takes_long_does_not_keep_the_others_waiting(
         world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    take, large = adapters.take, threading.Event()
+    copy_verified, large = verification.copy_verified, threading.Event()
 
     def slowly(name: str, *rest: Any) -> Path:
         assert name == "granada-hotels" or large.wait(20)
-        return take(name, *rest)
+        return copy_verified(name, *rest)
 
-    monkeypatch.setattr(adapters, "take", slowly)
+    monkeypatch.setattr(verification, "copy_verified", slowly)
     one, one_plan = world.write()
     two, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
     for pipeline in (one, two):

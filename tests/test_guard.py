@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from starlette.types import Message, Scope
 
 from serving import guard
-from serving.adapters import Served
 from serving.aliases import Alias, Version
+from serving.served import Served
 from tests import build_adapter
 from tests.build_guarded import NAME, World, start, until
 from tests.build_server import BASE, raw_request
