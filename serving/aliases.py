@@ -38,6 +38,7 @@ log = logging.getLogger("serving")
 
 POLL_SECONDS = 0.5  # a promotion is to be live within two seconds
 BACKOFF_SECONDS = 5.0  # after something unforeseen, such as an unreadable volume
+FAILURES_UNTIL_READY = 3  # failed attempts on one alias that `first_look_done` waits for
 RETRY_SECONDS = 60.0  # until an adapter that vLLM did not load is tried again: it may have been out of memory
 INNER_SECONDS = 300.0  # for one call of vLLM by the guard itself; a probe queues behind clients' requests
 PROBE_PROMPT = "Question: What is this about? Answer:"
@@ -73,6 +74,8 @@ class Alias:
     version: Version | None = None
     why: str = "it has not been looked for yet"  # why there is no version, or not the wanted one
     promotion: Candidate | None = None  # the last one that was seen
+    looked: bool = False  # whether its adapter was looked for to the end: it is served, refused or not there yet
+    failures: int = 0  # how often in a row looking for its adapter failed, because of an unreadable volume for example
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class Aliases:
     def __init__(self, served: Served, vllm: ASGIApp, restart: Callable[[str], None]) -> None:
         self.served = served
         self.current: dict[str, Alias] = {}
+        # Set when every alias was looked for once: what can be served is served. The server is ready from then on.
+        self.first_look_done = asyncio.Event()
         self._vllm = vllm
         self._restart = restart
         self._restarting = False
@@ -151,6 +156,8 @@ class Aliases:
             self._updates[name] = asyncio.create_task(self._attempt(name, work[name]))
         await asyncio.wait(self._updates.values(), timeout=POLL_SECONDS)
         self._updates = {name: task for name, task in self._updates.items() if not task.done()}
+        if all(alias.looked for alias in self.current.values()):
+            self.first_look_done.set()
         await self._unload_unused()
 
     def _read_pipelines(self) -> dict[str, Pipeline]:
@@ -209,9 +216,15 @@ class Aliases:
         try:
             await work()
             self._said.pop(f"attempt {name}", None)
-        except Exception as error:  # an unreadable volume, say
             if name in self.current:
-                self.current[name].why = "its adapter could not be loaded; the server tries again"
+                self.current[name].looked, self.current[name].failures = True, 0
+        except Exception as error:  # an unreadable volume, for example
+            if name in self.current:
+                alias = self.current[name]
+                alias.why = "its adapter could not be loaded; the server tries again"
+                alias.failures += 1
+                # One alias that cannot be looked for must not keep the whole server from being ready.
+                alias.looked |= alias.failures >= FAILURES_UNTIL_READY
             self._say(f"attempt {name}", f"{name or 'base model'}: {error!r}; trying again", log.error)
             await asyncio.sleep(BACKOFF_SECONDS)
 

@@ -61,6 +61,10 @@ class World:
                     return float(sample.value)
         return 0.0
 
+    def looked(self) -> bool:
+        """Whether every alias was looked for once."""
+        return bool(self.vllm.guards[-1].aliases.first_look_done.is_set())
+
     def ended(self) -> bool:
         """Whether the server has ended by itself."""
         return not self.app.state.server.thread.is_alive()

@@ -259,6 +259,54 @@ def test_private_copies_are_all_that_is_needed_after_loading(world: World) -> No
     assert (loaded / "adapter_model.safetensors").is_file()
 
 
+# When the server is ready
+
+
+def test_the_first_look_is_done_when_what_can_be_served_is_served(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_verified, slow = verification.copy_verified, threading.Event()
+
+    def slowly(*args: Any) -> Path:
+        slow.wait(20)
+        return copy_verified(*args)
+
+    def prepare(world: World) -> None:
+        build_adapter.promote(world.volumes, world.write()[0])
+        build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
+
+    monkeypatch.setattr(verification, "copy_verified", slowly)
+    for world in start(tmp_path, monkeypatch, prepare=prepare):
+        until(lambda: "not there yet" in world.ask("granada-hotels").text)  # noqa: B023 - the loop has one turn
+        time.sleep(0.3)  # more than ten looks
+        assert not world.looked()
+        slow.set()
+        until(world.looked)
+        assert world.ask().status_code == 200
+
+
+def test_the_first_look_is_done_when_an_adapter_is_refused_and_does_not_wait_for_a_broken_volume_for_ever(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(world: World) -> None:
+        pipeline, planned = world.write()
+        world.vllm.ineffective.add(world.model(planned))
+        build_adapter.promote(world.volumes, pipeline)
+        other, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
+        build_adapter.promote(world.volumes, other)
+
+    copy_verified = verification.copy_verified
+
+    def fails(name: str, *rest: Any) -> Path:
+        if name == "granada-hotels":
+            raise OSError("I/O error")
+        return copy_verified(name, *rest)
+
+    monkeypatch.setattr(verification, "copy_verified", fails)
+    for world in start(tmp_path, monkeypatch, prepare=prepare):
+        until(world.looked)
+        assert "refused: no effect" in world.ask().text
+        assert "tries again" in world.ask("granada-hotels").text
+
+
 # What operators see
 
 
