@@ -30,8 +30,8 @@ from jobs.core import artifacts, models
 from jobs.core.errors import RetryableError, Terminated, UserError, of_volume
 from jobs.core.plan import plan
 from serving import base, bodies, cpu_shield, drain, heartbeat, merged
-from serving.adapters import Served
 from serving.events import log_to_stderr
+from serving.served import Served
 
 log = logging.getLogger("serving")
 

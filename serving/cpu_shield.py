@@ -18,8 +18,9 @@ from typing import Any
 from starlette.responses import Response
 
 from serving import parameters
-from serving.adapters import CONFIG, WEIGHTS, Modules, Served
+from serving.lora import CONFIG, WEIGHTS, Modules
 from serving.replies import error
+from serving.served import Served
 
 ZERO = "zero"  # what the adapter of zeros has in place of a digest
 

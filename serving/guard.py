@@ -18,13 +18,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import cpu_shield, parameters
-from serving.adapters import Served
 from serving.aliases import Aliases, Version
 from serving.bodies import Bodies
 from serving.drain import Drain
 from serving.heartbeat import Heartbeat
 from serving.merged import MergedAliases
 from serving.replies import RETRY_AFTER_SECONDS, error
+from serving.served import Served
 
 # All that is reachable, compared byte for byte with what was sent. vLLM registers some sixty routes, among them ones
 # that load adapters, pause the engine and run tokens past every check.

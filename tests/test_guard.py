@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope
 
-from serving import adapters, bodies, guard, heartbeat, parameters
-from serving.adapters import Served
+from serving import bodies, guard, heartbeat, parameters, verification
 from serving.aliases import Alias, Version
+from serving.served import Served
 from tests import build_adapter
 from tests.build_guarded import NAME, World, start, until
 from tests.build_server import BASE, raw_request
@@ -346,13 +346,13 @@ def test_the_guard_reads_what_vllm_reads(asks: dict[str, Any]) -> None:
 
 def test_the_server_is_ready_after_the_first_look_for_its_adapters_and_alive_all_the_while(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looking, taken = threading.Event(), adapters.take
+    looking, copy = threading.Event(), verification.copy_verified
 
     def slow(*arguments: Any) -> Path:
         assert looking.wait(20)
-        return taken(*arguments)
+        return copy(*arguments)
 
-    monkeypatch.setattr(adapters, "take", slow)
+    monkeypatch.setattr(verification, "copy_verified", slow)
     for world in start(tmp_path, monkeypatch,
                        prepare=lambda world: build_adapter.promote(world.volumes, world.write()[0])):
         time.sleep(0.3)
@@ -361,18 +361,6 @@ def test_the_server_is_ready_after_the_first_look_for_its_adapters_and_alive_all
         looking.set()
         until(lambda: httpx.get(world.url + "/ready").status_code == 200)  # noqa: B023 - the loop has one turn
         assert world.served()
-
-
-@pytest.mark.parametrize("spoil", ["nothing", "unreadable"])
-def test_an_alias_without_an_adapter_does_not_keep_the_server_from_being_ready(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
-    def fail(*_: object) -> Any:
-        raise OSError("the volume does not answer")
-
-    if spoil == "unreadable":
-        monkeypatch.setattr(adapters, "promoted", fail)
-    for world in start(tmp_path, monkeypatch):
-        until(lambda: httpx.get(world.url + "/ready").status_code == 200)  # noqa: B023 - the loop has one turn
 
 
 def test_an_engine_that_hangs_fails_liveness_and_readiness_until_it_answers(
