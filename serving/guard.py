@@ -191,12 +191,11 @@ class Guard:
 
     def _too_many(self, path: str, request: dict[str, Any]) -> Response | None:
         """An error reply if the request would leave too little of the engine's batch to others."""
-        count = parameters.sequences(path, request)
-        if self.max_sequences is None or count <= self.max_sequences:
+        if self.max_sequences is None or parameters.sequences(path, request) <= self.max_sequences:
             return None
-        return error(400, f"The request asks for {count} sequences (n for each prompt); this server generates at most "
-                          f"{self.max_sequences} for one request. Send several requests",
-                     param="prompt" if request.get("n") in (None, 1) else "n")
+        # Without the number that was asked for: it may have thousands of digits, which Python refuses to write.
+        return error(400, f"This server generates at most {self.max_sequences} sequences (n for each prompt) for one "
+                          "request. Send several requests", param="prompt" if request.get("n") in (None, 1) else "n")
 
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
         """vLLM's list, with the aliases in place of the versions. `root` says which version an alias points to."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -19,6 +20,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope
 
@@ -28,6 +30,16 @@ from serving.served import Served
 from tests import build_adapter
 from tests.build_guarded import NAME, World, start, until
 from tests.build_server import BASE, raw_request
+
+COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded() -> None:
+    """Load vLLM's classes now: that takes seconds, in which the first request would wait. A real server has them."""
+    for path in (COMPLETION, CHAT):
+        parameters.parse(path, {})
 
 
 @pytest.fixture
@@ -251,14 +263,15 @@ def test_what_every_outcome_held_is_given_back() -> None:
 
 
 @pytest.mark.parametrize("asks", [
-    {"n": 33}, {"n": 16384}, {"n": "33"}, {"n": 33.0}, {"n": "3_3"}, {"n": 9**50}, {"prompt": ["x"] * 33},
+    {"n": 33}, {"n": 16384}, {"n": "33"}, {"n": 33.0}, {"n": "3_3"}, {"prompt": ["x"] * 33},
+    {"n": 10**4299, "prompt": ["x"] * 1000},
     {"prompt": [[1, 2]] * 33}, {"prompt": ["x"] * 3, "n": 11}, {"prompt": None, "prompt_embeds": ["eA=="] * 33},
     {"prompt": "x", "prompt_embeds": ["eA=="] * 32}, {"n": 33, "use_beam_search": True}])
 def test_more_sequences_than_a_share_of_the_batch_are_the_clients_error(door: World, asks: dict[str, Any]) -> None:
     seen = len(door.vllm.bodies)
     reply = door.ask(BASE, **asks)  # the stand-in for vLLM computes 128 at once
     assert reply.status_code == 400
-    assert "at most 32 for one request" in reply.json()["error"]["message"]
+    assert "at most 32 sequences" in reply.json()["error"]["message"]
     assert len(door.vllm.bodies) == seen
 
 
@@ -277,9 +290,6 @@ def test_n_is_bounded_in_chat_and_an_operator_can_set_the_bound(
             reply = world.ask(BASE, path, n=3)
             assert (reply.status_code, reply.json()["error"]["param"]) == (400, "n")
 
-
-COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
-MESSAGES = [{"role": "user", "content": "x"}]
 
 
 @pytest.mark.parametrize(("path", "asks"), [
@@ -433,6 +443,24 @@ def test_with_a_key_everything_under_v1_needs_it_and_the_guards_own_calls_have_i
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/invocations", "/tokenize"):  # not with it either
         assert httpx.post(locked.url + path, headers=right).status_code == 404
     assert not locked.vllm.reached
+
+
+def test_a_wrong_key_is_refused_however_much_its_hash_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard compares hashes of keys: all their bytes, not some of them."""
+    for name, value in SERVED.to_environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("VLLM_API_KEY", "right")
+    right = hashlib.sha256(b"right").digest()
+    keys = [f"wrong{i}".encode() for i in range(400_000)]
+    alike = [key for key in keys if hashlib.sha256(key).digest()[:2] == right[:2]
+             or hashlib.sha256(key).digest()[-2:] == right[-2:]]
+    assert len(alike) > 5
+
+    async def check() -> list[bool]:
+        guarded = guard.Guard(Starlette())
+        return [guarded._has_key({"headers": [(b"authorization", b"Bearer " + key)]}) for key in [b"right", *alike]]
+
+    assert asyncio.run(check()) == [True] + [False] * len(alike)
 
 
 # Replies
