@@ -29,13 +29,16 @@ from starlette.types import ASGIApp
 from jobs.core import pipeline
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
-from serving import adapters, base, cpu_shield, events
-from serving.adapters import NotYet, Refused, Served, Wanted
+from serving import base, candidates, cpu_shield, events, lora, untrusted, verification
+from serving.candidates import Candidate
+from serving.refusal import NotYet, Refused
+from serving.served import Served
 
 log = logging.getLogger("serving")
 
 POLL_SECONDS = 0.5  # a promotion is to be live within two seconds
 BACKOFF_SECONDS = 5.0  # after something unforeseen, such as an unreadable volume
+FAILURES_UNTIL_READY = 3  # failed attempts on one alias that `first_look_done` waits for
 RETRY_SECONDS = 60.0  # until an adapter that vLLM did not load is tried again: it may have been out of memory
 INNER_SECONDS = 300.0  # for one call of vLLM by the guard itself; a probe queues behind clients' requests
 PROBE_PROMPT = "Question: What is this about? Answer:"
@@ -70,14 +73,16 @@ class Version:
 class Alias:
     version: Version | None = None
     why: str = "it has not been looked for yet"  # why there is no version, or not the wanted one
-    promotion: Wanted | None = None  # the last one that was seen
+    promotion: Candidate | None = None  # the last one that was seen
+    looked: bool = False  # whether its adapter was looked for to the end: it is served, refused or not there yet
+    failures: int = 0  # how often in a row looking for its adapter failed, because of an unreadable volume for example
 
 
 @dataclass(frozen=True)
 class Refusal:
     """What was refused for the files with this signature, and until when (monotonic) it is not looked at again."""
 
-    signature: tuple[adapters.Signature, ...]
+    signature: tuple[untrusted.Signature, ...]
     refused: Refused
     until: float
 
@@ -93,15 +98,17 @@ class Aliases:
     def __init__(self, served: Served, vllm: ASGIApp, restart: Callable[[str], None]) -> None:
         self.served = served
         self.current: dict[str, Alias] = {}
+        # Set when every alias was looked for once: what can be served is served. The server is ready from then on.
+        self.first_look_done = asyncio.Event()
         self._vllm = vllm
         self._restart = restart
         self._restarting = False
         self._volumes = Path(served.volumes)
         self._loaded: list[Version] = []
         self._pipelines: dict[Path, tuple[tuple[int, int], Pipeline | None]] = {}  # file: its stamp, what it says
-        self._proven: set[tuple[str, Wanted]] = set()
+        self._proven: set[tuple[str, Candidate]] = set()
         self._refusals: dict[str, Refusal] = {}
-        self._modules: adapters.Modules | None = None
+        self._modules: lora.Modules | None = None
         self.base: Version | None = None  # what base-model requests are given, if not the base model itself
         self._said: dict[str, str] = {}
         self._updates: dict[str, asyncio.Task[None]] = {}  # by alias; under "" what concerns the base model
@@ -149,11 +156,13 @@ class Aliases:
             self._updates[name] = asyncio.create_task(self._attempt(name, work[name]))
         await asyncio.wait(self._updates.values(), timeout=POLL_SECONDS)
         self._updates = {name: task for name, task in self._updates.items() if not task.done()}
+        if all(alias.looked for alias in self.current.values()):
+            self.first_look_done.set()
         await self._unload_unused()
 
     def _read_pipelines(self) -> dict[str, Pipeline]:
         """The pipelines by alias. A file that became invalid counts as it was before; so does one that vanished."""
-        for file in adapters.pipeline_files(Path(self.served.pipelines)):
+        for file in candidates.pipeline_files(Path(self.served.pipelines)):
             try:
                 stat = file.stat()  # follows the links by which Kubernetes swaps a ConfigMap's files
             except OSError:
@@ -207,9 +216,15 @@ class Aliases:
         try:
             await work()
             self._said.pop(f"attempt {name}", None)
-        except Exception as error:  # an unreadable volume, say
             if name in self.current:
-                self.current[name].why = "its adapter could not be loaded; the server tries again"
+                self.current[name].looked, self.current[name].failures = True, 0
+        except Exception as error:  # an unreadable volume, for example
+            if name in self.current:
+                alias = self.current[name]
+                alias.why = "its adapter could not be loaded; the server tries again"
+                alias.failures += 1
+                # One alias that cannot be looked for must not keep the whole server from being ready.
+                alias.looked |= alias.failures >= FAILURES_UNTIL_READY
             self._say(f"attempt {name}", f"{name or 'base model'}: {error!r}; trying again", log.error)
             await asyncio.sleep(BACKOFF_SECONDS)
 
@@ -219,18 +234,18 @@ class Aliases:
         If nothing is served, as after a restart, and both are unfit: what was promoted before.
         """
         name, reasons = wish.adapter, list[str]()
-        found = [("pipeline file", await self._look(self._asked, wish)),
-                 ("last promotion", await self._look(adapters.promoted, wish))]
+        found = [("pipeline file", await self._look(self._desired, wish)),
+                 ("last promotion", await self._look(candidates.promoted, wish))]
         self._notice(name, alias, found[1][1])
         if alias.version is None:
             found += [("earlier promotion", each)
-                      for each in await asyncio.to_thread(adapters.earlier, wish, self._volumes)]
-        tried: set[Wanted] = set()
+                      for each in await asyncio.to_thread(candidates.earlier, wish, self._volumes)]
+        tried: set[Candidate] = set()
         for by, wanted in found:
-            if isinstance(wanted, Wanted) and wanted in tried:
+            if isinstance(wanted, Candidate) and wanted in tried:
                 continue
             try:
-                if not isinstance(wanted, Wanted):
+                if not isinstance(wanted, Candidate):
                     raise wanted
                 tried.add(wanted)
                 version = await self._prepare(name, wanted)
@@ -251,7 +266,7 @@ class Aliases:
         else:
             self._said.pop(name, None)
 
-    async def _look(self, find: Callable[[Pipeline, Path], Wanted], wish: Pipeline) -> Wanted | NotYet | Refused:
+    async def _look(self, find: Callable[[Pipeline, Path], Candidate], wish: Pipeline) -> Candidate | NotYet | Refused:
         try:
             return await asyncio.to_thread(find, wish, self._volumes)
         except NotYet as reason:
@@ -260,38 +275,38 @@ class Aliases:
             self._refused(wish.adapter, f"what {wish.adapter} asks for", refused)
             return refused
 
-    def _asked(self, wish: Pipeline, volumes: Path) -> Wanted:
+    def _desired(self, wish: Pipeline, volumes: Path) -> Candidate:
         try:
             base.check_fits(wish, self.served)
         except Refused:
             if wish is self._leader():
                 raise NotYet("the server has to restart with another base model or mode first") from None
             raise
-        return adapters.asked(wish, volumes)
+        return candidates.desired(wish, volumes)
 
     def _leader(self) -> Pipeline | None:
         return self._pipelines.get(Path(self.served.leader), (None, None))[1]
 
-    def _notice(self, name: str, alias: Alias, promoted: Wanted | NotYet | Refused) -> None:
+    def _notice(self, name: str, alias: Alias, promoted: Candidate | NotYet | Refused) -> None:
         """Report a promotion that was not seen before."""
-        if isinstance(promoted, Wanted) and promoted != alias.promotion:
+        if isinstance(promoted, Candidate) and promoted != alias.promotion:
             alias.promotion = promoted
             events.promotion_seen(name, promoted.adapter, promoted.evaluation)
 
-    def _seconds_since_proof(self, wish: Pipeline, wanted: Wanted) -> float | None:
+    def _seconds_since_proof(self, wish: Pipeline, wanted: Candidate) -> float | None:
         """Seconds since the adapter could be served, or since the pipeline file asked for it if that was later.
 
         None if both were before this server started.
         """
         try:
-            proved = adapters.proved_at(wish.adapter, wanted, self._volumes)
+            proved = candidates.proved_at(wish.adapter, wanted, self._volumes)
         except (OSError, UserError):
             return None
         asked = max((stamp[0] / 1e9 for stamp, said in self._pipelines.values() if said is wish), default=0.0)
         since = max(proved, asked)
         return max(0.0, time.time() - since) if since >= self._started else None
 
-    async def _prepare(self, name: str, wanted: Wanted) -> Version:
+    async def _prepare(self, name: str, wanted: Candidate) -> Version:
         """The wanted adapter's version in vLLM, which gets it unless it has it: gate, verification, load, probe."""
         if (name, wanted) not in self._proven:
             await self._check_gate(name, wanted)
@@ -306,16 +321,16 @@ class Aliases:
 
     def _folder(self, digest: str) -> Path:
         """What is verified before the adapter is served."""
-        return adapters.adapter_folder(digest, self._volumes)
+        return candidates.adapter_folder(digest, self._volumes)
 
-    async def _check_gate(self, name: str, wanted: Wanted) -> None:
+    async def _check_gate(self, name: str, wanted: Candidate) -> None:
         what = f"{name}@{wanted.adapter}"
-        check = partial(asyncio.to_thread, adapters.check_gate, wanted, name, self._volumes)
+        check = partial(asyncio.to_thread, verification.check_gate, wanted, name, self._volumes)
         try:
             await self._unless_refused(name, f"evaluation {wanted.evaluation} of {what}",
-                                       [adapters.evaluation_folder(wanted.evaluation, self._volumes)], check)
+                                       [candidates.evaluation_folder(wanted.evaluation, self._volumes)], check)
         except NotYet as missing:
-            if not await asyncio.to_thread(adapters.adapter_folder(wanted.adapter, self._volumes).is_dir):
+            if not await asyncio.to_thread(candidates.adapter_folder(wanted.adapter, self._volumes).is_dir):
                 raise
             refused = Refused("not promoted", f"it is there, but {missing}")
             self._refused(name, f"adapter {what}", refused)
@@ -324,7 +339,7 @@ class Aliases:
     async def _unless_refused(self, alias: str, what: str, folders: list[Path],
                               work: Callable[[], Awaitable[None]]) -> None:
         """Do the work, unless it was refused before for the very same files. A refusal is logged, once."""
-        signature = await asyncio.to_thread(lambda: tuple(adapters.signature(folder) for folder in folders))
+        signature = await asyncio.to_thread(lambda: tuple(untrusted.signature(folder) for folder in folders))
         known = self._refusals.get(what)
         if known and known.signature == signature and time.monotonic() < known.until:
             raise known.refused
@@ -341,7 +356,8 @@ class Aliases:
         """Verify a version, load it into vLLM and prove that it has an effect. A failure leaves nothing of it."""
         if version.name in self.current:
             self.current[version.name].why = "its adapter is being verified and loaded"
-        copy = await asyncio.to_thread(adapters.take, version.name, version.digest, self.served, self._base_modules)
+        copy = await asyncio.to_thread(verification.copy_verified, version.name, version.digest, self.served,
+                                       self._base_modules)
         try:
             await self._load(version, copy)
             await self._probe(version)
@@ -365,9 +381,9 @@ class Aliases:
         if status != 200:
             raise Refused("load", f"vLLM cannot load it: {reply}")
 
-    def _base_modules(self) -> adapters.Modules:
+    def _base_modules(self) -> lora.Modules:
         if self._modules is None:
-            self._modules = adapters.linear_modules(Path(self.served.base_folder))
+            self._modules = lora.linear_modules(Path(self.served.base_folder))
         return self._modules
 
     async def _probe(self, version: Version) -> None:
@@ -408,7 +424,7 @@ class Aliases:
         status, reply = await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": version.model})
         if status not in (200, 404):  # 404: it was never loaded
             raise RuntimeError(f"vLLM does not unload {version.model}: {reply}")
-        await asyncio.to_thread(shutil.rmtree, adapters.private_copy(version.name, version.digest, self.served),
+        await asyncio.to_thread(shutil.rmtree, verification.private_copy(version.name, version.digest, self.served),
                                 ignore_errors=True)
 
     async def _call(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, str]:

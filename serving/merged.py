@@ -19,9 +19,11 @@ from jobs.core import artifacts, models
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import merged_model
-from serving import adapters
-from serving.adapters import NotYet, Refused, Served, Wanted
+from serving import candidates, untrusted, verification
 from serving.aliases import Aliases, Version
+from serving.candidates import Candidate
+from serving.refusal import NotYet, Refused
+from serving.served import Served
 
 log = logging.getLogger("serving")
 
@@ -31,31 +33,32 @@ SUFFIXES = (".safetensors", ".json")
 def choose(wish: Pipeline, served: Served) -> Served:
     """What to run at start: the first merged model that may be served, in the order of the aliases; else the base."""
     volumes = Path(served.volumes)
-    for wanted in _candidates(wish, volumes):
+    for candidate in _candidates(wish, volumes):
         try:
-            for folder in (adapters.evaluation_folder(wanted.evaluation, volumes), folder_of(wanted.adapter, served)):
-                adapters.signature(folder)  # says so if it is not there yet
-            adapters.check_gate(wanted, wish.adapter, volumes)
-            verify(wanted.adapter, served)
+            evaluation = candidates.evaluation_folder(candidate.evaluation, volumes)
+            for folder in (evaluation, folder_of(candidate.adapter, served)):
+                untrusted.signature(folder)  # says so if it is not there yet
+            verification.check_gate(candidate, wish.adapter, volumes)
+            verify(candidate.adapter, served)
         except (NotYet, Refused) as reason:
-            log.warning("%s@%s: %s", wish.adapter, wanted.adapter, reason)
+            log.warning("%s@%s: %s", wish.adapter, candidate.adapter, reason)
             continue
-        return replace(served, merged=f"{wish.adapter}@{wanted.adapter}")
+        return replace(served, merged=f"{wish.adapter}@{candidate.adapter}")
     return served
 
 
-def _candidates(wish: Pipeline, volumes: Path) -> Iterator[Wanted]:
-    for find in (adapters.asked, adapters.promoted):
+def _candidates(wish: Pipeline, volumes: Path) -> Iterator[Candidate]:
+    for find in (candidates.desired, candidates.promoted):
         try:
             yield find(wish, volumes)
         except (NotYet, Refused) as reason:
             log.warning("%s: %s", wish.adapter, reason)
-    yield from adapters.earlier(wish, volumes)
+    yield from candidates.earlier(wish, volumes)
 
 
 def folder_of(adapter: str, served: Served) -> Path:
     """Where the merged model of an adapter (its digest) is, or will be."""
-    adapters.adapter_folder(adapter, Path(served.volumes))  # refuses what is not a digest
+    candidates.adapter_folder(adapter, Path(served.volumes))  # refuses what is not a digest
     return merged_model(adapter, served.base_model).path(Path(served.volumes))
 
 

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import Plan
 from serving import aliases, merged
-from serving.adapters import Served
+from serving.served import Served
 from tests import build_adapter
 from tests.build_server import BASE, StandIn, running
 
@@ -60,6 +60,10 @@ class World:
                 if sample.name == name and labels.items() <= sample.labels.items():
                     return float(sample.value)
         return 0.0
+
+    def looked(self) -> bool:
+        """Whether every alias was looked for once."""
+        return bool(self.vllm.guards[-1].aliases.first_look_done.is_set())
 
     def ended(self) -> bool:
         """Whether the server has ended by itself."""

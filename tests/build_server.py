@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
@@ -29,6 +30,19 @@ from serving.guard import Guard
 BASE = "builtin:tiny"
 
 
+class Engine:
+    """vLLM's engine, as far as the guard asks it."""
+
+    def __init__(self) -> None:
+        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=128))
+        self.hangs = False
+
+    async def is_paused(self) -> bool:
+        while self.hangs:
+            await asyncio.sleep(0.01)
+        return False
+
+
 class StandIn:
     """What vLLM does as far as the guard can see, and what it saw."""
 
@@ -43,6 +57,7 @@ class StandIn:
         self.broken: set[str] = set()  # versions from which no reply can be computed
         self.unloadable: set[str] = set()
         self.guards: list[Guard] = []
+        self.engine = Engine()
         self.runs = BASE  # the model that needs no loading
         self.hold: threading.Event | None = None  # streams wait for it after their first event
 
@@ -59,6 +74,7 @@ class StandIn:
             Route("/{path:path}", self._anything, methods=["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"]),
             WebSocketRoute("/{path:path}", self._websocket),
         ])
+        app.state.engine_client = self.engine
         app.add_middleware(self._guard)
         return app
 

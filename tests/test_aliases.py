@@ -17,7 +17,8 @@ import httpx
 import pytest
 from safetensors.torch import load_file
 
-from serving import adapters, drain, guard
+from serving import candidates, drain, verification
+from serving.replies import RETRY_AFTER_SECONDS
 from tests import build_adapter, build_pipeline
 from tests.build_guarded import NAME, World, start, until
 from tests.build_server import BASE
@@ -32,7 +33,7 @@ def test_before_a_promotion_the_base_answers_and_the_alias_is_503_with_retry_aft
     assert world.ask(BASE).json()["model"] == BASE
     until(lambda: "not there yet" in world.ask().text)
     reply = world.ask()
-    assert (reply.status_code, reply.headers["retry-after"]) == (503, str(guard.RETRY_AFTER_SECONDS))
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, str(RETRY_AFTER_SECONDS))
     assert re.search(rf"{NAME}` is not ready: evaluation [0-9a-f]{{16}} is not there yet; no adapter was promoted",
                      reply.json()["error"]["message"])
     assert [body["model"] for body in world.vllm.asked] == [BASE]  # vLLM was never asked for the alias
@@ -88,14 +89,14 @@ def test_a_version_is_not_unloaded_while_an_update_could_point_back_to_it(
         second, second_plan = world.write(training__seed=1)
         build_adapter.promote(world.volumes, second)
         until(lambda: world.served() == world.model(second_plan))
-        promoted, slow, looking = adapters.promoted, threading.Event(), threading.Event()
+        promoted, slow, looking = candidates.promoted, threading.Event(), threading.Event()
 
         def slowly(*args: Any) -> Any:
             looking.set()
             slow.wait(20)
             return promoted(*args)
 
-        monkeypatch.setattr(adapters, "promoted", slowly)  # a slow volume
+        monkeypatch.setattr(candidates, "promoted", slowly)  # a slow volume
         looking.wait(20)
         world.vllm.hold.set()
         list(lines)
@@ -204,7 +205,7 @@ def test_nothing_that_goes_wrong_while_looking_stops_the_looking(
         world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     pipeline, planned = world.write()
     with monkeypatch.context() as broken:
-        broken.setattr("serving.adapters.take", lambda *_: (_ for _ in ()).throw(OSError("I/O error")))
+        broken.setattr("serving.verification.copy_verified", lambda *_: (_ for _ in ()).throw(OSError("I/O error")))
         build_adapter.promote(world.volumes, pipeline)
         until(lambda: "I/O error" in caplog.text)
         assert world.ask().status_code == 503
@@ -257,6 +258,54 @@ def test_private_copies_are_all_that_is_needed_after_loading(world: World) -> No
     shutil.rmtree(path)
     assert world.folder / "private" in loaded.parents
     assert (loaded / "adapter_model.safetensors").is_file()
+
+
+# When the server is ready
+
+
+def test_the_first_look_is_done_when_what_can_be_served_is_served(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_verified, slow = verification.copy_verified, threading.Event()
+
+    def slowly(*args: Any) -> Path:
+        slow.wait(20)
+        return copy_verified(*args)
+
+    def prepare(world: World) -> None:
+        build_adapter.promote(world.volumes, world.write()[0])
+        build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
+
+    monkeypatch.setattr(verification, "copy_verified", slowly)
+    for world in start(tmp_path, monkeypatch, prepare=prepare):
+        until(lambda: "not there yet" in world.ask("granada-hotels").text)  # noqa: B023 - the loop has one turn
+        time.sleep(0.3)  # more than ten looks
+        assert not world.looked()
+        slow.set()
+        until(world.looked)
+        assert world.ask().status_code == 200
+
+
+def test_the_first_look_is_done_when_an_adapter_is_refused_and_does_not_wait_for_a_broken_volume_for_ever(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(world: World) -> None:
+        pipeline, planned = world.write()
+        world.vllm.ineffective.add(world.model(planned))
+        build_adapter.promote(world.volumes, pipeline)
+        other, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
+        build_adapter.promote(world.volumes, other)
+
+    copy_verified = verification.copy_verified
+
+    def fails(name: str, *rest: Any) -> Path:
+        if name == "granada-hotels":
+            raise OSError("I/O error")
+        return copy_verified(name, *rest)
+
+    monkeypatch.setattr(verification, "copy_verified", fails)
+    for world in start(tmp_path, monkeypatch, prepare=prepare):
+        until(world.looked)
+        assert "refused: no effect" in world.ask().text
+        assert "tries again" in world.ask("granada-hotels").text
 
 
 # What operators see
@@ -385,13 +434,13 @@ def test_an_adapter_on_another_base_is_refused_with_the_reason_and_the_others_se
 
 def test_one_adapter_that_takes_long_does_not_keep_the_others_waiting(
         world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    take, large = adapters.take, threading.Event()
+    copy_verified, large = verification.copy_verified, threading.Event()
 
     def slowly(name: str, *rest: Any) -> Path:
         assert name == "granada-hotels" or large.wait(20)
-        return take(name, *rest)
+        return copy_verified(name, *rest)
 
-    monkeypatch.setattr(adapters, "take", slowly)
+    monkeypatch.setattr(verification, "copy_verified", slowly)
     one, one_plan = world.write()
     two, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
     for pipeline in (one, two):
@@ -419,7 +468,7 @@ def test_a_changed_base_model_is_waited_for_and_then_the_server_drains_and_ends(
         lines = stream.iter_lines()
         next(lines)
         build_adapter.base(world.volumes, new_plan)
-        until(lambda: httpx.get(world.url + "/health").status_code == 503)
+        until(lambda: httpx.get(world.url + "/ready").status_code == 503)
         reply = world.ask(BASE)
         assert (reply.status_code, reply.headers["connection"]) == (200, "close")  # until nobody sends new requests
         until(lambda: not listens(world.url))
