@@ -73,7 +73,7 @@ class Guard:
         async def sent(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self.drain.attach(scope["app"])
-                self.aliases.start()
+                self.aliases.start(scope["app"].state)
             await send(message)
 
         await self.app(scope, received, sent)
