@@ -12,7 +12,6 @@ import logging
 import os
 import runpy
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -20,9 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from jobs.__main__ import fail
-from jobs.core import artifacts, models
-from jobs.core.errors import RetryableError, Terminated, UserError, of_volume
+from jobs.core import artifacts, models, variables
+from jobs.core.command import fail, run_command
+from jobs.core.errors import RetryableError, Terminated, UserError
 from jobs.core.plan import plan
 from serving import base, cpu_shield, drain, merged
 from serving.events import log_to_stderr
@@ -66,9 +65,9 @@ def parser() -> argparse.ArgumentParser:
                                          "(default: $PIPELINES, else %(default)s)")
     top.add_argument("--volumes", type=Path, default=Path(os.environ.get("VOLUMES", "/volumes")), metavar="DIR",
                      help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
-    top.add_argument("--wait-seconds", type=float, default=float(os.environ.get("WAIT_SECONDS", 6 * 3600)), metavar="S",
+    top.add_argument("--wait-seconds", type=float, default=variables.wait_seconds(), metavar="S",
                      help="how long to wait for base model and tokenizer (default: $WAIT_SECONDS, else 6 hours)")
-    top.add_argument("--drain-seconds", type=float, default=float(os.environ.get("DRAIN_SECONDS", 55)), metavar="S",
+    top.add_argument("--drain-seconds", type=float, default=variables.number("DRAIN_SECONDS", 55), metavar="S",
                      help="how long the last requests may take when the server ends (default: $DRAIN_SECONDS, else 55)")
     top.add_argument("--host", default="0.0.0.0", help="the address to listen on (default: %(default)s)")  # noqa: S104
     top.add_argument("--port", type=int, default=8000, help="the port to listen on (default: %(default)s)")
@@ -193,20 +192,8 @@ def terminate(*_: object) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> int:
-    log_to_stderr()
-    args, flags = parser().parse_known_args(argv)
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        run(args, flags)
-    except (UserError, RetryableError) as error:
-        return fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except OSError as error:
-        if meaning := of_volume(error):
-            return fail(str(meaning), meaning.exit_code)
-        raise
-    return 0
+    return run_command(lambda: run(*parser().parse_known_args(argv)), set_up_logging=log_to_stderr,
+                       on_sigterm=terminate)
 
 
 if __name__ == "__main__":
