@@ -297,6 +297,36 @@ def test_a_replaced_or_refused_version_gives_its_slot_back_and_an_idle_adapter_k
     until(lambda: set(world.vllm.engine.adapters.values()) == kept)
 
 
+def test_a_version_stays_for_a_moment_after_its_last_request_because_the_engine_may_still_compute_it(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.aliases.SETTLE_SECONDS", 1.0)
+    first, first_plan = world.write()
+    build_adapter.promote(world.volumes, first)
+    assert until(world.served) == world.model(first_plan)
+    world.vllm.hold = threading.Event()
+    with world.stream() as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        second, second_plan = world.write(training__seed=1)
+        build_adapter.promote(world.volumes, second)
+        until(lambda: world.served() == world.model(second_plan))
+        world.vllm.hold.set()
+        list(lines)
+    ended = time.monotonic()
+    until(lambda: list(world.vllm.engine.adapters.values()) == [world.model(second_plan)])
+    assert time.monotonic() - ended > 0.8
+
+
+def test_the_shields_adapter_of_zeros_counts_among_the_slots(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for world in start(tmp_path, monkeypatch, cpu_shield=True):
+        world.vllm.engine.vllm_config.lora_config.max_loras = 1
+        pipeline, planned = world.write()
+        build_adapter.promote(world.volumes, pipeline)
+        assert until(world.served) == world.model(planned)
+        assert "more adapters than the 1 LoRA slots" in caplog.text
+
+
 def test_a_version_for_which_there_is_no_slot_waits_for_one_and_nothing_is_evicted(
         world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.vllm.engine.vllm_config.lora_config.max_loras = 2
