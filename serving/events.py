@@ -87,7 +87,7 @@ def refused(alias: str, what: str, reason: str, message: str) -> None:
 
 
 def waiting(alias: str, adapter: str | None, why: str) -> None:
-    """What the pipeline file asks for is not served, and what is served instead."""
+    """What the pipeline file desires is not served, and what is served instead."""
     serving = f"still serving {adapter}" if adapter else "not served"
     _log(logging.WARNING, f"{alias}: {serving}: {why}", "waiting", alias=alias, adapter=adapter or "none")
 
