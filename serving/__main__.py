@@ -244,8 +244,9 @@ def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, adapte
         return [*merged.vllm_arguments(served), *ours]
     return ["--model", served.base_folder, "--served-model-name", served.base_name, *ours,
             "--enable-lora", "--max-lora-rank", str(served.max_lora_rank),
-            # one more, for a new version beside the old one
-            "--max-loras", str(adapters + 1 + cpu_shield.slots(served))]
+            # One for each adapter, and two more: a new version is loaded beside the old one, and so is the next one
+            # while a long reply still needs the first. A version without a free slot waits (Aliases._check_slots).
+            "--max-loras", str(adapters + 2 + cpu_shield.slots(served))]
 
 
 def terminate(*_: object) -> NoReturn:
