@@ -7,12 +7,23 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from jobs.core import artifacts
-from tests.manifests import CHECKOUT, Manifest, by_name, containers, copy, of_kind, render, restricted_violations
+from tests.manifests import (
+    CHECKOUT,
+    Manifest,
+    by_name,
+    containers,
+    copy,
+    of_kind,
+    pod_templates,
+    render,
+    restricted_violations,
+)
 from tests.renderings import NAMES, rendered, with_options
 
 ARGOCD = CHECKOUT / "argocd"
@@ -215,17 +226,43 @@ def test_the_documented_filter_leaves_namespace_and_volumes_only() -> None:
     assert len(kept) == 1 + len(of_kind(rendered("overlays/kind"), "PersistentVolumeClaim"))
 
 
-def test_the_documented_patch_sets_the_environment_of_relocation_alone(tmp_path: Path) -> None:
-    patch = yaml.safe_load(block(r"```yaml\n(patches:.*?)```"))
-    kind = copy(tmp_path)
-    file = kind / "kustomization.yaml"
+def with_entry(file: Path, key: str, entry: Any) -> None:
+    """Add an entry to a list of a kustomization, before the others."""
     values = yaml.safe_load(file.read_text())
-    values["patches"] += patch["patches"]
-    file.write_text(yaml.safe_dump(values))
-    for name, job in by_name(render(kind), "Job").items():
-        template = job["spec"]["template"]
-        (container,) = containers(template)
+    file.write_text(yaml.safe_dump(values | {key: [entry, *values.get(key, [])]}))
+
+
+@pytest.mark.parametrize("name", ["kind", "kind-smollm2", "gpu"])
+def test_the_documented_mirror_is_known_to_relocation_alone_in_every_overlay(tmp_path: Path, name: str) -> None:
+    text = (CHECKOUT / "docs" / "registries.md").read_text()
+    files = dict(re.findall(r"```yaml\n# mirror/(\S+)\n(.*?)```", text, re.DOTALL)) | {"ca.crt": "certificates"}
+    overlay = copy(tmp_path).parent / name
+    (overlay / "mirror").mkdir()
+    for file, content in files.items():
+        (overlay / "mirror" / file).write_text(content)
+    assert files.keys() == {"kustomization.yaml", "mirror.yaml", "ca.crt"}
+    with_entry(overlay / "kustomization.yaml", "components", "mirror")
+    found = render(overlay)
+    templates = pod_templates(found)
+    assert len([title for title in templates if "-relocation" in title]) == 4
+    for title, template in templates.items():
+        container = containers(template)[-1]
         variables = {e["name"]: e.get("value") for e in container["env"]}
-        assert (variables.get("HF_ENDPOINT") == "https://hub.example.com") == name.endswith("-relocation"), name
-        assert {"PIPELINE", "VOLUMES"} <= variables.keys()
-        assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in template["spec"]["volumes"]}
+        knows = (variables.get("HF_ENDPOINT"), variables.get("SSL_CERT_FILE")) == (
+            "https://hub.example.com", "/etc/authority/ca.crt")
+        assert knows == ("-relocation" in title), title
+        volumes = {v["name"]: v for v in template["spec"]["volumes"]}
+        assert {m["name"] for m in container["volumeMounts"]} == volumes.keys(), title
+        if knows:
+            assert volumes["authority"]["configMap"]["name"] in by_name(found, "ConfigMap")
+            assert {"PIPELINE", "VOLUMES"} <= variables.keys()
+
+
+def test_the_documented_patch_sets_the_environment_of_the_server(tmp_path: Path) -> None:
+    (patch,) = yaml.safe_load(block(r"```yaml\n(patches:.*?)```"))["patches"]
+    kind = copy(tmp_path)
+    with_entry(kind / "kustomization.yaml", "patches", patch)
+    (vllm,) = by_name(render(kind), "Deployment")["model-inference"]["spec"]["template"]["spec"]["containers"]
+    variables = {e["name"]: e.get("value") for e in vllm["env"]}
+    assert variables["DRAIN_SECONDS"] == "30"
+    assert "PIPELINES" in variables
