@@ -65,6 +65,15 @@ def test_the_job_set_holds_what_the_jobs_would_be(tmp_path: Path) -> None:
     assert training["template"]["spec"]["volumes"] == job["template"]["spec"]["volumes"]
 
 
+def test_the_job_set_renders_without_the_hardware(tmp_path: Path) -> None:
+    """For a cluster whose nodes need neither selector nor toleration."""
+    overlay = copy(tmp_path)
+    edit(overlay / "kustomization.yaml", "- hardware\n", "")
+    assert replicated(overlay).keys() == replicated().keys()
+    spec = replicated(overlay)["relocated"]["template"]["spec"]["template"]["spec"]
+    assert not {"nodeSelector", "tolerations"} & spec.keys()
+
+
 def test_no_gpu_waits_for_another_stage() -> None:
     """A pod that has a GPU exists only when what it needs is there: each stage with one depends on another Job."""
     jobs = replicated()
