@@ -1,5 +1,6 @@
 """Finds in an overlay's kustomization what kustomize lets pass in silence, by rendering edited copies of it.
 
+- A source out of reach: a Job that is to fetch something, and network policies that let it reach nothing.
 - A patch without effect. kustomize ignores a patch whose target matches nothing, so a mirror that no Job asks or a
   limit that no pod has would go unnoticed. Each patch is left out once: the overlay must render differently.
 - A Job that would change under its name. The API server refuses that ("field is immutable"). Each file of which the
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from typing import Any
 
 import yaml
 
+from jobs.core import pipeline
 from jobs.core.errors import UserError
+from jobs.core.pipeline import Source
 from jobs.tools import pods
 
 Edit = tuple[Path, Callable[[Path], object]]  # a file, and what to do to the copy of it
@@ -50,7 +53,8 @@ def check(overlay: Path) -> None:
     if not any((overlay / name).is_file() for name in NAMES):
         return
     whole = pods.render(overlay)
-    problems = [*patches_without_effect(overlay, whole), *names_that_do_not_follow(overlay, whole)]
+    problems = [*sources_out_of_reach(overlay, whole), *patches_without_effect(overlay, whole),
+                *names_that_do_not_follow(overlay, whole)]
     if problems:
         raise UserError("\n".join(problems))
 
@@ -65,6 +69,33 @@ def kustomizations(folder: Path) -> dict[Path, dict[str, Any]]:
     for part in [*content.get("resources", []), *content.get("components", [])]:
         found |= kustomizations(folder / part)
     return found
+
+
+def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest]) -> Iterator[str]:
+    """The sources behind a network that the network policies do not let their Job reach."""
+    wanted = pipeline.load(overlay).pipeline
+    sources: dict[str, list[Source]] = {
+        "dataset-relocation": [wanted.dataset, wanted.evaluation.acceptability],
+        "model-relocation": [wanted.base_model], "tokenizer-relocation": [wanted.tokenizer_source],
+        "model-reference-relocation": [wanted.reference_model]}
+    for job, found in sources.items():
+        outside = [source.source for source in found if source.scheme not in ("builtin", "file")]
+        labels = {"app.kubernetes.io/name": job, "app.kubernetes.io/component": "relocation"}
+        egress = [policy["spec"].get("egress", []) for policy in whole if policy["kind"] == "NetworkPolicy"
+                  and "Egress" in policy["spec"]["policyTypes"] and selects(policy["spec"]["podSelector"], labels)]
+        if outside and egress and not any(egress):
+            yield (f"{overlay}: the network policies let {job} reach nothing, and it is to fetch {', '.join(outside)}. "
+                   "List the component base/egress in its kustomization.yaml, without models-only if data is fetched")
+
+
+def selects(selector: pods.Manifest, labels: dict[str, str]) -> bool:
+    """Whether a label selector of Kubernetes selects what has these labels."""
+    def holds(key: str, operator: str, values: Sequence[str] = ()) -> bool:
+        found = labels.get(key) in values if "In" in operator else key in labels
+        return found == (operator in ("In", "Exists"))
+
+    return selector.get("matchLabels", {}).items() <= labels.items() and all(
+        holds(**expression) for expression in selector.get("matchExpressions", []))
 
 
 def own(overlay: Path) -> dict[Path, dict[str, Any]]:
@@ -98,7 +129,7 @@ def names_that_do_not_follow(overlay: Path, whole: list[pods.Manifest]) -> list[
                     for name in generator.get("files", [])})
     results = rendered(overlay, [(file, lambda copy: copy.write_bytes(copy.read_bytes() + b"\n")) for file in files])
     return [f"{file}: its next change would change {kind} {name} under its name: the cluster would refuse it "
-            "(\"field is immutable\"), or nothing would run again. List the component base/job-names, and give every "
+            "(\"field is immutable\"), or nothing would run again. List the component base/metadata, and give every "
             "generator but `pipeline` the `options: {disableNameSuffixHash: true}`"
             for file, result in zip(files, results, strict=True)
             for (kind, name), content in immutable(result).items()

@@ -9,7 +9,8 @@ import yaml
 
 from jobs.core.errors import UserError
 from jobs.tools import check, kustomization
-from tests.manifests import Manifest, copy
+from tests import build_pipeline
+from tests.manifests import Manifest, copy, render
 
 JOBS = {"target": {"kind": "Job", "name": ".*-relocation"},
         "patch": "- {op: add, path: /spec/activeDeadlineSeconds, value: 9}"}
@@ -28,6 +29,20 @@ def edited(folder: Path, **changes: list[Manifest | str]) -> Path:
         content[key] = [*content.get(key, []), *values]
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     return folder
+
+
+def test_a_source_that_no_job_may_reach_is_an_error(tmp_path: Path) -> None:
+    """A copy of overlays/kind for a model from the hub: relocation would try for an hour."""
+    overlay = copy(tmp_path)
+    file = overlay / "pipeline.yaml"
+    hub = f"source: hf://HuggingFaceTB/SmolLM2-135M-Instruct\n  revision: {build_pipeline.COMMIT}\n"
+    file.write_text(file.read_text().replace("source: builtin:tiny\n", hub))
+    found = list(kustomization.sources_out_of_reach(overlay, render(overlay)))
+    assert [line.partition(" reach nothing, and it is to fetch hf://")[0].rpartition(" ")[2] for line in found] == [
+        "model-relocation", "tokenizer-relocation"]
+    text = (overlay / "kustomization.yaml").read_text()
+    (overlay / "kustomization.yaml").write_text(text.replace("# - ../../base/egress ", "- ../../base/egress "))
+    assert list(kustomization.sources_out_of_reach(overlay, render(overlay))) == []
 
 
 def test_a_patch_of_jobs_works_where_there_are_jobs(tmp_path: Path) -> None:
@@ -62,7 +77,7 @@ def test_an_overlay_whose_jobs_do_not_follow_the_pipeline_is_an_error(tmp_path: 
     overlay = copy(tmp_path).parent / "kind-smollm2"
     file = overlay / "kustomization.yaml"
     content = yaml.safe_load(file.read_text())
-    content["components"].remove("../../base/job-names")
+    content["components"].remove("../../base/metadata")
     file.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match=r"pipeline.yaml: its next change would change ConfigMap pipeline-\w+"):
         kustomization.check(overlay)
