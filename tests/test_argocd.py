@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from tests.manifests import (
     restricted_violations,
 )
 from tests.renderings import NAMES, rendered, with_options
+from tests.validation import problems
 
 ARGOCD = CHECKOUT / "argocd"
 OVERLAYS = [name for name in NAMES if name.startswith("overlays/")]  # and with all of their optional components
@@ -125,6 +128,21 @@ def test_argo_cd_may_touch_no_namespace_but_its_own_environments(both: list[Mani
     namespaces = {d["namespace"] for d in spec["destinations"]}
     assert {(k["group"], k["kind"], k["name"]) for k in spec["clusterResourceWhitelist"]} == {
         ("", "Namespace", name) for name in namespaces}
+
+
+def test_a_push_cannot_weaken_pod_security(both: list[Manifest]) -> None:
+    """The API server refuses it, in exactly the namespaces that Argo CD may change."""
+    policy, binding = yaml.safe_load_all((ARGOCD / "pod-security.yaml").read_text())
+    assert problems(policy) == problems(binding) == []
+    (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]
+    assert set(rule["resourceNames"]) == {d["namespace"] for d in project(both)["spec"]["destinations"]}
+    assert set(rule["operations"]) == {"CREATE", "UPDATE"}
+    assert (binding["spec"]["policyName"], binding["spec"]["validationActions"]) == (
+        policy["metadata"]["name"], ["Deny"])
+    for overlay in OVERLAYS:  # what is in git passes
+        (namespace,) = of_kind(rendered(overlay), "Namespace")
+        assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert "ValidatingAdmissionPolicy" not in {m["kind"] for m in both}  # cluster-wide: the platform's to apply
 
 
 # --- syncing ------------------------------------------------------------------------------------------------------
@@ -266,3 +284,74 @@ def test_the_documented_patch_sets_the_environment_of_the_server(tmp_path: Path)
     variables = {e["name"]: e.get("value") for e in vllm["env"]}
     assert variables["DRAIN_SECONDS"] == "30"
     assert "PIPELINES" in variables
+
+
+def volumes(root: Path) -> Path:
+    """Two volumes of user 10001 as a pod sees them: their roots, and lost+found, belong to root."""
+    for volume in ("fine-tuned-model", "dataset"):
+        artifact = root / volume / "kind" / "0123456789abcdef"
+        artifact.mkdir(parents=True)
+        for file in (artifact / "artifact.json", artifact / ".lock-a", artifact / "checkpoints" / "1"):
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("{}")
+        (root / volume / "lost+found").mkdir(mode=0o700)
+    return root
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make what belongs to root")
+def test_the_documented_backup_can_be_restored_by_a_user_to_whom_the_volumes_roots_do_not_belong() -> None:
+    backup = block(r"exec volumes -- (sh -c \"[^\"]*tar [^\"]*\") > backup.tar")
+    restore = block(r"exec -i volumes -- (tar [^\n]*) < backup.tar")
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        root.chmod(0o755)
+        source, target = volumes(root / "source"), root / "target"
+        for folder in source.rglob("*"):
+            if "lost+found" not in str(folder) and folder.parent != source:
+                os.chown(folder, 10001, 10001)
+        for volume in ("fine-tuned-model", "dataset"):
+            (target / volume).mkdir(parents=True)
+            os.chown(target / volume, 0, 10001)
+            (target / volume).chmod(0o2775)
+        for command, at, files in ((backup, source, {"stdout": root / "backup.tar"}),
+                                   (restore, target, {"stdin": root / "backup.tar"})):
+            streams: dict[str, Any] = {key: file.open("wb" if key == "stdout" else "rb") for key, file in files.items()}
+            done = subprocess.run(["sh", "-c", command.replace("/volumes", str(at))], user=10001, group=10001,
+                                  extra_groups=[], stderr=subprocess.PIPE, text=True, check=False, **streams)
+            assert (done.returncode, done.stderr) == (0, ""), command
+        restored = {str(file.relative_to(target)) for file in target.rglob("*") if file.is_file()}
+        assert restored == {f"{v}/kind/0123456789abcdef/artifact.json" for v in ("fine-tuned-model", "dataset")}
+        assert {(target / v).stat().st_uid for v in ("fine-tuned-model", "dataset")} == {0}
+
+
+@pytest.mark.parametrize(("overlay", "kind"), [("overlays/gpu", "JobSet"), ("overlays/kind", "Job")])
+def test_the_documented_commands_delete_what_is_superseded_and_nothing_else(
+        overlay: str, kind: str, tmp_path: Path) -> None:
+    names, others = re.findall(r"OVERLAY \| (sed .*?) > names\n.*? \| (grep [^|]*) \|", OPERATIONS)[0]
+    current = [m["metadata"]["name"] for m in rendered(overlay) if m["kind"] == kind]
+    superseded = [f"{name[:-10]}bbbbbbbbbb" for name in current]
+    script = f"{names} > names; printf '%s\\n' {' '.join(current + superseded)} | {others}"
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, input=yaml.safe_dump_all(rendered(overlay)), text=True,
+                          capture_output=True, check=True)
+    assert done.stdout.split() == superseded
+
+
+def test_the_documented_bucket_credentials_are_those_of_relocation_alone(tmp_path: Path) -> None:
+    text = (CHECKOUT / "docs" / "registries.md").read_text().partition("## Buckets")[2]
+    (patch,) = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])["patches"]
+    kind = copy(tmp_path)
+    with_entry(kind / "kustomization.yaml", "patches", patch)
+    given = {name for name, account in by_name(render(kind), "ServiceAccount").items()
+             if "eks.amazonaws.com/role-arn" in account["metadata"].get("annotations", {})}
+    assert given == {"relocation"}
+
+
+def test_every_link_of_the_operators_pages_leads_somewhere() -> None:
+    pages = {name: (CHECKOUT / "docs" / name).read_text()
+             for name in ("operations.md", "stuck.md", "registries.md", "gpu.md")}
+    for name, text in pages.items():
+        for page, anchor in re.findall(r"\]\(([\w.]*\.md)?(?:#([\w-]+))?\)", text):
+            linked = (CHECKOUT / "docs" / (page or name)).read_text()
+            titles = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+                      for title in re.findall(r"(?m)^##+ (.*)$", linked)}
+            assert not anchor or anchor in titles, f"{name}: {page}#{anchor}"

@@ -318,7 +318,7 @@ def watch(cluster: Cluster, deadline: float, pause: Callable[[float], None] = ti
             return
         if time.monotonic() > deadline:
             late = ", ".join(f"{name} ({s.says})" for name, s in states.items() if not s.done)
-            raise RetryableError(f"not done in time: {late}. Run it again to go on; docs/operations.md says what each "
+            raise RetryableError(f"not done in time: {late}. Run it again to go on; docs/stuck.md says what each "
                                  "state means")
         pause(POLL_SECONDS)
 
