@@ -1,7 +1,8 @@
 """Validate an overlay with no network and no cluster: what a pre-commit hook or CI runs before a push.
 
 Checks the pipeline file, that every source is pinned, that data in git is what its pin says and that every record of
-it is valid, that vLLM can serve the base model's architecture as asked, and that the overlay's ConfigMap fits.
+it is valid, that vLLM can serve the base model's architecture as asked, that the overlay's ConfigMap fits, and that
+what its kustomization says takes effect.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def run(overlay: Path) -> None:
     """
     loaded = pipeline.load(overlay)
     problems: list[str] = []
-    for check in (check_data, check_architecture, check_size):
+    for check in (check_data, check_architecture, check_size, check_kustomization):
         try:
             check(loaded)
         except UserError as error:
@@ -95,3 +96,10 @@ def check_size(loaded: Loaded) -> None:
     if total > CONFIG_MAP_BYTES:
         raise UserError(f"{loaded.path}: the pipeline file and the data beside it have {total} bytes together, and "
                         f"a ConfigMap holds {CONFIG_MAP_BYTES}. Put the data where a URL reaches it (https://, s3://, hf://)")
+
+
+def check_kustomization(loaded: Loaded) -> None:
+    """The overlay renders, every patch of it has an effect, and its Jobs can be changed."""
+    from jobs.tools import kustomization
+
+    kustomization.check(loaded.path.parent)
