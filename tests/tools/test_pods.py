@@ -210,7 +210,8 @@ def test_without_kubectl_the_error_says_what_to_install(monkeypatch: pytest.Monk
     ("", "no error message"),
     ("Warning: old\nerror: no such file\n", "no such file"),
     ("E1123 trying\nUnable to connect to the server: timeout\n", "Unable to connect to the server: timeout"),
-    ("Warning: x\nError from server (A): a\nError from server (B): b\n", "Error from server (A): a Error from server (B): b"),
+    ("Warning: x\nError from server (A): a\nError from server (B): b\n",
+     "Error from server (A): a Error from server (B): b"),
     ('# Warning: old\nE1125 20:45:12.5 1 run.go:72] "command failed" err="unknown field \\"bogus\\""\n',
      'unknown field "bogus"'),
 ])
