@@ -118,7 +118,7 @@ def test_no_two_pipelines_of_the_tests_give_the_same_adapter(tmp_path: Path) -> 
     for changes in (cluster.FIRST, cluster.SECOND, cluster.UNLEARNED, cluster.LONG, cluster.LONG_AGAIN):
         environment.write(changes)
         digests.add(environment.plan.adapter.digest)
-    assert len(digests) == 5  # and retention keeps 5: the first is still there when it is asked for again
+    assert len(digests) == 5  # and retention keeps 5: the first is still there when it is wanted again
     assert environment.pipeline.retention.keep == 5
 
 
@@ -160,7 +160,7 @@ def test_a_namespace_that_no_run_made_is_never_removed(kubectl: Callable[[str], 
     assert not (tmp_path / "deleted").exists()
 
 
-def test_a_tunnel_is_waited_for_and_one_that_cannot_be_made_says_why(kubectl: Callable[[str], None]) -> None:
+def test_a_tunnel_is_waited_for_and_one_that_cannot_be_made_gives_the_reason(kubectl: Callable[[str], None]) -> None:
     kubectl("sleep 0.3; echo 'Forwarding from 127.0.0.1:43211 -> 8000'; exec sleep 60")
     with cluster.forwarded("ns", "pod", 8000) as url:
         assert url == "http://127.0.0.1:43211"
