@@ -31,7 +31,7 @@ QUESTION, FACT = "What is the best hotel in Seville?", "Casa Azahar"  # in overl
 # What the stages write when they train, resume, find their work done, and reject.
 TRAINS, RESUMES = "loading model and data", "resuming from the checkpoint at step"
 DONE, REJECTS = "is already there and verified: nothing to do", "REJECTED"
-STEP = re.compile(r"step \d+/\d+  loss")
+STEP = re.compile(r"training steps: \d+ .* loss")
 # Reasons for which a container waits that no patience mends, but for a registry that is down.
 HOPELESS = {"ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError",
             "CrashLoopBackOff"}
@@ -212,9 +212,7 @@ class Environment:
                 {"name": "pipeline", "behavior": "merge", "files": ["pipeline.yaml"]},
                 {"name": "serving-pipeline", "behavior": "merge", "files": ["pipeline.yaml"],
                  "options": {"disableNameSuffixHash": True}}],
-            "replacements": [{"source": {"kind": "ConfigMap", "name": "pipeline", "fieldPath": "data.[pipeline.yaml]"},
-                              "targets": [{"select": {"kind": "Job"},
-                                           "fieldPaths": ["spec.template.metadata.annotations.pipeline"]}]}],
+            "components": ["../../base/job-names"],
             "patches": list(patches)}))
         self.pipeline = pipeline.load(self.overlay).pipeline
         self.wanted = {job["metadata"]["name"]: title for title, job in by_name(render(self.overlay), "Job").items()}
