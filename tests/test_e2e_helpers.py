@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import stat
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.core import progress
 from jobs.tools.kubectl import KubectlError
 from tests.e2e import cluster
 from tests.manifests import CHECKOUT, Manifest, by_name, copy, of_kind, pod_templates, render
@@ -74,13 +76,17 @@ def test_an_image_that_means_latest_is_refused() -> None:
         cluster.image_override("lora-gitops-jobs", "localhost:5001/jobs")
 
 
-def test_what_the_tests_look_for_in_the_logs_is_what_the_stages_write() -> None:
+def test_what_the_tests_look_for_in_the_logs_is_what_the_stages_write(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """On a cluster a reworded line would show only after an hour, or not at all."""
     written = "".join(file.read_text() for file in (CHECKOUT / "jobs").rglob("*.py"))
     for words in (cluster.TRAINS, cluster.RESUMES, cluster.DONE, cluster.REJECTS):
         assert words in written, words
-    assert cluster.STEP.search("12:00:00 step 12/1500  loss 4.2000  2100 tokens/s  60 s left")
-    assert '"step %d/%d  loss ' in written
+    monkeypatch.setattr(progress, "INTERVAL_S", 0.0)
+    caplog.set_level(logging.INFO, logger="jobs")
+    progress.Progress("training steps", 1500).add(12, lambda: "loss 4.2000")
+    assert cluster.STEP.search(caplog.messages[0])
+    assert 'Progress("training steps"' in written
 
 
 # --- the overlay ------------------------------------------------------------------------------------------------------
