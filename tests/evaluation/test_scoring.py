@@ -162,6 +162,13 @@ def test_records_that_are_too_long_are_left_out_and_counted(loaded: tuple[Any, A
         scoring.measure(model, tokenizer, material(RECORDS, max_length=lengths[0] - 1), "tiny")
 
 
+def test_a_sentence_beyond_the_positions_of_the_model_is_scored_as_far_as_they_go(loaded: tuple[Any, Any]) -> None:
+    """GPT-2 would end in an index error; and a sentence of one token has nothing that could be scored."""
+    odd = [*SENTENCES, ("The cook reads the book. " * 40, True), ("x", True)]
+    scores, _ = scoring.measure(*loaded, Material(RECORDS, odd, 90, 4), "tiny")
+    assert scores["sentences"] == len(SENTENCES) + 1
+
+
 def test_too_few_judged_sentences_is_an_error_that_names_the_setting(loaded: tuple[Any, Any]) -> None:
     with pytest.raises(UserError, match=r"evaluation\.acceptability: needs at least two acceptable"):
         scoring.measure(*loaded, Material(RECORDS, SENTENCES[:7], 90, 4), "tiny")
