@@ -112,6 +112,23 @@ def test_an_answer_stops_at_every_end_token_that_serving_stops_at(
     assert scoring.generate(model, tokenizer, [prompt], 8, 96, Progress("test", 1)) == [""]
 
 
+def test_an_answer_is_text_without_the_tokens_of_the_template(loaded: tuple[Any, Any]) -> None:
+    """A model may write `<|user|>` and go on; clients of vLLM get the text around it."""
+    import torch
+
+    tokenizer = loaded[1]
+    written = torch.tensor([tokenizer("The cook<|user|> reads")["input_ids"]])
+
+    class Writer:
+        device, generation_config = torch.device("cpu"), None
+
+        def generate(self, input_ids: Any, **_: Any) -> Any:
+            return torch.cat([input_ids, written], 1)
+
+    model: Any = Writer()
+    assert scoring.generate(model, tokenizer, [[5, 6]], 8, 96, Progress("test", 1)) == ["The cook reads"]
+
+
 def test_answers_never_run_past_the_positions_that_the_model_has(loaded: tuple[Any, Any]) -> None:
     """A GPT-2 with 96 positions and a long prompt must not end in an index error."""
     model, tokenizer = loaded
