@@ -1,4 +1,4 @@
-"""Promises about base models: what the table says vLLM serves is what the installed vLLM serves."""
+"""Promises about base models: the table of what vLLM serves agrees with the installed vLLM."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ def test_all_linear_means_every_layer_that_can_be_served() -> None:
         "down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
 
 
-@pytest.mark.parametrize(("content", "says"), [
+@pytest.mark.parametrize(("content", "message"), [
     (None, "has no config.json"),
     ("{", "cannot be read"),
     ("[]", "must hold a JSON mapping"),
     ("{}", "`architectures` must name one class"),
     ('{"architectures": ["A", "B"]}', "`architectures` must name one class"),
 ])
-def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, content: str | None, says: str) -> None:
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         models.architecture(tmp_path)
 
 
