@@ -26,7 +26,7 @@ from typing import Any
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import human_bytes, sha256_of, sync_folder, write_atomically
 from jobs.core.layout import MANIFEST as MANIFEST
-from jobs.core.layout import draft_folder, lock_file
+from jobs.core.layout import draft_folder, lock_file, read_manifest
 from jobs.core.locks import hold
 from jobs.core.retention import retain
 from jobs.core.variables import wait_seconds as default_wait_seconds
@@ -119,10 +119,10 @@ def read(path: Path) -> Artifact:
     """
     hint = f"Move {path} away to have it made again"
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        manifest = read_manifest(path)
         named = digest_of(manifest["kind"], manifest["spec"], manifest["inputs"])
         recorded = {f["path"]: (f["size"], f["sha256"]) for f in manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: {MANIFEST} is missing or damaged ({error}). {hint}") from None
     if not path.name == manifest["digest"] == named:
         raise UserError(f"{path}: {MANIFEST} describes {manifest['digest']} (computed: {named}), not {path.name}. "
@@ -166,7 +166,7 @@ def wait_until_there(specs: list[Spec], volumes: Path, deadline_s: float, poll_s
     Raises:
         RetryableError: when `deadline_s` seconds passed; names what is still missing.
     """
-    started = said = time.monotonic()
+    started = reported = time.monotonic()
     missing = [s for s in specs if not s.path(volumes).exists()]
     if missing:
         log.info("waiting for %s", ", ".join(map(str, missing)))
@@ -175,9 +175,9 @@ def wait_until_there(specs: list[Spec], volumes: Path, deadline_s: float, poll_s
         if now - started > deadline_s:
             raise RetryableError(f"waited {deadline_s:.0f} s for {', '.join(map(str, missing))}. See the logs of the "
                                  "job that makes it")
-        if now - said > 60:
+        if now - reported > 60:
             log.info("still waiting for %s (%.0f s)", ", ".join(map(str, missing)), now - started)
-            said = now
+            reported = now
         time.sleep(poll_s)
         missing = [s for s in specs if not s.path(volumes).exists()]
 

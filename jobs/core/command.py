@@ -7,17 +7,13 @@ nobody expected keeps its traceback, and Python ends with 1.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 
 from jobs.core.errors import RetryableError, Terminated, UserError, of_volume
+from jobs.core.termination import write_termination_message
 
-TERMINATION_LOG = Path("/dev/termination-log")  # what `kubectl describe pod` shows as the reason
-TERMINATION_LOG_BYTES = 4096  # Kubernetes keeps no more
 INTERRUPTED = 130
 
 Relay = Callable[[str, int], bool]
@@ -68,8 +64,5 @@ def fail(message: str, code: int, relay: Relay | None = None) -> int:
     if relay and relay(message, code):
         return code
     print(f"error: {message}", file=sys.stderr, flush=True)
-    if os.access(TERMINATION_LOG, os.W_OK):
-        with suppress(OSError):  # the message stands on stderr
-            text = message.encode()[:TERMINATION_LOG_BYTES].decode(errors="ignore")  # no half a character at the end
-            TERMINATION_LOG.write_text(text, encoding="utf-8")
+    write_termination_message(message)
     return code

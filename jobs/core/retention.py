@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.layout import CHECKPOINTS, DRAFT, MANIFEST, TENSORBOARD, draft_folder, lock_file
+from jobs.core.layout import CHECKPOINTS, DRAFT, MANIFEST, TENSORBOARD, draft_folder, lock_file, read_manifest
 from jobs.core.locks import hold_if_free
 from jobs.core.promotion import promoted_digests
 
@@ -67,7 +66,7 @@ def retain(folder: Path, *, keep: int, protected: set[str]) -> list[str]:
             digest = artifact.path.name
             if digest in protected or not protected.isdisjoint(artifact.inputs):
                 continue
-            if _remove(artifact.path, lock_file(artifact.path), artifact.unused):
+            if _remove(artifact.path, lock_file(artifact.path), artifact.unused, trash=draft_folder(artifact.path)):
                 removed.append(digest)
                 log.info("retention: removed %s/%s (%d newer ones are kept)", folder.name, digest, keep)
     return removed
@@ -77,11 +76,13 @@ def _by_adapter(folder: Path) -> dict[str, list[_Kept]]:
     """The artifacts of a kind by the adapter that they were made for. Damaged ones are left out."""
     found = defaultdict(list)
     for path in _folders(folder, "*"):
+        if not DIGEST.fullmatch(path.name):  # a draft that is about to be published has a manifest, too
+            continue
         try:
-            manifest = json.loads((path / MANIFEST).read_bytes())
+            manifest = read_manifest(path)
             name = str(manifest["about"].get("adapter_name", ""))
             found[name].append(_Kept(path, _used(path), frozenset(manifest["inputs"].values())))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return found
 
@@ -114,14 +115,17 @@ def _remove_if_old(path: Path, lock: Path, seconds: float) -> None:
         log.info("retention: removed %s, which nobody touched for %.0f days", path, seconds / 86400)
 
 
-def _remove(path: Path, lock: Path, unused: Callable[[], bool]) -> bool:
-    """Remove a folder unless another process holds its lock, or it is in use by now."""
+def _remove(path: Path, lock: Path, unused: Callable[[], bool], trash: Path | None = None) -> bool:
+    """Remove a folder unless another process holds its lock, or it is in use by now.
+
+    Args:
+        trash: its name while it is removed, so that nobody finds an artifact that is half there.
+    """
     try:
         with hold_if_free(lock) as mine:
             if not mine or not unused():
                 return False
-            if not path.name.startswith(DRAFT):  # first renamed, so that nobody finds an artifact that is half removed
-                trash = draft_folder(path)
+            if trash:
                 shutil.rmtree(trash, ignore_errors=True)
                 path = path.rename(trash)
             shutil.rmtree(path)

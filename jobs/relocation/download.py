@@ -10,7 +10,6 @@ from __future__ import annotations
 import email.utils
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from jobs.core import variables
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import human_bytes, require_space, sha256_of
 from jobs.core.progress import Progress
@@ -27,8 +27,8 @@ log = logging.getLogger("jobs")
 T = TypeVar("T")
 
 # Ten attempts in a row without a single new byte take about four minutes; then Kubernetes starts the pod again.
-ATTEMPTS = int(os.environ.get("RETRY_ATTEMPTS", 10))
-FIRST_PAUSE_S = float(os.environ.get("RETRY_FIRST_PAUSE_SECONDS", 1))  # doubles with every attempt, up to:
+ATTEMPTS = int(variables.number("RETRY_ATTEMPTS", 10, least=1))
+FIRST_PAUSE_S = variables.number("RETRY_FIRST_PAUSE_SECONDS", 1)  # doubles with every attempt, up to:
 LONGEST_PAUSE_S = 60.0
 LONGEST_RETRY_AFTER_S = 3600.0  # a server that asks for more is not worth holding a pod for
 SILENCE_S = 60.0  # a connection on which nothing arrives for this long is dead

@@ -1,8 +1,8 @@
 """Validate an overlay with no network and no cluster: what a pre-commit hook or CI runs before a push.
 
 Checks the pipeline file, that every source is pinned, that data in git matches its pin and that every record of
-it is valid, that vLLM can serve the base model's architecture in the desired mode, and that the overlay's ConfigMap
-fits.
+it is valid, that vLLM can serve the base model's architecture in the desired mode, that the overlay's ConfigMap fits,
+and that every patch of its kustomization has an effect.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run(overlay: Path) -> None:
     """
     loaded = pipeline.load(overlay)
     problems: list[str] = []
-    for check in (check_data, check_architecture, check_size):
+    for check in (check_data, check_architecture, check_size, check_kustomization):
         try:
             check(loaded)
         except UserError as error:
@@ -96,3 +96,10 @@ def check_size(loaded: Loaded) -> None:
     if total > CONFIG_MAP_BYTES:
         raise UserError(f"{loaded.path}: the pipeline file and the data beside it have {total} bytes in total, and "
                         f"a ConfigMap holds {CONFIG_MAP_BYTES}. Put the data where a URL reaches it (https://, s3://, hf://)")
+
+
+def check_kustomization(loaded: Loaded) -> None:
+    """The overlay renders, every patch of it has an effect, and its Jobs can be changed."""
+    from jobs.tools import kustomization
+
+    kustomization.check(loaded.path.parent)

@@ -55,7 +55,7 @@ def watch(look: Callable[[], Mapping[str, State]], seconds: float) -> None:
     try:
         wait_until(late, all_done, seconds, POLL_SECONDS, passing=(KubectlError,))
     except Late as error:
-        raise RetryableError(f"not done in time: {error}. Run it again to continue; docs/operations.md explains each "
+        raise RetryableError(f"not done in time: {error}. Run it again to continue; docs/stuck.md explains each "
                              "state") from None
 
 

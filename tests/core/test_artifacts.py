@@ -75,7 +75,13 @@ def link(folder: Path) -> None:
     (folder / "a.txt").symlink_to("/etc/hostname")
 
 
-@pytest.mark.parametrize(("damage", "says"), [
+def pipe(folder: Path) -> None:
+    (folder / "artifact.json").unlink()
+    os.mkfifo(folder / "artifact.json")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("damage", "message"), [
     (flip, "sub/b.bin was changed"),
     (lambda folder: (folder / "a.txt").unlink(), "a.txt is missing"),
     (lambda folder: (folder / "a.txt").write_text("fir"), "a.txt was changed"),
@@ -83,17 +89,19 @@ def link(folder: Path) -> None:
     (link, "is not a plain file"),
     (lambda folder: (folder / "artifact.json").unlink(), "artifact.json is missing or damaged"),
     (lambda folder: (folder / "artifact.json").write_text("{"), "artifact.json is missing or damaged"),
+    (lambda folder: (folder / "artifact.json").write_text("[" * 100_000), "artifact.json is missing or damaged"),
+    (pipe, "artifact.json is missing or damaged"),
     (lambda folder: (folder / "artifact.json").write_text((folder / "artifact.json").read_text().replace(
         '"size": 1', '"size": 2', 1)), "(computed: "),
 ])
-def test_a_damaged_artifact_is_refused_and_left_in_place(tmp_path: Path, damage: Any, says: str) -> None:
+def test_a_damaged_artifact_is_refused_and_left_in_place(tmp_path: Path, damage: Any, message: str) -> None:
     folder = publish(tmp_path).path
     damage(folder)
     for attempt in (lambda: artifacts.find(SPEC, tmp_path), lambda: publish(tmp_path),
                     lambda: artifacts.wait([SPEC], tmp_path, 1)):
         with pytest.raises(UserError) as raised:
             attempt()
-        assert says in str(raised.value)
+        assert message in str(raised.value)
         assert str(folder) in str(raised.value)
     assert folder.is_dir()
 

@@ -160,6 +160,14 @@ def test_what_cannot_be_removed_is_reported_and_the_publication_stands(
     assert "cannot be removed" in caplog.text
 
 
+def test_a_draft_that_is_about_to_be_published_is_no_artifact(tmp_path: Path) -> None:
+    spec, kept = specs(2)
+    publish(tmp_path, spec)
+    spec.path(tmp_path).rename(tmp_path / VOLUME / "adapter" / f".draft-{spec.digest}")
+    publish(tmp_path, kept, keep=1)
+    assert (tmp_path / VOLUME / "adapter" / f".draft-{spec.digest}").is_dir()
+
+
 def test_an_abandoned_draft_is_removed_and_one_that_is_fresh_or_locked_is_not(tmp_path: Path) -> None:
     folder = tmp_path / VOLUME / "adapter"
     old, fresh, running = specs(3)

@@ -212,7 +212,7 @@ class Environment:
                 {"name": "pipeline", "behavior": "merge", "files": ["pipeline.yaml"]},
                 {"name": "serving-pipeline", "behavior": "merge", "files": ["pipeline.yaml"],
                  "options": {"disableNameSuffixHash": True}}],
-            "components": ["../../base/job-names"],
+            "components": ["../../base/metadata"],
             "patches": list(patches)}))
         self.pipeline = pipeline.load(self.overlay).pipeline
         self.wanted = {job["metadata"]["name"]: title for title, job in by_name(render(self.overlay), "Job").items()}
