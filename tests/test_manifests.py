@@ -679,8 +679,8 @@ def test_serving_waits_for_the_base_model_without_being_judged() -> None:
     budget = startup["periodSeconds"] * startup["failureThreshold"]
     assert budget >= 300
     assert spec["progressDeadlineSeconds"] > int(env(wait)["WAIT_SECONDS"]) + budget
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert vllm[probe]["httpGet"] == {"path": "/health", "port": "http"}
+    for probe, path in (("startupProbe", "/health"), ("readinessProbe", "/ready"), ("livenessProbe", "/health")):
+        assert vllm[probe]["httpGet"] == {"path": path, "port": "http"}
 
 
 def test_a_rollout_of_serving_cannot_deadlock_on_one_gpu_or_one_node() -> None:
