@@ -82,6 +82,11 @@ def test_rouge_sees_words_in_every_script(answer: str, reference: str, least: fl
     assert metrics.compute(Rouge, predictions=[answer], references=[reference])["rouge1"] >= least
 
 
+def test_only_english_words_are_stemmed() -> None:
+    """Porter's rules are for English; on other words they would cut off what carries the meaning."""
+    assert Words().tokenize("Rooms habitaciónes") == ["room", "habitaciónes"]
+
+
 @given(st.text(st.characters(max_codepoint=127)))
 def test_rouge_reads_ascii_exactly_as_rouge_score_does(text: str) -> None:
     from rouge_score.tokenizers import DefaultTokenizer
