@@ -35,7 +35,7 @@ COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "x"}]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def loaded() -> None:
     """Load vLLM's classes now: that takes seconds, in which the first request would wait. A real server has them."""
     for path in (COMPLETION, CHAT):
@@ -262,6 +262,7 @@ def test_what_every_outcome_held_is_given_back() -> None:
 # What one request may ask for
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("asks", [
     {"n": 33}, {"n": 16384}, {"n": "33"}, {"n": 33.0}, {"n": "3_3"}, {"prompt": ["x"] * 33},
     {"n": 10**4299, "prompt": ["x"] * 1000},
@@ -275,6 +276,7 @@ def test_more_sequences_than_a_share_of_the_batch_are_the_clients_error(door: Wo
     assert len(door.vllm.bodies) == seen
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("asks", [
     {"n": 32}, {"n": None}, {"n": "32"}, {"n": True}, {"prompt": ["x"] * 32}, {"prompt": list(range(1000))},
     {"prompt": [[1, 2]] * 16, "n": 2}, {"n": 0}, {"n": "many"}, {"n": -1, "prompt": []}, {"prompt": [1, "x"]}])
@@ -282,6 +284,7 @@ def test_up_to_that_share_is_passed_on_as_is_what_vllm_will_refuse(door: World, 
     assert door.ask(BASE, **asks).status_code == 200
 
 
+@pytest.mark.usefixtures("loaded")
 def test_n_is_bounded_in_chat_and_an_operator_can_set_the_bound(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for world in start(tmp_path, monkeypatch, max_sequences=2):
@@ -292,6 +295,7 @@ def test_n_is_bounded_in_chat_and_an_operator_can_set_the_bound(
 
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize(("path", "asks"), [
     (COMPLETION, {"echo": True, "logprobs": 1}), (COMPLETION, {"echo": "true", "logprobs": 0}),
     (COMPLETION, {"echo": 1, "logprobs": True}), (COMPLETION, {"echo": "on", "logprobs": 2.0}),
@@ -310,6 +314,7 @@ def test_on_a_cpu_what_would_end_the_engine_is_the_clients_error(
     assert len(shielded.vllm.bodies) == seen
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize(("path", "asks"), [
     (COMPLETION, {"echo": True}), (COMPLETION, {"echo": "off", "logprobs": 1}), (COMPLETION, {"logprobs": 2}),
     (COMPLETION, {"prompt_logprobs": None}), (CHAT, {"echo": False, "logprobs": True, "top_logprobs": 2}),
@@ -319,6 +324,7 @@ def test_on_a_cpu_other_log_probabilities_are_passed_on_as_is_what_vllm_will_ref
     assert shielded.ask(BASE, path, messages=MESSAGES, **asks).status_code == 200
 
 
+@pytest.mark.usefixtures("loaded")
 def test_on_a_gpu_log_probabilities_of_the_prompt_are_passed_on(door: World) -> None:
     assert door.ask(BASE, echo=True, logprobs=1).status_code == 200
     assert door.ask(BASE, prompt_logprobs=1).status_code == 200
