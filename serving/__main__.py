@@ -13,7 +13,6 @@ import math
 import os
 import runpy
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -25,9 +24,9 @@ from typing import NoReturn
 
 from packaging.version import Version
 
-from jobs.__main__ import fail
 from jobs.core import artifacts, models
-from jobs.core.errors import RetryableError, Terminated, UserError, of_volume
+from jobs.core.command import fail, run_command
+from jobs.core.errors import RetryableError, Terminated, UserError
 from jobs.core.plan import plan
 from serving import base, bodies, cpu_shield, drain, heartbeat, merged
 from serving.events import log_to_stderr
@@ -245,8 +244,9 @@ def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, adapte
         return [*merged.vllm_arguments(served), *ours]
     return ["--model", served.base_folder, "--served-model-name", served.base_name, *ours,
             "--enable-lora", "--max-lora-rank", str(served.max_lora_rank),
-            # one more, for a new version beside the old one
-            "--max-loras", str(adapters + 1 + cpu_shield.slots(served))]
+            # One for each adapter, and two more: a new version is loaded beside the old one, and so is the next one
+            # while a long reply still needs the first. A version without a free slot waits (Aliases._check_slots).
+            "--max-loras", str(adapters + 2 + cpu_shield.slots(served))]
 
 
 def terminate(*_: object) -> NoReturn:
@@ -255,20 +255,8 @@ def terminate(*_: object) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> int:
-    log_to_stderr()
-    args, flags = parser().parse_known_args(argv)
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        run(args, flags)
-    except (UserError, RetryableError) as error:
-        return fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except OSError as error:
-        if meaning := of_volume(error):
-            return fail(str(meaning), meaning.exit_code)
-        raise
-    return 0
+    return run_command(lambda: run(*parser().parse_known_args(argv)), set_up_logging=log_to_stderr,
+                       on_sigterm=terminate)
 
 
 if __name__ == "__main__":

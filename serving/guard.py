@@ -87,7 +87,7 @@ class Guard:
                 self.heartbeat.start(engine)
                 if self.max_sequences is None:
                     self.max_sequences = max(engine.vllm_config.scheduler_config.max_num_seqs // SHARE_OF_BATCH, 1)
-                self.aliases.start()
+                self.aliases.start(scope["app"].state)
             await send(message)
 
         await self.app(scope, received, sent)

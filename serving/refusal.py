@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-Reason = Literal["damaged", "files", "config", "rank", "module", "shape", "values", "no effect", "base", "mode",
-                 "not promoted", "gate", "load", "pipeline file", "name"]
+Reason = Literal["damaged", "unreadable", "files", "config", "rank", "module", "shape", "values", "no effect", "base",
+                 "mode", "not promoted", "gate", "load", "pipeline file", "name"]
 
 
 class NotYet(Exception):

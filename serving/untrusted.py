@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.core import artifacts
 from jobs.core.errors import UserError
+from jobs.core.files import human_bytes
 from serving.refusal import NotYet, Reason, Refused, one_line
 
 # Bytes of a JSON file that is read, and of the weights' header: such files have a few kB, a header 130 bytes a tensor.
@@ -18,11 +19,13 @@ LARGEST_JSON = 2**20
 LARGEST_REST = 64 * 2**20
 MOST_FILES = 100
 
-Signature = tuple[tuple[str, int, int, int], ...]
+Signature = tuple[tuple[str, int, int, int, int], ...]
 
 
 def signature(folder: Path) -> Signature:
-    """Name, size, time and inode of everything in an artifact's folder: cheap, and it changes when a file does.
+    """Name, size, times and inode of everything in an artifact's folder: cheap, and it changes when a file does.
+
+    Both times, because a repair may keep the time of modification; nobody can set the time of change.
 
     Raises:
         NotYet: when the folder is not there.
@@ -30,7 +33,21 @@ def signature(folder: Path) -> Signature:
     if not folder.is_dir():
         raise NotYet(f"{folder.parent.name} {folder.name} is not there yet")
     stats = [(p, p.lstat()) for p in sorted([folder, *folder.iterdir()])]  # flat, or it is refused
-    return tuple((p.name, s.st_size, s.st_mtime_ns, s.st_ino) for p, s in stats)
+    return tuple((p.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for p, s in stats)
+
+
+def check_plain_file(file: Path, largest: int) -> None:
+    """Return if `file` can be read without waiting or end.
+
+    Raises:
+        UserError: when it is no plain file, or has more than `largest` bytes.
+        OSError: when it is not there or cannot be looked at.
+    """
+    found = file.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{file} is not a plain file")
+    if found.st_size > largest:
+        raise UserError(f"{file} has {human_bytes(found.st_size)}; it must have at most {human_bytes(largest)}")
 
 
 def read_artifact(folder: Path, kind: str) -> artifacts.Artifact:

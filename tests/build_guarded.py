@@ -81,6 +81,7 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch, key: str | None = None,
     """Serve a `World`, after `prepare` had its way with it; `settings` are fields of `Served`."""
     monkeypatch.setattr(aliases, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(aliases, "BACKOFF_SECONDS", 0.05)
+    monkeypatch.setattr(aliases, "SETTLE_SECONDS", 0.05)
     if key:
         monkeypatch.setenv("VLLM_API_KEY", key)
     else:

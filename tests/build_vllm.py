@@ -101,10 +101,10 @@ class Server:
         self.until(lambda: self.serves(path), 60)
         return path
 
-    def serves(self, path: Path) -> bool:
+    def serves(self, path: Path, alias: str = NAME) -> bool:
         headers = {"Authorization": f"Bearer {self.key}"}
         listed = httpx.get(self.url + "/v1/models", headers=headers).json()["data"]
-        return any(model["root"] == f"{NAME}@{path.name}" for model in listed)
+        return any(model["root"] == f"{alias}@{path.name}" for model in listed)
 
     def until(self, condition: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,6 +317,35 @@ def test_under_load_no_swap_fails_a_request_or_mixes_adapters_and_old_versions_g
     server.until(lambda: len(list((server.folder / f"serving-adapters-{server.port}" / NAME).iterdir())) == 1, 10)
     # Half of the swaps are for the server to reach its working size in.
     assert memory[-1] < memory[len(memory) // 2] * 1.03, [f"{each / 1e6:.0f} MB" for each in memory]
+
+
+@pytest.mark.slow
+def test_twenty_swaps_of_one_adapter_leave_an_idle_one_in_its_slot(tmp_path: Path) -> None:
+    """An adapter that is evicted is read from its private copy when the next request comes: without one, that fails."""
+    server, idle, busy = Server(tmp_path), "granada-hotels", "cordoba-hotels"
+    aliases = {name: build_adapter.load(tmp_path / "pipelines" / name, adapter=name, training__seed=seed)
+               for seed, name in enumerate((NAME, idle, busy), start=20)}
+    build_adapter.base(server.volumes, aliases[NAME][1])
+    for pipeline, _ in aliases.values():
+        build_adapter.promote(server.volumes, pipeline)
+    try:
+        server.start()
+        for name, (_, planned) in aliases.items():
+            server.until(lambda name=name, planned=planned: server.serves(  # type: ignore[misc]
+                planned.adapter.path(server.volumes), name), 60)
+        said = {name: server.greedy(name) for name in aliases}
+        assert len(set(map(tuple, said.values()))) == 3
+        shutil.rmtree(tmp_path / f"serving-adapters-{server.port}" / idle)
+        for swap in range(20):
+            pipeline, planned = build_adapter.load(tmp_path / "pipelines" / NAME, training__seed=30 + swap % 4)
+            path = build_adapter.promote(server.volumes, pipeline)
+            server.until(lambda path=path: server.serves(path), 60)  # type: ignore[misc]
+            server.greedy(NAME)
+            assert server.greedy(busy) == said[busy]
+        assert server.greedy(idle) == said[idle]
+        assert server.stop() == 0
+    finally:
+        server.kill()
 
 
 @pytest.mark.slow

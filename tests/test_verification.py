@@ -459,6 +459,20 @@ def test_a_file_that_is_replaced_by_a_pipe_at_the_last_moment_is_not_waited_for(
     assert caught.value.reason in ("config", "damaged")
 
 
+def test_a_file_that_is_replaced_by_a_link_at_the_last_moment_is_not_followed(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build_adapter.adapter(world.volumes, world.pipeline)
+    file = folder / "adapter_config.json"
+    plain = file.lstat()
+    shutil.copy(file, world.folder / "elsewhere.json")  # the same bytes: only the link is wrong
+    link("adapter_config.json", str(world.folder / "elsewhere.json"))(folder)
+    monkeypatch.setattr(Path, "lstat", lambda _: plain)
+    with pytest.raises(OSError) as caught:
+        world.take()
+    assert caught.value.errno == errno.ELOOP
+    assert not list(Path(world.served.private_folder).glob("*/*"))
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
 def test_a_volume_that_cannot_be_read_now_is_no_refusal(
         world: World, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -687,7 +701,7 @@ def test_an_adapter_of_another_base_or_tokenizer_is_refused(world: World, key: s
 
 
 def wanted(world: World) -> Candidate:
-    return candidates.desired(world.pipeline, world.volumes)
+    return candidates.desired(world.pipeline)
 
 
 def test_only_an_adapter_whose_own_evaluation_passed_goes_through_the_gate(world: World) -> None:
@@ -772,11 +786,11 @@ def test_a_verdict_that_somebody_edited_is_refused(world: World) -> None:
 
 def test_the_promotion_names_the_last_promoted_adapter_even_when_the_file_asks_for_another(world: World) -> None:
     with pytest.raises(NotYet, match="no adapter was promoted as seville-hotels yet"):
-        candidates.promoted(world.pipeline, world.volumes)
+        candidates.promoted("seville-hotels", world.volumes)
     build_adapter.promote(world.volumes, world.pipeline)
     changed, changed_plan = world.change(training__seed=1)
-    assert candidates.promoted(changed, world.volumes) == wanted(world)
-    desired = candidates.desired(changed, world.volumes).adapter
+    assert candidates.promoted("seville-hotels", world.volumes) == wanted(world)
+    desired = candidates.desired(changed).adapter
     assert desired == changed_plan.adapter.digest != world.plan.adapter.digest
 
 
@@ -787,7 +801,7 @@ def test_a_promotion_cannot_name_a_path(world: World, digest: str) -> None:
     volume = world.volumes / FINE_TUNED_VOLUME
     promotion.promote(volume, "seville-hotels", digest, digest)
     with pytest.raises(Refused, match="is not a digest"):
-        verification.check_gate(candidates.promoted(world.pipeline, world.volumes), "seville-hotels", world.volumes)
+        verification.check_gate(candidates.promoted("seville-hotels", world.volumes), "seville-hotels", world.volumes)
 
 
 @pytest.mark.parametrize("damage", [
@@ -796,7 +810,7 @@ def test_a_damaged_promotion_is_refused_and_neither_a_crash_nor_waited_for(world
     (world.volumes / FINE_TUNED_VOLUME / "promoted").mkdir(parents=True)
     damage(world.volumes / FINE_TUNED_VOLUME / "promoted" / "seville-hotels")
     with pytest.raises(Refused, match="damaged"):
-        candidates.promoted(world.pipeline, world.volumes)
+        candidates.promoted("seville-hotels", world.volumes)
 
 
 def test_a_folders_signature_changes_when_any_file_does_and_says_when_it_is_absent(world: World) -> None:
