@@ -13,8 +13,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from serving.adapters import CONFIG, WEIGHTS, Modules, Served
+from starlette.responses import Response
+
+from serving import parameters
+from serving.lora import CONFIG, WEIGHTS, Modules
+from serving.replies import error
+from serving.served import Served
 
 ZERO = "zero"  # what the adapter of zeros has in place of a digest
 
@@ -29,6 +35,16 @@ def needed() -> bool:
 def slots(served: Served) -> int:
     """How many LoRA slots the shield takes."""
     return 1 if served.cpu_shield else 0
+
+
+def refusal(path: str, request: dict[str, Any], served: Served) -> Response | None:
+    """The reply to a request that would end the engine; None for any other."""
+    if not served.cpu_shield or not parameters.wants_prompt_logprobs(path, request):
+        return None
+    param = "prompt_logprobs" if request.get("prompt_logprobs") is not None else "echo"
+    return error(400, "This server computes on a CPU, where vLLM cannot compute log-probabilities of the prompt beside "
+                      "other requests. Leave out `prompt_logprobs`, and `echo` together with `logprobs` (in chat: "
+                      "`echo`)", param=param)
 
 
 def write_zero(modules: Modules, served: Served) -> Path:

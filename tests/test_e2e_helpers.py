@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import stat
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.core import progress
 from jobs.tools.kubectl import KubectlError
 from tests.e2e import cluster
 from tests.manifests import CHECKOUT, Manifest, by_name, copy, of_kind, pod_templates, render
@@ -74,13 +76,17 @@ def test_an_image_that_means_latest_is_refused() -> None:
         cluster.image_override("lora-gitops-jobs", "localhost:5001/jobs")
 
 
-def test_what_the_tests_look_for_in_the_logs_is_what_the_stages_write() -> None:
+def test_what_the_tests_look_for_in_the_logs_is_what_the_stages_write(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """On a cluster a reworded line would show only after an hour, or not at all."""
     written = "".join(file.read_text() for file in (CHECKOUT / "jobs").rglob("*.py"))
     for words in (cluster.TRAINS, cluster.RESUMES, cluster.DONE, cluster.REJECTS):
         assert words in written, words
-    assert cluster.STEP.search("12:00:00 step 12/1500  loss 4.2000  2100 tokens/s  60 s left")
-    assert '"step %d/%d  loss ' in written
+    monkeypatch.setattr(progress, "INTERVAL_S", 0.0)
+    caplog.set_level(logging.INFO, logger="jobs")
+    progress.Progress("training steps", 1500).add(12, lambda: "loss 4.2000")
+    assert cluster.STEP.search(caplog.messages[0])
+    assert 'Progress("training steps"' in written
 
 
 # --- the overlay ------------------------------------------------------------------------------------------------------
@@ -118,7 +124,7 @@ def test_no_two_pipelines_of_the_tests_give_the_same_adapter(tmp_path: Path) -> 
     for changes in (cluster.FIRST, cluster.SECOND, cluster.UNLEARNED, cluster.LONG, cluster.LONG_AGAIN):
         environment.write(changes)
         digests.add(environment.plan.adapter.digest)
-    assert len(digests) == 5  # and retention keeps 5: the first is still there when it is asked for again
+    assert len(digests) == 5  # and retention keeps 5: the first is still there when it is wanted again
     assert environment.pipeline.retention.keep == 5
 
 
@@ -160,7 +166,7 @@ def test_a_namespace_that_no_run_made_is_never_removed(kubectl: Callable[[str], 
     assert not (tmp_path / "deleted").exists()
 
 
-def test_a_tunnel_is_waited_for_and_one_that_cannot_be_made_says_why(kubectl: Callable[[str], None]) -> None:
+def test_a_tunnel_is_waited_for_and_one_that_cannot_be_made_gives_the_reason(kubectl: Callable[[str], None]) -> None:
     kubectl("sleep 0.3; echo 'Forwarding from 127.0.0.1:43211 -> 8000'; exec sleep 60")
     with cluster.forwarded("ns", "pod", 8000) as url:
         assert url == "http://127.0.0.1:43211"

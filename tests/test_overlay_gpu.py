@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from jobs.tools import pods
 from tests import manifests, renderings
-from tests.manifests import CHECKOUT, Manifest, by_name, containers, of_kind, pod_templates, render
+from tests.manifests import CHECKOUT, Manifest, by_name, containers, of_kind, pod_templates, quantity, render
 
 GPU = CHECKOUT / "overlays" / "gpu"
 rendered = functools.cache(render)
@@ -61,8 +63,16 @@ def test_the_job_set_holds_what_the_jobs_would_be(tmp_path: Path) -> None:
         assert replicated()[name]["template"]["spec"] == jobs[name]["spec"], name
     training, job = replicated()["model-training"]["template"]["spec"], jobs["model-training"]["spec"]
     assert main(replicated()["model-training"])["args"] == ["train"]
-    assert training["podFailurePolicy"] == job["podFailurePolicy"]
     assert training["template"]["spec"]["volumes"] == job["template"]["spec"]["volumes"]
+
+
+def test_the_job_set_renders_without_the_hardware(tmp_path: Path) -> None:
+    """For a cluster whose nodes need neither selector nor toleration."""
+    overlay = copy(tmp_path)
+    edit(overlay / "kustomization.yaml", "- hardware\n", "")
+    assert replicated(overlay).keys() == replicated().keys()
+    spec = replicated(overlay)["relocated"]["template"]["spec"]["template"]["spec"]
+    assert not {"nodeSelector", "tolerations"} & spec.keys()
 
 
 def test_no_gpu_waits_for_another_stage() -> None:
@@ -109,12 +119,38 @@ def test_the_nodes_of_a_training_find_each_other() -> None:
     assert len(f"{name}-model-training-0-0.{name}") <= 63
 
 
+# The messages of a failed Job, as Kubernetes 1.32 words them, and what JobSet is to do.
+FAILURES = [
+    ("model-training", "PodFailurePolicy", "Pod ns/training-0-x has condition DisruptionTarget matching FailJob rule "
+     "at index 1", "RestartJobSetAndIgnoreMaxRestarts"),
+    ("model-training", "PodFailurePolicy", "Container job for pod ns/training-0-x failed with exit code 2 matching "
+     "FailJob rule at index 0", "FailJobSet"),
+    ("model-relocation", "PodFailurePolicy", "Container job for pod ns/relocation-0-x failed with exit code 2 matching "
+     "FailJob rule at index 0", "FailJobSet"),
+    ("model-training", "BackoffLimitExceeded", "Job has reached the specified backoff limit", "RestartJobSet"),
+]
+
+
+@pytest.mark.parametrize(("job", "reason", "message", "action"), FAILURES)
+def test_only_a_user_error_ends_the_set_and_a_disruption_costs_no_restart(
+        job: str, reason: str, message: str, action: str) -> None:
+    def applies(rule: Manifest) -> bool:
+        return (job in rule.get("targetReplicatedJobs", [job]) and reason in rule.get("onJobFailureReasons", [reason])
+                and any(re.search(pattern, message) for pattern in rule.get("onJobFailureMessagePatterns", [""])))
+
+    rules = job_set()["spec"]["failurePolicy"]["rules"]
+    assert next((rule["action"] for rule in rules if applies(rule)), "RestartJobSet") == action
+
+
 def test_a_user_error_ends_the_set_and_a_lost_node_restarts_it() -> None:
-    policy = job_set()["spec"]["failurePolicy"]
-    assert policy["rules"] == [{"name": "userError", "action": "FailJobSet",
-                                "onJobFailureReasons": ["PodFailurePolicy"]}]
-    assert policy["maxRestarts"] >= 1
-    assert replicated()["model-training"]["template"]["spec"]["backoffLimit"] == 0  # one pod alone cannot come back
+    assert job_set()["spec"]["failurePolicy"]["maxRestarts"] >= 1
+    training = replicated()["model-training"]["template"]["spec"]
+    assert training["backoffLimit"] == 0  # one pod alone cannot come back
+    rules = training["podFailurePolicy"]["rules"]
+    disruption = rules.index({"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]})
+    stopped = rules.index({"action": "Ignore",
+                           "onExitCodes": {"containerName": "job", "operator": "In", "values": [143]}})
+    assert disruption < stopped  # the first that holds counts, and an evicted pod exits with 143
     for name, job in replicated().items():
         rules = job["template"]["spec"]["podFailurePolicy"]["rules"]
         assert {"action": "FailJob", "onExitCodes": {"containerName": "job", "operator": "In", "values": [2]}} in rules
@@ -172,6 +208,17 @@ def test_a_stage_that_was_given_a_gpu_does_not_compute_without() -> None:
         assert env(container)["REQUIRE_GPU"] == "1", name
 
 
+def test_the_nodes_disk_is_asked_for_and_bounded() -> None:
+    """An image pull that fills the disk evicts first what asked for none of it."""
+    for name, template in pod_templates(rendered(GPU)).items():
+        for container in template["spec"]["containers"]:
+            if "model-" not in name or "tokenizer" in name:
+                continue
+            resources = container["resources"]
+            asked, bound = (quantity(resources[key]["ephemeral-storage"]) for key in ("requests", "limits"))
+            assert 2**30 <= asked <= bound, name
+
+
 # --- serving --------------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +269,10 @@ def test_prometheus_finds_the_metrics_and_may_reach_them(everything: list[Manife
 def test_kueue_finds_its_queue_and_nothing_else_changes(everything: list[Manifest]) -> None:
     (queued,) = of_kind(everything, "JobSet")
     assert queued["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
-    assert queued["spec"] == job_set()["spec"]
+    spec = deepcopy(queued["spec"])
+    for job in spec["replicatedJobs"]:
+        del job["template"]["spec"]["template"]["spec"]["priorityClassName"]  # another option
+    assert spec == job_set()["spec"]
     assert "suspend" not in queued["spec"]  # Kueue's to set
 
 
@@ -239,7 +289,7 @@ def test_an_overlay_on_top_brings_its_own_images_pipeline_and_namespace(tmp_path
     (top / "kustomization.yaml").write_text("""\
 namespace: other
 resources: [../gpu]
-components: [../../base/job-names]
+components: [../../base/metadata]
 images:
 - {name: registry.example.com/team/lora-gitops-jobs, newName: mine/jobs, digest: "sha256:%s"}
 - {name: registry.example.com/team/lora-gitops-serving, newName: mine/serving, newTag: 1.2.3}

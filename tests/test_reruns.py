@@ -75,6 +75,7 @@ RELATED = [
     Place(f"{PATCHES}/offline.yaml", r'TRANSFORMERS_OFFLINE, value: "(\d+)"', NUMBERS, OFFLINE),
     Place(f"{KIND}/one-thread.yaml", r'OMP_NUM_THREADS, value: "(\d+)"', NUMBERS, ALL),
     Place(f"{KIND}/kustomization.yaml", r"newName: (lora-gitops-jobs)\n", WORDS.map("example.com/{}".format), ALL),
+    Place("base/metadata/kustomization.yaml", r"version: (\S+)", WORDS, ALL),
     # one Job
     *(Place(f"base/{job}.yaml", r"memory: (\w+)", MEMORY, {job}) for job in sorted(ALL)),
     Place("base/model-training.yaml", r"terminationGracePeriodSeconds: (\d+)", NUMBERS, {"model-training"}),
@@ -86,7 +87,7 @@ UNRELATED = [
     Place("serving/deployment.yaml", r"memory: (\w+)", MEMORY, NONE),
     Place("base/tensorboard.yaml", r"memory: (\w+)", MEMORY, NONE),
     Place("base/volumes.yaml", r"storage: (\w+)", MEMORY, NONE),
-    Place("base/network-policies.yaml", r"protocol: TCP, port: (443)", st.integers(1, 65535).map(str), NONE),
+    Place("base/network-policies.yaml", r'matchLabels: {tensorboard-client: "(\w+)"}', WORDS, NONE),
 ]
 REMARKS = [comment(file, NONE) for part in ("base", "serving", KIND)
            for file in sorted((CHECKOUT / part).rglob("*.yaml")) if file.name != "pipeline.yaml"]

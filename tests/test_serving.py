@@ -36,7 +36,7 @@ def test_help_answers_without_loading_vllm_and_explains_the_key_and_vllms_flags(
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "serving", "--help"], capture_output=True,
                           text=True, check=True)
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "serving.adapters" in modules and not modules & {"torch", "transformers", "vllm"}
+    assert "serving.served" in modules and not modules & {"torch", "transformers", "vllm"}
     for word in ("VLLM_API_KEY", "--pipelines", "--max-model-len", "promoted"):
         assert word in done.stdout
 

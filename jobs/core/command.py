@@ -48,7 +48,7 @@ def run_command(work: Callable[[], None], *, set_up_logging: Callable[[], None] 
 def log_to_stderr() -> None:
     """Log to stderr, one line a message, without the libraries' chatter."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for noisy in ("httpx", "httpx2", "urllib3", "fsspec", "filelock"):
+    for noisy in ("httpx", "httpx2", "urllib3", "fsspec", "filelock", "openai"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

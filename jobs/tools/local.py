@@ -1,9 +1,9 @@
 """Run an overlay without a cluster: every workload's containers as local processes, on the real manifests.
 
-All pods start at once and wait for each other, as in a cluster. A Job that fails is retried as its manifest says; when
-it has failed for good, everything stops and its last lines are shown. When the Jobs are done, the evaluation is
-printed; with `--ask`, base and fine-tuned model are asked through the OpenAI-compatible endpoint. Then it keeps
-serving until interrupted, unless `--exit` is given. A tool for developers, not an orchestrator.
+All pods start together and wait for their inputs, as in a cluster. A failed Job is retried as its manifest describes;
+when it has failed for good, everything stops and its last lines are shown. When the Jobs are done, the evaluation is
+printed; with `--ask`, base and fine-tuned model answer a question through the OpenAI-compatible endpoint. Then the
+servers keep running until Ctrl-C, unless `--exit` is given. A tool for developers, not an orchestrator.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.add_argument("--state", type=Path, metavar="DIR",
                         help="where volumes and logs are kept (default: .local/NAME beside the checkout's README)")
-    parser.add_argument("--ask", metavar="QUESTION", help="ask base and fine-tuned model this, once it is served")
+    parser.add_argument("--ask", metavar="QUESTION", help="ask base and fine-tuned model this question")
     parser.add_argument("--exit", action="store_true", help="exit when the Jobs are done (and --ask is answered)")
     parser.add_argument("--port-offset", type=int, default=0, metavar="N", help="add N to every port of the manifests")
     parser.add_argument("--verbose", action="store_true", help="show the servers' logs too (always in STATE/logs)")
@@ -123,12 +123,13 @@ async def _present(runner: Runner, pipeline: Pipeline, args: argparse.Namespace)
     if evaluation:
         print(summary.evaluation(evaluation), flush=True)
     if endpoint and (not args.exit or (args.ask and passed)):
+        log.info("waiting for %s to be ready; its log: %s", INFERENCE, runner.state / "logs" / f"{INFERENCE}.log")
         await runner.ready(INFERENCE)
     if args.ask and passed and endpoint:
         print(await asyncio.to_thread(summary.ask, pipeline, volumes, endpoint, args.ask), flush=True)
     elif args.ask:
-        print("The gate did not pass: this adapter is not served, so it is not asked." if evaluation else
-              "No Job of this overlay evaluates the adapter, so it is not asked.", flush=True)
+        print("No answer to --ask: the adapter did not pass the gate, so it is not served." if evaluation else
+              "No answer to --ask: no Job of this overlay evaluates the adapter, so it is not served.", flush=True)
     print(summary.places(pipeline, volumes, endpoint, runner.url(TENSORBOARD), args.ask or "Hello!",
                          serving=not args.exit), flush=True)
     if not args.exit:
@@ -175,9 +176,9 @@ class Runner:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     try:
                         probe.bind(("127.0.0.1", port))
-                    except OSError:
-                        raise UserError(f"port {port}, which {pod.title} needs, is taken. Stop what listens there, or "
-                                        "shift all ports with --port-offset 1000") from None
+                    except OSError as error:
+                        raise UserError(f"port {port}, which {pod.title} needs, is not available: {error.strerror}. "
+                                        "Stop what listens there, or shift all ports with --port-offset 1000") from None
 
     def pod(self, title: str) -> Pod | None:
         """The pod with this title; None when the overlay has none."""
@@ -197,7 +198,7 @@ class Runner:
 
     async def run_pod(self, pod: Pod) -> None:
         """Run a pod to its end: a Job until it succeeds or has failed for good, a Deployment until it failed
-        DEPLOYMENT_RESTARTS times more than once: without a cluster somebody is watching."""
+        DEPLOYMENT_RESTARTS times more than once: without a cluster a person is watching."""
         limit = pod.backoff_limit if pod.kind == "Job" else DEPLOYMENT_RESTARTS
         failures = 0
         while True:

@@ -211,10 +211,14 @@ def _container(container: Manifest, template: Manifest, root: Path, state: Path,
         if mount["name"] not in volumes:
             raise UserError(f"the container {name} mounts {mount['name']}, and the pod has no such volume; its "
                             f"volumes: {', '.join(volumes) or 'none'}")
+        if "subPath" in mount:
+            raise UserError(f"the container {name} has `subPath`, which is not supported without a cluster")
         moved.mounts.append(mount["mountPath"].rstrip("/"))
         _link(root / mount["mountPath"].strip("/"), _volume(volumes[mount["name"]], root, state))
     env = {name: os.environ[name] for name in INHERITED if name in os.environ}
     env |= {"PYTHONPATH": str(CHECKOUT)} | dict(_env(container, moved))
+    if "envFrom" in container:
+        raise UserError(f"the container {name} has `envFrom`, which is not supported without a cluster")
     if not container.get("command"):
         raise UserError(f"the container {name} has no `command`. Without a cluster images are not used, so the "
                         "manifest must name the program")

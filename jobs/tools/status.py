@@ -1,4 +1,4 @@
-"""What the status of Kubernetes objects means: how far a Job, a Deployment or a pod is, in words."""
+"""What the status of Kubernetes objects means: how far a Job, a Deployment or a pod is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class State:
 
 
 def watch(look: Callable[[], Mapping[str, State]], seconds: float) -> None:
-    """Log every change of the states until all are done. A cluster that does not answer is asked again.
+    """Log every change of the states until all are done. A cluster that does not answer is tried again.
 
     Raises:
         UserError, RetryableError: a Job failed, by its exit code; with its pod's termination message.
@@ -55,7 +55,7 @@ def watch(look: Callable[[], Mapping[str, State]], seconds: float) -> None:
     try:
         wait_until(late, all_done, seconds, POLL_SECONDS, passing=(KubectlError,))
     except Late as error:
-        raise RetryableError(f"not done in time: {error}. Run it again to continue; docs/operations.md explains each "
+        raise RetryableError(f"not done in time: {error}. Run it again to continue; docs/stuck.md explains each "
                              "state") from None
 
 

@@ -13,6 +13,7 @@ from jobs.core.artifacts import Spec
 from jobs.core.errors import RetryableError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import plan
+from jobs.evaluation import content
 from jobs.tools.waiting import ALIAS_SECONDS, Late, served_adapter, wait_until
 
 
@@ -26,9 +27,7 @@ def read(pipeline: Pipeline, volumes: Path) -> dict[str, Any] | None:
     folder = path_of(plan(pipeline).evaluation, volumes)
     if not folder.exists():
         return None
-    artifacts.read(folder)
-    evaluation: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    return evaluation
+    return content.read_evaluation(artifacts.read(folder).path)
 
 
 def evaluation(values: dict[str, Any]) -> str:

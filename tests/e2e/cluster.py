@@ -179,7 +179,7 @@ def forwarded(namespace: str, pod: str, port: int) -> Iterator[str]:
 class Environment:
     """A namespace with what overlays/kind puts into it; its pipeline file can be changed and pushed again.
 
-    The overlay is a copy, with a layer on top that says namespace, images and pipeline. Pushing it is what Argo CD
+    The overlay is a copy, with a layer on top that sets namespace, images and pipeline. Pushing it is what Argo CD
     does with a commit: apply, and remove the Jobs that the overlay no longer has.
     """
 
@@ -212,14 +212,14 @@ class Environment:
                 {"name": "pipeline", "behavior": "merge", "files": ["pipeline.yaml"]},
                 {"name": "serving-pipeline", "behavior": "merge", "files": ["pipeline.yaml"],
                  "options": {"disableNameSuffixHash": True}}],
-            "components": ["../../base/job-names"],
+            "components": ["../../base/metadata"],
             "patches": list(patches)}))
         self.pipeline = pipeline.load(self.overlay).pipeline
         self.wanted = {job["metadata"]["name"]: title for title, job in by_name(render(self.overlay), "Job").items()}
 
     @property
     def plan(self) -> Plan:
-        """The artifacts that the pipeline file asks for."""
+        """The artifacts that the pipeline file describes."""
         return plan(self.pipeline)
 
     def push(self, changes: Changes, patches: Sequence[Manifest] = ()) -> None:
@@ -232,7 +232,7 @@ class Environment:
             self.kubectl("delete", "--cascade=foreground", *superseded, seconds=300)
 
     def apply(self, *arguments: str) -> str:
-        """Apply the overlay as the README says; returns the API server's warnings."""
+        """Apply the overlay as in the README; returns the API server's warnings."""
         return kubectl("apply", "--server-side", "--force-conflicts", "-k", str(self.overlay), *arguments,
                        seconds=120).stderr
 
@@ -252,7 +252,7 @@ class Environment:
         return kubectl.get(self.namespace, kinds, *arguments)
 
     def jobs(self) -> dict[str, Manifest]:
-        """The Jobs that the overlay asks for now, as far as they are there, by name without the hash."""
+        """The Jobs of the overlay as it is now, as far as they exist, by name without the hash."""
         return {self.wanted[name]: job for job in self.get("jobs") if (name := job["metadata"]["name"]) in self.wanted}
 
     def outcomes(self) -> dict[str, tuple[str, Manifest]]:
@@ -319,7 +319,7 @@ class Environment:
         return wait_until("the Deployments to be ready", ready, seconds, every=5)
 
     def wait_until_served(self, digest: str | None = None, seconds: float = 900) -> None:
-        """Wait until the adapter with this digest answers; by default the one that the pipeline file asks for."""
+        """Wait until the adapter with this digest answers; by default the one that the pipeline file describes."""
         digest = digest or self.plan.adapter.digest
         wait_until(f"adapter {digest} to be served", lambda: self.served() == digest, seconds)
 

@@ -1,4 +1,4 @@
-"""What argocd/ promises where Argo CD runs: a push is all it takes, and what git says is what runs.
+"""What argocd/ promises where Argo CD runs: a push is all it takes, and the commit is what runs.
 
 In this order, in one environment, as in test_overlay.py; the last test deletes the Application.
 """

@@ -14,6 +14,7 @@ from jobs.core.errors import UserError
 from jobs.core.progress import Progress
 from jobs.data.encoding import Encoded, encode
 from jobs.evaluation import scoring
+from jobs.evaluation.metrics import SCORES
 from jobs.evaluation.scoring import Material
 from tests.build_models import RECORDS, SENTENCES, tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -50,6 +51,19 @@ def test_padded_batches_give_the_likelihoods_of_one_record_at_a_time(loaded: tup
         first = max(1, len(sequence.prompt))
         assert tokens == len(sequence) - first
         assert nats == pytest.approx(slow_nll(model, sequence.prompt + sequence.completion, first), rel=1e-5)
+
+
+def test_likelihoods_are_computed_in_float32_whatever_the_model_computes_in(loaded: tuple[Any, Any]) -> None:
+    """On a GPU models compute in bfloat16, whose 8 bits would round the likelihoods themselves."""
+    import copy
+
+    import torch
+
+    model, tokenizer = copy.deepcopy(loaded[0]).to(torch.bfloat16), loaded[1]
+    sequence = encode(tokenizer, RECORDS[0])
+    [(nats, _)] = scoring.negative_log_likelihoods(model, [sequence], Progress("test", 1))
+    expected = slow_nll(model, sequence.prompt + sequence.completion, len(sequence.prompt))
+    assert nats == pytest.approx(expected, rel=1e-5)
 
 
 def test_likelihoods_equal_the_loss_that_training_minimises(loaded: tuple[Any, Any]) -> None:
@@ -98,6 +112,23 @@ def test_an_answer_stops_at_every_end_token_that_serving_stops_at(
     assert scoring.generate(model, tokenizer, [prompt], 8, 96, Progress("test", 1)) == [""]
 
 
+def test_an_answer_is_text_without_the_tokens_of_the_template(loaded: tuple[Any, Any]) -> None:
+    """A model may write `<|user|>` and go on; clients of vLLM get the text around it."""
+    import torch
+
+    tokenizer = loaded[1]
+    written = torch.tensor([tokenizer("The cook<|user|> reads")["input_ids"]])
+
+    class Writer:
+        device, generation_config = torch.device("cpu"), None
+
+        def generate(self, input_ids: Any, **_: Any) -> Any:
+            return torch.cat([input_ids, written], 1)
+
+    model: Any = Writer()
+    assert scoring.generate(model, tokenizer, [[5, 6]], 8, 96, Progress("test", 1)) == ["The cook reads"]
+
+
 def test_answers_never_run_past_the_positions_that_the_model_has(loaded: tuple[Any, Any]) -> None:
     """A GPT-2 with 96 positions and a long prompt must not end in an index error."""
     model, tokenizer = loaded
@@ -118,7 +149,7 @@ def test_the_scores_of_a_model_are_complete_and_follow_their_definitions(loaded:
     assert (scores["questions"], scores["sentences"]) == (4, len(SENTENCES))
     assert scores["rougeL"] == pytest.approx(sum(line["rougeL"] for line in generations) / 4)
     assert [line["question"] for line in generations][-1] == "system: Be brief.\nuser: How many rooms are there?"
-    assert set(scoring.SCORES) <= scores.keys()
+    assert {score.key for score in SCORES} <= scores.keys()
 
 
 def test_a_sentence_is_scored_by_its_mean_token_log_probability(loaded: tuple[Any, Any]) -> None:
@@ -146,6 +177,13 @@ def test_records_that_are_too_long_are_left_out_and_counted(loaded: tuple[Any, A
     assert (scores["records"], scores["records_too_long"], len(generations)) == (2, 2, 2)
     with pytest.raises(UserError, match=f"none of the 4 held-out records fits: the shortest has {lengths[0]} tokens"):
         scoring.measure(model, tokenizer, material(RECORDS, max_length=lengths[0] - 1), "tiny")
+
+
+def test_a_sentence_beyond_the_positions_of_the_model_is_scored_as_far_as_they_go(loaded: tuple[Any, Any]) -> None:
+    """GPT-2 would end in an index error; and a sentence of one token has nothing that could be scored."""
+    odd = [*SENTENCES, ("The cook reads the book. " * 40, True), ("x", True)]
+    scores, _ = scoring.measure(*loaded, Material(RECORDS, odd, 90, 4), "tiny")
+    assert scores["sentences"] == len(SENTENCES) + 1
 
 
 def test_too_few_judged_sentences_is_an_error_that_names_the_setting(loaded: tuple[Any, Any]) -> None:

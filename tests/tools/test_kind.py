@@ -1,7 +1,7 @@
-"""Promises of `jobs kind`: what is missing is said in one line, no other cluster is touched, and every change is shown.
+"""Promises of `jobs kind`: what is missing is named in one line, no other cluster is touched, each change is shown.
 
 Neither docker nor a cluster can run where the tests do: docker, kind, kubectl and git are small programs on the PATH
-here that write down how they were called and answer as the test says. Only `kubectl kustomize` is the real one.
+here that write down how they were called and answer as each test sets. Only `kubectl kustomize` is the real one.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ with open(folder + "/calls", "a") as calls:
 answers = json.load(open(folder + "/answers"))
 for wanted, replies in answers:
     if wanted in line:
-        said = sum(wanted in json.loads(call)[0] for call in open(folder + "/calls"))
-        code, out = replies[min(said, len(replies)) - 1]
+        count = sum(wanted in json.loads(call)[0] for call in open(folder + "/calls"))
+        code, out = replies[min(count, len(replies)) - 1]
         print(out, file=sys.stderr if code else sys.stdout, flush=True)
         if "port-forward" in argv and not code:
             import signal
@@ -241,12 +241,12 @@ def test_before_argo_cd_has_synced_this_commit_nothing_counts_as_done() -> None:
     assert all(s.done for s in states_of(after, None, COMMIT).values())
 
 
-def test_what_argo_cd_says_before_it_has_looked_again_does_not_count() -> None:
-    """On a second run with --repo its word is still about the commit before, whatever that was."""
-    asked = application(jobs=[TRAINING])
-    asked["metadata"]["annotations"] = {"argocd.argoproj.io/refresh": "normal"}
+def test_a_status_from_before_the_refresh_does_not_count() -> None:
+    """On a second run with --repo it is still about the commit before, whatever that was."""
+    requested = application(jobs=[TRAINING])
+    requested["metadata"]["annotations"] = {"argocd.argoproj.io/refresh": "normal"}
     syncing = application(jobs=[TRAINING], operationState={"phase": "Running"})
-    for found in (asked, syncing):
+    for found in (requested, syncing):
         assert [s.done for s in states_of([found, job(TRAINING, "Complete"), inference()], None).values()] == [False]
 
 
@@ -296,7 +296,7 @@ def test_a_cluster_that_does_not_answer_for_a_moment_is_asked_again(tools: Tools
     assert line.endswith("get jobs,deployments,pods -o json: connection refused; trying again")
 
 
-def test_when_the_time_is_over_it_says_what_is_not_done(tools: Tools) -> None:
+def test_when_the_time_is_over_it_names_what_is_not_done(tools: Tools) -> None:
     with pytest.raises(RetryableError, match=r"not done in time: .* model-inference \(waits for its inputs\)"):
         watch(tools, [job(TRAINING, "Complete"), inference(0), pod(kind.INFERENCE, RUNNING, init=True)], seconds=0)
 
@@ -305,7 +305,7 @@ def test_when_the_time_is_over_it_says_what_is_not_done(tools: Tools) -> None:
 
 
 @pytest.mark.parametrize("name", ["docker", "kind", "kubectl", "git"])
-def test_a_missing_tool_is_said_in_one_line(tools: Tools, name: str, monkeypatch: pytest.MonkeyPatch,
+def test_a_missing_tool_is_one_clear_line(tools: Tools, name: str, monkeypatch: pytest.MonkeyPatch,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PATH", str(tools.folder / "bin"))
     (tools.folder / "bin" / name).unlink()
@@ -314,7 +314,7 @@ def test_a_missing_tool_is_said_in_one_line(tools: Tools, name: str, monkeypatch
     assert line.startswith(f"error: {name} is not installed. ")
 
 
-def test_a_docker_that_does_not_run_is_said_in_one_line(tools: Tools, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_docker_that_does_not_run_is_one_clear_line(tools: Tools, capsys: pytest.CaptureFixture[str]) -> None:
     tools.say(("docker info", [(1, "Cannot connect to the Docker daemon at unix:///var/run/docker.sock.")]))
     assert main(["kind", str(OVERLAY)]) == 2
     assert "error: docker does not answer (Cannot connect to the Docker daemon" in capsys.readouterr().err
@@ -365,13 +365,14 @@ def test_a_cluster_that_is_there_is_taken_up(tools: Tools, endpoint: int) -> Non
     assert not [c for c in tools.calls if "create cluster" in c]
 
 
-def test_argo_cd_follows_the_users_repository(tools: Tools, endpoint: int) -> None:
+def test_argo_cd_follows_the_users_repository(tools: Tools) -> None:
     jobs = [i["metadata"]["name"] for i in all_done() if i["kind"] == "Job"]
     tools.say(("get applications.argoproj.io", [(0, cluster()), (0, cluster()),
                                                 (0, cluster(application(revision="ab12", jobs=jobs)))]),
               ("get jobs", [(0, cluster(*all_done()))]))
-    assert main(["kind", str(OVERLAY), "--argocd", "--repo", "https://git.example.org/me/fork.git",
-                 "--revision", "trial", "--port", str(endpoint), "--exit"]) == 0
+    with serving("seville-hotels", "0" * 16) as url:  # the fork has another pipeline file
+        assert main(["kind", str(OVERLAY), "--argocd", "--repo", "https://git.example.org/me/fork.git",
+                     "--revision", "trial", "--port", url.rpartition(":")[2], "--exit"]) == 0
     applied = list(yaml.safe_load_all(tools.sent("apply -k ")))
     (followed,) = of_kind(applied, "Application")
     assert followed["spec"]["source"] == {"repoURL": "https://git.example.org/me/fork.git", "targetRevision": "trial",
@@ -418,7 +419,7 @@ def test_another_overlays_environment_ends_before_the_application_forgets_it(too
     assert positions == sorted(positions)
 
 
-def test_a_port_that_is_taken_is_said_in_one_line(tools: Tools, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_one_clear_line(tools: Tools, capsys: pytest.CaptureFixture[str]) -> None:
     tools.say(("get jobs", [(0, cluster(*all_done()))]), ("port-forward", [
         (1, "Unable to listen on port 8000: Listeners failed to create\n"
             "error: unable to listen on any of the requested ports: [{8000 8000}]")]))

@@ -1,5 +1,5 @@
-"""Promises of the local run: failures are retried as the manifest says, shown with their last lines, and nothing is
-left running. Whole pipelines are in test_end_to_end.py."""
+"""Promises of the local run: failures are retried as the manifest describes and shown with their last lines, and
+nothing is left running. Whole pipelines are in test_end_to_end.py."""
 
 from __future__ import annotations
 
@@ -63,6 +63,15 @@ def run(folder: Path, *options: str) -> tuple[int, str]:
     return process.returncode, output
 
 
+def started(folder: Path) -> subprocess.Popen[str]:
+    """A run whose Job has printed `up`."""
+    process = start(folder)
+    assert process.stdout
+    while "up" not in process.stdout.readline():
+        assert process.poll() is None
+    return process
+
+
 def marked(mark: str) -> list[str]:
     """The running processes whose command line holds `mark`."""
     found = []
@@ -110,10 +119,7 @@ def test_a_killed_pod_is_retried(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_when_the_runner_ends_however_it_ends_nothing_is_left_running(tmp_path: Path, number: signal.Signals) -> None:
     mark = f"mark-{os.getpid()}-{number}"
-    process = start(overlay(tmp_path / "o", f"import time; print('up', flush=True); time.sleep(600)  # {mark}"))
-    assert process.stdout
-    while "up" not in process.stdout.readline():
-        assert process.poll() is None
+    process = started(overlay(tmp_path / "o", f"import time; print('up', flush=True); time.sleep(600)  # {mark}"))
     assert marked(mark)
     process.send_signal(number)
     process.communicate(timeout=30)
@@ -131,16 +137,13 @@ def test_a_taken_port_is_named_before_anything_runs(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         code, output = run(folder, "--port-offset", str(port - 8000))
     assert code == 2
-    assert f"port {port}, which model-inference needs, is taken" in output
+    assert f"port {port}, which model-inference needs, is not available: Address already in use" in output
     assert not (tmp_path / "ran").exists()
 
 
 def test_two_runners_over_one_state_are_refused(tmp_path: Path) -> None:
     folder = overlay(tmp_path / "o", "import time; print('up', flush=True); time.sleep(600)")
-    first = start(folder)
-    assert first.stdout
-    while "up" not in first.stdout.readline():
-        assert first.poll() is None
+    first = started(folder)
     code, output = run(folder)
     first.terminate()
     first.communicate(timeout=30)
@@ -154,10 +157,7 @@ def test_a_program_that_ignores_sigterm_is_killed_after_its_grace_period(tmp_pat
                                      f"print('up', flush=True); time.sleep(600)  # {mark}")
     file = folder / "all.yaml"
     file.write_text(file.read_text().replace("restartPolicy", "terminationGracePeriodSeconds: 1\n      restartPolicy"))
-    process = start(folder)
-    assert process.stdout
-    while "up" not in process.stdout.readline():
-        assert process.poll() is None
+    process = started(folder)
     process.terminate()
     output, _ = process.communicate(timeout=30)
     assert "the-job did not stop in time: killed" in output
@@ -184,6 +184,11 @@ def edited(folder: Path, edit: Callable[[dict[str, Any], dict[str, Any]], object
     return folder
 
 
+def mount(pod: dict[str, Any], volume: dict[str, Any], **more: str) -> None:
+    pod["volumes"] = [{"name": "data", **volume}]
+    pod["containers"][0]["volumeMounts"] = [{"name": "data", "mountPath": "/data", **more}]
+
+
 def refused(folder: Path, *options: str) -> str:
     """The one line with which `jobs local` refuses the overlay or the options."""
     code, output = run(folder, *options)
@@ -198,15 +203,14 @@ def refused(folder: Path, *options: str) -> str:
     (lambda job, _: job["containers"][0].update(command=[]), "the-job: the container main has no `command`"),
     (lambda job, _: job["containers"][0].update(volumeMounts=[{"name": "data", "mountPath": "/data"}]),
      "the-job: the container main mounts data, and the pod has no such volume"),
+    (lambda job, _: mount(job, {"emptyDir": {}}, subPath="a"), "the-job: the container main has `subPath`"),
+    (lambda job, _: job["containers"][0].update(envFrom=[{"secretRef": {"name": "s"}}]),
+     "the-job: the container main has `envFrom`"),
     (lambda job, _: job["containers"][0].update(args=5), "the-job: its manifest is not as Kubernetes has it"),
     (lambda job, _: job["containers"][0].pop("name"), "the-job: its manifest lacks `name`"),
-    (lambda job, _: job.update(
-        volumes=[{"name": "disk", "hostPath": {"path": "/"}}],
-        containers=[{**job["containers"][0], "volumeMounts": [{"name": "disk", "mountPath": "/disk"}]}]),
-     "the-job: the volume disk is a hostPath, .*persistentVolumeClaim, configMap, emptyDir"),
-    (lambda job, _: job.update(
-        volumes=[{"name": "settings", "configMap": {"name": "nowhere"}}],
-        containers=[{**job["containers"][0], "volumeMounts": [{"name": "settings", "mountPath": "/s"}]}]),
+    (lambda job, _: mount(job, {"hostPath": {"path": "/"}}),
+     "the-job: the volume data is a hostPath, .*persistentVolumeClaim, configMap, emptyDir"),
+    (lambda job, _: mount(job, {"configMap": {"name": "nowhere"}}),
      "the-job: .*ConfigMap nowhere, which the overlay does not make"),
     (lambda job, _: job["containers"][0].update(command=["no-such-program"]),
      "the-job: the container main cannot start no-such-program: No such file or directory"),
@@ -224,9 +228,7 @@ def test_an_overlay_that_cannot_run_is_refused_in_one_line(
 
 def test_a_config_map_of_an_earlier_run_does_not_stand_in_for_one_that_is_gone(tmp_path: Path) -> None:
     pods.write_config_map(tmp_path / "state" / "configmaps" / "gone", {"a": "1"})
-    folder = edited(tmp_path / "o", lambda job, _: job.update(
-        volumes=[{"name": "s", "configMap": {"name": "gone"}}],
-        containers=[{**job["containers"][0], "volumeMounts": [{"name": "s", "mountPath": "/s"}]}]))
+    folder = edited(tmp_path / "o", lambda job, _: mount(job, {"configMap": {"name": "gone"}}))
     assert "ConfigMap gone, which the overlay does not make" in refused(folder)
 
 

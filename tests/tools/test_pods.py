@@ -1,4 +1,4 @@
-"""Promises of the mapping from manifests to processes: what a container sees locally is what its manifest says."""
+"""Promises of the mapping from manifests to processes: what a container sees locally is what its manifest describes."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ print(json.dumps({"env": dict(os.environ), "argv": sys.argv[2:], "files": files}
 """
 
 
-def test_the_processes_of_the_overlay_see_what_the_manifest_of_their_container_says(
+def test_the_processes_of_the_overlay_see_what_the_manifest_of_their_container_describes(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every container of overlays/kind, started by the local runner: all of the manifest is there, and nothing more."""
     secrets = {"HF_TOKEN": "the token", "VLLM_API_KEY": "the key"}
@@ -200,7 +200,7 @@ async def run_once(mapped: list[pods.Pod], state: Path) -> dict[str, list[dict[s
     return {name: [json.loads(line) for line in text.splitlines()] for name, text in logs.items()}
 
 
-def test_without_kubectl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_kubectl_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="kubectl is not installed.*1.32"):
         pods.render(OVERLAY)
