@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
+from io import BufferedReader
 from pathlib import Path
 
 from jobs.core.errors import UserError
@@ -12,8 +14,31 @@ from jobs.core.errors import UserError
 
 def sha256_of(file: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def open_regular(file: Path) -> BufferedReader:
+    """Open a regular file, or a link to one, to read its bytes. Opening a FIFO would wait for a writer for ever.
+
+    Raises:
+        UserError: when it is a FIFO, a socket or a device.
+    """
+    require_regular(file)
+    return file.open("rb")
+
+
+def require_regular(file: Path) -> None:
+    """Refuse what exists and is neither a regular file nor a link to one.
+
+    Raises:
+        UserError: naming the file and what it is.
+    """
+    mode = file.stat().st_mode if file.exists() else stat.S_IFREG
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{file}: is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a regular file. Put a file with "
+                        "the content there")
 
 
 def visible_files(folder: Path) -> list[str]:

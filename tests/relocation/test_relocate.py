@@ -23,7 +23,8 @@ from jobs.core import artifacts, pipeline
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Loaded
 from jobs.core.plan import plan
-from jobs.relocation import download, relocate, sources
+from jobs.relocation import connection, relocate
+from jobs.relocation.sources.file import folder_sha256
 from tests import build_pipeline
 from tests.hub_server import Fault, Hub, serve
 
@@ -36,8 +37,8 @@ LARGE = save({"weight": np.random.default_rng(0).integers(0, 255, 3_000_000, dty
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The local hub, named by HF_ENDPOINT for this process and those it starts, and short pauses between attempts."""
-    monkeypatch.setattr(download, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(download, "ATTEMPTS", 3)
+    monkeypatch.setattr(connection, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(connection, "ATTEMPTS", 3)
     monkeypatch.setenv("RETRY_FIRST_PAUSE_SECONDS", "0.01")
     monkeypatch.setenv("RETRY_ATTEMPTS", "3")
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy"):
@@ -186,7 +187,7 @@ def test_a_model_folder_is_taken_like_a_repository(tmp_path: Path, hub: Hub) -> 
     for name, content in model().items():
         (tmp_path / "tiny" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tiny" / name).write_bytes(content)
-    source = {"source": "file:tiny", "sha256": sources.folder_sha256(tmp_path / "tiny")}
+    source = {"source": "file:tiny", "sha256": folder_sha256(tmp_path / "tiny")}
     loaded = overlay(tmp_path, hub, base_model=source, reference_model=source)
     for what in ("base-model", "tokenizer", "reference-model"):
         relocate.run(loaded, what, tmp_path / "v")
@@ -257,7 +258,7 @@ def test_a_folder_of_pickles_is_refused_too(tmp_path: Path, hub: Hub) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "tiny" / "model.ckpt").write_bytes(b"pickle")
-    source = {"source": "file:tiny", "sha256": sources.folder_sha256(tmp_path / "tiny")}
+    source = {"source": "file:tiny", "sha256": folder_sha256(tmp_path / "tiny")}
     with pytest.raises(UserError, match=r"file:tiny: holds no model\.safetensors, but model\.ckpt"):
         relocate.run(overlay(tmp_path, hub, base_model=source), "base-model", tmp_path / "v")
 

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.pipeline import Loaded, Source, load
-from jobs.relocation import download, sources
-from jobs.relocation.download import Item
+from jobs.relocation import connection, download, sources
+from jobs.relocation.sources.file import folder_sha256, path_sha256
+from jobs.relocation.sources.interface import Item
 from tests import build_pipeline
 from tests.hub_server import SIGNATURE, Fault, Hub, nowhere, serve
 
@@ -32,8 +33,8 @@ PARTIAL = "data.bin.partial"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The local hub, named by HF_ENDPOINT, and a retry schedule for the impatient."""
-    monkeypatch.setattr(download, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(download, "ATTEMPTS", 4)
+    monkeypatch.setattr(connection, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(connection, "ATTEMPTS", 4)
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     with serve() as server:
@@ -76,20 +77,20 @@ def test_the_pin_of_a_folder_is_what_the_documentation_says(tmp_path: Path) -> N
     (tmp_path / "a.txt").write_text("a")
     listed = [["a.txt", hashlib.sha256(b"a").hexdigest()], ["b/x.txt", hashlib.sha256(b"x").hexdigest()]]
     by_hand = hashlib.sha256(json.dumps(listed, separators=(",", ":")).encode()).hexdigest()
-    assert sources.folder_sha256(tmp_path) == by_hand
+    assert folder_sha256(tmp_path) == by_hand
 
 
 def test_the_pin_of_a_folder_changes_with_content_and_names_and_not_with_hidden_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    pin = sources.folder_sha256(tmp_path)
+    pin = folder_sha256(tmp_path)
     (tmp_path / ".hidden").write_text("editor's")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "HEAD").write_text("main")
-    assert sources.folder_sha256(tmp_path) == pin
+    assert folder_sha256(tmp_path) == pin
     (tmp_path / "a.txt").rename(tmp_path / "b.txt")
-    renamed = sources.folder_sha256(tmp_path)
+    renamed = folder_sha256(tmp_path)
     (tmp_path / "b.txt").write_text("b")
-    assert len({pin, renamed, sources.folder_sha256(tmp_path)}) == 3
+    assert len({pin, renamed, folder_sha256(tmp_path)}) == 3
 
 
 def test_a_folder_mounted_from_a_config_map_is_read_like_the_folder_in_git(tmp_path: Path, here: Loaded,
@@ -101,7 +102,7 @@ def test_a_folder_mounted_from_a_config_map_is_read_like_the_folder_in_git(tmp_p
     (mounted / "..2026_11_22" / "a.jsonl").write_text("{}")
     (mounted / "..data").symlink_to("..2026_11_22")
     (mounted / "a.jsonl").symlink_to("..data/a.jsonl")
-    source = Source(source="file:mounted", sha256=sources.folder_sha256(plain))
+    source = Source(source="file:mounted", sha256=folder_sha256(plain))
     download.fetch(sources.listing(here, source), draft)
     assert names(draft) == ["a.jsonl"]
     assert not (draft / "a.jsonl").is_symlink()
@@ -119,10 +120,10 @@ def test_a_wrong_pin_of_a_file_or_folder_names_both_digests_and_leaves_nothing(
     if folder:
         path.mkdir()
         (path / "a.jsonl").write_text("{}")
-        found = sources.folder_sha256(path)
+        found = folder_sha256(path)
     else:
         path.write_text("{}")
-        found = sources.path_sha256(path)
+        found = path_sha256(path)
     with pytest.raises(UserError) as error:
         download.fetch(sources.listing(here, Source(source="file:data", sha256=SHA256)), draft)
     assert SHA256 in str(error.value)
@@ -180,8 +181,8 @@ def test_a_server_in_trouble_is_asked_again(hub: Hub, draft: Path, status: int) 
 def test_pauses_grow(hub: Hub, draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    monkeypatch.setattr(download, "FIRST_PAUSE_S", 1.0)
-    monkeypatch.setattr(download, "ATTEMPTS", 10)
+    monkeypatch.setattr(connection, "FIRST_PAUSE_S", 1.0)
+    monkeypatch.setattr(connection, "ATTEMPTS", 10)
     hub.faults.append(Fault("data.bin", times=9, status=503))
     download.fetch([url_item(hub)], draft)
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
@@ -196,10 +197,10 @@ def test_retry_after_is_honoured(hub: Hub, draft: Path) -> None:
 
 def test_retry_after_may_be_a_date() -> None:
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=90))
-    assert 80 < (download._retry_after({"Retry-After": soon}) or 0) <= 90
-    assert download._retry_after({"Retry-After": format_datetime(datetime.now(UTC) - timedelta(days=1))}) == 0
-    assert download._retry_after({"Retry-After": "soonish"}) is None
-    assert download._retry_after({}) is None
+    assert 80 < (connection._retry_after({"Retry-After": soon}) or 0) <= 90
+    assert connection._retry_after({"Retry-After": format_datetime(datetime.now(UTC) - timedelta(days=1))}) == 0
+    assert connection._retry_after({"Retry-After": "soonish"}) is None
+    assert connection._retry_after({}) is None
 
 
 def test_a_server_that_asks_for_a_day_is_left_to_the_next_pod(hub: Hub, draft: Path) -> None:
@@ -285,7 +286,7 @@ def test_whatever_the_drops_and_leftovers_the_file_is_right(tmp_path_factory: py
     draft = tmp_path_factory.mktemp("draft")
     content = CONTENT[:5000]
     with serve() as hub, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "FIRST_PAUSE_S", 0.0)
+        patch.setattr(connection, "FIRST_PAUSE_S", 0.0)
         hub.files["data.bin"], hub.ranges = content, resumable
         hub.faults += [Fault("data.bin", drop_after=count, linger_s=0) for count in drops]
         (draft / PARTIAL).write_bytes(left)
@@ -302,31 +303,13 @@ def test_secrets_in_a_url_reach_the_server_and_no_message(hub: Hub, draft: Path,
         download.fetch([Item("data.bin", url, sha256=SHA256)], draft)
     assert hub.seen[0].path.endswith("X-Amz-Signature=hush%2Fhush")
     assert "hush" not in caplog.text + str(error.value)
-    assert download.shown("https://me:hush@example.org/a/b.jsonl?k=hush") == "https://example.org/a/b.jsonl"
+    assert connection.shown("https://me:hush@example.org/a/b.jsonl?k=hush") == "https://example.org/a/b.jsonl"
 
 
 @pytest.mark.parametrize("url", ["http://host:door/data.jsonl", "https://[::1/data.jsonl", "http:///data.jsonl"])
 def test_a_url_that_cannot_be_one_is_refused(hub: Hub, draft: Path, url: str) -> None:
     with pytest.raises(UserError, match="not a URL that can be opened"):
         download.fetch([Item("data.jsonl", url, sha256=SHA256)], draft)
-
-
-def test_a_bucket_whose_package_is_missing_names_the_package(draft: Path) -> None:
-    for scheme, package in (("s3", "s3fs"), ("gs", "gcsfs")):
-        with pytest.raises(UserError, match=rf"{scheme}:// needs the package {package}"):
-            download.fetch([Item("data.bin", f"{scheme}://bucket/data.bin", sha256=SHA256)], draft)
-
-
-def test_any_filesystem_of_fsspec_is_resumed_too(draft: Path) -> None:
-    """s3:// and gs:// go the way that fsspec's memory:// goes here."""
-    import fsspec
-
-    fsspec.filesystem("memory").pipe_file("/bucket/data.bin", CONTENT)
-    (draft / PARTIAL).write_bytes(CONTENT[:1234])
-    download.fetch([Item("data.bin", "memory://bucket/data.bin", sha256=SHA256)], draft)
-    assert (draft / "data.bin").read_bytes() == CONTENT
-    with pytest.raises(UserError, match="not found"):
-        download.fetch([Item("other.bin", "memory://bucket/other.bin", sha256=SHA256)], draft)
 
 
 # --- space, leftovers, progress --------------------------------------------------------------------------------------
@@ -520,7 +503,7 @@ def test_offline_mode_is_named_as_the_reason(tmp_path: Path) -> None:
     import sys
 
     code = ("from jobs.relocation import sources; from jobs.core.pipeline import Source\n"
-            "sources.hub_commit(Source(source='hf://acme/tiny'))")
+            "sources.find_pin(None, Source(source='hf://acme/tiny'))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
                           env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert "UserError: hf://acme/tiny: HF_HUB_OFFLINE is set" in done.stderr
@@ -529,11 +512,11 @@ def test_offline_mode_is_named_as_the_reason(tmp_path: Path) -> None:
 # --- what `pin` asks for ---------------------------------------------------------------------------------------------
 
 
-def test_pins_are_looked_up_where_the_source_is(hub: Hub) -> None:
+def test_pins_are_looked_up_where_the_source_is(hub: Hub, here: Loaded) -> None:
     source = hub_source(hub)
     hub.faults.append(Fault("data.bin", drop_after=1000))
-    assert download.url_sha256(f"{hub.url}/files/data.bin") == SHA256
-    assert sources.hub_commit(Source(source="hf://acme/tiny")) == source.revision
-    assert sources.hub_commit(Source(source="hf://acme/tiny", revision="main")) == source.revision
+    assert sources.find_pin(here, Source(source=f"{hub.url}/files/data.bin")) == SHA256
+    assert sources.find_pin(here, Source(source="hf://acme/tiny")) == source.revision
+    assert sources.find_pin(here, Source(source="hf://acme/tiny", revision="main")) == source.revision
     with pytest.raises(UserError, match="not found"):
-        download.url_sha256(f"{hub.url}/files/nothing")
+        sources.find_pin(here, Source(source=f"{hub.url}/files/nothing"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobs.core.errors import UserError
-from jobs.relocation import sources
+from jobs.relocation.sources.file import path_sha256
 from jobs.tools import check
 from jobs.tools.pods import CHECKOUT
 from tests import build_pipeline
@@ -21,7 +21,7 @@ def overlay(folder: Path, records: list[dict[str, Any]] | None = None, **changes
     """An overlay's folder with valid data, correctly pinned."""
     data = folder / "dataset.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records or RECORDS))
-    build_pipeline.write(folder, **({"dataset__sha256": sources.path_sha256(data)} | changes))
+    build_pipeline.write(folder, **({"dataset__sha256": path_sha256(data)} | changes))
     return folder
 
 
