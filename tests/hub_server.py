@@ -40,6 +40,8 @@ class Fault:
     linger_s: float = 0.1  # before it: a client that has not yet read what came when the connection breaks loses it
     cut_after: int | None = None  # end the body early, as if it were whole
     wrong_bytes: bool = False  # flip the first byte of the body
+    answer_from: int | None = None  # answer a Range with the part from this byte on, as Content-Range says
+    content_range: str | None = None  # say this in the Content-Range
     method: str = "GET"
 
 
@@ -228,10 +230,11 @@ class _Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         if asked and self.hub.ranges:
             start = int(asked.removeprefix("bytes=").split("-")[0])
+            start = start if fault.answer_from is None else fault.answer_from
             if start >= len(content):
                 return self.say(416, b"", {"Content-Range": f"bytes */{len(content)}"})
             status = 206
-            extra["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            extra["Content-Range"] = fault.content_range or f"bytes {start}-{len(content) - 1}/{len(content)}"
         body = content[start:]
         if fault.wrong_bytes:
             body = bytes([body[0] ^ 1]) + body[1:]

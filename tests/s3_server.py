@@ -28,27 +28,22 @@ class S3:
 
     def put(self, key: str, content: bytes) -> None:
         """Write an object."""
-        self._put(f"/{BUCKET}/{key}", content)
+        self.send("PUT", f"/{BUCKET}/{key}", content)
 
-    def make_bucket(self) -> None:
-        """Make the bucket that `put` writes to."""
-        self._put(f"/{BUCKET}", b"")
-
-    def enforce(self, auth: bool) -> None:
-        """Whether credentials must be known: those that the tests have are not."""
-        host, port = self.upstream
-        body = b"0" if auth else b"inf"
-        urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset-auth", data=body)).close()
+    def require_known_credentials(self, required: bool) -> None:
+        """Whether credentials must be known to the server; those that tests have are not."""
+        self.send("POST", "/moto-api/reset-auth", b"0" if required else b"inf")
 
     def ranges(self) -> list[str]:
         """The ranges that were read, in their order."""
         return [line.rpartition(" ")[2] for line in self.seen if line.startswith("GET ") and "bytes=" in line]
 
-    def _put(self, path: str, content: bytes) -> None:
+    def send(self, method: str, path: str, content: bytes = b"") -> None:
+        """Send a request past the proxy."""
         host, port = self.upstream
-        request = urllib.request.Request(f"http://{host}:{port}{path}", data=content, method="PUT", headers={
+        request = urllib.request.Request(f"http://{host}:{port}{path}", data=content, method=method, headers={
             "Content-Type": "application/octet-stream",
-            # moto takes any signature, but wants to see for whom and for which service it is.
+            # moto takes any signature, but wants to see for which service it is.
             "Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, Signature=test"})
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
             answer.read()
@@ -63,8 +58,8 @@ def serve() -> Iterator[S3]:
     server.start()
     host, port = server.get_host_and_port()
     s3 = S3((host, port))
-    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
-    s3.make_bucket()
+    s3.send("POST", "/moto-api/reset")
+    s3.send("PUT", f"/{BUCKET}")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         s3.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         threading.Thread(target=_accept, args=(s3, listener), daemon=True).start()

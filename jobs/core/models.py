@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core.errors import UserError
+from jobs.core.files import require_regular
 from jobs.core.pipeline import Mode
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: when it is missing or not a JSON mapping.
     """
     try:
+        require_regular(folder / "config.json")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: has no config.json, so it is not a model in the Hugging Face format") from None

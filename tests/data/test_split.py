@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -324,6 +325,16 @@ def test_a_format_that_cannot_be_read_says_which_can(tmp_path: Path) -> None:
     (tmp_path / "data.xlsx").write_bytes(b"x")
     with pytest.raises(UserError, match=r"must end in \.jsonl, \.csv, \.parquet, and there is data\.xlsx"):
         dataset.validate(tmp_path / "data.xlsx", 0.2)
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.csv", "data.parquet"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path, name: str, folder: bool) -> None:
+    os.mkfifo(tmp_path / name)
+    if folder:
+        jsonl(tmp_path, GOOD, "more.jsonl")
+    with pytest.raises(UserError, match=rf"{name}: is a FIFO, not a regular file"):
+        dataset.validate(tmp_path if folder else tmp_path / name, 0.2)
 
 
 def test_a_message_shows_no_long_private_text(tmp_path: Path) -> None:

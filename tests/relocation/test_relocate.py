@@ -135,6 +135,17 @@ def test_a_dataset_becomes_records_and_brings_the_acceptability_sentences(tmp_pa
     assert 0.4 < sum(p["acceptable"] for p in pairs) / len(pairs) < 0.6
 
 
+def test_the_share_that_the_pipeline_file_holds_out_is_held_out(tmp_path: Path, hub: Hub) -> None:
+    records = [{"prompt": f"p{n}", "completion": "c"} for n in range(200)]
+    hub.files["data.jsonl"] = "".join(json.dumps(record) + "\n" for record in records).encode()
+    data = {"source": f"{hub.url}/files/data.jsonl", "sha256": sha256(hub.files["data.jsonl"])}
+    for share in (0.2, 0.7):
+        loaded = overlay(tmp_path, hub, dataset=data | {"holdout": share})
+        relocate.run(loaded, "dataset", tmp_path / "v")
+        held = jsonl(published(loaded, "dataset", tmp_path / "v").path / "holdout.jsonl")
+        assert abs(len(held) / 200 - share) < 0.1
+
+
 def test_the_same_bytes_from_a_file_and_a_url_are_the_same_artifact(tmp_path: Path, hub: Hub) -> None:
     by_url = overlay(tmp_path / "url", hub)
     (tmp_path / "file").mkdir()

@@ -86,12 +86,12 @@ def test_missing_credentials_say_where_they_come_from(s3: S3, here: Loaded, draf
 
 
 def test_credentials_that_are_not_good_enough_say_where_they_come_from(s3: S3, here: Loaded, draft: Path) -> None:
-    s3.enforce(auth=True)
+    s3.require_known_credentials(True)
     try:
         with pytest.raises(UserError, match=r"s3://data/private/data.jsonl: not allowed \(403\).*AWS_ACCESS_KEY_ID"):
             download.fetch(sources.listing(here, source()), draft)
     finally:
-        s3.enforce(auth=False)
+        s3.require_known_credentials(False)
 
 
 def test_what_an_earlier_run_left_is_continued(s3: S3, here: Loaded, draft: Path) -> None:

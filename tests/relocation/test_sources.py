@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import random
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.pipeline import Loaded, Source, load
+from jobs.core.sources import SCHEMES
 from jobs.relocation import connection, download, sources
 from jobs.relocation.sources.file import folder_sha256, path_sha256
 from jobs.relocation.sources.interface import Item
@@ -64,8 +67,23 @@ def names(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
 def ranges(hub: Hub, part: str = "data.bin") -> list[str | None]:
     return [seen.range for seen in hub.gets(part)]
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+
+def test_every_scheme_of_the_pipeline_file_has_an_implementation() -> None:
+    assert sources.IMPLEMENTATIONS.keys() == SCHEMES.keys()
+    for name, module in sources.IMPLEMENTATIONS.items():
+        assert all(callable(getattr(module, each)) for each in ("find_pin", "files", "open_at")), name
+        assert bool(module.ADVICE) == (SCHEMES[name].pin is not None), name
 
 
 # --- pins of what is on this machine ---------------------------------------------------------------------------------
@@ -111,6 +129,20 @@ def test_a_folder_mounted_from_a_config_map_is_read_like_the_folder_in_git(tmp_p
 def test_a_file_that_is_not_there_is_named(here: Loaded) -> None:
     with pytest.raises(UserError, match=r"nothing\.jsonl: no such file or folder"):
         sources.listing(here, Source(source="file:nothing.jsonl", sha256=SHA256))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, make_socket])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_fifo_or_a_socket_is_refused_and_not_waited_for(here: Loaded, draft: Path, folder: bool,
+                                                          make: Callable[[Path], None]) -> None:
+    path = here.path.parent / "data.jsonl"
+    path.unlink(missing_ok=True)
+    if folder:
+        path.mkdir()
+    make(path / "a.jsonl" if folder else path)
+    for read in (sources.find_pin, sources.listing):
+        with pytest.raises(UserError, match=r"\.jsonl: is a (FIFO|socket), not a regular file"):
+            read(here, Source(source="file:data.jsonl", sha256=SHA256))
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -259,6 +291,35 @@ def test_what_an_earlier_run_left_is_continued_or_replaced(hub: Hub, draft: Path
         assert ranges(hub) == ["bytes=150000-"]
     if what == "torn":
         assert ranges(hub) == ["bytes=150000-", None]
+
+
+@pytest.mark.parametrize("fault", [
+    Fault("data.bin", answer_from=0), Fault("data.bin", answer_from=1000),
+    Fault("data.bin", content_range="bytes 0-299999/300000"), Fault("data.bin", content_range="bytes 150000-299999"),
+    Fault("data.bin", content_range="bytes 150000-200000/300000"), Fault("data.bin", content_range="pages 1-2/3"),
+], ids=lambda fault: fault.content_range or f"from {fault.answer_from}")
+def test_only_the_part_that_was_requested_is_appended(hub: Hub, draft: Path, fault: Fault) -> None:
+    """Nothing but the Content-Range can show it here: the source gives no digest, and no size."""
+    (draft / PARTIAL).write_bytes(CONTENT[:150_000])
+    hub.faults.append(replace(fault))
+    download.fetch([url_item(hub, sha256=None)], draft)
+    assert (draft / "data.bin").read_bytes() == CONTENT
+    assert ranges(hub) == ["bytes=150000-", None]
+
+
+@pytest.mark.parametrize("known", ["by the hub", "by an earlier answer"])
+def test_a_total_that_changed_between_two_answers_starts_over(hub: Hub, draft: Path, known: str,
+                                                              caplog: pytest.LogCaptureFixture) -> None:
+    size = len(CONTENT) if known == "by the hub" else None
+    if known == "by the hub":
+        (draft / PARTIAL).write_bytes(CONTENT[:150_000])
+    else:
+        hub.faults.append(Fault("data.bin", drop_after=150_000))
+    hub.faults.append(Fault("data.bin", content_range="bytes 150000-300000/300001"))
+    download.fetch([Item("data.bin", f"{hub.url}/files/data.bin", size)], draft)
+    assert (draft / "data.bin").read_bytes() == CONTENT
+    assert ranges(hub)[-2:] == ["bytes=150000-", None]
+    assert "the content changed: it had 300000 bytes, now it has 300001" in caplog.text
 
 
 def test_content_that_changed_behind_the_url_is_fetched_anew(hub: Hub, draft: Path) -> None:
