@@ -119,7 +119,7 @@ def classify_error(error: Exception, what: str, advice: str) -> Exception:
     """What a library's exception means. `advice` is what to do where the source does not let us in."""
     library = type(error).__module__.partition(".")[0]
     answer = getattr(error, "response", None)  # huggingface_hub's errors carry one; aiohttp's are like one
-    status = getattr(error, "status", None) or getattr(answer, "status_code", None)
+    status = getattr(error, "status", None) or getattr(answer, "status_code", None) or getattr(error, "code", None)
     if isinstance(error, FileNotFoundError):
         status = 404
     elif isinstance(error, PermissionError):

@@ -376,11 +376,11 @@ def test_a_url_that_cannot_be_one_is_refused(hub: Hub, draft: Path, url: str) ->
 # --- space, leftovers, progress --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("told", ["by the hub", "by the first answer"])
+@pytest.mark.parametrize("known", ["by the hub", "by the first answer"])
 def test_too_small_a_volume_is_said_before_a_byte_is_written(hub: Hub, draft: Path, monkeypatch: pytest.MonkeyPatch,
-                                                           told: str) -> None:
+                                                           known: str) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    item = Item("data.bin", f"{hub.url}/files/data.bin", len(CONTENT) if told == "by the hub" else None, SHA256)
+    item = Item("data.bin", f"{hub.url}/files/data.bin", len(CONTENT) if known == "by the hub" else None, SHA256)
     with pytest.raises(UserError, match=r"300\.0 kB are needed, but 1\.0 kB are free.*[Ee]nlarge") as error:
         download.fetch([item], draft)
     assert str(draft) in str(error.value)
@@ -474,7 +474,7 @@ def test_a_revision_that_is_not_there_is_named(hub: Hub, here: Loaded) -> None:
 
 def test_a_mirror_that_answers_for_another_commit_names_both(hub: Hub, here: Loaded) -> None:
     source = hub_source(hub)
-    hub.commit_told = "f" * 40
+    hub.answers_for_commit = "f" * 40
     with pytest.raises(UserError, match=f"{source.revision}.*{'f' * 40}"):
         sources.listing(here, source)
 
