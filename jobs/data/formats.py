@@ -18,7 +18,7 @@ from jobs.core.files import open_regular, require_regular, visible_files
 from jobs.data.records import OPTIONAL, Schema, Values, unknown_key
 
 FORMATS = (".jsonl", ".csv", ".parquet")
-LISTED = 10  # problems that a message lists; it says how many there are in all
+LISTED = 10  # problems that a message lists before it gives their number
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ def _parquet(file: File, columns: Callable[[list[str]], bool], problems: Problem
 
     number = 0
     try:
-        with open_regular(file.path) as stream, parquet.ParquetFile(stream) as table:
+        require_regular(file.path)
+        with parquet.ParquetFile(file.path) as table:
             if not columns(list(table.schema_arrow.names)):
                 return
             for batch in table.iter_batches(batch_size=1000):

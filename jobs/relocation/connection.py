@@ -46,11 +46,11 @@ def mismatch(where: str, pinned_in: str, expected: str, found: str) -> str:
 
 
 class Interrupted(Exception):
-    """The source broke off, or asked to be left alone for a while; worth another attempt."""
+    """The source broke off, or asks for a pause: another attempt may succeed."""
 
     def __init__(self, message: str, after_s: float | None = None) -> None:
         super().__init__(message)
-        self.after_s = after_s  # what the server asked for
+        self.after_s = after_s  # the pause that the server asks for
 
 
 class Patience:
@@ -77,13 +77,13 @@ class Patience:
         time.sleep(pause)
 
 
-def patiently(ask: Callable[[], T], what: str, advice: str) -> T:
-    """What `ask` returns, called again while the source is interrupted. For `advice` see `classify_error`."""
+def patiently(request: Callable[[], T], what: str, advice: str) -> T:
+    """What `request` returns, called again while the source is interrupted. For `advice` see `classify_error`."""
     patience = Patience(what)
     while True:
         try:
             with classified(what, advice):
-                return ask()
+                return request()
         except Interrupted as interruption:
             patience.wait(interruption)
 
@@ -96,7 +96,7 @@ class Stream:
     what: str  # for messages, as `advice`
     advice: str
     start: int
-    total: int | None  # bytes from the source's first to its last, where it says so
+    total: int | None  # bytes of the whole source
 
     def read(self) -> bytes:
         """The next bytes, b"" at the end."""

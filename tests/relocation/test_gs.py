@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,12 +13,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from jobs.core.errors import UserError
-from jobs.core.pipeline import Loaded, Source, load
+from jobs.core.pipeline import Loaded, Source
 from jobs.relocation import connection, download, sources
-from tests import build_pipeline
-
-CONTENT = random.Random(0).randbytes(300_000)
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
+from tests.relocation.conftest import CONTENT, SHA256
 
 
 @dataclass
@@ -69,18 +64,6 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
         monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
         yield state
         server.shutdown()
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Loaded:
-    return load(build_pipeline.write(tmp_path))
-
-
-@pytest.fixture
-def draft(tmp_path: Path) -> Path:
-    folder = tmp_path / "draft"
-    folder.mkdir()
-    return folder
 
 
 def source(key: str = "private/data.jsonl", sha256: str | None = SHA256) -> Source:

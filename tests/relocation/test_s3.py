@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.pipeline import Loaded, Source, load
+from jobs.core.pipeline import Loaded, Source
 from jobs.relocation import connection, download, sources
-from tests import build_pipeline
 from tests.hub_server import nowhere
+from tests.relocation.conftest import CONTENT, SHA256
 from tests.s3_server import S3, serve
-
-CONTENT = random.Random(0).randbytes(300_000)
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +36,6 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     server.seen.clear()
     server.drop_after = None
     return server
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Loaded:
-    return load(build_pipeline.write(tmp_path))
-
-
-@pytest.fixture
-def draft(tmp_path: Path) -> Path:
-    folder = tmp_path / "draft"
-    folder.mkdir()
-    return folder
 
 
 def source(key: str = "private/data.jsonl", sha256: str | None = SHA256) -> Source:

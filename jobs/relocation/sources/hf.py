@@ -74,7 +74,7 @@ def _hub_info(source: Source) -> Any:
 
     api = HfApi(endpoint=_hub_endpoint())
 
-    def ask() -> Any:
+    def request() -> Any:
         try:
             return api.repo_info(repo, repo_type=repo_type, revision=source.revision, files_metadata=True,
                                  timeout=SILENCE_S)
@@ -82,14 +82,14 @@ def _hub_info(source: Source) -> Any:
             raise UserError(f"{source.source}: the hub has no revision {source.revision}. Run: python -m jobs pin"
                             ) from None
         except OfflineModeIsEnabled:
-            raise UserError(f"{source.source}: HF_HUB_OFFLINE is set, so the hub may not be asked. Unset it") from None
+            raise UserError(f"{source.source}: HF_HUB_OFFLINE is set, which forbids requests to the hub. Unset it") from None
         except HFValidationError as error:
             raise UserError(f"{source.source}: not a repository's name: {error}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{source.source}: {api.endpoint} does not answer as a hub does ({error!r}). Is "
                             "HF_ENDPOINT right?") from None
 
-    return patiently(ask, source.source, ADVICE)
+    return patiently(request, source.source, ADVICE)
 
 
 def _selected(name: str, pattern: str) -> bool:

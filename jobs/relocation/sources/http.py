@@ -38,10 +38,10 @@ def open_at(url: str, start: int, headers: Mapping[str, str]) -> Stream:
         _ = urlsplit(url).port
     except ValueError as error:
         raise UserError(f"{shown(url)}: not a URL that can be opened: {error}") from None
-    asked = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
+    request = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
     try:
         # block_size 0 is one request read as a stream; any size keeps fsspec from sending a HEAD request first.
-        raw = files.open(url, "rb", block_size=0, size=1, headers=asked)
+        raw = files.open(url, "rb", block_size=0, size=1, headers=request)
     except aiohttp.ClientResponseError as error:
         if error.status == 416 and start:  # there is nothing behind what we have; only a fresh start shows why
             return open_at(url, 0, headers)
