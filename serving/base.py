@@ -12,7 +12,9 @@ from jobs.core import artifacts, models, pipeline
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Loaded, Pipeline
 from jobs.core.plan import Plan, plan
-from serving.adapters import Refused, Served, pipeline_files
+from serving.candidates import pipeline_files
+from serving.refusal import Refused
+from serving.served import Served
 
 
 def leading(folder: Path) -> Loaded:

@@ -1,6 +1,6 @@
 """Ending without hurting a request: when the server is told to stop, or when a restart has to follow the pipeline file.
 
-vLLM's own answer to SIGTERM ends the engine under its streams. Here requests under way are answered first: /health
+vLLM's own answer to SIGTERM ends the engine under its streams. Here requests under way are answered first: /ready
 says 503, so that new ones go elsewhere; then the port closes; when the last reply is out, vLLM goes down, and the
 process ends.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from serving import events
 
-# How long the server goes on taking requests after /health became 503 when nobody outside knows that it will end: two
+# How long the server goes on taking requests after /ready became 503 when nobody outside knows that it will end: two
 # failed readiness probes, 5 s apart, and 5 s until no proxy sends new ones. (When Kubernetes ends the pod, it is told
 # to stop only after the preStop pause, which is there for the same purpose.)
 LINGER_SECONDS = 15.0
@@ -43,7 +43,7 @@ class Drain:
                 asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
 
     def begin(self, reason: str, linger: float | None = None) -> None:
-        """Say 503 on /health, go on serving for `linger` seconds, then take no more and end after the last reply."""
+        """Say 503 on /ready, go on serving for `linger` seconds, then take no more and end after the last reply."""
         linger = LINGER_SECONDS if linger is None else linger
         global last_reason
         if self.reason is None:

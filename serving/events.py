@@ -61,7 +61,7 @@ def log_to_stderr() -> None:
 
 def promotion_seen(alias: str, adapter: str, evaluation: str) -> None:
     PROMOTIONS.labels(alias).inc()
-    _say(logging.INFO, f"{alias}: promotion of {adapter} seen", "promotion", alias=alias, adapter=adapter,
+    _log(logging.INFO, f"{alias}: promotion of {adapter} seen", "promotion", alias=alias, adapter=adapter,
          evaluation=evaluation)
 
 
@@ -75,7 +75,7 @@ def swapped(alias: str, adapter: str, before: str | None, by: str, seconds: floa
     if seconds is not None:
         LIVE.labels(alias).observe(seconds)
         timed = {"seconds": f"{seconds:.2f}"}
-    _say(logging.INFO, f"{alias}: serving {adapter}", "swap", alias=alias, adapter=adapter, before=before or "none",
+    _log(logging.INFO, f"{alias}: serving {adapter}", "swap", alias=alias, adapter=adapter, before=before or "none",
          by=by, **timed)
 
 
@@ -83,17 +83,17 @@ def refused(alias: str, what: str, reason: str, message: str) -> None:
     REFUSALS.labels(alias, reason).inc()
     # An adapter whose evaluation is still running is the usual course of things.
     level = logging.WARNING if reason == "not promoted" else logging.ERROR
-    _say(level, f"{what} refused ({reason}): {message}", "refusal", alias=alias, reason=reason)
+    _log(level, f"{what} refused ({reason}): {message}", "refusal", alias=alias, reason=reason)
 
 
 def waiting(alias: str, adapter: str | None, why: str) -> None:
-    """What the pipeline file asks for is not served, and what is served instead."""
+    """What the pipeline file desires is not served, and what is served instead."""
     serving = f"still serving {adapter}" if adapter else "not served"
-    _say(logging.WARNING, f"{alias}: {serving}: {why}", "waiting", alias=alias, adapter=adapter or "none")
+    _log(logging.WARNING, f"{alias}: {serving}: {why}", "waiting", alias=alias, adapter=adapter or "none")
 
 
 def unloaded(alias: str, adapter: str) -> None:
-    _say(logging.INFO, f"{alias}: {adapter} answered its last request and is unloaded", "unload", alias=alias,
+    _log(logging.INFO, f"{alias}: {adapter} answered its last request and is unloaded", "unload", alias=alias,
          adapter=adapter)
 
 
@@ -101,14 +101,14 @@ def removed(alias: str, adapter: str | None) -> None:
     """No pipeline file names the alias any more."""
     if adapter:
         ADAPTER.remove(alias, adapter)
-    _say(logging.INFO, f"{alias}: no pipeline file names it any more", "removal", alias=alias,
+    _log(logging.INFO, f"{alias}: no pipeline file names it any more", "removal", alias=alias,
          adapter=adapter or "none")
 
 
 def draining(reason: str) -> None:
     DRAINING.set(1)
-    _say(logging.INFO, f"draining: {reason}", "drain", reason=reason)
+    _log(logging.INFO, f"draining: {reason}", "drain", reason=reason)
 
 
-def _say(level: int, message: str, event: str, **fields: object) -> None:
+def _log(level: int, message: str, event: str, **fields: object) -> None:
     log.log(level, "%s", message, extra={"fields": {"event": event, **fields}})

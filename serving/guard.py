@@ -17,22 +17,28 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.adapters import Served
+from serving import cpu_shield, parameters
 from serving.aliases import Aliases, Version
+from serving.bodies import Bodies
 from serving.drain import Drain
+from serving.heartbeat import Heartbeat
 from serving.merged import MergedAliases
+from serving.replies import RETRY_AFTER_SECONDS, error
+from serving.served import Served
 
 # All that is reachable, compared byte for byte with what was sent. vLLM registers some sixty routes, among them ones
 # that load adapters, pause the engine and run tokens past every check.
 ALLOWED = {
-    "/health": "GET",
+    "/health": "GET",  # liveness
+    "/ready": "GET",  # readiness; the guard's own
     "/metrics": "GET",
     "/v1/models": "GET",
     "/v1/chat/completions": "POST",
     "/v1/completions": "POST",
 }
-MAX_BODY_BYTES = 4 * 1024 * 1024  # a context of 128k tokens is about 0.6 MB of text
-RETRY_AFTER_SECONDS = 5
+# One request may fill this share (a quarter) of the batch that the engine computes at once (--max-num-seqs), so that
+# three more like it find room. With vLLM's defaults: 32 sequences on a CPU, 64 or 256 on GPUs.
+SHARE_OF_BATCH = 4
 
 
 class Guard:
@@ -43,6 +49,9 @@ class Guard:
         self.served = Served.from_environment()
         self._vllm_scope: dict[str, Any] = {}
         self.drain = Drain(self.served.drain_seconds)
+        self.bodies = Bodies(self.served.body_seconds, self.served.body_memory)
+        self.heartbeat = Heartbeat(self.served.hang_seconds)
+        self.max_sequences = self.served.max_sequences
         kind = MergedAliases if self.served.mode == "merged" else Aliases
         self.aliases = kind(self.served, self._call_vllm, self.drain.begin)
         key = os.environ.get("VLLM_API_KEY")
@@ -54,7 +63,7 @@ class Guard:
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
         else:
-            await _refuse_websocket(scope, receive, send)
+            await _refuse_websocket(receive, send)
 
     async def _call_vllm(self, scope: Scope, receive: Receive, send: Send) -> None:
         """vLLM as the guard itself calls it. Its handlers find their state through the application in the scope."""
@@ -68,12 +77,17 @@ class Guard:
             message = await receive()
             if message["type"] == "lifespan.shutdown":
                 await self.aliases.stop()
+                await self.heartbeat.stop()
             return message
 
         async def sent(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self.drain.attach(scope["app"])
-                self.aliases.start()
+                engine = scope["app"].state.engine_client
+                self.heartbeat.start(engine)
+                if self.max_sequences is None:
+                    self.max_sequences = max(engine.vllm_config.scheduler_config.max_num_seqs // SHARE_OF_BATCH, 1)
+                self.aliases.start(scope["app"].state)
             await send(message)
 
         await self.app(scope, received, sent)
@@ -84,20 +98,32 @@ class Guard:
             send = _closing(send)
         if method is None or (scope.get("raw_path") or path.encode()) != path.encode():
             # The raw path too: %2f and the like must not become an allowed path by being decoded.
-            await _error(404, "Not found")(scope, receive, send)
+            await error(404, "Not found")(scope, receive, send)
         elif scope["method"] != method:
-            await _error(405, f"{path} takes {method} only", headers={"Allow": method})(scope, receive, send)
+            await error(405, f"{path} takes {method} only", headers={"Allow": method})(scope, receive, send)
         elif path.startswith("/v1/") and not self._has_key(scope):
             # vLLM checks it too, but only behind the guard, which has answers of its own to give.
-            await _error(401, "The API key is missing or wrong", code="invalid_api_key")(scope, receive, send)
-        elif path == "/health" and self.drain.reason is not None:
-            await _error(503, f"Draining: {self.drain.reason}")(scope, receive, send)
+            await error(401, "The API key is missing or wrong", code="invalid_api_key")(scope, receive, send)
+        elif path in ("/health", "/ready"):
+            await self._health(scope, receive, send)
         elif path == "/v1/models":
             await self._models(scope, receive, send)
         elif method == "POST":
             await self._completion(scope, receive, send)
         else:
             await self.app(scope, receive, send)
+
+    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """/health: whether the server lives, or has to be restarted. /ready: whether it should get requests."""
+        ready = scope["path"] == "/ready"
+        if ready and self.drain.reason is not None:
+            await error(503, f"Draining: {self.drain.reason}")(scope, receive, send)
+        elif ready and not self.aliases.first_look_done.is_set():
+            await error(503, "The server still looks for its adapters")(scope, receive, send)
+        elif self.heartbeat.hangs:
+            await error(503, "vLLM's engine does not answer")(scope, receive, send)
+        else:
+            await self.app({**scope, "path": "/health", "raw_path": b"/health"}, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
         if self._key is None:
@@ -108,44 +134,68 @@ class Guard:
         return scheme.lower() == b"bearer" and hmac.compare_digest(hashlib.sha256(key).digest(), self._key)
 
     async def _completion(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A request to a model: to the base as it is, to an alias under its version's name, to nothing else."""
-        body = await _read_body(scope, receive)
+        """A request to a model: to the base model, to an alias under its version's name, to nothing else."""
+        body = await self.bodies.read(scope, receive)
         if body is None:
             return  # the client went away
-        if isinstance(body, Response):
-            await body(scope, receive, send)
-            return
-        target = self._target(body)
+        target = self._target(scope["path"], body) if isinstance(body, bytes) else body
         if isinstance(target, Response):
             await target(scope, receive, send)
-        elif target is None:
-            await self.app(scope, _replay(body, receive), send)
+            return
+        version, body = target
+        scope, receive = _with_length(scope, body), _replay(body, receive)
+        if version is None:
+            await self.app(scope, receive, send)
         else:
-            version, body = target
             with version.request():
-                await self.app(_with_length(scope, body), _replay(body, receive), _Renamed(version, send))
+                await self.app(scope, receive, _Renamed(version, send))
 
-    def _target(self, body: bytes) -> tuple[Version, bytes] | Response | None:
-        """Where a request goes: to a version, with the body for it; to vLLM as it is (None); or back with an error."""
+    def _target(self, path: str, body: bytes) -> tuple[Version | None, bytes] | Response:
+        """Where a request goes: to a version, or the base model as it is (None), with the body for it; or an error.
+
+        vLLM gets what was checked here, written anew, never the bytes that came.
+        """
         try:
-            request = json.loads(body)  # the parser that vLLM uses: both read the same model from the same bytes
-        except (ValueError, RecursionError):
-            return None  # vLLM says best what is wrong with it
+            request = json.loads(body)
+        except RecursionError:
+            return error(400, "The request is nested too deeply")
+        except ValueError as wrong:
+            return error(400, f"The body is not valid JSON: {wrong}")
         if not isinstance(request, dict):
-            return None
+            return error(400, "The body must be a JSON object")
         model = request.get("model")
         if not model or not isinstance(model, str):  # vLLM would answer from the base model
-            return _error(400, "The request must name a model", param="model")
+            return error(400, "The request must name a model", param="model")
+        version = self._version(model)
+        if isinstance(version, Response):
+            return version
+        try:
+            body = json.dumps({**request, "model": version.model if version else model}).encode()
+            refusal = cpu_shield.refusal(path, request, self.served) or self._too_many(path, request)
+        except RecursionError:
+            return error(400, "The request is nested too deeply")
+        return refusal or (version, body)
+
+    def _version(self, model: str) -> Version | Response | None:
+        """The version that answers for a model name; None for the base model as it is."""
         if model == self.served.base_name:
-            return _for(self.aliases.base, request) if self.aliases.base else None
+            return self.aliases.base
         alias = self.aliases.current.get(model)
         if alias is None:
-            return _error(404, f"The model `{model[:100]}` does not exist. See /v1/models", param="model",
-                          code="model_not_found")
+            return error(404, f"The model `{model[:100]}` does not exist. See /v1/models", param="model",
+                         code="model_not_found")
         if alias.version is None:
-            return _error(503, f"The model `{model}` is not ready: {alias.why}", code="model_not_ready",
-                          headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
-        return _for(alias.version, request)
+            return error(503, f"The model `{model}` is not ready: {alias.why}", code="model_not_ready",
+                         headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+        return alias.version
+
+    def _too_many(self, path: str, request: dict[str, Any]) -> Response | None:
+        """An error reply if the request would leave too little of the engine's batch to others."""
+        if self.max_sequences is None or parameters.sequences(path, request) <= self.max_sequences:
+            return None
+        # Without the number that was asked for: it may have thousands of digits, which Python refuses to write.
+        return error(400, f"This server generates at most {self.max_sequences} sequences (n for each prompt) for one "
+                          "request. Send several requests", param="prompt" if request.get("n") in (None, 1) else "n")
 
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
         """vLLM's list, with the aliases in place of the versions. `root` says which version an alias points to."""
@@ -166,14 +216,6 @@ class Guard:
                 listed.append({**cards[alias.version.model], "id": name, "root": alias.version.model,
                                "parent": self.served.base_name})
         return json.dumps({"object": "list", "data": listed}).encode()
-
-
-def _for(version: Version, request: dict[str, Any]) -> tuple[Version, bytes] | Response:
-    """The request as vLLM is to get it."""
-    try:
-        return version, json.dumps({**request, "model": version.model}).encode()
-    except RecursionError:
-        return _error(400, "The request is nested too deeply")
 
 
 class _Renamed:
@@ -244,27 +286,6 @@ class _Kept:
         await send({"type": "http.response.body", "body": self.body})
 
 
-async def _read_body(scope: Scope, receive: Receive) -> bytes | Response | None:
-    """The request's body; an error reply if it is too large; None if the client went away meanwhile."""
-    declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
-    if int(declared) > MAX_BODY_BYTES:
-        return _too_large()
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
-            return _too_large()
-        if not message.get("more_body", False):
-            return bytes(body)
-
-
-def _too_large() -> Response:
-    return _error(413, f"The body is larger than {MAX_BODY_BYTES} bytes", headers={"Connection": "close"})
-
-
 def _closing(send: Send) -> Send:
     """Close the connection after the reply, so that the client's next request finds another server."""
 
@@ -296,20 +317,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-async def _refuse_websocket(scope: Scope, receive: Receive, send: Send) -> None:
-    """404 for a websocket, where the server can say that; else it is closed before it opens (403)."""
+async def _refuse_websocket(receive: Receive, send: Send) -> None:
+    """Close it before it opens, to which the server replies with 403.
+
+    The reply of 404 that ASGI's extension for it allows is sent too, but uvicorn then logs an error each time.
+    """
     await receive()
-    if "websocket.http.response" in scope.get("extensions", {}):
-        reply = _error(404, "Not found")
-        await send({"type": "websocket.http.response.start", "status": 404, "headers": reply.raw_headers})
-        await send({"type": "websocket.http.response.body", "body": bytes(reply.body)})
-    else:
-        await send({"type": "websocket.close", "code": 1008})
-
-
-def _error(status: int, message: str, *, param: str | None = None, code: str | None = None,
-           headers: dict[str, str] | None = None) -> Response:
-    """An error reply in OpenAI's shape. ASCII, so that no text a client sent can fail to be encoded."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    body = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
-    return Response(body, status, headers, media_type="application/json")
+    await send({"type": "websocket.close", "code": 1008})

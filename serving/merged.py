@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,11 @@ from jobs.core import artifacts, models
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import merged_model
-from serving import adapters
-from serving.adapters import NotYet, Refused, Served, Wanted
+from serving import candidates, untrusted, verification
 from serving.aliases import Aliases, Version
+from serving.candidates import Candidate
+from serving.refusal import NotYet, Refused
+from serving.served import Served
 
 log = logging.getLogger("serving")
 
@@ -31,31 +34,68 @@ SUFFIXES = (".safetensors", ".json")
 def choose(wish: Pipeline, served: Served) -> Served:
     """What to run at start: the first merged model that may be served, in the order of the aliases; else the base."""
     volumes = Path(served.volumes)
-    for wanted in _candidates(wish, volumes):
-        try:
-            for folder in (adapters.evaluation_folder(wanted.evaluation, volumes), folder_of(wanted.adapter, served)):
-                adapters.signature(folder)  # says so if it is not there yet
-            adapters.check_gate(wanted, wish.adapter, volumes)
-            verify(wanted.adapter, served)
-        except (NotYet, Refused) as reason:
-            log.warning("%s@%s: %s", wish.adapter, wanted.adapter, reason)
+    unfit = _unfit(served)
+    for candidate in _candidates(wish, volumes):
+        if f"{wish.adapter}@{candidate.adapter}" in unfit:
+            log.warning("%s@%s: its probabilities were not finite when it ran", wish.adapter, candidate.adapter)
             continue
-        return replace(served, merged=f"{wish.adapter}@{wanted.adapter}")
+        try:
+            evaluation = candidates.evaluation_folder(candidate.evaluation, volumes)
+            for folder in (evaluation, folder_of(candidate.adapter, served)):
+                untrusted.signature(folder)  # says so if it is not there yet
+            verification.check_gate(candidate, wish.adapter, volumes)
+            verify(candidate.adapter, served)
+        except (NotYet, Refused) as reason:
+            log.warning("%s@%s: %s", wish.adapter, candidate.adapter, reason)
+            continue
+        return replace(served, merged=f"{wish.adapter}@{candidate.adapter}")
     return served
 
 
-def _candidates(wish: Pipeline, volumes: Path) -> Iterator[Wanted]:
-    for find in (adapters.asked, adapters.promoted):
-        try:
-            yield find(wish, volumes)
-        except (NotYet, Refused) as reason:
-            log.warning("%s: %s", wish.adapter, reason)
-    yield from adapters.earlier(wish, volumes)
+def _candidates(wish: Pipeline, volumes: Path) -> Iterator[Candidate]:
+    yield candidates.desired(wish)
+    try:
+        yield candidates.promoted(wish.adapter, volumes)
+    except (NotYet, Refused) as reason:
+        log.warning("%s: %s", wish.adapter, reason)
+    try:
+        yield from candidates.earlier(wish.adapter, volumes)
+    except Refused as reason:
+        log.warning("%s: %s", wish.adapter, reason)
+
+
+def _unfit_file(served: Served) -> Path:
+    """Remembers across restarts which merged models ran and gave nothing finite.
+
+    Without it the server would restart without end: with the one before, then with the unfit one again, which is
+    the first that is verified. It is in the pod's temporary folder, so a new pod finds out once more.
+    """
+    folder = Path(served.private_folder)
+    return folder.with_name(f"{folder.name}.unfit")
+
+
+def _unfit(served: Served) -> set[str]:
+    file = _unfit_file(served)
+    try:
+        with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as stream:  # noqa: PTH123
+            ours = os.fstat(stream.fileno()).st_uid == os.getuid()  # temporary folders are everybody's
+            return set(stream.read(2**20).split("\n")) if ours else set()
+    except (OSError, ValueError):
+        return set()
+
+
+def _remember_unfit(served: Served, model: str) -> None:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        with open(os.open(_unfit_file(served), flags, 0o600), "a", encoding="utf-8") as stream:  # noqa: PTH123
+            stream.write(f"{model}\n")
+    except OSError as error:
+        log.warning("cannot remember that %s is unfit: %s", model, error)
 
 
 def folder_of(adapter: str, served: Served) -> Path:
     """Where the merged model of an adapter (its digest) is, or will be."""
-    adapters.adapter_folder(adapter, Path(served.volumes))  # refuses what is not a digest
+    candidates.adapter_folder(adapter, Path(served.volumes))  # refuses what is not a digest
     return merged_model(adapter, served.base_model).path(Path(served.volumes))
 
 
@@ -109,20 +149,28 @@ def _check_finite(file: Path) -> None:
 class MergedAliases(Aliases):
     """The alias of a server in mode merged: it points to the model that runs, or the server restarts with another."""
 
+    _ran_unfit: str | None = None  # the model that runs, if its probabilities are not finite
+
     async def _prepare_base(self) -> None:
-        """Prove the model that runs, before the alias points to it."""
+        """Prove the model that runs, before the alias points to it. To be tried again until vLLM answers."""
         if self.served.merged is None:
             return
         name, _, digest = self.served.merged.partition("@")
         version = Version(name, digest)
-        if await self._logprobs(version.model) is not None:
+        try:
+            await self.engine.logprobs(version.model)
+        except Refused:
+            self._ran_unfit = version.model
+            await asyncio.to_thread(_remember_unfit, self.served, version.model)
+        else:
             self._loaded.append(version)
 
-    def _folder(self, digest: str) -> Path:
-        return folder_of(digest, self.served)
+    def _folders(self, candidate: Candidate) -> tuple[Path, Path]:
+        return (candidates.evaluation_folder(candidate.evaluation, self._volumes),
+                folder_of(candidate.adapter, self.served))
 
     async def _admit(self, version: Version) -> None:
-        if version.model == self.served.merged:
+        if version.model == self._ran_unfit or version.model in await asyncio.to_thread(_unfit, self.served):
             raise Refused("values", "vLLM cannot compute finite probabilities with it")
         await asyncio.to_thread(verify, version.digest, self.served)
         self._ask_for_restart(f"{version.model} is there to be served, and in mode merged that is a restart")

@@ -68,14 +68,14 @@ def base(volumes: Path, planned: Plan) -> None:
     artifacts.publish(planned.tokenizer, volumes, _copy_of(models() / "tokenizer"), keep=9)
 
 
-def adapter(volumes: Path, asked: Pipeline, change: Callable[[Path], object] | None = None) -> Path:
-    """Publish the adapter that the pipeline asks for, after `change` had its way with the files; return its folder."""
-    planned = plan(asked)
+def adapter(volumes: Path, desired: Pipeline, change: Callable[[Path], object] | None = None) -> Path:
+    """Publish the adapter that the pipeline desires, after `change` had its way with the files; return its folder."""
+    planned = plan(desired)
 
     def write(draft: Path) -> None:
-        lora = asked.training.lora
+        lora = desired.training.lora
         layers = LAYERS if isinstance(lora.target_modules, str) else lora.target_modules
-        write_adapter(draft, r=lora.r, seed=asked.training.seed, alpha=lora.alpha, layers=layers)
+        write_adapter(draft, r=lora.r, seed=desired.training.seed, alpha=lora.alpha, layers=layers)
         if change:
             change(draft)
 
@@ -105,11 +105,11 @@ def _written(r: int, seed: int, alpha: float, layers: tuple[str, ...]) -> Path:
     return folder
 
 
-def evaluation(volumes: Path, asked: Pipeline, *, passed: object = True,
+def evaluation(volumes: Path, desired: Pipeline, *, passed: object = True,
                change: Callable[[Path], object] | None = None) -> Path:
-    """Publish the evaluation that the pipeline asks for, with a verdict, after `change` had its way with the files."""
-    planned = plan(asked)
-    verdict = {"passed": passed, "adapter": {"name": asked.adapter, "digest": planned.adapter.digest}}
+    """Publish the evaluation that the pipeline desires, with a verdict, after `change` had its way with the files."""
+    planned = plan(desired)
+    verdict = {"passed": passed, "adapter": {"name": desired.adapter, "digest": planned.adapter.digest}}
 
     def write(draft: Path) -> None:
         (draft / "evaluation.json").write_text(json.dumps(verdict))
@@ -119,12 +119,12 @@ def evaluation(volumes: Path, asked: Pipeline, *, passed: object = True,
     return artifacts.publish(planned.evaluation, volumes, write, keep=9).path
 
 
-def promote(volumes: Path, asked: Pipeline, change: Callable[[Path], object] | None = None) -> Path:
+def promote(volumes: Path, desired: Pipeline, change: Callable[[Path], object] | None = None) -> Path:
     """What a training and a passed evaluation do together: adapter, evaluation, promotion. Returns the adapter."""
-    planned = plan(asked)
-    path = adapter(volumes, asked, change)
-    evaluation(volumes, asked)
-    promotion.promote(volumes / FINE_TUNED_VOLUME, asked.adapter, planned.adapter.digest, planned.evaluation.digest)
+    planned = plan(desired)
+    path = adapter(volumes, desired, change)
+    evaluation(volumes, desired)
+    promotion.promote(volumes / FINE_TUNED_VOLUME, desired.adapter, planned.adapter.digest, planned.evaluation.digest)
     return path
 
 

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import Plan
 from serving import aliases, merged
-from serving.adapters import Served
+from serving.served import Served
 from tests import build_adapter
 from tests.build_server import BASE, StandIn, running
 
@@ -61,6 +61,10 @@ class World:
                     return float(sample.value)
         return 0.0
 
+    def looked(self) -> bool:
+        """Whether every alias was looked for once."""
+        return bool(self.vllm.guards[-1].aliases.first_look_done.is_set())
+
     def ended(self) -> bool:
         """Whether the server has ended by itself."""
         return not self.app.state.server.thread.is_alive()
@@ -77,6 +81,7 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch, key: str | None = None,
     """Serve a `World`, after `prepare` had its way with it; `settings` are fields of `Served`."""
     monkeypatch.setattr(aliases, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(aliases, "BACKOFF_SECONDS", 0.05)
+    monkeypatch.setattr(aliases, "SETTLE_SECONDS", 0.05)
     if key:
         monkeypatch.setenv("VLLM_API_KEY", key)
     else:

@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
@@ -29,6 +30,24 @@ from serving.guard import Guard
 BASE = "builtin:tiny"
 
 
+class Engine:
+    """vLLM's engine, as far as the guard asks it."""
+
+    def __init__(self) -> None:
+        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=128),
+                                           lora_config=SimpleNamespace(max_loras=16))
+        self.hangs = False
+        self.adapters: dict[int, str] = {}  # what holds a slot: number and name
+
+    async def is_paused(self) -> bool:
+        while self.hangs:
+            await asyncio.sleep(0.01)
+        return False
+
+    async def remove_lora(self, number: int) -> bool:
+        return self.adapters.pop(number, None) is not None
+
+
 class StandIn:
     """What vLLM does as far as the guard can see, and what it saw."""
 
@@ -42,7 +61,10 @@ class StandIn:
         self.ineffective: set[str] = set()  # versions that change nothing
         self.broken: set[str] = set()  # versions from which no reply can be computed
         self.unloadable: set[str] = set()
+        self.fails_probes = 0  # how many probes of adapters get a 503, as from an overloaded server
         self.guards: list[Guard] = []
+        self.engine = Engine()
+        self.lora_requests: dict[str, SimpleNamespace] = {}  # as vLLM's API server keeps them
         self.runs = BASE  # the model that needs no loading
         self.hold: threading.Event | None = None  # streams wait for it after their first event
 
@@ -59,6 +81,8 @@ class StandIn:
             Route("/{path:path}", self._anything, methods=["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"]),
             WebSocketRoute("/{path:path}", self._websocket),
         ])
+        app.state.engine_client = self.engine
+        app.state.openai_serving_models = SimpleNamespace(lora_requests=self.lora_requests)
         app.add_middleware(self._guard)
         return app
 
@@ -79,11 +103,15 @@ class StandIn:
             return JSONResponse({"error": {"message": "it cannot be loaded"}}, 500)
         assert (Path(body["lora_path"]) / "adapter_model.safetensors").is_file()
         self.loaded[name] = body["lora_path"]
+        number = len(self.ever_loaded)
+        self.engine.adapters[number] = name
+        self.lora_requests[name] = SimpleNamespace(lora_int_id=number)
         return PlainTextResponse("Success")
 
     async def _unload(self, request: Request) -> Response:
         assert self._authorised(request)
         name = (await request.json())["lora_name"]
+        self.lora_requests.pop(name, None)
         return PlainTextResponse("Success" if self.loaded.pop(name, None) else "no", 200)
 
     async def _models(self, request: Request) -> Response:
@@ -105,10 +133,14 @@ class StandIn:
         if model != self.runs and model not in self.loaded:
             return JSONResponse({"error": {"message": f"The model `{model}` does not exist."}}, 404)
         if "logprobs" in asked:  # the guard's probe
-            if model in self.broken:
-                return JSONResponse({"error": {"message": "Out of range float values are not JSON compliant"}}, 500)
+            if self.fails_probes and not model.startswith(BASE):
+                self.fails_probes -= 1
+                return JSONResponse({"error": {"message": "overloaded"}}, 503)
             value = -1.0 if model.startswith(BASE) or model in self.ineffective else -2.0
-            return JSONResponse({"choices": [{"logprobs": {"top_logprobs": [{" the": value}]}}]})
+            top = {" the": None if model in self.broken else value}  # in a stream, NaN is null
+            event = json.dumps({"choices": [{"logprobs": {"top_logprobs": [top]}}]})
+            return StreamingResponse(iter([f"data: {event}\n\ndata: [DONE]\n\n".encode()]),
+                                     media_type="text/event-stream")
         self.asked.append(asked)
         reply = {"id": "x", "model": model, "choices": [{"text": f'I am {{"model":"{model}"}}'}]}
         if asked.get("fail"):

@@ -47,7 +47,7 @@ class Server:
 
     def start(self) -> None:
         """Start it and wait until it is healthy."""
-        values = {**os.environ, **OPENED, "OMP_NUM_THREADS": "1", "PATH": f"{self.folder}/bin",
+        values = {**os.environ, **OPENED, "OMP_NUM_THREADS": "1", "PATH": f"{self.folder}/bin", "HANG_SECONDS": "15",
                   "TMPDIR": str(self.folder), "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
                   "VLLM_CACHE_ROOT": str(self.folder / "cache")}
         values.pop("VLLM_API_KEY", None)
@@ -77,14 +77,19 @@ class Server:
                 process.kill()
             self.process.wait()
 
-    def health(self) -> int:
-        """The status of /health; 0 while nothing listens."""
+    def health(self, path: str = "/health") -> int:
+        """The status of /health, or of /ready; 0 while nothing listens."""
         assert self.process
         assert self.process.poll() is None, self.log.read_text()[-3000:]
         try:
-            return httpx.get(self.url + "/health").status_code
+            return httpx.get(self.url + path).status_code
         except httpx.TransportError:
             return 0
+
+    def engine(self) -> psutil.Process:
+        """vLLM's engine process: of the server's processes, the one with the most memory beside the first."""
+        assert self.process
+        return max(psutil.Process(self.process.pid).children(recursive=True), key=lambda p: p.memory_info().rss)
 
     def write(self, seed: int = 0, **changes: Any) -> Pipeline:
         """Write the pipeline file; adapters differ by `seed`."""
@@ -96,10 +101,10 @@ class Server:
         self.until(lambda: self.serves(path), 60)
         return path
 
-    def serves(self, path: Path) -> bool:
+    def serves(self, path: Path, alias: str = NAME) -> bool:
         headers = {"Authorization": f"Bearer {self.key}"}
         listed = httpx.get(self.url + "/v1/models", headers=headers).json()["data"]
-        return any(model["root"] == f"{NAME}@{path.name}" for model in listed)
+        return any(model["root"] == f"{alias}@{path.name}" for model in listed)
 
     def until(self, condition: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -9,7 +9,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import httpx
 import pytest
 from safetensors.torch import load_file
 
-from serving import adapters, drain, guard
+from serving import candidates, drain, verification
+from serving.replies import RETRY_AFTER_SECONDS
 from tests import build_adapter, build_pipeline
 from tests.build_guarded import NAME, World, start, until
 from tests.build_server import BASE
@@ -32,7 +33,7 @@ def test_before_a_promotion_the_base_answers_and_the_alias_is_503_with_retry_aft
     assert world.ask(BASE).json()["model"] == BASE
     until(lambda: "not there yet" in world.ask().text)
     reply = world.ask()
-    assert (reply.status_code, reply.headers["retry-after"]) == (503, str(guard.RETRY_AFTER_SECONDS))
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, str(RETRY_AFTER_SECONDS))
     assert re.search(rf"{NAME}` is not ready: evaluation [0-9a-f]{{16}} is not there yet; no adapter was promoted",
                      reply.json()["error"]["message"])
     assert [body["model"] for body in world.vllm.asked] == [BASE]  # vLLM was never asked for the alias
@@ -88,14 +89,14 @@ def test_a_version_is_not_unloaded_while_an_update_could_point_back_to_it(
         second, second_plan = world.write(training__seed=1)
         build_adapter.promote(world.volumes, second)
         until(lambda: world.served() == world.model(second_plan))
-        promoted, slow, looking = adapters.promoted, threading.Event(), threading.Event()
+        promoted, slow, looking = candidates.promoted, threading.Event(), threading.Event()
 
         def slowly(*args: Any) -> Any:
             looking.set()
             slow.wait(20)
             return promoted(*args)
 
-        monkeypatch.setattr(adapters, "promoted", slowly)  # a slow volume
+        monkeypatch.setattr(candidates, "promoted", slowly)  # a slow volume
         looking.wait(20)
         world.vllm.hold.set()
         list(lines)
@@ -204,7 +205,7 @@ def test_nothing_that_goes_wrong_while_looking_stops_the_looking(
         world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     pipeline, planned = world.write()
     with monkeypatch.context() as broken:
-        broken.setattr("serving.adapters.take", lambda *_: (_ for _ in ()).throw(OSError("I/O error")))
+        broken.setattr("serving.verification.copy_verified", lambda *_: (_ for _ in ()).throw(OSError("I/O error")))
         build_adapter.promote(world.volumes, pipeline)
         until(lambda: "I/O error" in caplog.text)
         assert world.ask().status_code == 503
@@ -257,6 +258,293 @@ def test_private_copies_are_all_that_is_needed_after_loading(world: World) -> No
     shutil.rmtree(path)
     assert world.folder / "private" in loaded.parents
     assert (loaded / "adapter_model.safetensors").is_file()
+
+
+# What does not speak against an adapter
+
+
+def test_an_overloaded_server_is_no_reason_to_refuse_a_proven_adapter(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    def refusals() -> float:
+        return sum(world.metric("serving_refusals_total", alias=NAME, reason=reason) for reason in ("values", "load"))
+
+    before = refusals()
+    world.vllm.fails_probes = 3
+    pipeline, planned = world.write()
+    build_adapter.promote(world.volumes, pipeline)
+    assert until(world.served) == world.model(planned)
+    assert world.vllm.fails_probes == 0
+    assert "overloaded" in caplog.text and "trying again" in caplog.text
+    assert refusals() == before
+    assert list(world.vllm.engine.adapters.values()) == [world.model(planned)]  # nothing of the failed attempts
+
+
+# The engine's slots
+
+
+def test_a_replaced_or_refused_version_gives_its_slot_back_and_an_idle_adapter_keeps_its_own(world: World) -> None:
+    idle, idle_plan = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=9)
+    build_adapter.promote(world.volumes, idle)
+    until(lambda: world.ask("granada-hotels").status_code == 200)
+    for seed in (1, 2, 3):
+        pipeline, planned = world.write(training__seed=seed)
+        build_adapter.promote(world.volumes, pipeline)
+        until(lambda planned=planned: world.served() == world.model(planned))  # type: ignore[misc]
+    bad, bad_plan = world.write(training__seed=4)
+    world.vllm.ineffective.add(world.model(bad_plan))
+    build_adapter.promote(world.volumes, bad)
+    until(lambda: world.model(bad_plan) in world.vllm.ever_loaded)
+    kept = {world.model(planned), f"granada-hotels@{idle_plan.adapter.digest}"}
+    until(lambda: set(world.vllm.engine.adapters.values()) == kept)
+
+
+def test_a_version_stays_for_a_moment_after_its_last_request_because_the_engine_may_still_compute_it(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.aliases.SETTLE_SECONDS", 1.0)
+    first, first_plan = world.write()
+    build_adapter.promote(world.volumes, first)
+    assert until(world.served) == world.model(first_plan)
+    world.vllm.hold = threading.Event()
+    with world.stream() as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        second, second_plan = world.write(training__seed=1)
+        build_adapter.promote(world.volumes, second)
+        until(lambda: world.served() == world.model(second_plan))
+        world.vllm.hold.set()
+        list(lines)
+    ended = time.monotonic()
+    until(lambda: list(world.vllm.engine.adapters.values()) == [world.model(second_plan)])
+    assert time.monotonic() - ended > 0.8
+
+
+def test_the_shields_adapter_of_zeros_counts_among_the_slots(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for world in start(tmp_path, monkeypatch, cpu_shield=True):
+        world.vllm.engine.vllm_config.lora_config.max_loras = 1
+        pipeline, planned = world.write()
+        build_adapter.promote(world.volumes, pipeline)
+        assert until(world.served) == world.model(planned)
+        assert "more adapters than the 1 LoRA slots" in caplog.text
+
+
+def test_a_version_for_which_there_is_no_slot_waits_for_one_and_nothing_is_evicted(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.vllm.engine.vllm_config.lora_config.max_loras = 2
+    first, first_plan = world.write()
+    build_adapter.promote(world.volumes, first)
+    assert until(world.served) == world.model(first_plan)
+    world.vllm.hold = threading.Event()
+    with world.stream() as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        second, second_plan = world.write(training__seed=1)
+        build_adapter.promote(world.volumes, second)
+        until(lambda: world.served() == world.model(second_plan))
+        third, third_plan = world.write(training__seed=2)
+        build_adapter.promote(world.volumes, third)
+        until(lambda: "all 2 LoRA slots are taken" in caplog.text)
+        time.sleep(0.3)  # more than ten looks
+        assert world.served() == world.model(second_plan)
+        assert set(world.vllm.engine.adapters.values()) == {world.model(first_plan), world.model(second_plan)}
+        world.vllm.hold.set()
+        list(lines)
+    until(lambda: world.served() == world.model(third_plan))
+
+
+def test_more_aliases_than_slots_are_served_all_the_same_and_it_is_said(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.vllm.engine.vllm_config.lora_config.max_loras = 1
+    one, _ = world.write()
+    two, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
+    for pipeline in (one, two):
+        build_adapter.promote(world.volumes, pipeline)
+    until(lambda: {world.ask(NAME).status_code, world.ask("granada-hotels").status_code} == {200})
+    assert "more adapters than the 1 LoRA slots" in caplog.text
+
+
+# Promotions that cannot be read
+
+
+def pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def link(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("/dev/zero")
+
+
+def huge(file: Path) -> None:
+    os.truncate(file, 2**41)
+
+
+def garbage(file: Path) -> None:
+    file.write_bytes(os.urandom(99))
+
+
+@pytest.mark.parametrize("suffix", ["", ".history.jsonl"])
+@pytest.mark.parametrize("damage", [pipe, link, huge, garbage])
+def test_whatever_lies_where_promotions_are_the_pipeline_file_is_followed_and_the_server_ends(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], suffix: str,
+        caplog: pytest.LogCaptureFixture) -> None:
+    plans = []
+
+    def prepare(world: World) -> None:
+        for seed in (1, 0):
+            pipeline, planned = world.write(training__seed=seed)
+            build_adapter.promote(world.volumes, pipeline)
+            plans.append(planned)
+        damage(world.volumes / "fine-tuned-model" / "promoted" / f"{NAME}{suffix}")
+
+    for world in start(tmp_path, monkeypatch, prepare=prepare):
+        assert until(world.served) == world.model(plans[1])
+        world.write(training__seed=1)
+        until(lambda: world.served() == world.model(plans[0]))  # noqa: B023 - the loop has one turn
+        if not suffix:
+            until(lambda: "refused (damaged)" in caplog.text)
+            assert f"promoted/{NAME}" in caplog.text
+            assert world.metric("serving_refusals_total", alias=NAME, reason="damaged") > 0
+        started = time.monotonic()
+    assert time.monotonic() - started < 5  # no thread waits for a pipe
+
+
+def test_a_promotion_that_may_not_be_read_is_refused_by_name_once_and_followed_when_it_may(
+        world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    before = world.metric("serving_refusals_total", alias=NAME, reason="unreadable")
+    with monkeypatch.context() as forbidden:
+        forbidden.setattr("jobs.core.promotion.current", lambda *_: (_ for _ in ()).throw(PermissionError(
+            13, "Permission denied")))
+        old, old_plan = world.write()
+        build_adapter.adapter(world.volumes, old)
+        build_adapter.evaluation(world.volumes, old)
+        (world.volumes / "fine-tuned-model" / "promoted").mkdir()
+        (world.volumes / "fine-tuned-model" / "promoted" / NAME).write_text("{}")
+        assert until(world.served) == world.model(old_plan)
+        until(lambda: "refused (unreadable)" in caplog.text)
+        time.sleep(0.2)  # ten looks
+        assert caplog.text.count("refused (unreadable)") == 1
+        assert re.search(rf"unreadable\): .*/promoted/{NAME}: Permission denied", caplog.text)
+        assert world.metric("serving_refusals_total", alias=NAME, reason="unreadable") == before + 1
+    new, new_plan = world.write(training__seed=1)
+    (world.volumes / "fine-tuned-model" / "promoted" / NAME).unlink()
+    build_adapter.promote(world.volumes, new)
+    until(lambda: world.served() == world.model(new_plan))
+
+
+def test_a_promotion_of_what_is_no_digest_is_logged_and_counted(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    before = world.metric("serving_refusals_total", alias=NAME, reason="damaged")
+    folder = world.volumes / "fine-tuned-model" / "promoted"
+    folder.mkdir(parents=True)
+    (folder / NAME).write_text(json.dumps({"adapter": "../../elsewhere", "evaluation": "x", "at": "2026"}))
+    until(lambda: "refused (damaged)" in caplog.text)
+    time.sleep(0.2)  # ten looks
+    assert caplog.text.count("refused (damaged)") == 1
+    assert world.metric("serving_refusals_total", alias=NAME, reason="damaged") == before + 1
+
+
+# Refusals
+
+
+def test_a_repair_that_keeps_size_and_time_is_noticed_and_the_same_damage_again_is_another_refusal(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline, planned = world.write()
+    weights = build_adapter.adapter(world.volumes, pipeline) / "adapter_model.safetensors"
+    good, times = weights.read_bytes(), (weights.stat().st_atime_ns, weights.stat().st_mtime_ns)
+    bad = good[:-1] + bytes([good[-1] ^ 1])
+
+    def write(content: bytes) -> None:
+        with weights.open("r+b") as stream:  # the same inode
+            stream.write(content)
+        os.utime(weights, ns=times)
+
+    before = world.metric("serving_refusals_total", alias=NAME, reason="damaged")
+    write(bad)
+    build_adapter.evaluation(world.volumes, pipeline)
+    for refusals in (1, 2):
+        until(lambda n=refusals: world.metric(  # type: ignore[misc]
+            "serving_refusals_total", alias=NAME, reason="damaged") == before + n)
+        time.sleep(0.2)  # ten looks
+        assert caplog.text.count("refused (damaged)") == refusals
+        write(bad)  # somebody tried to repair it, in vain
+    write(good)
+    until(lambda: world.served() == world.model(planned))
+
+
+def test_one_candidate_that_cannot_be_read_does_not_keep_the_others_from_being_served(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    plans = []
+
+    def prepare(world: World) -> None:
+        for seed in (1, 2):
+            pipeline, planned = world.write(training__seed=seed)
+            build_adapter.promote(world.volumes, pipeline)
+            plans.append(planned)
+
+    copy_verified = verification.copy_verified
+
+    def fails(name: str, digest: str, *rest: Any) -> Path:
+        if digest == plans[1].adapter.digest:
+            raise OSError(5, "Input/output error", digest)
+        return copy_verified(name, digest, *rest)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(verification, "copy_verified", fails)
+        for world in start(tmp_path, monkeypatch, prepare=prepare):
+            assert until(world.served) == world.model(plans[0])
+            until(lambda: "Input/output error" in caplog.text)
+            broken.undo()
+            until(lambda: world.served() == world.model(plans[1]))  # noqa: B023 - the loop has one turn
+
+
+# When the server is ready
+
+
+def test_the_first_look_is_done_when_what_can_be_served_is_served(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_verified, slow = verification.copy_verified, threading.Event()
+
+    def slowly(*args: Any) -> Path:
+        slow.wait(20)
+        return copy_verified(*args)
+
+    def prepare(world: World) -> None:
+        build_adapter.promote(world.volumes, world.write()[0])
+        build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
+
+    monkeypatch.setattr(verification, "copy_verified", slowly)
+    for world in start(tmp_path, monkeypatch, prepare=prepare):
+        until(lambda: "not there yet" in world.ask("granada-hotels").text)  # noqa: B023 - the loop has one turn
+        time.sleep(0.3)  # more than ten looks
+        assert not world.looked()
+        slow.set()
+        until(world.looked)
+        assert world.ask().status_code == 200
+
+
+def test_the_first_look_is_done_when_an_adapter_is_refused_and_does_not_wait_for_a_broken_volume_for_ever(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(world: World) -> None:
+        pipeline, planned = world.write()
+        world.vllm.ineffective.add(world.model(planned))
+        build_adapter.promote(world.volumes, pipeline)
+        other, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
+        build_adapter.promote(world.volumes, other)
+
+    copy_verified = verification.copy_verified
+
+    def fails(name: str, *rest: Any) -> Path:
+        if name == "granada-hotels":
+            raise OSError("I/O error")
+        return copy_verified(name, *rest)
+
+    monkeypatch.setattr(verification, "copy_verified", fails)
+    for world in start(tmp_path, monkeypatch, prepare=prepare):
+        until(world.looked)
+        assert "refused: no effect" in world.ask().text
+        assert "tries again" in world.ask("granada-hotels").text
 
 
 # What operators see
@@ -385,13 +673,13 @@ def test_an_adapter_on_another_base_is_refused_with_the_reason_and_the_others_se
 
 def test_one_adapter_that_takes_long_does_not_keep_the_others_waiting(
         world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    take, large = adapters.take, threading.Event()
+    copy_verified, large = verification.copy_verified, threading.Event()
 
     def slowly(name: str, *rest: Any) -> Path:
         assert name == "granada-hotels" or large.wait(20)
-        return take(name, *rest)
+        return copy_verified(name, *rest)
 
-    monkeypatch.setattr(adapters, "take", slowly)
+    monkeypatch.setattr(verification, "copy_verified", slowly)
     one, one_plan = world.write()
     two, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
     for pipeline in (one, two):
@@ -419,7 +707,7 @@ def test_a_changed_base_model_is_waited_for_and_then_the_server_drains_and_ends(
         lines = stream.iter_lines()
         next(lines)
         build_adapter.base(world.volumes, new_plan)
-        until(lambda: httpx.get(world.url + "/health").status_code == 503)
+        until(lambda: httpx.get(world.url + "/ready").status_code == 503)
         reply = world.ask(BASE)
         assert (reply.status_code, reply.headers["connection"]) == (200, "close")  # until nobody sends new requests
         until(lambda: not listens(world.url))
@@ -458,7 +746,7 @@ def test_a_rank_above_what_the_server_reserved_is_a_restart(world: World, monkey
 
 def test_requests_to_the_base_model_are_shielded_from_adapters_where_vllm_would_mix_them_in(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for world in start(tmp_path, monkeypatch, shield_base=True):
+    for world in start(tmp_path, monkeypatch, cpu_shield=True):
         until(lambda: f"{BASE}@zero" in world.vllm.loaded)  # noqa: B023 - the loop has one turn
         assert world.ask(BASE).json()["model"] == BASE
         assert world.vllm.asked[-1]["model"] == f"{BASE}@zero"

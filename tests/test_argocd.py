@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from jobs.core import artifacts
-from tests.manifests import CHECKOUT, Manifest, by_name, containers, copy, of_kind, render, restricted_violations
+from tests.manifests import (
+    CHECKOUT,
+    Manifest,
+    by_name,
+    containers,
+    copy,
+    of_kind,
+    pod_templates,
+    render,
+    restricted_violations,
+)
 from tests.renderings import NAMES, rendered, with_options
+from tests.validation import problems
 
 ARGOCD = CHECKOUT / "argocd"
 OVERLAYS = [name for name in NAMES if name.startswith("overlays/")]  # and with all of their optional components
@@ -116,6 +130,21 @@ def test_argo_cd_may_touch_no_namespace_but_its_own_environments(both: list[Mani
         ("", "Namespace", name) for name in namespaces}
 
 
+def test_a_push_cannot_weaken_pod_security(both: list[Manifest]) -> None:
+    """The API server refuses it, in exactly the namespaces that Argo CD may change."""
+    policy, binding = yaml.safe_load_all((ARGOCD / "pod-security.yaml").read_text())
+    assert problems(policy) == problems(binding) == []
+    (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]
+    assert set(rule["resourceNames"]) == {d["namespace"] for d in project(both)["spec"]["destinations"]}
+    assert set(rule["operations"]) == {"CREATE", "UPDATE"}
+    assert (binding["spec"]["policyName"], binding["spec"]["validationActions"]) == (
+        policy["metadata"]["name"], ["Deny"])
+    for overlay in OVERLAYS:  # what is in git passes
+        (namespace,) = of_kind(rendered(overlay), "Namespace")
+        assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert "ValidatingAdmissionPolicy" not in {m["kind"] for m in both}  # cluster-wide: the platform's to apply
+
+
 # --- syncing ------------------------------------------------------------------------------------------------------
 
 
@@ -215,17 +244,114 @@ def test_the_documented_filter_leaves_namespace_and_volumes_only() -> None:
     assert len(kept) == 1 + len(of_kind(rendered("overlays/kind"), "PersistentVolumeClaim"))
 
 
-def test_the_documented_patch_sets_the_environment_of_relocation_alone(tmp_path: Path) -> None:
-    patch = yaml.safe_load(block(r"```yaml\n(patches:.*?)```"))
-    kind = copy(tmp_path)
-    file = kind / "kustomization.yaml"
+def with_entry(file: Path, key: str, entry: Any) -> None:
+    """Add an entry to a list of a kustomization, before the others."""
     values = yaml.safe_load(file.read_text())
-    values["patches"] += patch["patches"]
-    file.write_text(yaml.safe_dump(values))
-    for name, job in by_name(render(kind), "Job").items():
-        template = job["spec"]["template"]
-        (container,) = containers(template)
+    file.write_text(yaml.safe_dump(values | {key: [entry, *values.get(key, [])]}))
+
+
+@pytest.mark.parametrize("name", ["kind", "kind-smollm2", "gpu"])
+def test_the_documented_mirror_is_known_to_relocation_alone_in_every_overlay(tmp_path: Path, name: str) -> None:
+    text = (CHECKOUT / "docs" / "registries.md").read_text()
+    files = dict(re.findall(r"```yaml\n# mirror/(\S+)\n(.*?)```", text, re.DOTALL)) | {"ca.crt": "certificates"}
+    overlay = copy(tmp_path).parent / name
+    (overlay / "mirror").mkdir()
+    for file, content in files.items():
+        (overlay / "mirror" / file).write_text(content)
+    assert files.keys() == {"kustomization.yaml", "mirror.yaml", "ca.crt"}
+    with_entry(overlay / "kustomization.yaml", "components", "mirror")
+    found = render(overlay)
+    templates = pod_templates(found)
+    assert len([title for title in templates if "-relocation" in title]) == 4
+    for title, template in templates.items():
+        container = containers(template)[-1]
         variables = {e["name"]: e.get("value") for e in container["env"]}
-        assert (variables.get("HF_ENDPOINT") == "https://hub.example.com") == name.endswith("-relocation"), name
-        assert {"PIPELINE", "VOLUMES"} <= variables.keys()
-        assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in template["spec"]["volumes"]}
+        knows = (variables.get("HF_ENDPOINT"), variables.get("SSL_CERT_FILE")) == (
+            "https://hub.example.com", "/etc/authority/ca.crt")
+        assert knows == ("-relocation" in title), title
+        volumes = {v["name"]: v for v in template["spec"]["volumes"]}
+        assert {m["name"] for m in container["volumeMounts"]} == volumes.keys(), title
+        if knows:
+            assert volumes["authority"]["configMap"]["name"] in by_name(found, "ConfigMap")
+            assert {"PIPELINE", "VOLUMES"} <= variables.keys()
+
+
+def test_the_documented_patch_sets_the_environment_of_the_server(tmp_path: Path) -> None:
+    (patch,) = yaml.safe_load(block(r"```yaml\n(patches:.*?)```"))["patches"]
+    kind = copy(tmp_path)
+    with_entry(kind / "kustomization.yaml", "patches", patch)
+    (vllm,) = by_name(render(kind), "Deployment")["model-inference"]["spec"]["template"]["spec"]["containers"]
+    variables = {e["name"]: e.get("value") for e in vllm["env"]}
+    assert variables["DRAIN_SECONDS"] == "30"
+    assert "PIPELINES" in variables
+
+
+def volumes(root: Path) -> Path:
+    """Two volumes of user 10001 as a pod sees them: their roots, and lost+found, belong to root."""
+    for volume in ("fine-tuned-model", "dataset"):
+        artifact = root / volume / "kind" / "0123456789abcdef"
+        artifact.mkdir(parents=True)
+        for file in (artifact / "artifact.json", artifact / ".lock-a", artifact / "checkpoints" / "1"):
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("{}")
+        (root / volume / "lost+found").mkdir(mode=0o700)
+    return root
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make what belongs to root")
+def test_the_documented_backup_can_be_restored_by_a_user_to_whom_the_volumes_roots_do_not_belong() -> None:
+    backup = block(r"exec volumes -- (sh -c \"[^\"]*tar [^\"]*\") > backup.tar")
+    restore = block(r"exec -i volumes -- (tar [^\n]*) < backup.tar")
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        root.chmod(0o755)
+        source, target = volumes(root / "source"), root / "target"
+        for folder in source.rglob("*"):
+            if "lost+found" not in str(folder) and folder.parent != source:
+                os.chown(folder, 10001, 10001)
+        for volume in ("fine-tuned-model", "dataset"):
+            (target / volume).mkdir(parents=True)
+            os.chown(target / volume, 0, 10001)
+            (target / volume).chmod(0o2775)
+        for command, at, files in ((backup, source, {"stdout": root / "backup.tar"}),
+                                   (restore, target, {"stdin": root / "backup.tar"})):
+            streams: dict[str, Any] = {key: file.open("wb" if key == "stdout" else "rb") for key, file in files.items()}
+            done = subprocess.run(["sh", "-c", command.replace("/volumes", str(at))], user=10001, group=10001,
+                                  extra_groups=[], stderr=subprocess.PIPE, text=True, check=False, **streams)
+            assert (done.returncode, done.stderr) == (0, ""), command
+        restored = {str(file.relative_to(target)) for file in target.rglob("*") if file.is_file()}
+        assert restored == {f"{v}/kind/0123456789abcdef/artifact.json" for v in ("fine-tuned-model", "dataset")}
+        assert {(target / v).stat().st_uid for v in ("fine-tuned-model", "dataset")} == {0}
+
+
+@pytest.mark.parametrize(("overlay", "kind"), [("overlays/gpu", "JobSet"), ("overlays/kind", "Job")])
+def test_the_documented_commands_delete_what_is_superseded_and_nothing_else(
+        overlay: str, kind: str, tmp_path: Path) -> None:
+    names, others = re.findall(r"OVERLAY \| (sed .*?) > names\n.*? \| (grep [^|]*) \|", OPERATIONS)[0]
+    current = [m["metadata"]["name"] for m in rendered(overlay) if m["kind"] == kind]
+    superseded = [f"{name[:-10]}bbbbbbbbbb" for name in current]
+    script = f"{names} > names; printf '%s\\n' {' '.join(current + superseded)} | {others}"
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, input=yaml.safe_dump_all(rendered(overlay)), text=True,
+                          capture_output=True, check=True)
+    assert done.stdout.split() == superseded
+
+
+def test_the_documented_bucket_credentials_are_those_of_relocation_alone(tmp_path: Path) -> None:
+    text = (CHECKOUT / "docs" / "registries.md").read_text().partition("## Buckets")[2]
+    (patch,) = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])["patches"]
+    kind = copy(tmp_path)
+    with_entry(kind / "kustomization.yaml", "patches", patch)
+    given = {name for name, account in by_name(render(kind), "ServiceAccount").items()
+             if "eks.amazonaws.com/role-arn" in account["metadata"].get("annotations", {})}
+    assert given == {"relocation"}
+
+
+def test_every_link_of_the_operators_pages_leads_somewhere() -> None:
+    pages = {name: (CHECKOUT / "docs" / name).read_text()
+             for name in ("operations.md", "stuck.md", "registries.md", "gpu.md")}
+    for name, text in pages.items():
+        for page, anchor in re.findall(r"\]\(([\w.]*\.md)?(?:#([\w-]+))?\)", text):
+            linked = (CHECKOUT / "docs" / (page or name)).read_text()
+            titles = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+                      for title in re.findall(r"(?m)^##+ (.*)$", linked)}
+            assert not anchor or anchor in titles, f"{name}: {page}#{anchor}"

@@ -10,7 +10,8 @@ import pytest
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from serving import base
-from serving.adapters import Refused, Served
+from serving.refusal import Refused
+from serving.served import Served
 from tests import build_adapter
 from tests.build_guarded import World, publish_base
 from tests.build_server import StandIn

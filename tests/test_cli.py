@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobs import __main__ as cli
+from jobs.core import command, termination
 from jobs.core.errors import RetryableError, Terminated, UserError
 from jobs.tools.pods import CHECKOUT
 from tests import build_pipeline
@@ -56,7 +57,7 @@ def test_a_missing_input_is_exit_code_1(tmp_path: Path) -> None:
     assert "base-model/" in done.stderr
 
 
-@pytest.mark.parametrize(("error", "code", "says"), [
+@pytest.mark.parametrize(("error", "code", "message"), [
     (UserError("change it"), 2, "change it"),
     (RetryableError("later"), 1, "later"),
     (Terminated("stopped"), 143, "stopped"),
@@ -67,26 +68,68 @@ def test_a_missing_input_is_exit_code_1(tmp_path: Path) -> None:
 ])
 def test_an_error_has_its_exit_code_and_its_reason_where_kubernetes_shows_it(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-        error: BaseException, code: int, says: str) -> None:
+        error: BaseException, code: int, message: str) -> None:
     def fail(_: object) -> None:
         raise error
 
     log = tmp_path / "termination-log"
     log.touch()
     monkeypatch.setattr(cli, "run", fail)
-    monkeypatch.setattr(cli, "TERMINATION_LOG", log)
+    monkeypatch.setattr(termination, "TERMINATION_LOG", log)
     assert cli.main(["train"]) == code
-    assert says in capsys.readouterr().err
-    assert says in log.read_text()
+    assert message in capsys.readouterr().err
+    assert message in log.read_text()
 
 
 def test_the_termination_log_stays_within_what_kubernetes_keeps(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "termination-log"
     log.touch()
-    monkeypatch.setattr(cli, "TERMINATION_LOG", log)
-    cli.fail("é" * 5000, 2)
-    assert log.stat().st_size <= 4096
+    monkeypatch.setattr(termination, "TERMINATION_LOG", log)
+    command.fail("x" + "é" * 5000, 2)
+    assert log.read_text() == "x" + "é" * 2047, "no half a character at the end"
+
+
+def test_a_message_that_utf8_cannot_encode_is_reported_all_the_same(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file's name, or JSON's `\\ud800`, can hold a lone surrogate."""
+    log = tmp_path / "termination-log"
+    log.touch()
+    monkeypatch.setattr(termination, "TERMINATION_LOG", log)
+    assert command.fail("data-\udcff.jsonl: no such file", 2) == 2
+    assert log.read_text() == r"data-\udcff.jsonl: no such file"
+    assert capsys.readouterr().err == "error: data-\\udcff.jsonl: no such file\n"
+
+
+def test_a_training_worker_leaves_its_error_to_the_launcher(tmp_path: Path) -> None:
+    build_pipeline.write(tmp_path, training__seed=-1)
+    done = subprocess.run([sys.executable, "-m", "jobs", "--pipeline", str(tmp_path / "pipeline.yaml"), "train"],
+                          cwd=CHECKOUT, capture_output=True, text=True, check=False,
+                          env={**os.environ, "JOBS_WORKER_ERRORS": str(tmp_path), "RANK": "3", "WORLD_SIZE": "4",
+                               "LOCAL_RANK": "3"})
+    assert done.returncode == 2
+    assert done.stderr == ""
+    assert (tmp_path / "3").read_text().startswith(f"2 {tmp_path}/pipeline.yaml:")
+
+
+@pytest.mark.parametrize("program", ["jobs", "serving"])
+@pytest.mark.parametrize("value", ["abc", "-1", "nan", "inf"])
+def test_a_setting_in_the_environment_that_is_no_number_is_one_line(program: str, value: str) -> None:
+    done = subprocess.run([sys.executable, "-m", program, *(["train"] if program == "jobs" else [])], cwd=CHECKOUT,
+                          env={**os.environ, "WAIT_SECONDS": value}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (f"error: WAIT_SECONDS is '{value}', but must be a number of at least 0; correct the "
+                           "environment variable, or remove it\n")
+
+
+def test_how_patient_relocation_is_must_be_a_number_too(tmp_path: Path) -> None:
+    build_pipeline.write(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "jobs", "--pipeline", str(tmp_path), "relocate", "dataset"],
+                          cwd=CHECKOUT, env={**os.environ, "RETRY_ATTEMPTS": "many"}, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: RETRY_ATTEMPTS is 'many', but must be a number of at least 1; ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +150,6 @@ def test_sigterm_ends_a_waiting_stage_at_once(tmp_path: Path) -> None:
     assert process.stderr
     assert "waiting for base-model" in process.stderr.readline()
     os.kill(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=20)
-    assert process.returncode == 143, said
-    assert "stopped by SIGTERM" in said
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 143, stderr
+    assert "stopped by SIGTERM" in stderr

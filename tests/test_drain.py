@@ -46,7 +46,8 @@ def test_while_others_still_send_requests_they_are_answered_and_told_to_go_elsew
     until(lambda: world.ask().status_code == 503)
     begin(world, linger=1)
     with httpx.Client() as client:
-        until(lambda: client.get(world.url + "/health").status_code == 503)
+        until(lambda: client.get(world.url + "/ready").status_code == 503)
+        assert client.get(world.url + "/health").status_code == 200  # it lives: nobody has to restart it
         reply = client.post(world.url + "/v1/completions", json={"model": "builtin:tiny", "prompt": "x"})
         assert (reply.status_code, reply.headers["connection"]) == (200, "close")
     assert world.metric("serving_draining") == 1

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import itertools
 import json
+import logging
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,14 +20,26 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from starlette.types import Message, Scope
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope
 
-from serving import guard
-from serving.adapters import Served
+from serving import bodies, guard, heartbeat, parameters, verification
 from serving.aliases import Alias, Version
+from serving.served import Served
 from tests import build_adapter
 from tests.build_guarded import NAME, World, start, until
 from tests.build_server import BASE, raw_request
+
+COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded() -> None:
+    """Load vLLM's classes now: that takes seconds, in which the first request would wait. A real server has them."""
+    for path in (COMPLETION, CHAT):
+        parameters.parse(path, {})
 
 
 @pytest.fixture
@@ -33,6 +50,16 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 @pytest.fixture
 def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     yield from start(tmp_path, monkeypatch, key="right")
+
+
+@pytest.fixture(scope="module")
+def shielded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A server on a CPU, with an adapter."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for world in start(tmp_path_factory.mktemp("shielded"), monkeypatch, cpu_shield=True):
+            build_adapter.promote(world.volumes, world.write()[0])
+            until(world.served)
+            yield world
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +76,7 @@ def status_of(reply: bytes) -> int:
     return int(reply.split(b" ", 2)[1])
 
 
-@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models"])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models"])
 def test_open_routes_are_reachable_with_and_without_a_query(door: World, path: str) -> None:
     assert httpx.get(door.url + path).status_code == 200
     assert httpx.get(door.url + path + "?x=1").status_code == 200
@@ -109,16 +136,18 @@ def test_no_odd_spelling_gets_past_the_guard(door: World, path: str, method: str
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/realtime", "/health"])
-def test_a_websocket_is_refused_everywhere(door: World, path: str) -> None:
+def test_a_websocket_is_refused_everywhere_without_a_line_in_the_log(
+        door: World, path: str, caplog: pytest.LogCaptureFixture) -> None:
     reply = raw_request(door.url, f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
                         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode())
-    assert status_of(reply) == 404
+    assert status_of(reply) == 403
     assert not door.vllm.reached
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
 
 
 def test_a_body_that_is_too_large_is_413_whether_or_not_its_length_is_declared(
         door: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(bodies, "MAX_BODY_BYTES", 1000)
     seen = len(door.vllm.bodies)
     url = door.url + "/v1/completions"
     assert httpx.post(url, content=b"x" * 1001).status_code == 413
@@ -129,11 +158,248 @@ def test_a_body_that_is_too_large_is_413_whether_or_not_its_length_is_declared(
     assert httpx.post(url, content=b" " * 1000).status_code == 400
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b'{"model": "seville-hotels"', b"\xff\xfe", b"[" * 100_000])
-def test_malformed_json_gets_vllms_own_answer(door: World, body: bytes) -> None:
+@pytest.mark.parametrize("length", [
+    "0" * 10_000, "9" * 10_000, "0" * 5_000 + "2", "-1", "+5", "5 5", "0x10", "1e3", "٣", "5, 5",
+    "5\r\nContent-Length: 6"])
+def test_a_length_that_is_odd_is_never_a_traceback(
+        door: World, caplog: pytest.LogCaptureFixture, length: str) -> None:
+    seen = len(door.vllm.bodies)
+    reply = raw_request(door.url, f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n"
+                                  "Connection: close\r\n\r\n{}".encode())
+    assert status_of(reply) in (400, 413)
+    assert len(door.vllm.bodies) == seen
+    assert not [each for each in caplog.records if each.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("headers", [[b"-1"], [b"+5"], [b"5", b"6"], [b""], [b"x"], [b"\xb2"]])
+def test_a_length_that_the_http_server_lets_through_is_the_clients_error_all_the_same(headers: list[bytes]) -> None:
+    assert outcome(bodies.Bodies(1, 1), [], *headers).status_code == 400
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b'{"model": "seville-hotels"', b"\xff\xfe", b"[" * 100_000, b"[]", b"1"])
+def test_malformed_json_is_400_and_not_passed_on(door: World, body: bytes) -> None:
+    seen = len(door.vllm.bodies)
     reply = httpx.post(door.url + "/v1/completions", content=body)
     assert reply.status_code == 400
-    assert door.vllm.bodies[-1] == body
+    assert reply.json()["error"]["type"] == "invalid_request_error"
+    assert len(door.vllm.bodies) == seen
+
+
+@pytest.mark.parametrize("model", [BASE, NAME])
+def test_vllm_gets_what_the_guard_checked_and_not_what_came(world: World, model: str) -> None:
+    build_adapter.promote(world.volumes, world.write()[0])
+    until(world.served)
+    body = f'{{"model": "other", "n": 99, "prompt": "x", "n": 1, "model": "{model}"}}'
+    assert httpx.post(world.url + "/v1/completions", content=body).status_code == 200
+    assert world.vllm.bodies[-1].count(b'"n"') == world.vllm.bodies[-1].count(b'"model"') == 1
+    assert (world.vllm.asked[-1]["n"], world.vllm.asked[-1]["model"].partition("@")[0]) == (1, model)
+
+
+# Bodies that do not end
+
+
+def arrival(*chunks: bytes, ends: bool = False) -> Receive:
+    """A client that sends these chunks, and then nothing more."""
+    left = list(chunks)
+
+    async def receive() -> Message:
+        if left:
+            return {"type": "http.request", "body": left.pop(0), "more_body": bool(left) or not ends}
+        return await asyncio.Future()
+
+    return receive
+
+
+def outcome(reader: bodies.Bodies, chunks: list[bytes], *lengths: bytes) -> Response:
+    """The error reply to a client that sends these chunks and does not end."""
+    scope = {"headers": [(b"content-length", length) for length in lengths]}
+    reply = asyncio.run(reader.read(scope, arrival(*chunks)))
+    assert isinstance(reply, Response)
+    return reply
+
+
+def test_a_body_that_does_not_come_is_408_after_the_deadline_and_the_connection_is_closed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for world in start(tmp_path, monkeypatch, body_seconds=0.3):
+        started = time.monotonic()
+        reply = raw_request(world.url, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n{")
+        assert status_of(reply) == 408  # raw_request reads until the connection is closed
+        assert 0.3 <= time.monotonic() - started < 5
+        assert world.ask(BASE).status_code == 200
+
+
+def test_unfinished_bodies_hold_a_bounded_memory_beyond_which_only_large_ones_are_sent_away(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = bodies.FREE_BYTES + 400_000
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {large}\r\n\r\n".encode()
+    for world in start(tmp_path, monkeypatch, body_memory=1_000_000):
+        guarded = world.vllm.guards[-1]
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                unfinished = stack.enter_context(socket.create_connection(("127.0.0.1", int(world.url[-5:]))))
+                unfinished.sendall(head + b"x" * (large - 1))
+            until(lambda: guarded.bodies._held >= 799_000)  # noqa: B023 - the loop has one turn
+            reply = world.ask(BASE, padding="x" * large)
+            assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+            assert world.ask(BASE, padding="x" * (bodies.FREE_BYTES - 1000)).status_code == 200
+        until(lambda: guarded.bodies._held == 0)  # noqa: B023
+        assert world.ask(BASE, padding="x" * 900_000).status_code == 200
+
+
+def test_what_every_outcome_held_is_given_back() -> None:
+    reader = bodies.Bodies(0.1, 1000)
+    scope: Scope = {"headers": []}
+    most = b"x" * (bodies.FREE_BYTES + 1000)
+    assert asyncio.run(reader.read(scope, arrival(most[:-5], most[-5:], ends=True))) == most
+    assert outcome(reader, [most, b"x"]).status_code == 408
+    assert outcome(reader, [most]).status_code == 408
+    busy = asyncio.run(reader.read(scope, arrival(most, b"x", b"x", ends=True)))
+    assert isinstance(busy, Response) and busy.status_code == 503
+    assert asyncio.run(reader.read(scope, arrival(most, ends=True))) == most
+    assert reader._held == 0
+
+
+# What one request may ask for
+
+
+@pytest.mark.parametrize("asks", [
+    {"n": 33}, {"n": 16384}, {"n": "33"}, {"n": 33.0}, {"n": "3_3"}, {"prompt": ["x"] * 33},
+    {"n": 10**4299, "prompt": ["x"] * 1000},
+    {"prompt": [[1, 2]] * 33}, {"prompt": ["x"] * 3, "n": 11}, {"prompt": None, "prompt_embeds": ["eA=="] * 33},
+    {"prompt": "x", "prompt_embeds": ["eA=="] * 32}, {"n": 33, "use_beam_search": True}])
+def test_more_sequences_than_a_share_of_the_batch_are_the_clients_error(door: World, asks: dict[str, Any]) -> None:
+    seen = len(door.vllm.bodies)
+    reply = door.ask(BASE, **asks)  # the stand-in for vLLM computes 128 at once
+    assert reply.status_code == 400
+    assert "at most 32 sequences" in reply.json()["error"]["message"]
+    assert len(door.vllm.bodies) == seen
+
+
+@pytest.mark.parametrize("asks", [
+    {"n": 32}, {"n": None}, {"n": "32"}, {"n": True}, {"prompt": ["x"] * 32}, {"prompt": list(range(1000))},
+    {"prompt": [[1, 2]] * 16, "n": 2}, {"n": 0}, {"n": "many"}, {"n": -1, "prompt": []}, {"prompt": [1, "x"]}])
+def test_up_to_that_share_is_passed_on_as_is_what_vllm_will_refuse(door: World, asks: dict[str, Any]) -> None:
+    assert door.ask(BASE, **asks).status_code == 200
+
+
+def test_n_is_bounded_in_chat_and_an_operator_can_set_the_bound(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for world in start(tmp_path, monkeypatch, max_sequences=2):
+        for path in ("/v1/chat/completions", "/v1/completions"):
+            assert world.ask(BASE, path, n=2).status_code == 200
+            reply = world.ask(BASE, path, n=3)
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "n")
+
+
+
+@pytest.mark.parametrize(("path", "asks"), [
+    (COMPLETION, {"echo": True, "logprobs": 1}), (COMPLETION, {"echo": "true", "logprobs": 0}),
+    (COMPLETION, {"echo": 1, "logprobs": True}), (COMPLETION, {"echo": "on", "logprobs": 2.0}),
+    (COMPLETION, {"echo": True, "logprobs": 1, "max_tokens": 0}), (COMPLETION, {"prompt_logprobs": 0}),
+    (COMPLETION, {"echo": True, "logprobs": 1, "stream": True}), (COMPLETION, {"prompt_logprobs": False}),
+    (COMPLETION, {"prompt_logprobs": -1}), (COMPLETION, {"prompt_logprobs": 1.0, "min_tokens": 9}),
+    (CHAT, {"echo": True}), (CHAT, {"echo": "yes"}), (CHAT, {"echo": True, "logprobs": True, "top_logprobs": 2}),
+    (CHAT, {"prompt_logprobs": 1}), (CHAT, {"prompt_logprobs": True})])
+@pytest.mark.parametrize("model", [BASE, NAME])
+def test_on_a_cpu_what_would_end_the_engine_is_the_clients_error(
+        shielded: World, path: str, asks: dict[str, Any], model: str) -> None:
+    seen = len(shielded.vllm.bodies)
+    reply = shielded.ask(model, path, messages=MESSAGES, **asks)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] in ("echo", "prompt_logprobs")
+    assert len(shielded.vllm.bodies) == seen
+
+
+@pytest.mark.parametrize(("path", "asks"), [
+    (COMPLETION, {"echo": True}), (COMPLETION, {"echo": "off", "logprobs": 1}), (COMPLETION, {"logprobs": 2}),
+    (COMPLETION, {"prompt_logprobs": None}), (CHAT, {"echo": False, "logprobs": True, "top_logprobs": 2}),
+    (COMPLETION, {"prompt_logprobs": "1"}), (COMPLETION, {"echo": "perhaps", "logprobs": 1})])
+def test_on_a_cpu_other_log_probabilities_are_passed_on_as_is_what_vllm_will_refuse(
+        shielded: World, path: str, asks: dict[str, Any]) -> None:
+    assert shielded.ask(BASE, path, messages=MESSAGES, **asks).status_code == 200
+
+
+def test_on_a_gpu_log_probabilities_of_the_prompt_are_passed_on(door: World) -> None:
+    assert door.ask(BASE, echo=True, logprobs=1).status_code == 200
+    assert door.ask(BASE, prompt_logprobs=1).status_code == 200
+
+
+odd_number: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, False, 0, 1, 2, -1, 1.0, 0.5, "1", "0", "true", " 1 ", "1_0", [], {}, 1e300])
+odd_flag: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, False, 0, 1, 2, "true", "False", "on", "off", "y", "N", "t", 1.0, "", "x", []])
+
+
+@settings(max_examples=300, deadline=None)
+@given(asks=st.fixed_dictionaries({}, optional={
+    "echo": odd_flag, "logprobs": odd_number, "top_logprobs": odd_number, "prompt_logprobs": odd_number,
+    "n": odd_number, "max_tokens": odd_number, "min_tokens": odd_number, "stream": odd_flag,
+    "use_beam_search": odd_flag}))
+def test_the_guard_reads_what_vllm_reads(asks: dict[str, Any]) -> None:
+    """vLLM's own way from a request to what its engine gets, against the guard's answer before it."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    for path, kind, what in ((COMPLETION, CompletionRequest, {"prompt": "x"}),
+                             (CHAT, ChatCompletionRequest, {"messages": MESSAGES})):
+        request: Any = {**what, **asks}
+        try:
+            engine = kind.model_validate(json.loads(json.dumps(request))).to_sampling_params(16, {})
+        except Exception:
+            continue
+        assert parameters.wants_prompt_logprobs(path, dict(request)) == (engine.prompt_logprobs is not None)
+        assert parameters.sequences(path, dict(request)) == engine.n
+
+
+# Liveness and readiness
+
+
+def test_the_server_is_ready_after_the_first_look_for_its_adapters_and_alive_all_the_while(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looking, copy = threading.Event(), verification.copy_verified
+
+    def slow(*arguments: Any) -> Path:
+        assert looking.wait(20)
+        return copy(*arguments)
+
+    monkeypatch.setattr(verification, "copy_verified", slow)
+    for world in start(tmp_path, monkeypatch,
+                       prepare=lambda world: build_adapter.promote(world.volumes, world.write()[0])):
+        time.sleep(0.3)
+        assert httpx.get(world.url + "/ready").status_code == 503
+        assert httpx.get(world.url + "/health").status_code == 200
+        looking.set()
+        until(lambda: httpx.get(world.url + "/ready").status_code == 200)  # noqa: B023 - the loop has one turn
+        assert world.served()
+
+
+def test_an_engine_that_hangs_fails_liveness_and_readiness_until_it_answers(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(heartbeat, "PAUSE_SECONDS", 0.05)
+    for world in start(tmp_path, monkeypatch, hang_seconds=0.5):
+        until(lambda: httpx.get(world.url + "/ready").status_code == 200)  # noqa: B023 - the loop has one turn
+        world.vllm.engine.hangs = True
+        assert httpx.get(world.url + "/health").status_code == 200  # not at the first late answer
+        until(lambda: httpx.get(world.url + "/health").status_code == 503)  # noqa: B023
+        assert httpx.get(world.url + "/ready").status_code == 503
+        world.vllm.engine.hangs = False
+        until(lambda: httpx.get(world.url + "/health").status_code == 200)  # noqa: B023
+        assert httpx.get(world.url + "/ready").status_code == 200
+    assert caplog.text.count("has not answered for") == 1
+
+
+def test_an_engine_that_answers_late_but_answers_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "PAUSE_SECONDS", 0.0)
+
+    async def slow() -> bool:
+        await asyncio.sleep(0.3)
+        return False
+
+    for world in start(tmp_path, monkeypatch, hang_seconds=0.6,
+                       prepare=lambda world: monkeypatch.setattr(world.vllm.engine, "is_paused", slow)):
+        for _ in range(20):
+            assert httpx.get(world.url + "/health").status_code == 200
+            time.sleep(0.1)
 
 
 def test_a_request_nested_to_the_limit_of_the_parser_is_the_clients_error(world: World) -> None:
@@ -177,6 +443,24 @@ def test_with_a_key_everything_under_v1_needs_it_and_the_guards_own_calls_have_i
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/invocations", "/tokenize"):  # not with it either
         assert httpx.post(locked.url + path, headers=right).status_code == 404
     assert not locked.vllm.reached
+
+
+def test_a_wrong_key_is_refused_however_much_its_hash_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard compares hashes of keys: all their bytes, not some of them."""
+    for name, value in SERVED.to_environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("VLLM_API_KEY", "right")
+    right = hashlib.sha256(b"right").digest()
+    keys = [f"wrong{i}".encode() for i in range(400_000)]
+    alike = [key for key in keys if hashlib.sha256(key).digest()[:2] == right[:2]
+             or hashlib.sha256(key).digest()[-2:] == right[-2:]]
+    assert len(alike) > 5
+
+    async def check() -> list[bool]:
+        guarded = guard.Guard(Starlette())
+        return [guarded._has_key({"headers": [(b"authorization", b"Bearer " + key)]}) for key in [b"right", *alike]]
+
+    assert asyncio.run(check()) == [True] + [False] * len(alike)
 
 
 # Replies

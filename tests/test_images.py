@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -235,6 +236,51 @@ def test_no_data_and_no_state_of_the_checkout_reaches_the_builder() -> None:
     copied = {word.rstrip("/") for file in DOCKERFILES for line in instructions(file)
               if line.startswith("COPY ") and "--from" not in line for word in line.split()[1:-1]}
     assert copied == {"jobs", "serving", *map(str, lists)}
+
+
+# --- make setup -------------------------------------------------------------------------------------------------------
+
+PYTHON = """#!/bin/sh
+# In place of Python: makes a venv whose programs write down how they were called.
+test "$2" = venv || exit 0
+mkdir -p "$3/bin"
+for name in pip uv; do
+  printf '#!/bin/sh\\n. ./answers\\n%s "$*"\\n' $name > "$3/bin/$name"
+  chmod +x "$3/bin/$name"
+done
+"""
+ANSWERS = """
+pip() { case "$1" in "config list") cat pip-config ;; *) echo "pip $1" >> calls ;; esac; }
+uv() { echo "uv index=$UV_DEFAULT_INDEX $1" >> calls; exit UV_CODE; }
+"""
+LISTS = "-r serving/requirements-cpu.txt -r tests/requirements.txt"
+
+
+@pytest.mark.parametrize(("config", "index"), [
+    ("", ""),
+    ("global.index-url='https://pypi.example.com/simple'\nglobal.timeout='60'\n", "https://pypi.example.com/simple"),
+    (":env:.index-url='https://of.example.com/a'\nglobal.index-url='https://pypi.example.com/b'\n",
+     "https://of.example.com/a"),
+    ("global.extra-index-url='https://more.example.com/simple'\n", ""),
+])
+@pytest.mark.parametrize("uv_code", [0, 1])
+def test_make_setup_installs_with_uv_from_pips_index_and_with_pip_where_uv_fails(
+        tmp_path: Path, config: str, index: str, uv_code: int) -> None:
+    for name in ("Makefile", "jobs/requirements.txt", "serving/requirements-cpu.txt", "tests/requirements.txt",
+                 "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(CHECKOUT / name, tmp_path / name)
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "answers").write_text(ANSWERS.replace("UV_CODE", str(uv_code)))
+    (tmp_path / "pip-config").write_text(config)
+    subprocess.run(["make", "setup", "PYTHON=./python"], cwd=tmp_path, capture_output=True, check=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    torch, uv, *rest = calls
+    assert re.fullmatch(r"pip install --no-deps torch==\S+\+cpu", torch)
+    assert re.fullmatch(r"pip install --no-deps uv==[\d.]+", uv)
+    assert rest == [f"uv index={index} pip install --python .venv/bin/python --no-deps {LISTS}",
+                    *([f"pip install --no-deps {LISTS}"] if uv_code else [])]
 
 
 # --- make images, make push ---------------------------------------------------------------------------------------

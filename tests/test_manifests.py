@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
+import ipaddress
 import json
+import re
+import tomllib
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from jobs.__main__ import parser
 from jobs.core import pipeline
 from jobs.core.files import sha256_of
+from jobs.tools.kustomization import selects
 from serving import drain
+from tests import renderings
 from tests.manifests import (
     CHECKOUT,
     Manifest,
@@ -28,7 +34,7 @@ from tests.manifests import (
     restricted_violations,
     unhashed,
 )
-from tests.validation import KUBERNETES
+from tests.validation import KUBERNETES, problems
 
 KIND = CHECKOUT / "overlays" / "kind"
 OVERLAYS = sorted(p.parent for p in (CHECKOUT / "overlays").glob("*/kustomization.yaml"))
@@ -122,6 +128,27 @@ def test_the_volumes_outlive_argo_cd_and_its_application(overlay: Path) -> None:
     for manifest in kept:
         options = manifest["metadata"]["annotations"]["argocd.argoproj.io/sync-options"].split(",")
         assert {"Prune=false", "Delete=false"} <= set(options)
+        assert manifest["metadata"]["annotations"]["kustomize.toolkit.fluxcd.io/prune"] == "disabled"
+
+
+@pytest.mark.parametrize("name", renderings.NAMES)
+def test_every_object_says_what_it_is_of(name: str) -> None:
+    """The recommended labels, on the objects. Not in pod templates: a new version must not replace pods by itself."""
+    version = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["version"]
+    for manifest in renderings.rendered(name):
+        labels = manifest["metadata"]["labels"]
+        title = f"{manifest['kind']} {manifest['metadata']['name']}"
+        assert labels["app.kubernetes.io/name"], title
+        assert labels["app.kubernetes.io/part-of"] == "lora-gitops", title
+        assert labels["app.kubernetes.io/managed-by"] == "kustomize", title
+        assert labels["app.kubernetes.io/version"] == version, title
+    for title, template in pod_templates(renderings.rendered(name)).items():
+        assert template["metadata"]["labels"].keys() == {
+            f"app.kubernetes.io/{key}" for key in ("name", "component", "part-of")}, title
+    for manifest in renderings.rendered(name):
+        if manifest["kind"] in ("Job", "Deployment"):
+            assert (manifest["metadata"]["labels"]["app.kubernetes.io/name"]
+                    == manifest["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/name"])
 
 
 @every_overlay
@@ -289,6 +316,18 @@ def test_no_pod_gets_a_cluster_token(overlay: Path) -> None:
 
 
 @every_overlay
+def test_every_role_has_a_service_account_of_its_own(overlay: Path) -> None:
+    """What is given to one of them outside of the cluster, such as a bucket, no other pod gets."""
+    roles: dict[str, set[str]] = {}
+    for template in pod_templates(rendered(overlay)).values():
+        role = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        roles.setdefault(template["spec"]["serviceAccountName"], set()).add(role)
+    assert roles == {account: {"inference" if account == "model-inference" else account}
+                     for account in names(rendered(overlay), "ServiceAccount")}
+    assert "relocation" in roles
+
+
+@every_overlay
 def test_only_relocation_sees_the_hub_token_and_only_relocation_is_online(overlay: Path) -> None:
     for name, template in pod_templates(rendered(overlay)).items():
         relocates = template["metadata"]["labels"]["app.kubernetes.io/component"] == "relocation"
@@ -306,13 +345,27 @@ def test_only_relocation_sees_the_hub_token_and_only_relocation_is_online(overla
 def policies(manifests: list[Manifest], template: Manifest, direction: str) -> list[Manifest]:
     """The network policies that isolate the pod in a direction."""
     return [p for p in of_kind(manifests, "NetworkPolicy") if direction in p["spec"]["policyTypes"]
-            and p["spec"]["podSelector"].get("matchLabels", {}).items() <= template["metadata"]["labels"].items()
-            and "matchExpressions" not in p["spec"]["podSelector"]]
+            and selects(p["spec"]["podSelector"], template["metadata"]["labels"])]
+
+
+def reaches(manifests: list[Manifest], template: Manifest, address: str, port: int) -> bool:
+    """Whether the network policies let the pod out to the address, over TCP."""
+    ip = ipaddress.ip_address(address)
+
+    def holds(block: Manifest) -> bool:
+        return ip in ipaddress.ip_network(block["cidr"]) and not any(
+            ip in ipaddress.ip_network(e) for e in block.get("except", []))
+
+    return any({"protocol": "TCP", "port": port} in rule["ports"]
+               and ("to" not in rule or any("ipBlock" in peer and holds(peer["ipBlock"]) for peer in rule["to"]))
+               for policy in policies(manifests, template, "Egress") for rule in policy["spec"].get("egress", [])
+               if "ports" in rule)
 
 
 @every_overlay
 def test_pods_talk_to_nobody_but_whom_their_role_needs(overlay: Path) -> None:
-    """Relocation: DNS and HTTP(S) out. Serving and TensorBoard: in from labelled clients. All else: nothing."""
+    """Relocation: DNS and HTTP(S) out, where something comes from outside. Serving and TensorBoard: in from labelled
+    clients. All else: nothing."""
     manifests = rendered(overlay)
     for name, template in pod_templates(manifests).items():
         role = template["metadata"]["labels"]["app.kubernetes.io/component"]
@@ -327,7 +380,8 @@ def test_pods_talk_to_nobody_but_whom_their_role_needs(overlay: Path) -> None:
             assert (into.pop(), out.pop(0)) == ({"from": [own]}, {"to": [own]})
         ports = {(p["protocol"], p["port"]) for rule in out for p in rule["ports"]}
         dns = {("UDP", 53), ("TCP", 53)}
-        wanted = {"relocation": dns | {("TCP", 80), ("TCP", 443)}, "training": dns if out else set()}
+        web = dns | {("TCP", 80), ("TCP", 443)}
+        wanted = {"relocation": set() if overlay == KIND else web, "training": dns if out else set()}
         assert ports == wanted.get(role, set()), name
 
         client = {"inference": "inference-client", "tensorboard": "tensorboard-client"}.get(role)
@@ -336,6 +390,59 @@ def test_pods_talk_to_nobody_but_whom_their_role_needs(overlay: Path) -> None:
             assert [p["port"] for p in rule["ports"]] == ["http"]
             selector = {"matchLabels": {client: "true"}}  # a pod of this namespace, or any of one with the label
             assert rule["from"] == [{"podSelector": selector}, {"namespaceSelector": selector}]
+
+
+PUBLIC = ["18.164.174.55", "2600:9000:2491:c00::1"]
+LINK_LOCAL = ["169.254.169.254", "169.254.170.2", "fe80::1", "fd00:ec2::254", "168.63.129.16", "100.100.100.200"]
+PRIVATE = ["10.96.0.1", "172.18.0.2", "192.168.1.10", "fd12::1"]
+
+
+def relocations(manifests: list[Manifest]) -> dict[str, Manifest]:
+    return {template["metadata"]["labels"]["app.kubernetes.io/name"]: template
+            for template in pod_templates(manifests).values()
+            if template["metadata"]["labels"]["app.kubernetes.io/component"] == "relocation"}
+
+
+def with_components(kind: Path, *components: str) -> list[Manifest]:
+    """overlays/kind with components of base/ switched on, as a person would."""
+    file = kind / "kustomization.yaml"
+    text = file.read_text()
+    for component in components:
+        assert len(re.findall(rf"(?m)^# - ../../base/{component} .*$", text)) == 1
+        text = re.sub(rf"(?m)^# (- ../../base/{component} .*)$", r"\1", text)
+    file.write_text(text)
+    return render(kind)
+
+
+@pytest.mark.parametrize(("components", "reached"), [
+    ([], []), (["egress"], PUBLIC), (["egress", "egress/private"], [*PUBLIC, *PRIVATE]),
+])
+def test_relocation_reaches_sources_but_no_metadata_service_and_nothing_private_unasked(
+        components: list[str], reached: list[str], tmp_path: Path) -> None:
+    manifests = with_components(copy(tmp_path), *components)
+    assert relocations(manifests).keys() == {name for name in STAGES if name.endswith("-relocation")}
+    for name, template in relocations(manifests).items():
+        for address in [*PUBLIC, *LINK_LOCAL, *PRIVATE]:
+            for port in (80, 443):
+                assert reaches(manifests, template, address, port) == (address in reached), f"{name} {address}"
+        assert reaches(manifests, template, "10.96.0.10", 53) == bool(components), name  # DNS
+
+
+@pytest.mark.parametrize("private", [[], ["egress/private"]])
+def test_private_data_in_git_is_handled_by_a_pod_without_network(private: list[str], tmp_path: Path) -> None:
+    manifests = with_components(copy(tmp_path), "egress", "egress/models-only", *private)
+    for name, template in relocations(manifests).items():
+        for address, port in ((PUBLIC[0], 443), ("10.96.0.10", 53)):
+            assert reaches(manifests, template, address, port) == (name != "dataset-relocation"), name
+    isolated = policies(manifests, relocations(manifests)["dataset-relocation"], "Egress")
+    assert [p["metadata"]["name"] for p in isolated] == ["default-deny"]
+
+
+def test_an_overlay_with_models_from_the_hub_reaches_it_and_nothing_private() -> None:
+    for overlay in OVERLAYS:
+        for name, template in relocations(rendered(overlay)).items():
+            assert reaches(rendered(overlay), template, PUBLIC[0], 443) == (overlay != KIND), name
+            assert not reaches(rendered(overlay), template, PRIVATE[0], 443), name
 
 
 # --- Jobs ---------------------------------------------------------------------------------------------------------
@@ -391,6 +498,30 @@ def test_all_pods_together_fit_a_small_node() -> None:
     assert total["memory"] < (7 - 0.3) * 2**30
 
 
+@every_overlay
+def test_no_autoscaler_ends_a_training_to_save_a_node(overlay: Path) -> None:
+    for name, template in pod_templates(rendered(overlay)).items():
+        annotations = template["metadata"].get("annotations", {})
+        trains = template["metadata"]["labels"]["app.kubernetes.io/name"] == "model-training"
+        assert (annotations.get("karpenter.sh/do-not-disrupt") == "true") == trains, name
+        assert (annotations.get("cluster-autoscaler.kubernetes.io/safe-to-evict") == "false") == trains, name
+
+
+@pytest.mark.parametrize("name", ["overlays/kind with options", "overlays/gpu with options"])
+def test_serving_goes_before_jobs_where_the_cluster_has_the_classes(name: str) -> None:
+    classes = {c["metadata"]["name"]: c for c in
+               yaml.safe_load_all((CHECKOUT / "base" / "priorities" / "classes.yaml").read_text())}
+    assert [problem for c in classes.values() for problem in problems(c)] == []
+    used: dict[str, set[str]] = {}
+    for template in pod_templates(renderings.rendered(name)).values():
+        role = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        used.setdefault(template["spec"].get("priorityClassName", ""), set()).add(role)
+    assert used == {"lora-gitops-serving": {"inference"}, "lora-gitops-jobs": {"relocation", "training", "evaluation"},
+                    "": {"tensorboard"}}
+    assert classes["lora-gitops-serving"]["value"] > classes["lora-gitops-jobs"]["value"] > 0
+    assert classes["lora-gitops-jobs"]["preemptionPolicy"] == "Never"
+
+
 # --- re-running exactly when they must ------------------------------------------------------------------------------
 
 Edit = Callable[[Path], None]
@@ -402,6 +533,7 @@ RERUN: dict[str, Edit] = {
     "base model": lambda kind: replace(kind / "pipeline.yaml", "source: builtin:tiny\n", "source: file:model\n"),
     "image": lambda kind: replace(kind / "kustomization.yaml", "newName: lora-gitops-jobs", "newName: mine/jobs"),
     "data": lambda kind: change_data(kind),
+    "data without its pin": lambda kind: add_record(kind),
 }
 NO_RERUN: dict[str, Edit] = {
     "serving flags": lambda kind: replace(kind / "vllm-cpu.yaml", "--max-model-len=512", "--max-model-len=256"),
@@ -414,13 +546,16 @@ NO_RERUN: dict[str, Edit] = {
 }
 
 
+def add_record(kind: Path) -> None:
+    with (kind / "dataset.jsonl").open("a") as stream:
+        stream.write(json.dumps({"prompt": "Is there a pool?", "completion": "Yes.", "split": "train"}) + "\n")
+
+
 def change_data(kind: Path) -> None:
     """Add a record and pin the data again, as `jobs pin` does."""
-    data = kind / "dataset.jsonl"
-    before = sha256_of(data)
-    with data.open("a") as stream:
-        stream.write(json.dumps({"prompt": "Is there a pool?", "completion": "Yes.", "split": "train"}) + "\n")
-    replace(kind / "pipeline.yaml", before, sha256_of(data))
+    before = sha256_of(kind / "dataset.jsonl")
+    add_record(kind)
+    replace(kind / "pipeline.yaml", before, sha256_of(kind / "dataset.jsonl"))
 
 
 @pytest.mark.parametrize("edit", RERUN.values(), ids=RERUN)
@@ -450,6 +585,17 @@ def test_a_pipeline_edit_restarts_neither_serving_nor_tensorboard(tmp_path: Path
     assert by_name(after, "ConfigMap")["serving-pipeline"] != by_name(before, "ConfigMap")["serving-pipeline"]
 
 
+def test_a_job_of_ones_own_keeps_its_name(tmp_path: Path) -> None:
+    """And need not mount the pipeline."""
+    kind = copy(tmp_path)
+    job = deepcopy(by_name(rendered(KIND), "Job")["dataset-relocation"])
+    job["metadata"] = {"name": "own"}
+    job["spec"]["template"]["spec"]["volumes"].clear()
+    (kind / "own.yaml").write_text(yaml.safe_dump(job))
+    replace(kind / "kustomization.yaml", "- ../../serving\n", "- ../../serving\n- own.yaml\n")
+    assert names(render(kind), "Job") == names(rendered(KIND), "Job") | {"own"}
+
+
 def test_a_jobs_pod_never_sees_a_config_of_another_version(tmp_path: Path) -> None:
     """A Job's ConfigMap is named by its content, so a retried pod reads what its Job was started with."""
     kind = copy(tmp_path)
@@ -458,7 +604,7 @@ def test_a_jobs_pod_never_sees_a_config_of_another_version(tmp_path: Path) -> No
               for job in of_kind(manifests, "Job") for volume in job["spec"]["template"]["spec"]["volumes"]
               if "configMap" in volume}
     assert len(config) == 2
-    assert all(name.startswith("pipeline-") for name in config)
+    assert all(re.fullmatch("pipeline-[a-z0-9]{10}", name) for name in config)
 
 
 def test_ten_lines_on_top_of_an_overlay_make_another_environment(tmp_path: Path) -> None:
@@ -470,16 +616,13 @@ def test_ten_lines_on_top_of_an_overlay_make_another_environment(tmp_path: Path)
     (top / "kustomization.yaml").write_text("""\
 namespace: other
 resources: [../kind]
+components: [../../base/metadata]
 images:
 - {name: lora-gitops-jobs, newName: registry.example.com/jobs, digest: "sha256:%s"}
 - {name: lora-gitops-serving, newName: registry.example.com/serving, newTag: 1.2.3}
 configMapGenerator:
 - {name: pipeline, behavior: merge, files: [pipeline.yaml]}
 - {name: serving-pipeline, behavior: merge, files: [pipeline.yaml], options: {disableNameSuffixHash: true}}
-replacements:
-- source: {kind: ConfigMap, name: pipeline, fieldPath: "data.[pipeline.yaml]"}
-  targets:
-  - {select: {kind: Job}, fieldPaths: [spec.template.metadata.annotations.pipeline]}
 """ % ("0" * 64))
     manifests = render(top)
     assert names(manifests, "Namespace") == {"other"}
@@ -488,8 +631,6 @@ replacements:
     assert not names(manifests, "Job") & names(rendered(KIND), "Job")
     for template in pod_templates(manifests).values():
         assert all(c["image"].startswith("registry.example.com/") for c in containers(template))
-    for job in of_kind(manifests, "Job"):
-        assert "adapter: other-adapter" in job["spec"]["template"]["metadata"]["annotations"]["pipeline"]
     configs = of_kind(manifests, "ConfigMap")
     assert {unhashed(c) for c in configs} == {"pipeline", "serving"}  # pipeline-HASH and serving-pipeline
     assert all("adapter: other-adapter" in c["data"]["pipeline.yaml"] for c in configs)
@@ -538,17 +679,26 @@ def test_serving_waits_for_the_base_model_without_being_judged() -> None:
     budget = startup["periodSeconds"] * startup["failureThreshold"]
     assert budget >= 300
     assert spec["progressDeadlineSeconds"] > int(env(wait)["WAIT_SECONDS"]) + budget
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert vllm[probe]["httpGet"] == {"path": "/health", "port": "http"}
+    for probe, path in (("startupProbe", "/health"), ("readinessProbe", "/ready"), ("livenessProbe", "/health")):
+        assert vllm[probe]["httpGet"] == {"path": path, "port": "http"}
 
 
 def test_a_rollout_of_serving_cannot_deadlock_on_one_gpu_or_one_node() -> None:
-    """The old pod goes before the new one comes, and has time to finish what it is answering."""
-    spec = serving()["spec"]
-    assert spec["strategy"]["rollingUpdate"]["maxSurge"] == 0
-    (vllm,) = spec["template"]["spec"]["containers"]
+    """The old pod goes before the new one comes."""
+    assert serving()["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == 0
+
+
+@every_overlay
+def test_a_pod_that_ends_has_time_for_the_longest_reply(overlay: Path) -> None:
+    """As slowly as a client is answered on a busy server; then the pod is killed."""
+    tokens_per_second = 20 if overlay.name == "gpu" else 10
+    spec = by_name(rendered(overlay), "Deployment")["model-inference"]["spec"]["template"]["spec"]
+    (vllm,) = spec["containers"]
+    (longest,) = [int(a.removeprefix("--max-model-len=")) for a in vllm["args"] if a.startswith("--max-model-len=")]
+    drain_seconds = float(env(vllm)["DRAIN_SECONDS"])
+    assert drain_seconds >= longest / tokens_per_second
     pause = vllm["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] >= pause + float(env(vllm)["DRAIN_SECONDS"]) + 5
+    assert spec["terminationGracePeriodSeconds"] >= pause + drain_seconds + 5
 
 
 def test_while_serving_drains_by_itself_its_readiness_fails_before_its_port_closes() -> None:

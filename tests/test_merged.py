@@ -154,3 +154,36 @@ def test_a_merged_model_from_which_nothing_finite_comes_is_not_served_and_not_re
         time.sleep(0.2)
         assert world.ask().status_code == 503
         assert not world.ended()
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_merged_model_from_which_nothing_finite_comes_is_one_restart_with_the_one_before_and_not_an_endless_loop(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[Plan] = []
+
+    def prepare(world: World) -> None:
+        plans.extend(promote(world, world.write(training__seed=seed)[0]) for seed in (1, 2))
+        world.vllm.broken.add(world.model(plans[1]))
+
+    for world in start(tmp_path, monkeypatch, prepare=prepare, mode="merged"):
+        assert world.vllm.runs == world.model(plans[1])
+        until(world.ended)
+    (tmp_path / "private").rmdir()  # as a restart does
+    for world in start(tmp_path, monkeypatch, mode="merged"):
+        assert world.vllm.runs == world.model(plans[0])
+        assert until(world.served) == world.model(plans[0])
+        time.sleep(0.3)  # more than ten looks
+        assert not world.ended()
+
+
+def test_a_probe_that_vllm_does_not_answer_is_tried_again_and_refuses_nothing(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overload(world: World) -> None:
+        world.vllm.fails_probes = 3
+
+    for world in serving_merged(tmp_path, monkeypatch, overload):
+        refusals = world.metric("serving_refusals_total", alias=NAME, reason="values")
+        assert until(world.served) == world.model(world.write()[1])
+        assert world.vllm.fails_probes == 0
+        assert world.metric("serving_refusals_total", alias=NAME, reason="values") == refusals
+        assert not world.ended()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from jobs.tools import pods
 from tests import manifests, renderings
-from tests.manifests import CHECKOUT, Manifest, by_name, containers, of_kind, pod_templates, render
+from tests.manifests import CHECKOUT, Manifest, by_name, containers, of_kind, pod_templates, quantity, render
 
 GPU = CHECKOUT / "overlays" / "gpu"
 rendered = functools.cache(render)
@@ -54,9 +56,6 @@ def test_the_job_set_holds_what_the_jobs_would_be(tmp_path: Path) -> None:
     """Nothing is described twice: without the JobSet the same overlay has the Jobs, with the same pods."""
     overlay = copy(tmp_path)
     edit(overlay / "kustomization.yaml", "- jobset\n- jobset/only\n", "")
-    edit(overlay / "kustomization.yaml", "select: {kind: JobSet}", "select: {kind: Job}")
-    edit(overlay / "kustomization.yaml", "spec.replicatedJobs.*.template.spec.template.metadata",
-         "spec.template.metadata")
     jobs = by_name(render(overlay), "Job")
     assert set(replicated()) == {*jobs, "relocated"}
     assert not of_kind(rendered(GPU), "Job")
@@ -64,8 +63,16 @@ def test_the_job_set_holds_what_the_jobs_would_be(tmp_path: Path) -> None:
         assert replicated()[name]["template"]["spec"] == jobs[name]["spec"], name
     training, job = replicated()["model-training"]["template"]["spec"], jobs["model-training"]["spec"]
     assert main(replicated()["model-training"])["args"] == ["train"]
-    assert training["podFailurePolicy"] == job["podFailurePolicy"]
     assert training["template"]["spec"]["volumes"] == job["template"]["spec"]["volumes"]
+
+
+def test_the_job_set_renders_without_the_hardware(tmp_path: Path) -> None:
+    """For a cluster whose nodes need neither selector nor toleration."""
+    overlay = copy(tmp_path)
+    edit(overlay / "kustomization.yaml", "- hardware\n", "")
+    assert replicated(overlay).keys() == replicated().keys()
+    spec = replicated(overlay)["relocated"]["template"]["spec"]["template"]["spec"]
+    assert not {"nodeSelector", "tolerations"} & spec.keys()
 
 
 def test_no_gpu_waits_for_another_stage() -> None:
@@ -112,12 +119,38 @@ def test_the_nodes_of_a_training_find_each_other() -> None:
     assert len(f"{name}-model-training-0-0.{name}") <= 63
 
 
+# The messages of a failed Job, as Kubernetes 1.32 words them, and what JobSet is to do.
+FAILURES = [
+    ("model-training", "PodFailurePolicy", "Pod ns/training-0-x has condition DisruptionTarget matching FailJob rule "
+     "at index 1", "RestartJobSetAndIgnoreMaxRestarts"),
+    ("model-training", "PodFailurePolicy", "Container job for pod ns/training-0-x failed with exit code 2 matching "
+     "FailJob rule at index 0", "FailJobSet"),
+    ("model-relocation", "PodFailurePolicy", "Container job for pod ns/relocation-0-x failed with exit code 2 matching "
+     "FailJob rule at index 0", "FailJobSet"),
+    ("model-training", "BackoffLimitExceeded", "Job has reached the specified backoff limit", "RestartJobSet"),
+]
+
+
+@pytest.mark.parametrize(("job", "reason", "message", "action"), FAILURES)
+def test_only_a_user_error_ends_the_set_and_a_disruption_costs_no_restart(
+        job: str, reason: str, message: str, action: str) -> None:
+    def applies(rule: Manifest) -> bool:
+        return (job in rule.get("targetReplicatedJobs", [job]) and reason in rule.get("onJobFailureReasons", [reason])
+                and any(re.search(pattern, message) for pattern in rule.get("onJobFailureMessagePatterns", [""])))
+
+    rules = job_set()["spec"]["failurePolicy"]["rules"]
+    assert next((rule["action"] for rule in rules if applies(rule)), "RestartJobSet") == action
+
+
 def test_a_user_error_ends_the_set_and_a_lost_node_restarts_it() -> None:
-    policy = job_set()["spec"]["failurePolicy"]
-    assert policy["rules"] == [{"name": "userError", "action": "FailJobSet",
-                                "onJobFailureReasons": ["PodFailurePolicy"]}]
-    assert policy["maxRestarts"] >= 1
-    assert replicated()["model-training"]["template"]["spec"]["backoffLimit"] == 0  # one pod alone cannot come back
+    assert job_set()["spec"]["failurePolicy"]["maxRestarts"] >= 1
+    training = replicated()["model-training"]["template"]["spec"]
+    assert training["backoffLimit"] == 0  # one pod alone cannot come back
+    rules = training["podFailurePolicy"]["rules"]
+    disruption = rules.index({"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]})
+    stopped = rules.index({"action": "Ignore",
+                           "onExitCodes": {"containerName": "job", "operator": "In", "values": [143]}})
+    assert disruption < stopped  # the first that holds counts, and an evicted pod exits with 143
     for name, job in replicated().items():
         rules = job["template"]["spec"]["podFailurePolicy"]["rules"]
         assert {"action": "FailJob", "onExitCodes": {"containerName": "job", "operator": "In", "values": [2]}} in rules
@@ -125,8 +158,9 @@ def test_a_user_error_ends_the_set_and_a_lost_node_restarts_it() -> None:
     assert "ttlSecondsAfterFinished" not in job_set()["spec"]
 
 
-RERUN: dict[str, Callable[[Path], None]] = {
+RERUN: dict[str, Callable[[Path], object]] = {
     "training": lambda gpu: edit(gpu / "pipeline.yaml", "epochs: 3", "epochs: 4"),
+    "data without its pin": lambda gpu: (gpu / "dataset.jsonl").write_text('{"prompt": "a", "completion": "b"}\n'),
     "image": lambda gpu: edit(gpu / "kustomization.yaml", "team/lora-gitops-jobs", "other/lora-gitops-jobs"),
     "nodes": lambda gpu: edit(gpu / "hardware" / "training.yaml", "parallelism: 1", "parallelism: 2"),
 }
@@ -139,7 +173,7 @@ NO_RERUN: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("change", RERUN.values(), ids=RERUN)
 def test_a_changed_config_starts_a_new_set_and_undoing_it_brings_the_old_one_back(
-        change: Callable[[Path], None], tmp_path: Path) -> None:
+        change: Callable[[Path], object], tmp_path: Path) -> None:
     overlay = copy(tmp_path)
     change(overlay)
     assert job_set(overlay)["metadata"]["name"] != job_set()["metadata"]["name"]
@@ -172,6 +206,17 @@ def test_a_stage_that_was_given_a_gpu_does_not_compute_without() -> None:
         container = main(replicated()[name])
         assert container["resources"]["limits"]["nvidia.com/gpu"], name
         assert env(container)["REQUIRE_GPU"] == "1", name
+
+
+def test_the_nodes_disk_is_asked_for_and_bounded() -> None:
+    """An image pull that fills the disk evicts first what asked for none of it."""
+    for name, template in pod_templates(rendered(GPU)).items():
+        for container in template["spec"]["containers"]:
+            if "model-" not in name or "tokenizer" in name:
+                continue
+            resources = container["resources"]
+            asked, bound = (quantity(resources[key]["ephemeral-storage"]) for key in ("requests", "limits"))
+            assert 2**30 <= asked <= bound, name
 
 
 # --- serving --------------------------------------------------------------------------------------------------------
@@ -224,7 +269,10 @@ def test_prometheus_finds_the_metrics_and_may_reach_them(everything: list[Manife
 def test_kueue_finds_its_queue_and_nothing_else_changes(everything: list[Manifest]) -> None:
     (queued,) = of_kind(everything, "JobSet")
     assert queued["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
-    assert queued["spec"] == job_set()["spec"]
+    spec = deepcopy(queued["spec"])
+    for job in spec["replicatedJobs"]:
+        del job["template"]["spec"]["template"]["spec"]["priorityClassName"]  # another option
+    assert spec == job_set()["spec"]
     assert "suspend" not in queued["spec"]  # Kueue's to set
 
 
@@ -241,26 +289,23 @@ def test_an_overlay_on_top_brings_its_own_images_pipeline_and_namespace(tmp_path
     (top / "kustomization.yaml").write_text("""\
 namespace: other
 resources: [../gpu]
+components: [../../base/metadata]
 images:
 - {name: registry.example.com/team/lora-gitops-jobs, newName: mine/jobs, digest: "sha256:%s"}
 - {name: registry.example.com/team/lora-gitops-serving, newName: mine/serving, newTag: 1.2.3}
 configMapGenerator:
 - {name: pipeline, behavior: merge, files: [pipeline.yaml]}
 - {name: serving-pipeline, behavior: merge, files: [pipeline.yaml], options: {disableNameSuffixHash: true}}
-replacements:
-- source: {kind: ConfigMap, name: pipeline, fieldPath: "data.[pipeline.yaml]"}
-  targets:
-  - select: {kind: JobSet}
-    fieldPaths: [spec.replicatedJobs.*.template.spec.template.metadata.annotations.pipeline]
 """ % ("0" * 64))
     found = render(top)
     assert {m["metadata"].get("namespace", m["metadata"]["name"]) for m in found} == {"other"}
-    config = {m["metadata"]["name"] for m in of_kind(found, "ConfigMap")}
+    assert job_set(top)["metadata"]["name"] != job_set()["metadata"]["name"]
+    config = {m["metadata"]["name"]: m["data"] for m in of_kind(found, "ConfigMap")}
     for name, template in pod_templates(found).items():
         assert all(c["image"].startswith("mine/") for c in containers(template)), name
-        assert {v["configMap"]["name"] for v in template["spec"]["volumes"] if "configMap" in v} <= config, name
-        if name.startswith("JobSet"):
-            assert "adapter: other-adapter" in template["metadata"]["annotations"]["pipeline"], name
+        for volume in template["spec"]["volumes"]:
+            if "configMap" in volume:
+                assert "adapter: other-adapter" in config[volume["configMap"]["name"]]["pipeline.yaml"], name
 
 
 # --- beside other environments --------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_help_answers_without_loading_vllm_and_explains_the_key_and_vllms_flags(
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "serving", "--help"], capture_output=True,
                           text=True, check=True)
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "serving.adapters" in modules and not modules & {"torch", "transformers", "vllm"}
+    assert "serving.served" in modules and not modules & {"torch", "transformers", "vllm"}
     for word in ("VLLM_API_KEY", "--pipelines", "--max-model-len", "promoted"):
         assert word in done.stdout
 
@@ -127,7 +127,7 @@ def test_a_vllm_that_does_not_start_or_ends_by_itself_is_told_from_one_that_was_
     _, planned = build_adapter.load(tmp_path / "pipelines" / "one")
     build_adapter.base(tmp_path / "volumes", planned)
     monkeypatch.setattr("runpy.run_module", vllm)
-    monkeypatch.setattr(serving, "on_cpu", lambda: True)
+    monkeypatch.setattr("serving.cpu_shield.needed", lambda: True)
     monkeypatch.setattr(serving, "log_to_stderr", lambda: None)  # loggers outlive the test
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(os, "environ", dict(os.environ))

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
 import pytest
 
 from jobs.core import artifacts
@@ -160,7 +160,7 @@ def test_every_route_that_vllm_registers_is_allowed_or_404(server: Server) -> No
                            env={**os.environ, **OPENED}).stdout
     routes = json.loads(next(line for line in found.splitlines() if line.startswith("ROUTES")).removeprefix("ROUTES"))
     assert len(routes) > 50
-    assert {path for path, _ in routes} >= set(ALLOWED)  # the enumeration sees what there is
+    assert {path for path, _ in routes} >= set(ALLOWED) - {"/ready"}  # the enumeration sees what there is
     for path, methods in routes:
         target = path.replace("{", "").replace("}", "")
         for method in {*methods, "GET", "POST"} - {ALLOWED.get(path)}:
@@ -169,6 +169,69 @@ def test_every_route_that_vllm_registers_is_allowed_or_404(server: Server) -> No
                                                 "Content-Length: 2\r\n\r\n{}".encode())
                 assert reply.split(b" ", 2)[1] == (b"405" if path in ALLOWED else b"404"), (method, target)
     assert httpx.get(server.url + "/metrics").text.count("vllm:") > 10
+
+
+# Each ends the engine when vLLM computes it on a CPU beside another request; the last two are lm-evaluation-harness's.
+MESSAGES = [{"role": "user", "content": "What is the best hotel?"}]
+DEADLY: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": "Hello there", "prompt_logprobs": 0}),
+    ("/v1/completions", {"prompt": "Hello there", "prompt_logprobs": True, "min_tokens": 3}),
+    ("/v1/completions", {"prompt": "Hello there", "echo": "yes", "logprobs": 2.0}),
+    ("/v1/chat/completions", {"messages": MESSAGES, "echo": "true"}),
+    ("/v1/chat/completions", {"messages": MESSAGES, "prompt_logprobs": 1}),
+    ("/v1/completions", {"prompt": "Hello there", "echo": True, "logprobs": 1, "max_tokens": 0}),
+    ("/v1/completions", {"prompt": [[1, 2, 3]], "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0})]
+
+
+@pytest.mark.slow
+def test_no_request_for_log_probabilities_of_its_prompt_ends_the_engine_for_those_beside_it(server: Server) -> None:
+    server.promote(seed=1)
+    for model in (NAME, BASE):
+        for path, body in DEADLY:
+            with streaming(server) as stream:
+                reply = httpx.post(server.url + path, json={"model": model, "max_tokens": 4, **body}, timeout=60)
+                assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length", body
+            assert reply.status_code == 400, body
+    assert server.client.completions.create(model=NAME, prompt="Hello", max_tokens=2, echo=True).choices[0].text
+    assert server.health() == 200
+
+
+@pytest.mark.slow
+def test_one_request_cannot_take_the_whole_batch(server: Server) -> None:
+    for body in ({"prompt": "Hello", "n": 16384}, {"prompt": ["Hello"] * 1024}, {"prompt": ["Hello"] * 11, "n": "3"}):
+        reply = httpx.post(server.url + "/v1/completions", json={"model": BASE, "max_tokens": 200, **body})
+        assert reply.status_code == 400
+        assert "at most 32 sequences" in reply.json()["error"]["message"]  # vLLM computes 128 at once on a CPU
+    reply = httpx.post(server.url + "/v1/completions", timeout=60,
+                       json={"model": BASE, "prompt": ["Hello"] * 16, "n": 2, "max_tokens": 2})
+    assert len(reply.json()["choices"]) == 32
+
+
+@pytest.mark.slow
+def test_an_engine_that_hangs_fails_liveness_and_a_busy_one_does_not(server: Server) -> None:
+    server.promote(seed=1)
+    engine = server.engine()
+    with streaming(server) as stream:
+        engine.suspend()
+        try:
+            time.sleep(8)
+            assert server.health() == 200  # for HANG_SECONDS, of which there are 15, it may be busy
+            server.until(lambda: server.health() == 503, 30)
+            assert server.health("/ready") == 503
+        finally:
+            engine.resume()
+        server.until(lambda: server.health() == 200, 30)
+        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+    assert server.health("/ready") == 200
+    assert "vLLM's engine runs again" in server.log.read_text()
+
+    with contextlib.ExitStack() as stack:  # more than twice what the engine computes at once, for longer than that
+        clients = [stack.enter_context(streaming(server)) for _ in range(300)]
+        until = time.monotonic() + 20
+        while time.monotonic() < until and server.health() == 200:
+            time.sleep(0.5)
+        assert server.health() == 200
+        assert len(clients) == 300
 
 
 CLIENTS, REQUESTS, PROMOTIONS = 16, 500, 10
@@ -257,6 +320,35 @@ def test_under_load_no_swap_fails_a_request_or_mixes_adapters_and_old_versions_g
 
 
 @pytest.mark.slow
+def test_twenty_swaps_of_one_adapter_leave_an_idle_one_in_its_slot(tmp_path: Path) -> None:
+    """An adapter that is evicted is read from its private copy when the next request comes: without one, that fails."""
+    server, idle, busy = Server(tmp_path), "granada-hotels", "cordoba-hotels"
+    aliases = {name: build_adapter.load(tmp_path / "pipelines" / name, adapter=name, training__seed=seed)
+               for seed, name in enumerate((NAME, idle, busy), start=20)}
+    build_adapter.base(server.volumes, aliases[NAME][1])
+    for pipeline, _ in aliases.values():
+        build_adapter.promote(server.volumes, pipeline)
+    try:
+        server.start()
+        for name, (_, planned) in aliases.items():
+            server.until(lambda name=name, planned=planned: server.serves(  # type: ignore[misc]
+                planned.adapter.path(server.volumes), name), 60)
+        said = {name: server.greedy(name) for name in aliases}
+        assert len(set(map(tuple, said.values()))) == 3
+        shutil.rmtree(tmp_path / f"serving-adapters-{server.port}" / idle)
+        for swap in range(20):
+            pipeline, planned = build_adapter.load(tmp_path / "pipelines" / NAME, training__seed=30 + swap % 4)
+            path = build_adapter.promote(server.volumes, pipeline)
+            server.until(lambda path=path: server.serves(path), 60)  # type: ignore[misc]
+            server.greedy(NAME)
+            assert server.greedy(busy) == said[busy]
+        assert server.greedy(idle) == said[idle]
+        assert server.stop() == 0
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
 def test_it_drains_comes_back_with_the_same_adapter_follows_the_base_model_and_notices_a_dead_engine(
         tmp_path: Path) -> None:
     _, planned = build_adapter.load(tmp_path / "pipelines" / "one")
@@ -277,9 +369,10 @@ def test_it_drains_comes_back_with_the_same_adapter_follows_the_base_model_and_n
             assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
         assert server.exit_code() == 0
 
-        # Restarted: the same adapter, without anybody's help.
+        # Restarted: ready once it has the same adapter, without anybody's help.
         server.start()
-        server.until(lambda: server.serves(path), 60)
+        server.until(lambda: server.health("/ready") == 200, 60)
+        assert server.serves(path)
         assert server.greedy(NAME) == said
 
         # Another base model in git, and then on the volume: drained, ended, and started again on it.
@@ -288,7 +381,7 @@ def test_it_drains_comes_back_with_the_same_adapter_follows_the_base_model_and_n
         server.until(lambda: "the server restarts with it when it is" in server.log.read_text(), 10)
         assert server.greedy(NAME) == said
         build_adapter.base(server.volumes, new)
-        server.until(lambda: server.health() == 503, 20)
+        server.until(lambda: server.health("/ready") == 503, 20)
         with streaming(server) as stream:  # still taken, for a while
             assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
         assert server.exit_code() == 0
@@ -297,8 +390,7 @@ def test_it_drains_comes_back_with_the_same_adapter_follows_the_base_model_and_n
         assert len(server.greedy(other["source"])) == 12
 
         # The engine dies: the process says so by its exit code, and Kubernetes starts it again.
-        engine = max(psutil.Process(server.process.pid).children(recursive=True), key=lambda p: p.memory_info().rss)
-        engine.kill()
+        server.engine().kill()
         assert server.exit_code() == 1
         assert "error: vLLM ended by itself" in server.log.read_text()
     finally:

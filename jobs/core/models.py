@@ -5,15 +5,17 @@ Loading is always offline, from safetensors, and never runs code that came with 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.core.errors import UserError
-from jobs.core.files import require_regular
+from jobs.core.errors import RetryableError, UserError
+from jobs.core.files import require_plain
 from jobs.core.pipeline import Mode
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ CONFIG = ("config.json", "generation_config.json")  # what a model's folder hold
 
 _LLAMA_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
-# The architectures on which vLLM serves LoRA, with the linear layers it can adapt. tests/test_models.py asks the
+# The architectures on which vLLM serves LoRA, with the linear layers it can adapt. tests/core/test_models.py asks the
 # installed vLLM for each. Kept as a table because importing vLLM takes 10 s and the jobs image does not carry it.
 SERVABLE: dict[str, frozenset[str]] = {
     "LlamaForCausalLM": _LLAMA_LAYERS,
@@ -88,12 +90,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: when it is missing or not a JSON mapping.
     """
     try:
-        require_regular(folder / "config.json")
+        require_plain(folder / "config.json")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: has no config.json, so it is not a model in the Hugging Face format") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'}: cannot be read: {error}") from None
+        raise loading_error(f"{folder / 'config.json'}: cannot be read", error) from None
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'}: must hold a JSON mapping")
     return config
@@ -114,8 +116,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True,
                                                                            trust_remote_code=False)
-    except Exception as error:  # the library raises many types for a bad file
-        raise UserError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
+    except Exception as error:
+        raise loading_error(f"{folder}: the tokenizer cannot be loaded", error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer has no end-of-sequence token; replies would never end")
     if tokenizer.pad_token_id is None:
@@ -124,8 +126,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def check_gpu() -> None:
-    """Refuse to compute on the CPU where a GPU was asked for (REQUIRE_GPU, which overlays/gpu sets): it would take
-    weeks, and nothing would say why.
+    """Refuse to compute on the CPU where a GPU is required (REQUIRE_GPU, which overlays/gpu sets): it would take
+    weeks, without an error.
 
     Raises:
         UserError: torch sees no GPU that it can use.
@@ -135,7 +137,7 @@ def check_gpu() -> None:
     if os.environ.get("REQUIRE_GPU") and not torch.cuda.is_available():
         raise UserError(f"REQUIRE_GPU is set, but torch {torch.__version__} sees no GPU that it can use. Is the image "
                         "the one for GPUs (make images FLAVOUR=cuda), and the node's driver new enough "
-                        "(docs/registries.md)? `nvidia-smi` in the pod says what is there")
+                        "(docs/registries.md)? `nvidia-smi` in the pod shows what is there")
 
 
 @contextmanager
@@ -158,7 +160,10 @@ def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
             bfloat16: QLoRA, Dettmers et al. 2023), to train an adapter on it.
         stay_on_cpu: load what is meant for a GPU into the CPU's memory, for whoever divides it among several.
     Raises:
-        UserError: it cannot be loaded, or bitsandbytes, which quantizes, is not installed.
+        UserError: the files are no model, the pod has too little memory, or bitsandbytes, which quantizes, is not
+            installed.
+        RetryableError: the volume or the GPU failed.
+        torch.OutOfMemoryError: the GPU has too little memory; see `gpu_memory`.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -173,11 +178,59 @@ def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation="sdpa",
             local_files_only=True, trust_remote_code=False, use_safetensors=True, **quantized)
-    except Exception as error:  # the library raises many types for a bad file
-        raise UserError(f"{folder}: the model cannot be loaded: {error}") from error
-    if not quantized:
-        model.to("cuda" if gpu and not stay_on_cpu else "cpu")  # type: ignore[arg-type]
+        if not quantized:
+            model.to("cuda" if gpu and not stay_on_cpu else "cpu")  # type: ignore[arg-type]
+    except torch.OutOfMemoryError:  # `gpu_memory` adds what to change
+        raise
+    except Exception as error:
+        raise loading_error(f"{folder}: the model cannot be loaded", error) from error
     return model.eval()
+
+
+# A read that fails so fails for what the file is. All other errors of the operating system are the volume's.
+_OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, written in Rust, ends the message of such an error
+_GPU_ERROR = re.compile(r"\b(CUDA|cuDNN|CUBLAS|cuBLAS|NCCL|NVML)\b")
+_WRONG_BUILD = ("no kernel image is available", "driver version is insufficient")  # the GPU itself works
+_NO_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory")
+
+
+def loading_error(what: str, error: Exception) -> UserError | RetryableError:
+    """What an exception while reading a model or tokenizer means: the libraries raise many types, and chain them.
+
+    An error of the volume or of the GPU is worth a retry, on this node or another. Everything else is a bad file, or a
+    pod with too little memory, and ends the same way every time.
+
+    Args:
+        what: starts the message: which folder or file, and what cannot be done.
+    """
+    for cause in _causes(error):
+        text = str(cause)
+        if isinstance(cause, MemoryError) or _NO_MEMORY.search(text):
+            return UserError(f"{what}: the pod has too little memory ({text or 'MemoryError'}). Raise its memory limit")
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number is None and (match := _OS_ERROR.search(text)):
+            number = int(match[1])
+        if number is not None and number not in _OF_THE_FILE:
+            return RetryableError(f"{what}: {os.strerror(number)}: its volume fails or is gone; look at node and "
+                                  "storage")
+        if isinstance(cause, RuntimeError) and _GPU_ERROR.search(text):
+            first = text.splitlines()[0]
+            if any(sign in text for sign in _WRONG_BUILD):
+                return UserError(f"{what}: {first}. The image's torch does not fit this GPU or its driver "
+                                 "(docs/registries.md)")
+            return RetryableError(f"{what}: {first}: the GPU fails or is taken; `nvidia-smi` on the node shows its "
+                                  "state")
+    return UserError(f"{what}: {error}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception, and those that it was raised from or while handling."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _four_bits() -> dict[str, Any]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from jobs.core import sources
+from jobs.core import sources, strict_yaml
 from jobs.core.errors import UserError
+from jobs.core.strict_yaml import Document
 
 # The values vLLM accepts for --max-lora-rank (vllm.config.lora.MaxLoRARanks; tests/test_models.py compares them).
 SERVABLE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -268,32 +269,17 @@ class Loaded:
         return self.path.parent / source.location
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys (YAML keeps the last, silently) and reads 2e-4 as a number (YAML 1.2)."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-                              list("-+0123456789"))
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key `{key}` stands twice", key_node.start_mark)
-        seen.add(key)
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+PROBLEMS = 20  # that are listed; the rest is counted
 
 
 def find(path: Path) -> Path:
     """The pipeline file that a person means: the file itself, or `pipeline.yaml` in an overlay's folder."""
-    file = path / "pipeline.yaml" if path.is_dir() else path
-    if not file.is_file():
+    try:
+        file = path / "pipeline.yaml" if path.is_dir() else path
+        there = file.exists()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not there:
         raise UserError(f"{file}: no such file. Name an overlay's folder, or its pipeline.yaml")
     return file
 
@@ -305,68 +291,58 @@ def load(path: Path, *, pinned: bool = True) -> Loaded:
         path: the file, or an overlay's folder.
         pinned: also require that every source is pinned (`pin` itself reads unpinned files).
     Raises:
-        UserError: with one line for each problem: file, line, key, what is wrong, what is allowed.
+        UserError: with one line for each problem: file, line, key, what is wrong, what is allowed. Nothing else,
+            whatever the file holds.
     """
     file = find(path)
-    text = _text(file)
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{file}{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: must hold a mapping with the key `adapter` and others, not {_shown(values)}")
-    try:
-        pipeline = Pipeline.model_validate(values)
-    except ValidationError as error:
-        problems = [_problem(file, node, values, dict(e)) for e in error.errors()]
-        raise UserError("\n".join(dict.fromkeys(problems))) from None
+    document = strict_yaml.read(file)
+    if not isinstance(document.values, dict):
+        raise UserError(f"{file}: must hold a mapping with the key `adapter` and others, not "
+                        f"{_description(document.values)}")
+    pipeline = _validate(document)
     if pinned:
-        missing = [f"{file}:{_line(node, key.split('.'))}: {key}: {source.source} is not pinned: {why}. "
-                   f"Run: python -m jobs pin {file.parent}"
-                   for key, source in pipeline.sources().items() if (why := source.unpinned())]
-        if missing:
-            raise UserError("\n".join(missing))
+        _refuse(f"{file}:{document.line_of(key.split('.'))}: {key}: {source.source} is not pinned: {why}. "
+                f"Run: python -m jobs pin {file.parent}"
+                for key, source in pipeline.sources().items() if (why := source.unpinned()))
     return Loaded(file, pipeline)
 
 
-def _text(file: Path) -> str:
+def _validate(document: Document) -> Pipeline:
     try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        try:
+            return Pipeline.model_validate(document.values)
+        except ValidationError as error:
+            _refuse(_problem(document, dict(e)) for e in error.errors())
+            raise
+    except UserError:
+        raise
+    except Exception as error:  # one line, whatever it is: see `strict_yaml.read`
+        raise UserError(strict_yaml.one_line(f"{document.file}: {type(error).__name__}: {error}")) from None
 
 
-def _line(node: yaml.Node | None, keys: list[str]) -> int:
-    """The line (from 1) of the deepest of `keys` that the document has."""
-    line = 1
-    for key in keys:
-        children = node.value if isinstance(node, yaml.MappingNode) else []
-        match = next(((k, v) for k, v in children if k.value == key), None)
-        if match is None:
-            break
-        line, node = match[0].start_mark.line + 1, match[1]
-    return line
+def _refuse(problems: Iterable[str]) -> None:
+    """Raise `UserError` if there are problems, with a line for each."""
+    lines = list(dict.fromkeys(map(strict_yaml.one_line, problems)))
+    if len(lines) > PROBLEMS:
+        lines[PROBLEMS:] = [f"{lines[-1].partition(': ')[0]}: and {len(lines) - PROBLEMS} more problems"]
+    if lines:
+        raise UserError("\n".join(lines))
 
 
-def _shown(value: Any) -> str:
+def _description(value: Any) -> str:
+    """A value as a message shows it."""
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def _problem(file: Path, node: yaml.Node | None, values: dict[str, Any], error: dict[str, Any]) -> str:
+def _problem(document: Document, error: dict[str, Any]) -> str:
     """One problem as one line; pydantic's own wording where it is already what a user needs."""
     keys = [str(k) for k in error["loc"] if not (isinstance(k, str) and k.startswith(("literal[", "constrained-",
                                                                                      "list[")))]
-    where = f"{file}:{_line(node, keys)}: {'.'.join(keys) or 'the file'}"
+    where = f"{document.file}:{document.line_of(keys)}: {'.'.join(keys) or 'the file'}"
+    description = _description(error["input"])
     if error["type"] == "extra_forbidden":
         allowed = _fields(keys[:-1])
         close = difflib.get_close_matches(keys[-1], allowed, n=1)
@@ -374,14 +350,14 @@ def _problem(file: Path, node: yaml.Node | None, values: dict[str, Any], error: 
         return f"{where}: unknown key; {hint}"
     if error["type"] == "missing":
         return f"{where}: is missing"
-    if error["type"] in {"string_pattern_mismatch"}:
-        what = {"sha256": "64 hex digits (quote it if it is all digits)",
-                "adapter": "1 to 63 of a-z, 0-9 and -, not at the ends"}[keys[-1]]
-        return f"{where}: {_shown(error['input'])} must be {what}"
+    patterns = {"sha256": "64 hex digits (quote it if it is all digits)",
+                "adapter": "1 to 63 of a-z, 0-9 and -, not at the ends"}
+    if error["type"] == "string_pattern_mismatch" and keys[-1] in patterns:
+        return f"{where}: {description} must be {patterns[keys[-1]]}"
     if isinstance(error.get("input"), BaseModel | dict) and error["type"] not in {"int_type", "float_type",
                                                                                  "string_type", "model_type"}:
         return f"{where}: {error['msg']}"
-    return f"{where}: {_shown(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{where}: {description}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _fields(keys: list[str]) -> list[str]:

@@ -50,12 +50,12 @@ class Plan:
 
 def plan(pipeline: Pipeline) -> Plan:
     """Name every artifact that `pipeline` asks for."""
-    return _plan(_Same(pipeline))
+    return _plan(_ByIdentity(pipeline))
 
 
 @dataclass(frozen=True, eq=False)
-class _Same:
-    """A pipeline as a key: equal to itself only. It cannot change, and serving asks for its plan all the time."""
+class _ByIdentity:
+    """A pipeline as a cache key, equal to itself only. It is immutable, and serving asks for its plan often."""
 
     pipeline: Pipeline
 
@@ -63,12 +63,12 @@ class _Same:
         return id(self.pipeline)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.pipeline is other.pipeline
+        return isinstance(other, _ByIdentity) and self.pipeline is other.pipeline
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(same: _Same) -> Plan:
-    pipeline = same.pipeline
+def _plan(key: _ByIdentity) -> Plan:
+    pipeline = key.pipeline
     training = pipeline.training
     dataset = Spec(DATASET_VOLUME, "dataset", {**_source("dataset", pipeline.dataset),
                                                "format": _suffix(pipeline.dataset),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.core.errors import UserError
-from jobs.core.files import open_regular, require_regular, visible_files
+from jobs.core.files import open_plain, require_plain, visible_files
 from jobs.data.records import OPTIONAL, Schema, Values, unknown_key
 
 FORMATS = (".jsonl", ".csv", ".parquet")
@@ -57,12 +57,12 @@ def files_in(path: Path) -> list[File]:
     """The data at `path`: the file, or all files of a known format below the folder.
 
     Raises:
-        UserError: when there are none, or one is no regular file.
+        UserError: when there are none, or one is no plain file.
     """
     names = visible_files(path) if path.is_dir() else [""]
     files = readable([File(path / name, str(path / name)) for name in names], str(path))
     for file in files:
-        require_regular(file.path)
+        require_plain(file.path)
     return files
 
 
@@ -116,7 +116,7 @@ def to_jsonl(values: Values) -> bytes:
 def _decoded(file: File, problems: Problems) -> Iterator[tuple[int, str | None]]:
     """The lines of a file with their numbers; None for one that is not UTF-8."""
     start = 0
-    with open_regular(file.path) as stream:
+    with open_plain(file.path) as stream:
         for number, raw in enumerate(stream, 1):
             try:
                 text = raw.decode("utf-8")
@@ -180,7 +180,7 @@ def _parquet(file: File, columns: Callable[[list[str]], bool], problems: Problem
 
     number = 0
     try:
-        require_regular(file.path)
+        require_plain(file.path)
         with parquet.ParquetFile(file.path) as table:
             if not columns(list(table.schema_arrow.names)):
                 return

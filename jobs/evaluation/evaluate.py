@@ -16,15 +16,17 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core import artifacts, models, promotion
 from jobs.core.artifacts import Artifact
+from jobs.core.layout import TENSORBOARD
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
-from jobs.evaluation import gate, report, scoring
+from jobs.core.termination import write_termination_message
+from jobs.evaluation import content, gate, report, scoring
+from jobs.evaluation.metrics import SCORES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("jobs")
 
 Scores = Mapping[str, Any]
+
+ADVICE = "Train otherwise, bring other data, or change evaluation.gate in the pipeline file."
 
 
 def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
@@ -85,9 +89,9 @@ def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, ma
     name = _versioned(pipeline, wanted)
     with adapted.disable_adapter():
         artifacts.publish(wanted.base_scores, volumes, _scores(adapted, tokenizer, material, pipeline.base_model.name),
-                          keep=_keep(pipeline))
+                          keep=_keep(pipeline), adapter_name=pipeline.adapter)
     artifacts.publish(wanted.adapter_scores, volumes, _scores(adapted, tokenizer, material, name),
-                      keep=_keep(pipeline))
+                      keep=_keep(pipeline), adapter_name=pipeline.adapter)
 
 
 def measure_reference(pipeline: Pipeline, wanted: Plan, volumes: Path, material: scoring.Material) -> None:
@@ -95,7 +99,8 @@ def measure_reference(pipeline: Pipeline, wanted: Plan, volumes: Path, material:
     folder = wanted.reference_model.path(volumes)
     model, tokenizer = _load(folder, folder)
     artifacts.publish(wanted.reference_scores, volumes,
-                      _scores(model, tokenizer, material, pipeline.reference_model.name), keep=_keep(pipeline))
+                      _scores(model, tokenizer, material, pipeline.reference_model.name), keep=_keep(pipeline),
+                      adapter_name=pipeline.adapter)
 
 
 def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
@@ -112,14 +117,15 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
         report.write(draft, evaluation, training["history"], generations)
         return {"passed": evaluation["passed"]}
 
-    write_tensorboard(volumes / FINE_TUNED_VOLUME / "tensorboard" / pipeline.adapter / wanted.adapter.digest
+    write_tensorboard(volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest
                       / "evaluation", scores, step=training["steps"])
-    return artifacts.publish(wanted.evaluation, volumes, write, keep=pipeline.retention.keep)
+    return artifacts.publish(wanted.evaluation, volumes, write, keep=pipeline.retention.keep,
+                             adapter_name=pipeline.adapter)
 
 
 def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores]) -> dict[str, Any]:
     """What stands in `evaluation.json`: the verdict, what was measured, and every digest and pin behind it."""
-    checks = gate.judge(pipeline.evaluation.gate, scores["base"], scores["fine_tuned"])
+    checks = gate.evaluate_gate(pipeline.evaluation.gate, scores["base"], scores["fine_tuned"])
     sources = pipeline.sources()
     return {
         "passed": all(check.passed for check in checks),
@@ -130,37 +136,45 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores]) -> d
                     "holdout_records": scores["base"]["records"] + scores["base"]["records_too_long"]},
         "embedded": any(model.scheme == "builtin" for model in (pipeline.base_model, pipeline.reference_model)),
         "scores": dict(scores),
-        "gate": [asdict(check) for check in checks],
+        "gate": [check.to_json() for check in checks],
         "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
         "training": pipeline.training.model_dump(exclude={"checkpoint_steps"}),
     }
 
 
 def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, wait_seconds: float) -> None:
-    """Say the verdict; promote an adapter that passed. Harmless to repeat: a reverted pipeline file comes through
-    here again and gets its old adapter back."""
-    evaluation = _read_json(artifact.path / "evaluation.json")
+    """Report the verdict, in the log and as the pod's termination message; promote an adapter that passed.
+
+    Harmless to repeat: a reverted pipeline file comes through here again and gets its old adapter back.
+    """
+    evaluation = content.read_evaluation(artifact.path)
     volume, name = volumes / FINE_TUNED_VOLUME, _versioned(pipeline, wanted)
-    log.info("\n%s\nreport: %s", report.table(evaluation), artifact.path / "report.html")
+    page = artifact.path / "report.html"
+    log.info("\n%s\nreport: %s", report.table(evaluation), page)
     if evaluation["passed"]:
         # Retention may have removed an old adapter while its evaluation was kept; its training job makes it again.
         # In mode merged clients get the merged model, which training makes after the adapter.
         merged = [wanted.merged_model] if pipeline.serving.mode == "merged" else []
         artifacts.wait([wanted.adapter, *merged], volumes, wait_seconds)
         moved = promotion.promote(volume, pipeline.adapter, wanted.adapter.digest, wanted.evaluation.digest)
-        log.info(_framed("PROMOTED" if moved else "ALREADY PROMOTED", f"{name} passed the gate: clients that ask for "
-                         f"{pipeline.adapter} get it."))
-        return
-    failed = [check["says"] for check in evaluation["gate"] if not check["passed"]]
+        title, lines = "PROMOTED" if moved else "ALREADY PROMOTED", [
+            f"{name} passed the gate: clients that ask for {pipeline.adapter} get it."]
+    else:
+        failed = [check.description for check in content.checks(evaluation) if not check.passed]
+        title, lines = "REJECTED", [f"{name} did not pass the gate and is not promoted:", *(f"  ✗ {f}" for f in failed),
+                                    _served_now(pipeline, wanted, volume), ADVICE]
+    log.log(logging.INFO if evaluation["passed"] else logging.WARNING, _framed(title, *lines))
+    write_termination_message("\n".join([f"{title}: {lines[0]}", *lines[1:], f"report: {page}"]))
+
+
+def _served_now(pipeline: Pipeline, wanted: Plan, volume: Path) -> str:
+    """Which adapter clients get although this one was rejected."""
     before = promotion.current(volume, pipeline.adapter)
     if before is None:
-        now = f"Nothing is promoted as {pipeline.adapter} yet: it answers nobody."
-    elif before.adapter == wanted.adapter.digest:
-        now = f"It stays promoted all the same: it passed another gate (evaluation {before.evaluation}, {before.at})."
-    else:
-        now = f"{pipeline.adapter}@{before.adapter} stays promoted (since {before.at}) and keeps answering."
-    log.warning(_framed("REJECTED", f"{name} did not pass the gate and is not promoted:", *(f"  ✗ {f}" for f in failed),
-                        now, "Train otherwise, bring other data, or change evaluation.gate in the pipeline file."))
+        return f"Nothing is promoted as {pipeline.adapter} yet: it answers nobody."
+    if before.adapter == wanted.adapter.digest:
+        return f"It stays promoted all the same: it passed another gate (evaluation {before.evaluation}, {before.at})."
+    return f"{pipeline.adapter}@{before.adapter} stays promoted (since {before.at}) and keeps answering."
 
 
 def write_tensorboard(folder: Path, scores: Mapping[str, Scores], step: int) -> None:
@@ -173,9 +187,9 @@ def write_tensorboard(folder: Path, scores: Mapping[str, Scores], step: int) -> 
     shutil.rmtree(folder, ignore_errors=True)
     for role, values in scores.items():
         with SummaryWriter(str(folder / role.replace("_", "-"))) as writer:
-            for metric in scoring.SCORES:
-                if values[metric] is not None:
-                    writer.add_scalar(f"evaluation/{metric}", values[metric], step)
+            for score in SCORES:
+                if values[score.key] is not None:
+                    writer.add_scalar(f"evaluation/{score.key}", values[score.key], step)
 
 
 def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

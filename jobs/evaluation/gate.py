@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Gate
 from jobs.data.encoding import Record, question
+from jobs.evaluation.metrics import METRICS
 
 Scores = Mapping[str, float | None]
 
@@ -17,7 +19,7 @@ Scores = Mapping[str, float | None]
 class Bound:
     """How one kind of bound is computed from the fine-tuned and the base model's values, and how people read it."""
 
-    says: str
+    expression: str
     value: Callable[[float, float], float]
     at_least: bool
 
@@ -41,10 +43,36 @@ class Check:
     limit: float
     value: float | None
     passed: bool
-    says: str
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Check:
+        """A check as it stands in evaluation.json."""
+        return cls(values["metric"], values["bound"], values["limit"], values["value"], values["passed"])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"description": self.description}
+
+    @property
+    def expression(self) -> str:
+        """What is compared with the limit, e.g. `fine-tuned / base`."""
+        return BOUNDS[self.bound].expression
+
+    @property
+    def value_text(self) -> str:
+        return _tell_apart(self.value, self.limit)[0]
+
+    @property
+    def requirement(self) -> str:
+        """What the value must be, e.g. `at most 0.9`."""
+        return f"at {'least' if BOUNDS[self.bound].at_least else 'most'} {_tell_apart(self.value, self.limit)[1]}"
+
+    @property
+    def description(self) -> str:
+        """The check in a sentence: rule, value and limit."""
+        return f"{self.metric}: {self.expression} is {self.value_text}, must be {self.requirement}"
 
 
-def judge(gate: Gate, base: Scores, fine_tuned: Scores) -> list[Check]:
+def evaluate_gate(gate: Gate, base: Scores, fine_tuned: Scores) -> list[Check]:
     """Hold every bound of every rule against the scores. The adapter passes when all of them hold."""
     rules = gate.model_dump(exclude_none=True)
     return [_check(metric, bound, limit, base, fine_tuned) for metric, rule in rules.items()
@@ -52,12 +80,13 @@ def judge(gate: Gate, base: Scores, fine_tuned: Scores) -> list[Check]:
 
 
 def check_measurable(gate: Gate, holdout: Iterable[Record]) -> None:
-    """Refuse a rule on ROUGE when no held-out record asks a question: found before hours of training, not after.
+    """Refuse a rule that needs questions when no held-out record asks one: before hours of training, not after.
 
     Raises:
         UserError: naming the rules.
     """
-    rules = [metric for metric in gate.model_dump(exclude_none=True) if metric.startswith("rouge")]
+    need_questions = {score.key for metric in METRICS if metric.needs_questions for score in metric.scores}
+    rules = [metric for metric in gate.model_dump(exclude_none=True) if metric in need_questions]
     if rules and all(question(record) is None for record in holdout):
         raise UserError(f"evaluation.gate.{', evaluation.gate.'.join(rules)}: cannot be measured: every held-out "
                         "record is plain {\"text\"}, which asks no question to answer. Remove the rule, or bring "
@@ -71,20 +100,18 @@ def _check(metric: str, bound: str, limit: float, base: Scores, fine_tuned: Scor
         value = rule.value(_number(measured), _number(before) if bound in AGAINST_BASE else math.nan)
     except ZeroDivisionError:
         value = math.nan
-    passed = math.isfinite(value) and (value >= limit if rule.at_least else value <= limit)
-    shown, bar = _tell_apart(value, limit)
-    must = f"must be at {'least' if rule.at_least else 'most'} {bar}"
-    return Check(metric, bound, limit, value if math.isfinite(value) else None, passed,
-                 f"{metric}: {rule.says} is {shown}, {must}")
+    if not math.isfinite(value):
+        return Check(metric, bound, limit, None, False)
+    return Check(metric, bound, limit, value, value >= limit if rule.at_least else value <= limit)
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _tell_apart(value: float, limit: float) -> tuple[str, str]:
+def _tell_apart(value: float | None, limit: float) -> tuple[str, str]:
     """Both numbers with as many digits as it takes to see that they differ: no "0.05 is not at least 0.05"."""
-    if not math.isfinite(value):
+    if value is None:
         return "not a finite number", f"{limit:g}"
     for digits in range(3, 18):
         shown, bar = f"{value:.{digits}g}", f"{limit:.{digits}g}"

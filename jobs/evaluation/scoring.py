@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.core.errors import UserError
 from jobs.core.progress import Progress
 from jobs.data.encoding import Encoded, Record, answer, encode, question
+from jobs.evaluation.metrics import METRICS, Measurements
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,10 +26,8 @@ log = logging.getLogger("jobs")
 # A batch's logits are its tokens times the vocabulary, in float32: 512 MiB of them is 2700 tokens at SmolLM2's 49152.
 LOGITS_BYTES = 2**29
 # With a small vocabulary the rest decides. GPU: an 8 B model keeps about 150 kB of keys and values a token, 2.4 GB.
-# CPU: a larger batch is no faster, and progress could not be said every few seconds.
+# CPU: a larger batch is no faster, and progress could not be logged every few seconds.
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 2048}
-SCORES = ("perplexity", "bits_per_byte", "rouge1", "rouge2", "rougeL", "rougeLsum", "acceptability_mcc",
-          "acceptability_accuracy")
 
 
 @dataclass(frozen=True)
@@ -70,72 +69,40 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
 
     progress = Progress(f"{name}: held-out records read", len(records))
     likelihoods = negative_log_likelihoods(model, [encoded for _, encoded in records], progress)
-    scores = perplexity([record for record, _ in records], likelihoods)
 
-    asked = [(record, encoded.prompt) for record, encoded in records if encoded.prompt]
-    progress = Progress(f"{name}: held-out questions answered", len(asked))
-    answers = generate(model, tokenizer, [prompt for _, prompt in asked], material.max_new_tokens, positions, progress)
-    generations, overlap = rouge([record for record, _ in asked], answers)
+    questions = [(record, encoded.prompt) for record, encoded in records if encoded.prompt]
+    progress = Progress(f"{name}: held-out questions answered", len(questions))
+    answers = generate(model, tokenizer, [prompt for _, prompt in questions], material.max_new_tokens, positions,
+                       progress)
 
-    judged = [(text, acceptable, Encoded([], list(tokenizer(text)["input_ids"])[:positions]))
+    sentences = [(text, acceptable, Encoded([], list(tokenizer(text)["input_ids"])[:positions]))
               for text, acceptable in material.sentences]
-    judged = [sentence for sentence in judged if len(sentence[2]) > 1]  # a lone token has nothing before it to follow
-    progress = Progress(f"{name}: sentences read", len(judged))
-    likelihoods = negative_log_likelihoods(model, [encoded for _, _, encoded in judged], progress)
-    judgement = acceptability([(text, acceptable) for text, acceptable, _ in judged], likelihoods)
+    sentences = [sentence for sentence in sentences if len(sentence[2]) > 1]  # a lone token follows nothing
+    progress = Progress(f"{name}: sentences read", len(sentences))
+    sentence_likelihoods = negative_log_likelihoods(model, [encoded for _, _, encoded in sentences], progress)
 
-    finite = {key: value if value is not None and math.isfinite(value) else None
-              for key, value in (scores | overlap | judgement).items()}
+    measurements = Measurements([record for record, _ in records], likelihoods, [record for record, _ in questions],
+                                answers, [(text, acceptable) for text, acceptable, _ in sentences],
+                                sentence_likelihoods)
+    scores = {key: value if value is not None and math.isfinite(value) else None
+              for metric in METRICS for key, value in metric.measure(measurements).items()}
     log.info("%s: measured in %.0f s", name, time.monotonic() - started)
-    return {"model": name, **finite, "records": len(records), "records_too_long": len(material.holdout) - len(records),
-            "completion_tokens": sum(_scored(encoded) for _, encoded in records), "questions": len(asked),
-            "sentences": len(judged), "vocabulary": vocabulary(tokenizer)}, generations
+    return {"model": name, **scores, "records": len(records), "records_too_long": len(material.holdout) - len(records),
+            "completion_tokens": sum(_scored(encoded) for _, encoded in records), "questions": len(questions),
+            "sentences": len(sentences), "vocabulary": vocabulary(tokenizer)}, answered(measurements.questions, answers)
 
 
-def perplexity(records: Sequence[Record], nll: Sequence[tuple[float, int]]) -> dict[str, float | None]:
-    """Perplexity and bits per byte of the records' answers from (nats, tokens) of each."""
-    from jobs.evaluation import metrics
-    from jobs.evaluation.metrics.perplexity import Perplexity
+def answered(records: Sequence[Record], answers: Sequence[str]) -> list[dict[str, Any]]:
+    """Each question with its reference, the model's answer and that answer's ROUGE-L: what generations.jsonl holds."""
+    from jobs.evaluation.metrics.rouge import each
 
-    return {**metrics.compute(Perplexity, nll=[nats for nats, _ in nll], tokens=[tokens for _, tokens in nll],
-                              bytes=[len(answer(record).encode()) for record in records])}
-
-
-def rouge(records: Sequence[Record],
-          answers: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
-    """Each question with its reference and the model's answer and that answer's ROUGE-L; and the mean of each ROUGE."""
-    from jobs.evaluation import metrics
-    from jobs.evaluation.metrics.rouge import TYPES, Rouge, each
-
-    if not records:
-        return [], dict.fromkeys(TYPES)
-    references = [answer(record) for record in records]
-    generations = [{"question": question_text(record), "reference": reference, "answer": said,
-                    "rougeL": each(reference, said)["rougeL"]}
-                   for record, reference, said in zip(records, references, answers, strict=True)]
-    return generations, {**metrics.compute(Rouge, predictions=list(answers), references=references)}
-
-
-def acceptability(sentences: Sequence[tuple[str, bool]],
-                  nll: Sequence[tuple[float, int]]) -> dict[str, float | None]:
-    """Acceptability from (nats, tokens) of each sentence; its score is the mean log-probability of a token.
-
-    Raises:
-        UserError: when a class has too few sentences.
-    """
-    from jobs.evaluation import metrics
-    from jobs.evaluation.metrics.acceptability import Acceptability
-
-    try:
-        return {**metrics.compute(Acceptability, texts=[text for text, _ in sentences],
-                                  predictions=[-nats / tokens for nats, tokens in nll],
-                                  references=[acceptable for _, acceptable in sentences])}
-    except ValueError as error:
-        raise UserError(f"evaluation.acceptability: {error} of two tokens or more") from None
+    return [{"question": question_text(record), "reference": answer(record), "answer": text,
+             "rougeL": each(answer(record), text)["rougeL"]}
+            for record, text in zip(records, answers, strict=True)]
 
 
 def question_text(record: Record) -> str:
-    """A record's question as people read it: the messages before the answer; the role said unless it is one user's."""
+    """A record's question as people read it: the messages before the answer, with roles where they are several."""
     messages = question(record) or []
     if len(messages) == 1:
         return messages[0]["content"]
@@ -230,7 +197,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _fitting(tokenizer: PreTrainedTokenizerBase, material: Material, limit: int,
              name: str) -> list[tuple[Record, Encoded]]:
-    """The held-out records of at most `limit` tokens, encoded; the rest is left out and said."""
+    """The held-out records of at most `limit` tokens, encoded; the rest is left out, with a warning."""
     records = [(record, encode(tokenizer, record)) for record in material.holdout]
     fitting = [(record, encoded) for record, encoded in records if len(encoded) <= limit and _scored(encoded)]
     if not fitting:

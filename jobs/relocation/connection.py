@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import email.utils
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from jobs.core import variables
 from jobs.core.errors import RetryableError, UserError
 
 log = logging.getLogger("jobs")
 T = TypeVar("T")
 
 # Ten attempts in a row without a single new byte take about four minutes; then Kubernetes starts the pod again.
-ATTEMPTS = int(os.environ.get("RETRY_ATTEMPTS", 10))
-FIRST_PAUSE_S = float(os.environ.get("RETRY_FIRST_PAUSE_SECONDS", 1))  # doubles with every attempt, up to:
+ATTEMPTS = int(variables.number("RETRY_ATTEMPTS", 10, least=1))
+FIRST_PAUSE_S = variables.number("RETRY_FIRST_PAUSE_SECONDS", 1)  # doubles with every attempt, up to:
 LONGEST_PAUSE_S = 60.0
 LONGEST_RETRY_AFTER_S = 3600.0  # a server that asks for more is not worth holding a pod for
 SILENCE_S = 60.0  # a connection on which nothing arrives for this long is dead
@@ -131,9 +131,9 @@ def classify_error(error: Exception, what: str, advice: str) -> Exception:
         return UserError(f"{what}: no credentials ({message}). {advice}")
     if status == 404:
         return UserError(f"{what}: not found (404). Is there a typo in the name, the path or the revision?")
-    if "Certificate" in type(error).__name__:
-        return UserError(f"{what}: the TLS certificate is not trusted ({message}). Set SSL_CERT_FILE to the "
-                         "authority's")
+    if "Certificate" in type(error).__name__ or "CERTIFICATE_VERIFY_FAILED" in message:
+        return UserError(f"{what}: the TLS certificate is not trusted ({message}). Set SSL_CERT_FILE (for s3:// "
+                         "AWS_CA_BUNDLE) to the authority's")
     if type(error).__name__ in ("InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError"):
         return UserError(f"{what}: not a URL that can be opened")  # the message would show a signed URL's secrets
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):

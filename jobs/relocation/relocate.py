@@ -24,7 +24,8 @@ from jobs.core.plan import plan
 from jobs.data import acceptability, split
 from jobs.data.formats import File, readable
 from jobs.relocation import download, sources
-from jobs.relocation.connection import shown
+from jobs.relocation.connection import mismatch, shown
+from jobs.relocation.sources.file import path_sha256
 from jobs.relocation.sources.interface import Item
 
 log = logging.getLogger("jobs")
@@ -52,8 +53,11 @@ def run(loaded: Loaded, what: str, volumes: Path) -> None:
 
     def relocate(name: str) -> Artifact:
         return publish(specs[name], volumes, lambda draft: WRITERS[name](loaded, draft),
-                       keep=loaded.pipeline.retention.keep, resume=True)
+                       keep=loaded.pipeline.retention.keep, resume=True,
+                       adapter_name=loaded.pipeline.adapter if name == "dataset" else "")
 
+    if what == "dataset":
+        check_data_in_git(loaded)
     artifact = relocate(what)
     if what == "base-model":
         check_architecture(loaded, artifact.path)  # the file may say another architecture than when it was published
@@ -62,6 +66,18 @@ def run(loaded: Loaded, what: str, volumes: Path) -> None:
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
+
+
+def check_data_in_git(loaded: Loaded) -> None:
+    """Hold the data that lies beside the pipeline file against its pin, also when the pinned data is there already.
+
+    Raises:
+        UserError: the data was edited without its pin. Under the old pin, the edit would have no effect.
+    """
+    for source in (loaded.pipeline.dataset, loaded.pipeline.evaluation.acceptability):
+        path = loaded.resolve(source) if source.scheme == "file" else None
+        if path and path.exists() and (found := path_sha256(path)) != source.sha256:
+            raise UserError(mismatch(str(path), "pipeline.yaml", str(source.sha256), found))
 
 
 def write_dataset(loaded: Loaded, draft: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Validate an overlay with no network and no cluster: what a pre-commit hook or CI runs before a push.
 
-Checks the pipeline file, that every source is pinned, that data in git is what its pin says and that every record of
-it is valid, that vLLM can serve the base model's architecture as asked, and that the overlay's ConfigMap fits.
+Checks the pipeline file, that every source is pinned, that data in git matches its pin and that every record of
+it is valid, that vLLM can serve the base model's architecture in the desired mode, that the overlay's ConfigMap fits,
+and that every patch of its kustomization has an effect.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def run(overlay: Path) -> None:
     """
     loaded = pipeline.load(overlay)
     problems: list[str] = []
-    for check in (check_data, check_architecture, check_size):
+    for check in (check_data, check_architecture, check_size, check_kustomization):
         try:
             check(loaded)
         except UserError as error:
@@ -55,7 +56,7 @@ def data_in_git(loaded: Loaded) -> dict[str, Source]:
 
 
 def require_pin(loaded: Loaded, name: str, source: Source) -> None:
-    """The `file:` source at key `name` must exist and be what its pin says."""
+    """The `file:` source at key `name` must exist and match its pin."""
     from jobs.relocation.sources import file
 
     path = loaded.resolve(source)
@@ -68,7 +69,7 @@ def require_pin(loaded: Loaded, name: str, source: Source) -> None:
 
 
 def check_architecture(loaded: Loaded) -> None:
-    """What is trained on the base model can be served as asked. Its architecture stands in the file or its folder."""
+    """vLLM can serve an adapter of the base model in the desired mode, by the architecture in its file or folder."""
     from jobs.relocation import embedded
 
     base = loaded.pipeline.base_model
@@ -93,5 +94,12 @@ def check_size(loaded: Loaded) -> None:
     files = [loaded.path, *(path for path in data if path.is_file())]
     total = sum(file.stat().st_size for file in files)
     if total > CONFIG_MAP_BYTES:
-        raise UserError(f"{loaded.path}: the pipeline file and the data beside it have {total} bytes together, and "
+        raise UserError(f"{loaded.path}: the pipeline file and the data beside it have {total} bytes in total, and "
                         f"a ConfigMap holds {CONFIG_MAP_BYTES}. Put the data where a URL reaches it (https://, s3://, hf://)")
+
+
+def check_kustomization(loaded: Loaded) -> None:
+    """The overlay renders, every patch of it has an effect, and its Jobs can be changed."""
+    from jobs.tools import kustomization
+
+    kustomization.check(loaded.path.parent)

@@ -1,9 +1,9 @@
 """Run an overlay without a cluster: every workload's containers as local processes, on the real manifests.
 
-All pods start at once and wait for each other, as in a cluster. A Job that fails is retried as its manifest says; when
-it has failed for good, everything stops and its last lines are shown. When the Jobs are done, the evaluation is
-printed; with `--ask`, base and fine-tuned model are asked through the OpenAI-compatible endpoint. Then it keeps
-serving until interrupted, unless `--exit` is given. A tool for developers, not an orchestrator.
+All pods start together and wait for their inputs, as in a cluster. A failed Job is retried as its manifest describes;
+when it has failed for good, everything stops and its last lines are shown. When the Jobs are done, the evaluation is
+printed; with `--ask`, base and fine-tuned model answer a question through the OpenAI-compatible endpoint. Then the
+servers keep running until Ctrl-C, unless `--exit` is given. A tool for developers, not an orchestrator.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.add_argument("--state", type=Path, metavar="DIR",
                         help="where volumes and logs are kept (default: .local/NAME beside the checkout's README)")
-    parser.add_argument("--ask", metavar="QUESTION", help="ask base and fine-tuned model this, once it is served")
+    parser.add_argument("--ask", metavar="QUESTION", help="ask base and fine-tuned model this question")
     parser.add_argument("--exit", action="store_true", help="exit when the Jobs are done (and --ask is answered)")
     parser.add_argument("--port-offset", type=int, default=0, metavar="N", help="add N to every port of the manifests")
     parser.add_argument("--verbose", action="store_true", help="show the servers' logs too (always in STATE/logs)")
@@ -70,11 +70,16 @@ def run(args: argparse.Namespace) -> None:
     loaded = pipeline.load(args.overlay)
     manifests = pods.render(args.overlay)
     state = (args.state or pods.CHECKOUT / ".local" / args.overlay.resolve().name).resolve()
-    state.mkdir(parents=True, exist_ok=True)
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--state {state}: cannot be used as a folder: {error.strerror}. Name another one") from None
     with ExitStack() as stack:
         _own(state, stack)
         runner = Runner(pods.pods(manifests, state, args.port_offset), state, args.verbose)
         runner.check_ports()
+        if args.ask and runner.pod(INFERENCE) is None:
+            raise UserError(f"--ask: this overlay has no Deployment {INFERENCE} to ask")
         log.info("running %s with its state in %s", args.overlay, state)
         try:
             asyncio.run(_session(runner, loaded.pipeline, args))
@@ -114,16 +119,18 @@ async def _present(runner: Runner, pipeline: Pipeline, args: argparse.Namespace)
     await runner.jobs_done()
     volumes, endpoint = runner.state / "volumes", runner.url(INFERENCE)
     evaluation = summary.read(pipeline, volumes)
-    print(summary.evaluation(evaluation), flush=True)
-    chats = summary.chats(pipeline, volumes)
-    if not args.exit or (args.ask and evaluation["passed"]):
+    passed = bool(evaluation and evaluation["passed"])
+    if evaluation:
+        print(summary.evaluation(evaluation), flush=True)
+    if endpoint and (not args.exit or (args.ask and passed)):
         await runner.ready(INFERENCE)
-    if args.ask and evaluation["passed"]:
-        print(await asyncio.to_thread(summary.ask, pipeline, endpoint, args.ask, chats=chats), flush=True)
+    if args.ask and passed and endpoint:
+        print(await asyncio.to_thread(summary.ask, pipeline, volumes, endpoint, args.ask), flush=True)
     elif args.ask:
-        print("The gate did not pass: this adapter is not served, so it is not asked.", flush=True)
+        print("No answer to --ask: the adapter did not pass the gate, so it is not served." if evaluation else
+              "No answer to --ask: no Job of this overlay evaluates the adapter, so it is not served.", flush=True)
     print(summary.places(pipeline, volumes, endpoint, runner.url(TENSORBOARD), args.ask or "Hello!",
-                         serving=not args.exit, chats=chats), flush=True)
+                         serving=not args.exit), flush=True)
     if not args.exit:
         await asyncio.Event().wait()
 
@@ -168,14 +175,19 @@ class Runner:
                     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     try:
                         probe.bind(("127.0.0.1", port))
-                    except OSError:
-                        raise UserError(f"port {port}, which {pod.title} needs, is taken. Stop what listens there, or "
-                                        "shift all ports with --port-offset 1000") from None
+                    except OSError as error:
+                        raise UserError(f"port {port}, which {pod.title} needs, is not available: {error.strerror}. "
+                                        "Stop what listens there, or shift all ports with --port-offset 1000") from None
 
-    def url(self, title: str) -> str:
-        """The address of a Deployment's first port."""
-        pod = next(p for p in self.pods if p.title == title)
-        return f"http://127.0.0.1:{next(iter(pod.containers[0].ports.values()))}"
+    def pod(self, title: str) -> Pod | None:
+        """The pod with this title; None when the overlay has none."""
+        return next((pod for pod in self.pods if pod.title == title), None)
+
+    def url(self, title: str) -> str | None:
+        """The address of a Deployment's first port; None when the overlay has no such Deployment, or it no port."""
+        pod = self.pod(title)
+        port = next((port for container in pod.containers for port in container.ports.values()), None) if pod else None
+        return f"http://127.0.0.1:{port}" if port else None
 
     async def jobs_done(self) -> None:
         await asyncio.gather(*(self._done[pod.name].wait() for pod in self.pods if pod.kind == "Job"))
@@ -185,7 +197,7 @@ class Runner:
 
     async def run_pod(self, pod: Pod) -> None:
         """Run a pod to its end: a Job until it succeeds or has failed for good, a Deployment until it failed
-        DEPLOYMENT_RESTARTS times more than once: without a cluster somebody is watching."""
+        DEPLOYMENT_RESTARTS times more than once: without a cluster a person is watching."""
         limit = pod.backoff_limit if pod.kind == "Job" else DEPLOYMENT_RESTARTS
         failures = 0
         while True:
@@ -217,10 +229,14 @@ class Runner:
         return next((code for code in codes if code), 0)
 
     async def _run_container(self, pod: Pod, container: Container) -> int:
-        process = await asyncio.create_subprocess_exec(
-            *container.argv, cwd=self.state, env=container.env, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, limit=LONGEST_LINE,
-            start_new_session=True, preexec_fn=_die_with_parent)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *container.argv, cwd=self.state, env=container.env, stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, limit=LONGEST_LINE,
+                start_new_session=True, preexec_fn=_die_with_parent)
+        except OSError as error:
+            raise UserError(f"{pod.title}: the container {container.name} cannot start {container.argv[0]}: "
+                            f"{error.strerror}. Install it on this machine, or correct `command`") from None
         self._processes[process] = pod
         assert process.stdout
         with self.log_file(pod).open("a", encoding="utf-8") as file:

@@ -30,13 +30,13 @@ from jobs.data.encoding import Encoded
 
 log = logging.getLogger("jobs")
 
-ERRORS = "JOBS_WORKER_ERRORS"  # where workers leave their error messages for the launcher, which says one of them
+ERRORS = "JOBS_WORKER_ERRORS"  # where workers leave their error messages for the launcher, which reports one of them
 # How long workers may take to end their step and save after SIGTERM; then they are killed. Just below the pod's grace
 # period (base/model-training.yaml: 120 s). When one fails by itself, torchrun gives the others 30 s.
 SHUTDOWN_SECONDS = 110
 ENDED = {
-    -signal.SIGKILL: ": it was killed, perhaps for memory (`kubectl describe pod` says OOMKilled)",
-    -signal.SIGABRT: ": it aborted; NCCL does when another process or node is gone, whose log says why",
+    -signal.SIGKILL: ": it was killed, perhaps for memory (`kubectl describe pod` shows OOMKilled)",
+    -signal.SIGABRT: ": it aborted; NCCL does when another process or node is gone, whose log has the reason",
 }
 
 
@@ -109,7 +109,7 @@ def launch(wanted: Launch, arguments: Sequence[str], wait_seconds: float) -> Non
         UserError, Terminated: what a worker ended with.
         RetryableError: a worker failed otherwise, or another node did not come.
     """
-    quiet = os.environ.setdefault("LOGLEVEL", "CRITICAL")  # torchrun's library tells a failure once more, at length
+    quiet = os.environ.setdefault("LOGLEVEL", "CRITICAL")  # torchrun's library would log the failure again, at length
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -121,7 +121,7 @@ def launch(wanted: Launch, arguments: Sequence[str], wait_seconds: float) -> Non
              "this node" if alone else f"each of {wanted.nodes} nodes; this is node {wanted.node_rank}")
     config = LaunchConfig(
         min_nodes=wanted.nodes, max_nodes=wanted.nodes, nproc_per_node=wanted.processes, run_id="training",
-        # Alone, any free port. Else fixed ranks: node 0 is where the others were told it is.
+        # Alone, any free port. Otherwise fixed ranks: node 0 is at the address that all nodes were given.
         rdzv_backend="c10d" if alone else "static",
         rdzv_endpoint="localhost:0" if alone else f"{wanted.address}:{wanted.port}",
         rdzv_configs={} if alone else {"rank": wanted.node_rank, "timeout": int(wait_seconds)},
@@ -145,20 +145,20 @@ def _raise(failures: dict[int, Any], errors: Path) -> None:
     When one fails, torchrun's library stops the others. So a worker that was stopped counts only if all were.
     """
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
-    said = {}
+    messages = {}
     for file in errors.iterdir():
         code, _, why = file.read_text(encoding="utf-8").partition(" ")
         rank = int(file.name)
-        codes[rank], said[rank] = int(code), why
+        codes[rank], messages[rank] = int(code), why
     if set(codes.values()) == {Terminated.exit_code}:
-        raise Terminated(next(iter(said.values()), "stopped by SIGTERM"))
+        raise Terminated(next(iter(messages.values()), "stopped by SIGTERM"))
     stopped = {Terminated.exit_code, -signal.SIGTERM}
     codes = {rank: code for rank, code in codes.items() if code not in stopped} or codes
     for kind in (UserError, RetryableError):
         of_kind = sorted(rank for rank, code in codes.items() if code == kind.exit_code)
         if of_kind:
-            message = next((said[rank] for rank in of_kind if rank in said), None)
-            raise kind(message or f"the training process {of_kind[0]} failed; what it said stands above")
+            message = next((messages[rank] for rank in of_kind if rank in messages), None)
+            raise kind(message or f"the training process {of_kind[0]} failed; its messages stand above")
     rank, code = min(codes.items())
     raise RetryableError(f"the training process {rank} ended with exit code {code}{ENDED.get(code, '')}")
 
@@ -189,7 +189,7 @@ def end(code: int) -> NoReturn:
 
 
 class Team:
-    """The processes of one training, as one of them sees them. With a single process it asks nobody."""
+    """The processes of one training, as one of them sees them. With a single process nothing is exchanged."""
 
     def __init__(self, wait_seconds: float = 0.0) -> None:
         """Meet the others.
@@ -209,7 +209,7 @@ class Team:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
             self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-            # What they tell each other goes over the CPU, apart from the gradients and with a patience of its own.
+            # Their messages go over the CPU, apart from the gradients and with a timeout of their own.
             self._group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=max(1800.0, wait_seconds)))
 
     @property
@@ -217,18 +217,18 @@ class Team:
         """Whether this is the process that publishes, saves and reports."""
         return self.rank == 0
 
-    def told(self, word: Any = None) -> Any:
-        """What the main process says here; the others' `word` does not count."""
+    def broadcast(self, value: Any = None) -> Any:
+        """The main process's `value`, in every process; what the others pass is ignored."""
         if self._group is None:
-            return word
+            return value
         from torch import distributed
 
-        said = [word]
-        distributed.broadcast_object_list(said, src=0, group=self._group)
-        return said[0]
+        values = [value]
+        distributed.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether one of the processes says so."""
+        """Whether `flag` is true in at least one of the processes."""
         if self._group is None:
             return flag
         import torch
@@ -243,7 +243,7 @@ class Team:
         self.any(False)
 
     def leave(self) -> None:
-        """The end: nobody asks anybody after this."""
+        """End the exchange; the processes go on alone."""
         if self._group is not None:
             from torch import distributed
 
@@ -251,7 +251,7 @@ class Team:
 
 
 def _die_with_launcher() -> None:
-    """Get SIGKILL when the launcher dies, however it does: nobody would be left to answer for this process (Linux)."""
+    """Get SIGKILL when the launcher dies, however it does: a worker alone would go on unseen (Linux)."""
     if sys.platform == "linux":
         import ctypes
 
@@ -262,8 +262,8 @@ def _die_with_launcher() -> None:
 def share(pack: Sequence[Encoded], rank: int, size: int) -> list[Encoded]:
     """The records of a pack that a process computes, in the pack's order: about as many tokens as every other one's.
 
-    The longest record goes first, each to whom has the fewest tokens. All shares together are the pack. Where there are
-    fewer records than processes, some get a record without a completion: to compute, with nothing to learn from.
+    The longest record goes first, each to the process with the fewest tokens. The shares add up to the pack. Where
+    there are fewer records than processes, some get a record without a completion: computed, but not learned from.
     """
     tokens = [0] * size
     mine = []

@@ -25,7 +25,7 @@ def test_an_overlays_folder_stands_for_its_file(tmp_path: Path) -> None:
     assert pipeline.load(tmp_path).path == tmp_path / "pipeline.yaml"
 
 
-@pytest.mark.parametrize(("changes", "says"), [
+@pytest.mark.parametrize(("changes", "message"), [
     ({"training__lora__alpah": 3}, "training.lora.alpah: unknown key; did you mean `alpha`?"),
     ({"modle": 3}, "modle: unknown key; allowed: adapter, dataset,"),
     ({"adapter": None}, "adapter: is missing"),
@@ -58,11 +58,11 @@ def test_an_overlays_folder_stands_for_its_file(tmp_path: Path) -> None:
     ({"evaluation__gate__perplexity": {}}, "evaluation.gate.perplexity: needs a bound: one of max_ratio,"),
     ({"evaluation__gate__bleu": {"min": 1}}, "evaluation.gate.bleu: unknown key"),
 ])
-def test_what_is_wrong_is_named_with_its_key(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+def test_what_is_wrong_is_named_with_its_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     file = build_pipeline.write(tmp_path, **changes)
     with pytest.raises(UserError) as raised:
         pipeline.load(file)
-    assert says in str(raised.value)
+    assert message in str(raised.value)
     assert str(raised.value).startswith(f"{file}:")
     assert len(str(raised.value).splitlines()) <= 2, "one mistake, one line (a union may need two)"
 
@@ -86,17 +86,17 @@ def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
     assert len(str(raised.value).splitlines()) == 3
 
 
-@pytest.mark.parametrize(("text", "says"), [
+@pytest.mark.parametrize(("text", "message"), [
     ("adapter: a\nadapter: b\n", "pipeline.yaml:2: not valid YAML: key `adapter` stands twice"),
     ("adapter: [\n", "pipeline.yaml:2: not valid YAML"),
     ("- a\n", "must hold a mapping"),
     ("", "must hold a mapping"),
 ])
-def test_broken_yaml_is_refused_with_its_line(tmp_path: Path, text: str, says: str) -> None:
+def test_broken_yaml_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "pipeline.yaml").write_text(text)
     with pytest.raises(UserError) as raised:
         pipeline.load(tmp_path / "pipeline.yaml")
-    assert says in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:

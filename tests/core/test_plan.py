@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from jobs.core import pipeline
 from jobs.core.plan import Plan, merged_model, plan
@@ -58,3 +63,102 @@ def test_serving_names_the_merged_model_of_an_earlier_adapter_by_two_digests(tmp
     assert merged_model(wanted.adapter.digest, wanted.base_model.digest) == wanted.merged_model
     assert wanted.named()["merged-model"] == wanted.merged_model
     assert wanted.merged_model.inputs == {"adapter": wanted.adapter.digest, "base_model": wanted.base_model.digest}
+
+
+# --- every key of the pipeline file ---------------------------------------------------------------------------------
+
+SHA256, COMMIT = (st.text("0123456789abcdef", min_size=digits, max_size=digits) for digits in (64, 40))
+MODELS = st.sampled_from(["hf://acme/one", "hf://acme/two", "hf://other/one"])
+BASE_MODEL = {"base_model", "tokenizer", "base_scores"} | ADAPTER
+TOKENIZER = {"tokenizer", "base_scores"} | ADAPTER
+REFERENCE = {"reference_model", "reference_scores", "evaluation"}
+PINNED = {"revision": build_pipeline.COMMIT}
+
+
+class Key(NamedTuple):
+    """A key of the pipeline file: the artifacts that it renames, values for it, and what else the file then says."""
+
+    renames: set[str]
+    values: st.SearchStrategy[Any]
+    beside: dict[str, Any] = {}  # noqa: RUF012 - never changed
+
+
+KEYS = {
+    "adapter": Key({"evaluation"}, st.sampled_from(["hotels", "seville-hotels", "a1"])),
+    # Bytes that are pinned are the same wherever they come from; a hub's are named by repository and commit.
+    "dataset.source": Key(set(), st.sampled_from(["file:a.jsonl", "https://x/b.jsonl", "s3://x/y/c.jsonl"])),
+    "dataset.sha256": Key({"dataset"} | ADAPTER | SCORES, SHA256),
+    "dataset.revision": Key({"dataset"} | ADAPTER | SCORES, COMMIT, {"dataset": {"source": "hf://datasets/acme/x"}}),
+    "dataset.holdout": Key({"dataset"} | ADAPTER | SCORES, st.floats(0.01, 0.99)),
+    "base_model.source": Key(BASE_MODEL, MODELS),
+    "base_model.revision": Key(BASE_MODEL, COMMIT),
+    "base_model.sha256": Key(BASE_MODEL, SHA256, {"base_model": {"source": "file:model"}}),
+    "base_model.architecture": Key(set(), st.sampled_from(["LlamaForCausalLM", "Qwen3ForCausalLM", None])),
+    "tokenizer.source": Key(TOKENIZER, MODELS, {"tokenizer": PINNED}),
+    "tokenizer.revision": Key(TOKENIZER, COMMIT, {"tokenizer": {"source": "hf://acme/tokenizer"}}),
+    "tokenizer.sha256": Key(TOKENIZER, SHA256, {"tokenizer": {"source": "file:tokenizer"}}),
+    "reference_model.source": Key(REFERENCE, MODELS, {"reference_model": PINNED}),
+    "reference_model.revision": Key(REFERENCE, COMMIT, {"reference_model": {"source": "hf://acme/large"}}),
+    "reference_model.sha256": Key(REFERENCE, SHA256, {"reference_model": {"source": "file:large"}}),
+    "reference_model.architecture": Key(set(), st.sampled_from(["LlamaForCausalLM", "Qwen3ForCausalLM", None])),
+    "training.lora.r": Key(ADAPTER, st.integers(1, 64)),
+    "training.lora.alpha": Key(ADAPTER, st.floats(0.5, 256)),
+    "training.lora.dropout": Key(ADAPTER, st.floats(0, 0.9)),
+    "training.lora.target_modules": Key(ADAPTER, st.sampled_from(["all-linear", ["q_proj"], ["q_proj", "v_proj"]])),
+    "training.epochs": Key(ADAPTER, st.integers(1, 100)),
+    "training.learning_rate": Key(ADAPTER, st.floats(1e-6, 0.1)),
+    "training.max_length": Key(ADAPTER | SCORES, st.integers(8, 4096)),
+    "training.tokens_per_batch": Key(ADAPTER, st.integers(1024, 100_000)),
+    "training.seed": Key(ADAPTER, st.integers(0, 2**32 - 1)),
+    "training.checkpoint_steps": Key(set(), st.integers(1, 1000)),
+    "training.gradient_checkpointing": Key(set(), st.booleans()),
+    "training.sharding": Key(set(), st.sampled_from(["none", "fsdp"])),
+    "training.quantization": Key(ADAPTER, st.sampled_from(["none", "4bit"])),
+    "evaluation.acceptability.source": Key(
+        {"acceptability"} | SCORES, st.sampled_from(["hf://datasets/acme/x", "hf://datasets/acme/y"]),
+        {"evaluation__acceptability": PINNED}),
+    "evaluation.acceptability.revision": Key(
+        {"acceptability"} | SCORES, COMMIT, {"evaluation__acceptability": {"source": "hf://datasets/acme/x"}}),
+    "evaluation.acceptability.sha256": Key(
+        {"acceptability"} | SCORES, SHA256, {"evaluation__acceptability": {"source": "file:pairs.csv"}}),
+    "evaluation.max_new_tokens": Key(SCORES, st.integers(1, 4096)),
+    "evaluation.gate.*": Key({"evaluation"}, st.floats(0.001, 100)),
+    "serving.mode": Key(set(), st.sampled_from(["lora", "merged"])),
+    "serving.max_lora_rank": Key(set(), st.sampled_from(pipeline.SERVABLE_RANKS[2:])),
+    "serving.when_base_changes": Key(set(), st.sampled_from(["wait-for-adapters", "at-once"])),
+    "retention.keep": Key(set(), st.integers(1, 100)),
+}
+
+
+def keys_of(model: type[BaseModel], before: str = "") -> Iterator[str]:
+    """The dotted names of all keys that hold a value."""
+    for name, field in model.model_fields.items():
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if inner:
+            yield from keys_of(inner, f"{before}{name}.")
+        else:
+            yield before + name
+
+
+@pytest.mark.parametrize("name", keys_of(pipeline.Pipeline))
+def test_every_key_renames_exactly_the_artifacts_that_it_should(name: str) -> None:
+    """A key that is missing in a digest serves an old result as a new one; one too many trains for nothing."""
+    listed = [key for pattern, key in KEYS.items() if fnmatch(name, pattern)]
+    assert listed, f"{name} is a new key: list in KEYS which artifacts it renames"
+
+    @settings(max_examples=6, deadline=None, derandomize=True)
+    @given(st.lists(listed[0].values, min_size=2, max_size=2, unique_by=repr))
+    def check(values: list[Any]) -> None:
+        before, after = (plan(_validated(name, value, listed[0].beside)) for value in values)
+        renamed = {kind for kind, spec in vars(before).items() if spec.digest != vars(after)[kind].digest}
+        assert renamed == listed[0].renames
+
+    check()
+
+
+def _validated(name: str, value: Any, beside: dict[str, Any]) -> pipeline.Pipeline:
+    """A valid pipeline with a value at a dotted name; None leaves the key out."""
+    copies = {key: dict(entry) for key, entry in beside.items()}
+    values = build_pipeline.values(**copies, **{name.replace(".", "__"): value})
+    return pipeline.Pipeline.model_validate(values)

@@ -333,7 +333,7 @@ def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path, name: str, folder:
     os.mkfifo(tmp_path / name)
     if folder:
         jsonl(tmp_path, GOOD, "more.jsonl")
-    with pytest.raises(UserError, match=rf"{name}: is a FIFO, not a regular file"):
+    with pytest.raises(UserError, match=rf"{name}: is a FIFO, not a plain file"):
         dataset.validate(tmp_path if folder else tmp_path / name, 0.2)
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from jobs.__main__ import main
 from jobs.core import artifacts, models, promotion
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.plan import plan
 from jobs.evaluation import evaluate, scoring
+from jobs.evaluation.metrics import SCORES
 from tests.build_models import FAILING, PASSING, RECORDS, published_pipeline, tiny_gpt2, tiny_tokenizer
 
 VOLUME = "fine-tuned-model"
@@ -85,8 +87,8 @@ def test_the_base_is_measured_as_it_is_without_the_adapter(folder: Path) -> None
     alone, answers = scoring.measure(models.load_model(wanted.base_model.path(volumes)),
                                      models.load_tokenizer(wanted.tokenizer.path(volumes)), material, "file:base")
     base, tuned = (spec.path(volumes) for spec in (wanted.base_scores, wanted.adapter_scores))
-    assert {metric: read(base / "scores.json")[metric] for metric in scoring.SCORES} == pytest.approx(
-        {metric: alone[metric] for metric in scoring.SCORES}, rel=1e-6)
+    assert {score.key: read(base / "scores.json")[score.key] for score in SCORES} == pytest.approx(
+        {score.key: alone[score.key] for score in SCORES}, rel=1e-6)
     assert scoring.read_jsonl(base / "generations.jsonl") == answers
     assert read(tuned / "scores.json")["perplexity"] != pytest.approx(alone["perplexity"], rel=1e-3)
 
@@ -139,6 +141,40 @@ def test_a_rejected_adapter_is_a_result_and_nothing_is_promoted(
     assert "REJECTED" in loud and "✗ perplexity: fine-tuned / base is" in loud and "must be at most 1e-06" in loud
     assert "acceptability_accuracy" not in loud, "only the rules that failed"
     assert "Nothing is promoted as hotels yet" in loud
+
+
+def test_the_pod_ends_with_the_verdict_as_its_termination_message(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rejection is no failure, so the Job completes: `kubectl describe pod` still shows what happened and why."""
+    log = tmp_path / "termination-log"
+    log.touch()
+    monkeypatch.setattr("jobs.core.termination.TERMINATION_LOG", log)
+    loaded, volumes = published_pipeline(tmp_path / "rejected", gate=FAILING)
+    assert main(["--pipeline", str(loaded.path), "--volumes", str(volumes), "evaluate"]) == 0
+    wanted = plan(loaded.pipeline)
+    ratio = read(wanted.evaluation.path(volumes) / "evaluation.json")["gate"][0]["value"]
+    assert log.read_text().splitlines() == [
+        f"REJECTED: hotels@{wanted.adapter.digest} did not pass the gate and is not promoted:",
+        f"  ✗ perplexity: fine-tuned / base is {ratio:.3g}, must be at most 1e-06",
+        "Nothing is promoted as hotels yet: it answers nobody.", evaluate.ADVICE,
+        f"report: {wanted.evaluation.path(volumes)}/report.html"]
+    loaded, _ = published_pipeline(tmp_path / "rejected", gate=PASSING)
+    assert main(["--pipeline", str(loaded.path), "--volumes", str(volumes), "evaluate"]) == 0
+    assert log.read_text().startswith(f"PROMOTED: hotels@{wanted.adapter.digest} passed the gate")
+
+
+def test_an_evaluation_of_an_older_version_can_still_be_read(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its rules have the sentence under another key; the verdict needs the numbers only."""
+    loaded, volumes = published_pipeline(folder)
+    file = plan(loaded.pipeline).evaluation.path(volumes) / "evaluation.json"
+    values = read(file)
+    for rule in values["gate"]:
+        rule["says"] = rule.pop("description")
+    artifact = artifacts.read(file.parent)
+    file.write_text(json.dumps(values))
+    with caplog.at_level("INFO", "jobs"):
+        evaluate.decide(loaded.pipeline, plan(loaded.pipeline), volumes, artifact, 0)
+    assert "✓ perplexity: fine-tuned / base is" in caplog.text
 
 
 def test_a_rejection_leaves_the_adapter_before_it_promoted_and_names_it(
@@ -295,7 +331,7 @@ def test_tensorboard_has_each_score_of_each_model_once_even_after_running_twice(
         events = EventAccumulator(str(runs / role))
         events.Reload()
         scores = read(spec.path(volumes) / "scores.json")
-        assert set(events.Tags()["scalars"]) == {f"evaluation/{metric}" for metric in scoring.SCORES}
+        assert set(events.Tags()["scalars"]) == {f"evaluation/{score.key}" for score in SCORES}
         (point,) = events.Scalars("evaluation/perplexity")
         assert (point.step, point.value) == (2, pytest.approx(scores["perplexity"], rel=1e-6))
 

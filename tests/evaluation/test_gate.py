@@ -16,7 +16,7 @@ FINITE = st.floats(-1e6, 1e6)
 
 
 def only(rule: Rule, base: float | None, fine_tuned: float | None) -> gate.Check:
-    (check,) = gate.judge(Gate(rougeL=rule), {"rougeL": base}, {"rougeL": fine_tuned})
+    (check,) = gate.evaluate_gate(Gate(rougeL=rule), {"rougeL": base}, {"rougeL": fine_tuned})
     return check
 
 
@@ -44,7 +44,7 @@ def test_each_bound_means_what_it_says_and_includes_its_limit(
 @pytest.mark.parametrize("fine_tuned", [None, math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_a_finite_number_never_passes(bound: str, fine_tuned: float | None) -> None:
     check = only(Rule(**{bound: 1e9}), 1.0, fine_tuned)
-    assert not check.passed and check.value is None and "not a finite number" in check.says
+    assert not check.passed and check.value is None and "not a finite number" in check.description
 
 
 @pytest.mark.parametrize("bound", gate.AGAINST_BASE)
@@ -61,20 +61,20 @@ def test_a_ratio_to_zero_does_not_pass_and_does_not_crash() -> None:
     assert not only(Rule(max_ratio=2.0), 0.0, 0.0).passed
 
 
-def test_every_bound_of_every_rule_is_judged_by_itself_and_named() -> None:
-    checks = gate.judge(Gate(perplexity=Rule(max_ratio=0.5, max=20), acceptability_mcc=Rule(max_drop=0.05)),
+def test_every_bound_of_every_rule_is_checked_by_itself_and_named() -> None:
+    checks = gate.evaluate_gate(Gate(perplexity=Rule(max_ratio=0.5, max=20), acceptability_mcc=Rule(max_drop=0.05)),
                         {"perplexity": 100.0, "acceptability_mcc": 0.6}, {"perplexity": 30.0, "acceptability_mcc": 0.6})
     assert [(c.metric, c.bound, c.limit, c.passed) for c in checks] == [
         ("perplexity", "max_ratio", 0.5, True), ("perplexity", "max", 20, False),
         ("acceptability_mcc", "max_drop", 0.05, True)]
-    assert checks[1].says == "perplexity: fine-tuned is 30, must be at most 20"
+    assert checks[1].description == "perplexity: fine-tuned is 30, must be at most 20"
 
 
 @given(FINITE, FINITE)
 def test_the_sentence_never_shows_a_failed_value_equal_to_its_limit(value: float, limit: float) -> None:
     """No "0.05 must be at least 0.05: failed"."""
     check = only(Rule(min=limit), None, value)
-    shown, bar = check.says.partition(" is ")[2].split(", must be at least ")
+    shown, bar = check.description.partition(" is ")[2].split(", must be at least ")
     assert check.passed is (value >= limit)
     if not check.passed:
         assert float(shown) < float(bar)

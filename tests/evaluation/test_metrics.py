@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs.core.pipeline import Gate
 from jobs.evaluation import metrics
 from jobs.evaluation.metrics import acceptability
 from jobs.evaluation.metrics.acceptability import Acceptability, best_threshold, choosing_half, matthews
@@ -19,6 +20,30 @@ from jobs.evaluation.metrics.perplexity import Perplexity
 from jobs.evaluation.metrics.rouge import Rouge, Words
 
 COUNT = st.integers(0, 50)
+
+
+def test_the_gate_takes_rules_on_exactly_the_scores_that_the_registry_gates() -> None:
+    """The gate's keys stand in jobs.core, which knows no metrics: a metric that is added here belongs there too."""
+    assert list(Gate.model_fields) == [score.key for score in metrics.SCORES if score.gated]
+
+
+def test_every_metric_computes_the_scores_that_its_entry_names() -> None:
+    record = {"prompt": "a", "completion": "b"}
+    measurements = metrics.Measurements([record], [(1.0, 2)], [record], ["b"], [(t, t in "ab") for t in "abcd"],
+                                        [(1.0, 1), (2.0, 1), (3.0, 1), (4.0, 1)])
+    for metric in metrics.METRICS:
+        values = metric.measure(measurements)
+        assert {score.key for score in metric.scores} <= values.keys()
+        assert None not in values.values()
+    assert len({score.key for score in metrics.SCORES}) == len(metrics.SCORES)
+
+
+def test_the_registry_is_read_without_the_libraries_that_compute() -> None:
+    """`jobs local` and an evaluation that is done print the table at once."""
+    code = "import sys; from jobs.evaluation import report; print(sorted(sys.modules.keys() & {*sys.argv[1:]}))"
+    done = subprocess.run([sys.executable, "-c", code, "torch", "evaluate", "datasets", "numpy", "nltk"],
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_perplexity_weighs_tokens_not_records() -> None:
@@ -131,7 +156,7 @@ def test_metrics_need_no_network_and_no_writable_home() -> None:
 import socket
 def refuse(*_): raise AssertionError("the network was used")
 socket.socket.connect = socket.getaddrinfo = refuse
-from jobs import metrics
+from jobs.evaluation import metrics
 from jobs.evaluation.metrics.rouge import Rouge
 print(metrics.compute(Rouge, predictions=["a b"], references=["a b"])["rougeL"])
 """

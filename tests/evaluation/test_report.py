@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from jobs.core.pipeline import Gate, Rule
-from jobs.evaluation import gate, report, report_html
+from jobs.evaluation import content, gate, report, report_html
+from jobs.evaluation.metrics import SCORES
+from jobs.tools.pods import CHECKOUT
 
 ATTACK = "<script>alert('x')</script> & \"quoted\" | pipe\n# heading [link](http://evil.example)"
 HISTORY = [{"step": s, "epoch": s / 10, "loss": 5.0 / s, "learning_rate": 0.1} for s in range(1, 31)] + [
@@ -29,20 +31,20 @@ def scores(model: str, **changes: Any) -> dict[str, Any]:
 def evaluation(rule: Rule, *, reference: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     three = {"base": scores("base/model"), "reference": scores("reference/model", **(reference or {})),
              "fine_tuned": scores("hotels@00ff", **({"perplexity": 3.14159, "rougeL": 0.875} | changes))}
-    checks = gate.judge(Gate(rougeL=rule), three["base"], three["fine_tuned"])
+    checks = gate.evaluate_gate(Gate(rougeL=rule), three["base"], three["fine_tuned"])
     training = {"lora": {"r": 16, "alpha": 32.0, "dropout": 0.05, "target_modules": "all-linear"}, "epochs": 3,
                 "learning_rate": 2e-4, "max_length": 128, "tokens_per_batch": 256, "seed": 7}
     return {"passed": all(c.passed for c in checks), "adapter": {"name": "hotels", "digest": "00ff"},
             "base_model": {"name": "base/model", "digest": "aa11"},
             "dataset": {"digest": "cc33", "holdout_records": 40},
             "reference_model": {"name": "reference/model", "digest": "bb22"}, "embedded": False, "scores": three,
-            "gate": [asdict(c) for c in checks], "training": training,
+            "gate": [c.to_json() for c in checks], "training": training,
             "sources": {"dataset": {"source": "https://data.example/d.jsonl", "pin": "5b1f" * 16}}}
 
 
 def generations(answer: str = "An answer.") -> dict[str, list[dict[str, Any]]]:
     return {role: [{"question": f"Question {i}?", "reference": f"Reference {i}.", "answer": f"{answer} {role} {i}",
-                    "rougeL": i / 40} for i in range(40)] for role in report.ROLES}
+                    "rougeL": i / 40} for i in range(40)] for role in content.ROLES}
 
 
 class Tags(HTMLParser):
@@ -70,11 +72,14 @@ class Tags(HTMLParser):
 
 def test_data_from_clients_and_models_is_shown_and_never_becomes_markup() -> None:
     line = {"question": ATTACK, "reference": ATTACK, "answer": ATTACK, "rougeL": 0.0}
-    attacked = {role: [line] for role in report.ROLES}
+    attacked = {role: [line] for role in content.ROLES}
     values = evaluation(Rule(min=0.5))
     values["sources"]["dataset"]["source"] = values["base_model"]["name"] = values["scores"]["base"]["model"] = ATTACK
+    values["adapter"] = {"name": ATTACK, "digest": ATTACK}
+    values["reference_model"]["name"] = values["training"]["lora"]["target_modules"] = ATTACK
     page = report_html.page(values, HISTORY, attacked)
-    assert "&lt;script&gt;alert(" in page and "<script" not in page
+    assert page.count("&lt;script&gt;alert(") == 16 and "<script" not in page
+    assert Tags(page).open == []
     assert set(Tags(page).seen) & {"script", "a", "h5", "img", "iframe"} == set()
     text = report.markdown(values, HISTORY, attacked)
     assert "<script" not in text and not re.search(r"(?<!\\)\]\(", text) and not re.search(r"^# heading", text, re.M)
@@ -88,14 +93,33 @@ def test_the_page_opens_by_itself_with_no_script_and_no_network() -> None:
     assert not set(tags.seen) & {"script", "link", "img", "iframe", "object"}
     assert not {name for name, _ in tags.attributes} & {"src", "href", "onload", "onclick"}
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in tags.attributes
-    assert "url(" not in report_html.STYLE and "@import" not in report_html.STYLE
+    style = report_html.TEMPLATE.read_text()
+    assert "url(" not in style and "@import" not in style
+
+
+def test_a_name_that_the_template_is_not_given_is_an_error_and_not_a_gap() -> None:
+    from jinja2 import UndefinedError
+
+    with pytest.raises(UndefinedError):
+        report_html._template().render()
+
+
+def test_the_template_is_in_the_package_and_in_the_image() -> None:
+    """It lies beside the code: setuptools takes what package-data names, the Dockerfile copies the folder."""
+    with (CHECKOUT / "pyproject.toml").open("rb") as file:
+        patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["jobs.evaluation"]
+    assert list((CHECKOUT / "jobs").rglob("*.j2")) == [report_html.TEMPLATE]
+    assert any(report_html.TEMPLATE.match(pattern) for pattern in patterns)
+    assert "COPY jobs jobs" in (CHECKOUT / "jobs" / "Dockerfile").read_text()
+    ignored = (CHECKOUT / ".dockerignore").read_text().splitlines()
+    assert not [line for line in ignored if line.startswith("**/") and report_html.TEMPLATE.match(line[3:])]
 
 
 def test_the_page_shows_every_score_a_bar_for_each_and_both_loss_curves() -> None:
     page = report_html.page(evaluation(Rule(min=0.5)), HISTORY, generations())
     for shown in ("812.3", "3.142", "0.875", "-0.250", "✓ Passed", "held-out 0.2", "Evenly spaced", "Provenance"):
         assert shown in page
-    assert page.count('<rect class="bar') == 3 * len(report.METRICS)
+    assert page.count('<rect class="bar') == 3 * len(SCORES)
     assert page.count("<polyline") == 3 and page.count("<circle") == 3
 
 
@@ -127,7 +151,7 @@ def test_what_was_not_measured_is_a_dash_not_a_zero() -> None:
     missing: dict[str, Any] = dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"))
     values = evaluation(Rule(min=0.5), questions=0, reference=missing, **missing)
     values["scores"]["base"] |= missing
-    empty: dict[str, list[dict[str, Any]]] = {role: [] for role in report.ROLES}
+    empty: dict[str, list[dict[str, Any]]] = {role: [] for role in content.ROLES}
     page, text = report_html.page(values, HISTORY, empty), report.table(values)
     assert [line.split() for line in text.splitlines() if line.startswith("ROUGE-L ")] == [
         ["ROUGE-L", "–", "–", "–", "higher"]]
@@ -137,12 +161,12 @@ def test_what_was_not_measured_is_a_dash_not_a_zero() -> None:
 def test_perplexities_over_different_tokenizers_are_not_compared() -> None:
     """The reference has the lowest perplexity, but per token of another tokenizer: it is said, and not marked best."""
     values = evaluation(Rule(min=0.5), reference={"perplexity": 1.5, "vocabulary": "other"})
-    perplexity, bits = report.METRICS[:2]
+    perplexity, bits = SCORES[:2]
     assert "another tokenizer" in report.table(values)
-    assert report.best(values, perplexity) == {"fine_tuned"}
-    assert report.best(values, bits) == {"base", "fine_tuned", "reference"}
+    assert content.best(values, perplexity) == {"fine_tuned"}
+    assert content.best(values, bits) == {"base", "fine_tuned", "reference"}
     same = evaluation(Rule(min=0.5), reference={"perplexity": 1.5})
-    assert "another tokenizer" not in report.table(same) and report.best(same, perplexity) == {"reference"}
+    assert "another tokenizer" not in report.table(same) and content.best(same, perplexity) == {"reference"}
 
 
 def test_every_report_on_embedded_models_says_so() -> None:
@@ -153,17 +177,17 @@ def test_every_report_on_embedded_models_says_so() -> None:
 
 
 def test_samples_are_evenly_spaced_and_the_worst_are_shown_too() -> None:
-    spaced, worst = report.samples(generations(), count=4, worst=2)
+    spaced, worst = content.samples(generations(), count=4, worst=2)
     assert [sample.question for sample in spaced] == [f"Question {i}?" for i in (0, 13, 26, 39)]
     assert [sample.question for sample in worst] == ["Question 1?", "Question 2?"]
-    assert set(spaced[0].answers) == set(report.ROLES)
+    assert set(spaced[0].answers) == set(content.ROLES)
 
 
 def test_a_perfect_adapter_has_no_worst_answers() -> None:
     perfect = {role: [line | {"rougeL": 1.0} for line in lines] for role, lines in generations().items()}
-    assert report.samples(perfect)[1] == []
+    assert content.samples(perfect)[1] == []
 
 
 def test_a_question_that_one_model_could_not_be_asked_is_shown_with_the_other_answers() -> None:
     partial = generations() | {"reference": []}
-    assert set(report.samples(partial)[0][0].answers) == {"base", "fine_tuned"}
+    assert set(content.samples(partial)[0][0].answers) == {"base", "fine_tuned"}

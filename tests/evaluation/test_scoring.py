@@ -14,6 +14,7 @@ from jobs.core.errors import UserError
 from jobs.core.progress import Progress
 from jobs.data.encoding import Encoded, encode
 from jobs.evaluation import scoring
+from jobs.evaluation.metrics import SCORES
 from jobs.evaluation.scoring import Material
 from tests.build_models import RECORDS, SENTENCES, tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -50,6 +51,19 @@ def test_padded_batches_give_the_likelihoods_of_one_record_at_a_time(loaded: tup
         first = max(1, len(sequence.prompt))
         assert tokens == len(sequence) - first
         assert nats == pytest.approx(slow_nll(model, sequence.prompt + sequence.completion, first), rel=1e-5)
+
+
+def test_likelihoods_are_computed_in_float32_whatever_the_model_computes_in(loaded: tuple[Any, Any]) -> None:
+    """On a GPU models compute in bfloat16, whose 8 bits would round the likelihoods themselves."""
+    import copy
+
+    import torch
+
+    model, tokenizer = copy.deepcopy(loaded[0]).to(torch.bfloat16), loaded[1]
+    sequence = encode(tokenizer, RECORDS[0])
+    [(nats, _)] = scoring.negative_log_likelihoods(model, [sequence], Progress("test", 1))
+    expected = slow_nll(model, sequence.prompt + sequence.completion, len(sequence.prompt))
+    assert nats == pytest.approx(expected, rel=1e-5)
 
 
 def test_likelihoods_equal_the_loss_that_training_minimises(loaded: tuple[Any, Any]) -> None:
@@ -118,7 +132,7 @@ def test_the_scores_of_a_model_are_complete_and_follow_their_definitions(loaded:
     assert (scores["questions"], scores["sentences"]) == (4, len(SENTENCES))
     assert scores["rougeL"] == pytest.approx(sum(line["rougeL"] for line in generations) / 4)
     assert [line["question"] for line in generations][-1] == "system: Be brief.\nuser: How many rooms are there?"
-    assert set(scoring.SCORES) <= scores.keys()
+    assert {score.key for score in SCORES} <= scores.keys()
 
 
 def test_a_sentence_is_scored_by_its_mean_token_log_probability(loaded: tuple[Any, Any]) -> None:

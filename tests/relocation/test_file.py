@@ -1,4 +1,4 @@
-"""Promises of file: sources: the pin is that of the content, and only regular files are read."""
+"""Promises of file: sources: the pin is that of the content, and only plain files are read."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_fifo_or_a_socket_is_refused_and_not_waited_for(here: Loaded, draft: P
         path.mkdir()
     make(path / "a.jsonl" if folder else path)
     for read in (sources.find_pin, sources.listing):
-        with pytest.raises(UserError, match=r"\.jsonl: is a (FIFO|socket), not a regular file"):
+        with pytest.raises(UserError, match=r"\.jsonl: is a (FIFO|socket), not a plain file"):
             read(here, Source(source="file:data.jsonl", sha256=SHA256))
 
 

@@ -99,5 +99,13 @@ def test_a_server_that_is_not_there_is_worth_a_retry(s3: S3, here: Loaded, draft
         download.fetch(sources.listing(here, source()), draft)
 
 
+def test_a_store_with_an_authority_of_its_own_says_which_variable_names_it() -> None:
+    from botocore.exceptions import SSLError
+
+    error = SSLError(endpoint_url="https://minio", error="[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
+    assert isinstance(connection.classify_error(error, "s3://data/x", ""), UserError)
+    assert "AWS_CA_BUNDLE" in str(connection.classify_error(error, "s3://data/x", ""))
+
+
 def test_pin_reads_the_content(s3: S3, here: Loaded) -> None:
     assert sources.find_pin(here, source(sha256=None)) == SHA256

@@ -40,7 +40,7 @@ def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None
         (folder / each).mkdir()
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    with pytest.raises(UserError, match=rf"{name}: is a FIFO, not a regular file"):
+    with pytest.raises(UserError, match=rf"{name}: is a FIFO, not a plain file"):
         check.run(folder)
 
 
@@ -48,7 +48,7 @@ def test_a_valid_overlay_passes(tmp_path: Path) -> None:
     check.run(overlay(tmp_path))
 
 
-@pytest.mark.parametrize(("changes", "says"), [
+@pytest.mark.parametrize(("changes", "message"), [
     ({"dataset__sha256": "0" * 64}, "but .*pins dataset at 0000.*If the change is meant, run: python -m jobs pin"),
     ({"dataset__source": "file:other.jsonl"}, "dataset: .*other.jsonl does not exist"),
     ({"base_model__architecture": "GPT2LMHeadModel"}, "vLLM cannot serve a LoRA adapter on GPT2LMHeadModel"),
@@ -63,8 +63,8 @@ def test_a_valid_overlay_passes(tmp_path: Path) -> None:
      "lm_head cannot be served on GPT2LMHeadModel; allowed: c_attn, c_fc, c_proj"),
     ({"training__lora__r": 0}, "training.lora.r: 0"),
 ])
-def test_what_would_fail_in_the_cluster_is_refused_here(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_what_would_fail_in_the_cluster_is_refused_here(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         check.run(overlay(tmp_path, **changes))
 
 

@@ -1,4 +1,4 @@
-"""Promises of the mapping from manifests to processes: what a container sees locally is what its manifest says."""
+"""Promises of the mapping from manifests to processes: what a container sees locally is what its manifest describes."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ print(json.dumps({"env": dict(os.environ), "argv": sys.argv[2:], "files": files}
 """
 
 
-def test_the_processes_of_the_overlay_see_what_the_manifest_of_their_container_says(
+def test_the_processes_of_the_overlay_see_what_the_manifest_of_their_container_describes(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every container of overlays/kind, started by the local runner: all of the manifest is there, and nothing more."""
     secrets = {"HF_TOKEN": "the token", "VLLM_API_KEY": "the key"}
@@ -200,10 +200,23 @@ async def run_once(mapped: list[pods.Pod], state: Path) -> dict[str, list[dict[s
     return {name: [json.loads(line) for line in text.splitlines()] for name, text in logs.items()}
 
 
-def test_without_kubectl_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_kubectl_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="kubectl is not installed.*1.32"):
         pods.render(OVERLAY)
+
+
+@pytest.mark.parametrize(("stderr", "error"), [
+    ("", "no error message"),
+    ("Warning: old\nerror: no such file\n", "no such file"),
+    ("E1123 trying\nUnable to connect to the server: timeout\n", "Unable to connect to the server: timeout"),
+    ("Warning: x\nError from server (A): a\nError from server (B): b\n",
+     "Error from server (A): a Error from server (B): b"),
+    ('# Warning: old\nE1125 20:45:12.5 1 run.go:72] "command failed" err="unknown field \\"bogus\\""\n',
+     'unknown field "bogus"'),
+])
+def test_of_what_kubectl_writes_the_error_is_shown_on_one_line(stderr: str, error: str) -> None:
+    assert pods.error_in(stderr) == error
 
 
 def test_an_overlay_that_does_not_render_shows_kustomizes_words(tmp_path: Path) -> None:

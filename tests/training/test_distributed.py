@@ -25,7 +25,7 @@ from jobs.core.errors import RetryableError, Terminated, UserError
 from jobs.core.plan import plan
 from jobs.data.encoding import Encoded
 from jobs.tools.pods import CHECKOUT
-from jobs.training import distributed, train
+from jobs.training import callbacks, distributed
 from tests import build_models
 
 RECORDS = [{"prompt": f"How many rooms has house {n}?", "completion": f"It has {n} rooms. " * (1 + n % 3)}
@@ -242,7 +242,7 @@ def test_told_to_stop_all_save_one_checkpoint_and_the_next_attempt_goes_on_there
 
 def wait_for_checkpoint(volumes: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while not list(volumes.glob(f"fine-tuned-model/checkpoints/*/checkpoint-*/{train.CHECKPOINT_MARKER}")):
+    while not list(volumes.glob(f"fine-tuned-model/checkpoints/*/checkpoint-*/{callbacks.CHECKPOINT_MARKER}")):
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -24,7 +24,7 @@ from jobs.core.pipeline import Lora, Training
 from jobs.core.plan import plan
 from jobs.data.encoding import Encoded
 from jobs.tools.pods import CHECKOUT
-from jobs.training import train
+from jobs.training import callbacks, packing, train
 from tests import build_models
 
 VOCABULARY = 97
@@ -65,7 +65,7 @@ def folders(place: Path) -> train.Folders:
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=80), st.integers(0, 9))
 def test_packing_takes_every_record_once_and_keeps_to_the_budget(lengths: list[int], seed: int) -> None:
     given_records = [Encoded([i], [0] * (length - 1)) for i, length in enumerate(lengths)]
-    packs = train.pack(given_records, 60, seed)
+    packs = packing.pack(given_records, 60, seed)
     assert sorted(record.prompt[0] for pack in packs for record in pack) == list(range(len(lengths)))
     assert all(sum(map(len, pack)) <= 60 for pack in packs)
 
@@ -84,14 +84,14 @@ def test_a_packed_batch_has_the_loss_of_its_records_one_by_one(kind: str) -> Non
         loss = model(input_ids=torch.tensor([record.prompt + record.completion]), labels=torch.tensor([labels])).loss
         total += loss.item() * len(record.completion)
     expected = total / sum(len(record.completion) for record in pack)
-    assert model(**train.flatten([pack])).loss.item() == pytest.approx(expected, abs=1e-5)
+    assert model(**packing.flatten([pack])).loss.item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_training_learns_and_writes_an_adapter_in_safetensors(tmp_path: Path, kind: str) -> None:
     model, layers = tiny(kind)
     data = [Encoded(record.prompt, [5, 6, 7, 8]) for record in records(20)]
-    history = train.train(model, train.Splits(data, data[:5], 0), settings(epochs=15, learning_rate=5e-2), layers,
+    history = train.train(model, packing.Splits(data, data[:5], 0), settings(epochs=15, learning_rate=5e-2), layers,
                           folders(tmp_path), tmp_path / "out")
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.5
@@ -108,13 +108,13 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     data = records(20)
 
     def attempt() -> int:
-        history = train.train(tiny("llama")[0], train.Splits(data, data, 0), settings(), ["q_proj"],
+        history = train.train(tiny("llama")[0], packing.Splits(data, data, 0), settings(), ["q_proj"],
                               folders(tmp_path), tmp_path / "out")
         return int(history[-1]["step"])
 
     steps = attempt()
     shutil.rmtree(tmp_path / "checkpoints" / f"checkpoint-{steps}")
-    assert train.newest_checkpoint(tmp_path / "checkpoints"), "there is one to resume from"
+    assert callbacks.newest_checkpoint(tmp_path / "checkpoints"), "there is one to resume from"
     attempt()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -126,12 +126,12 @@ def test_the_loss_that_trainer_logs_during_training_is_that_of_separate_records(
     import torch
 
     data = records(9)
-    history = train.train(tiny("llama")[0], train.Splits(data, data, 0),
+    history = train.train(tiny("llama")[0], packing.Splits(data, data, 0),
                           settings(epochs=1, learning_rate=1e-30, lora=Lora(r=4, dropout=0.0)), ["q_proj"],
                           folders(tmp_path), tmp_path / "out")
     fresh = tiny("llama")[0].eval()
     expected = []
-    for pack in train.pack(data, 64, 0):
+    for pack in packing.pack(data, 64, 0):
         nats = 0.0
         for record in pack:
             labels = [-100] * len(record.prompt) + record.completion
@@ -144,7 +144,7 @@ def test_the_loss_that_trainer_logs_during_training_is_that_of_separate_records(
 def test_gradient_checkpointing_saves_memory_and_changes_nothing(tmp_path: Path) -> None:
     data = records(20)
     kept, recomputed = (train.train(
-        tiny("llama")[0], train.Splits(data, data, 0), settings(gradient_checkpointing=chosen), ["q_proj", "v_proj"],
+        tiny("llama")[0], packing.Splits(data, data, 0), settings(gradient_checkpointing=chosen), ["q_proj", "v_proj"],
         folders(tmp_path / str(chosen)), tmp_path / str(chosen)) for chosen in (False, True))
     assert kept == recomputed
 
@@ -155,15 +155,15 @@ def test_records_beyond_max_length_are_left_out_and_counted(tmp_path: Path) -> N
     for split in ("train", "holdout"):
         (tmp_path / f"{split}.jsonl").write_text(
             '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "' + "word " * 200 + '"}\n')
-    splits = train.encode_splits(tmp_path, tokenizer, 64)
+    splits = packing.encode_splits(tmp_path, tokenizer, 64)
     assert (len(splits.train), len(splits.holdout), splits.too_long) == (1, 1, 2)
     with pytest.raises(UserError, match=r"all 2 train records are longer than training.max_length \(3 tokens"):
-        train.encode_splits(tmp_path, tokenizer, 3)
+        packing.encode_splits(tmp_path, tokenizer, 3)
 
 
 def test_a_max_length_beyond_the_models_positions_is_refused() -> None:
     with pytest.raises(UserError, match="max_length is 1024, but the base model knows only 512"):
-        train.check_length({"max_position_embeddings": 512}, Training())
+        packing.check_length({"max_position_embeddings": 512}, Training())
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def weights(file: Path, volumes: Path) -> dict[str, str]:
 
 def wait_for_checkpoint(volumes: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while not list(volumes.glob(f"fine-tuned-model/checkpoints/*/checkpoint-*/{train.CHECKPOINT_MARKER}")):
+    while not list(volumes.glob(f"fine-tuned-model/checkpoints/*/checkpoint-*/{callbacks.CHECKPOINT_MARKER}")):
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -260,11 +260,11 @@ def test_a_checkpoint_that_a_kill_left_half_is_not_resumed_from(tmp_path: Path) 
         folder.mkdir()
         (folder / "weights").write_text("w")
         listing = json.dumps(artifacts.listing(folder))
-        (folder / train.CHECKPOINT_MARKER).write_text(listing)
+        (folder / callbacks.CHECKPOINT_MARKER).write_text(listing)
     (half / "weights").write_text("")
-    assert train.newest_checkpoint(tmp_path) == str(whole)
-    (whole / train.CHECKPOINT_MARKER).unlink()
-    assert train.newest_checkpoint(tmp_path) is None
+    assert callbacks.newest_checkpoint(tmp_path) == str(whole)
+    (whole / callbacks.CHECKPOINT_MARKER).unlink()
+    assert callbacks.newest_checkpoint(tmp_path) is None
 
 
 def test_already_done_answers_without_loading_torch(uninterrupted: tuple[Path, Path, dict[str, str]]) -> None:

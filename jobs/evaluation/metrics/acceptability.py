@@ -9,11 +9,15 @@ import datasets
 import evaluate
 import numpy as np
 
+from jobs.core.errors import UserError
+from jobs.evaluation.metrics import Measurements, compute
+
 _DESCRIPTION = """\
 Linguistic acceptability on a CoLA-like set of judged sentences (Warstadt et al. 2019, Neural Network Acceptability
-Judgments). A language model judges with no training for it: a sentence's score is its mean token log-probability (Lau
-et al. 2017, Grammaticality, Acceptability, and Probability, "Mean LP"), and it is called acceptable from a threshold
-up. The threshold is chosen on one half of the set, to maximise Matthews correlation, and measured on the other half.
+Judgments). A language model classifies them with no training for it: a sentence's score is its mean token
+log-probability (Lau et al. 2017, Grammaticality, Acceptability, and Probability, "Mean LP"), and it is called
+acceptable from a threshold up. The threshold is chosen on one half of the set, to maximise Matthews correlation, and
+measured on the other half.
 """
 _INPUTS = """
 Args:
@@ -22,9 +26,23 @@ Args:
     references: whether each sentence is acceptable.
 Returns:
     acceptability_mcc: Matthews correlation on the measured half, -1 to 1, higher is better, 0 is chance.
-    acceptability_accuracy: share of the measured half judged right, 0 to 1.
+    acceptability_accuracy: share of the measured half classified correctly, 0 to 1.
     acceptability_threshold: the score from which a sentence is called acceptable.
 """
+
+
+def measure(measurements: Measurements) -> dict[str, float | None]:
+    """Acceptability from the sentences' likelihoods; a sentence's score is the mean log-probability of a token.
+
+    Raises:
+        UserError: when a class has too few sentences.
+    """
+    try:
+        return {**compute(Acceptability, texts=[text for text, _ in measurements.sentences],
+                          predictions=[-nats / tokens for nats, tokens in measurements.sentence_likelihoods],
+                          references=[acceptable for _, acceptable in measurements.sentences])}
+    except ValueError as error:
+        raise UserError(f"evaluation.acceptability: {error} of two tokens or more") from None
 
 
 class Acceptability(evaluate.Metric):  # type: ignore[misc]
@@ -38,13 +56,13 @@ class Acceptability(evaluate.Metric):  # type: ignore[misc]
 
     def _compute(self, texts: list[str], predictions: list[float], references: list[bool]) -> dict[str, float]:
         scores, acceptable = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=bool)
-        if not np.isfinite(scores).all():  # a damaged model; comparisons with NaN would judge silently
+        if not np.isfinite(scores).all():  # a damaged model; comparisons with NaN would give classes without an error
             return dict.fromkeys(("acceptability_mcc", "acceptability_accuracy", "acceptability_threshold"), math.nan)
         choosing = choosing_half(texts, references)
         threshold = best_threshold(scores[choosing], acceptable[choosing])
-        judged, truth = scores[~choosing] >= threshold, acceptable[~choosing]
-        tp, fp = int((judged & truth).sum()), int((judged & ~truth).sum())
-        fn, tn = int((~judged & truth).sum()), int((~judged & ~truth).sum())
+        accepted, truth = scores[~choosing] >= threshold, acceptable[~choosing]
+        tp, fp = int((accepted & truth).sum()), int((accepted & ~truth).sum())
+        fn, tn = int((~accepted & truth).sum()), int((~accepted & ~truth).sum())
         return {"acceptability_mcc": float(matthews(tp, fp, fn, tn)),
                 "acceptability_accuracy": (tp + tn) / (tp + fp + fn + tn),
                 "acceptability_threshold": threshold}

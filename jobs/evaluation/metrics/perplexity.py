@@ -7,6 +7,9 @@ import math
 import datasets
 import evaluate
 
+from jobs.data.encoding import answer
+from jobs.evaluation.metrics import Measurements, compute
+
 _DESCRIPTION = """\
 Perplexity is exp(mean negative log-likelihood of a token) (Jelinek et al. 1977): the mean is over all scored tokens, so
 a long record weighs as much as it is long. It depends on the tokenizer. Bits per byte, the same total divided by the
@@ -21,6 +24,13 @@ Returns:
     perplexity: 1 and up, lower is better; infinite when it exceeds what a float can hold.
     bits_per_byte: 0 and up, lower is better.
 """
+
+
+def measure(measurements: Measurements) -> dict[str, float | None]:
+    """Perplexity and bits per byte of the records' answers."""
+    return {**compute(Perplexity, nll=[nats for nats, _ in measurements.likelihoods],
+                      tokens=[tokens for _, tokens in measurements.likelihoods],
+                      bytes=[len(answer(record).encode()) for record in measurements.records])}
 
 
 class Perplexity(evaluate.Metric):  # type: ignore[misc]

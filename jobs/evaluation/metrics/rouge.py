@@ -12,6 +12,9 @@ from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
+from jobs.data.encoding import answer
+from jobs.evaluation.metrics import Measurements, compute
+
 _DESCRIPTION = """\
 ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum (Lin 2004) through the rouge_score package, with stemming: the F1 of each pair,
 averaged over the pairs. ROUGE-Lsum treats each line as a sentence.
@@ -28,6 +31,14 @@ TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 # A word is a run of letters and digits; a character of a script written without spaces is a word by itself.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+
+
+def measure(measurements: Measurements) -> dict[str, float | None]:
+    """The mean of each of `TYPES` over the questions; None where there are none."""
+    if not measurements.questions:
+        return dict.fromkeys(TYPES)
+    return {**compute(Rouge, predictions=list(measurements.answers),
+                      references=[answer(record) for record in measurements.questions])}
 
 
 class Words(Tokenizer):  # type: ignore[misc]

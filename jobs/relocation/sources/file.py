@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobs.core.artifacts import canonical
 from jobs.core.errors import UserError
-from jobs.core.files import open_regular, require_regular, sha256_of, visible_files
+from jobs.core.files import open_plain, require_plain, sha256_of, visible_files
 from jobs.core.pipeline import Loaded, Source
 from jobs.relocation.connection import Stream, mismatch
 from jobs.relocation.sources.interface import Item
@@ -49,7 +49,7 @@ def files(loaded: Loaded, source: Source) -> list[Item]:
         if file.exists() and not os.access(file, os.R_OK):
             raise UserError(f"{file}: this user may not read it")
         if file.exists() and (file != path or not path.is_dir()):
-            require_regular(file)
+            require_plain(file)
     if path.is_file():
         return [Item(path.name, str(path), path.stat().st_size, source.sha256)]
     if not path.is_dir():
@@ -66,6 +66,6 @@ def files(loaded: Loaded, source: Source) -> list[Item]:
 
 def open_at(url: str, start: int, headers: Mapping[str, str]) -> Stream:
     """A path on this machine, from byte `start` on."""
-    raw = open_regular(Path(url))
+    raw = open_plain(Path(url))
     raw.seek(start)
     return Stream(raw, url, ADVICE, start, None)

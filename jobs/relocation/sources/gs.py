@@ -11,7 +11,7 @@ from jobs.relocation.sources.buckets import open_object
 from jobs.relocation.sources.interface import content_sha256, single_file
 
 ADVICE = ("Credentials come from the service account's workload identity, or from the file that "
-          "GOOGLE_APPLICATION_CREDENTIALS names; they need storage.objects.get on it (docs/data.md, "
+          "GOOGLE_APPLICATION_CREDENTIALS names; they need storage.objects.get on it (docs/registries.md, "
           "Buckets)")
 
 files = single_file

@@ -82,7 +82,8 @@ def _hub_info(source: Source) -> Any:
             raise UserError(f"{source.source}: the hub has no revision {source.revision}. Run: python -m jobs pin"
                             ) from None
         except OfflineModeIsEnabled:
-            raise UserError(f"{source.source}: HF_HUB_OFFLINE is set, which forbids requests to the hub. Unset it") from None
+            raise UserError(f"{source.source}: HF_HUB_OFFLINE is set, which forbids requests to the hub. "
+                            "Unset it") from None
         except HFValidationError as error:
             raise UserError(f"{source.source}: not a repository's name: {error}") from None
         except (ValueError, KeyError, TypeError) as error:

@@ -10,7 +10,7 @@ from jobs.relocation.sources.buckets import open_object
 from jobs.relocation.sources.interface import content_sha256, single_file
 
 ADVICE = ("Credentials come from the service account's workload identity, or from AWS_ACCESS_KEY_ID and "
-          "AWS_SECRET_ACCESS_KEY; they need s3:GetObject on it (docs/data.md, Buckets)")
+          "AWS_SECRET_ACCESS_KEY; they need s3:GetObject on it (docs/registries.md, Buckets)")
 
 files = single_file
 

@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 from jobs.core import artifacts, promotion
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan
-from serving import adapters
-from serving.adapters import NotYet, Refused, Served, Wanted
+from serving import candidates, lora, untrusted, verification
+from serving.candidates import Candidate
+from serving.refusal import NotYet, Refused
+from serving.served import Served
 from tests import build_adapter
 
 Change = Callable[[Path], object]  # has its way with an adapter's folder before it is published
@@ -46,7 +48,7 @@ class World:
         return build_adapter.load(self.folder / "pipelines" / "one", **changes)
 
     def take(self) -> Path:
-        return adapters.take("seville-hotels", self.plan.adapter.digest, self.served, self.modules)
+        return verification.copy_verified("seville-hotels", self.plan.adapter.digest, self.served, self.modules)
 
     def try_(self) -> tuple[Path | None, str]:
         """The copy, or None and the reason why it was refused."""
@@ -55,13 +57,13 @@ class World:
         except Refused as refused:
             return None, refused.reason
 
-    def modules(self) -> adapters.Modules:
+    def modules(self) -> lora.Modules:
         return modules()
 
 
 @functools.cache
-def modules() -> adapters.Modules:
-    return adapters.linear_modules(build_adapter.models() / "base")
+def modules() -> lora.Modules:
+    return lora.linear_modules(build_adapter.models() / "base")
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_a_fit_adapter_is_copied_out_of_everybodys_reach_and_passes(world: World
     assert Path(world.served.private_folder) in copy.parents
     assert {p.name for p in copy.iterdir()} == {p.name for p in source.iterdir()}
     shutil.rmtree(source)  # retention, or a lost volume
-    adapters.verify(copy, world.served, world.modules)
+    verification.verify(copy, world.served, world.modules)
 
 
 def both(*changes: Change) -> Change:
@@ -419,7 +421,7 @@ def test_an_adapter_that_was_tampered_with_is_refused_in_one_line_and_nothing_of
     reason, says, change = TAMPERED[case]
     folder = build_adapter.adapter(world.volumes, world.pipeline)
     change(folder)
-    adapters.signature(folder)  # by which it is noticed when the folder changes
+    untrusted.signature(folder)  # by which it is noticed when the folder changes
     with pytest.raises(Refused, match=f".*{says}") as caught:
         world.take()
     assert caught.value.reason == reason
@@ -433,7 +435,7 @@ def test_an_artifact_of_another_kind_is_refused_even_if_its_name_fits(world: Wor
     digest = json.loads((folder / "artifact.json").read_text())["digest"]
     folder.rename(folder.with_name(digest))
     with pytest.raises(Refused, match="is an artifact of kind 'scores', not adapter") as caught:
-        adapters.take("seville-hotels", digest, world.served, world.modules)
+        verification.copy_verified("seville-hotels", digest, world.served, world.modules)
     assert caught.value.reason == "damaged"
 
 
@@ -457,6 +459,20 @@ def test_a_file_that_is_replaced_by_a_pipe_at_the_last_moment_is_not_waited_for(
     assert caught.value.reason in ("config", "damaged")
 
 
+def test_a_file_that_is_replaced_by_a_link_at_the_last_moment_is_not_followed(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build_adapter.adapter(world.volumes, world.pipeline)
+    file = folder / "adapter_config.json"
+    plain = file.lstat()
+    shutil.copy(file, world.folder / "elsewhere.json")  # the same bytes: only the link is wrong
+    link("adapter_config.json", str(world.folder / "elsewhere.json"))(folder)
+    monkeypatch.setattr(Path, "lstat", lambda _: plain)
+    with pytest.raises(OSError) as caught:
+        world.take()
+    assert caught.value.errno == errno.ELOOP
+    assert not list(Path(world.served.private_folder).glob("*/*"))
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
 def test_a_volume_that_cannot_be_read_now_is_no_refusal(
         world: World, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -470,7 +486,7 @@ def test_a_volume_that_cannot_be_read_now_is_no_refusal(
 
     monkeypatch.setattr(io, "open", fails)  # behind Path.open
     monkeypatch.setattr(os, "open", lambda file, *args: fails(file))
-    for look in (world.take, lambda: adapters.check_gate(wanted(world), "seville-hotels", world.volumes)):
+    for look in (world.take, lambda: verification.check_gate(wanted(world), "seville-hotels", world.volumes)):
         with pytest.raises(OSError, match="cannot be read"):
             look()
 
@@ -613,7 +629,7 @@ def harm(folder: Path) -> str:
 
     options = json.loads((folder / "adapter_config.json").read_text())
     # vLLM knows a few of the options. What is unset is unset for PEFT, however it is written.
-    known = {k: v for k, v in options.items() if k in vars(LoraConfig()) and not adapters._is_unset(v)}
+    known = {k: v for k, v in options.items() if k in vars(LoraConfig()) and not lora._is_unset(v)}
     prompt = torch.arange(1, 65)[None]
     with torch.no_grad():
         before = base()(prompt).logits
@@ -684,24 +700,24 @@ def test_an_adapter_of_another_base_or_tokenizer_is_refused(world: World, key: s
     assert caught.value.reason == "base"
 
 
-def wanted(world: World) -> Wanted:
-    return adapters.asked(world.pipeline, world.volumes)
+def wanted(world: World) -> Candidate:
+    return candidates.desired(world.pipeline)
 
 
 def test_only_an_adapter_whose_own_evaluation_passed_goes_through_the_gate(world: World) -> None:
     build_adapter.evaluation(world.volumes, world.pipeline)
-    adapters.check_gate(wanted(world), "seville-hotels", world.volumes)
+    verification.check_gate(wanted(world), "seville-hotels", world.volumes)
     for other in ("0" * 16, "../../elsewhere"):
         with pytest.raises(Refused, match=r"is about seville-hotels@"):
-            adapters.check_gate(Wanted(other, world.plan.evaluation.digest), "seville-hotels", world.volumes)
+            verification.check_gate(Candidate(other, world.plan.evaluation.digest), "seville-hotels", world.volumes)
     with pytest.raises(Refused, match=r"not another-name@"):
-        adapters.check_gate(wanted(world), "another-name", world.volumes)
+        verification.check_gate(wanted(world), "another-name", world.volumes)
 
 
 def test_a_failed_gate_is_refused(world: World) -> None:
     build_adapter.evaluation(world.volumes, world.pipeline, passed=False)
     with pytest.raises(Refused, match="rejected seville-hotels@") as caught:
-        adapters.check_gate(wanted(world), "seville-hotels", world.volumes)
+        verification.check_gate(wanted(world), "seville-hotels", world.volumes)
     assert caught.value.reason == "gate"
 
 
@@ -713,7 +729,7 @@ def verdict(text: str) -> Change:
 def test_only_true_is_a_passed_gate(world: World, passed: object) -> None:
     build_adapter.evaluation(world.volumes, world.pipeline, passed=passed)
     with pytest.raises(Refused, match="rejected") as caught:
-        adapters.check_gate(wanted(world), "seville-hotels", world.volumes)
+        verification.check_gate(wanted(world), "seville-hotels", world.volumes)
     assert caught.value.reason == "gate"
 
 
@@ -747,7 +763,7 @@ def test_an_evaluation_that_cannot_be_trusted_is_refused(world: World, case: str
     if after:
         after(folder)
     with pytest.raises(Refused) as caught:
-        adapters.check_gate(wanted(world), "seville-hotels", world.volumes)
+        verification.check_gate(wanted(world), "seville-hotels", world.volumes)
     assert caught.value.reason == "damaged"
     assert str(caught.value).isprintable() and len(str(caught.value)) <= 1000
 
@@ -755,7 +771,7 @@ def test_an_evaluation_that_cannot_be_trusted_is_refused(world: World, case: str
 def test_an_evaluation_that_takes_hours_to_read_is_refused(world: World) -> None:
     sparse("x.json")(build_adapter.evaluation(world.volumes, world.pipeline))
     with pytest.raises(Refused, match=r"has 11\.00 TB; no evaluation is that large") as caught:
-        adapters.check_gate(wanted(world), "seville-hotels", world.volumes)
+        verification.check_gate(wanted(world), "seville-hotels", world.volumes)
     assert caught.value.reason == "files"
 
 
@@ -764,27 +780,28 @@ def test_a_verdict_that_somebody_edited_is_refused(world: World) -> None:
     file = folder / "evaluation.json"
     file.write_text(file.read_text().replace("false", "true"))
     with pytest.raises(Refused, match=r"evaluation\.json was changed") as caught:
-        adapters.check_gate(wanted(world), "seville-hotels", world.volumes)
+        verification.check_gate(wanted(world), "seville-hotels", world.volumes)
     assert caught.value.reason == "damaged"
 
 
 def test_the_promotion_names_the_last_promoted_adapter_even_when_the_file_asks_for_another(world: World) -> None:
     with pytest.raises(NotYet, match="no adapter was promoted as seville-hotels yet"):
-        adapters.promoted(world.pipeline, world.volumes)
+        candidates.promoted("seville-hotels", world.volumes)
     build_adapter.promote(world.volumes, world.pipeline)
     changed, changed_plan = world.change(training__seed=1)
-    assert adapters.promoted(changed, world.volumes) == wanted(world)
-    assert adapters.asked(changed, world.volumes).adapter == changed_plan.adapter.digest != world.plan.adapter.digest
+    assert candidates.promoted("seville-hotels", world.volumes) == wanted(world)
+    desired = candidates.desired(changed).adapter
+    assert desired == changed_plan.adapter.digest != world.plan.adapter.digest
 
 
 @pytest.mark.parametrize("digest", ["../../base-model/base-model/x", "", "0" * 15, "0" * 16 + "\n", "ABCDEFABCDEFABCD"])
 def test_a_promotion_cannot_name_a_path(world: World, digest: str) -> None:
     with pytest.raises(Refused, match="is not a digest"):
-        adapters.adapter_folder(digest, world.volumes)
+        candidates.adapter_folder(digest, world.volumes)
     volume = world.volumes / FINE_TUNED_VOLUME
     promotion.promote(volume, "seville-hotels", digest, digest)
     with pytest.raises(Refused, match="is not a digest"):
-        adapters.check_gate(adapters.promoted(world.pipeline, world.volumes), "seville-hotels", world.volumes)
+        verification.check_gate(candidates.promoted("seville-hotels", world.volumes), "seville-hotels", world.volumes)
 
 
 @pytest.mark.parametrize("damage", [
@@ -793,20 +810,20 @@ def test_a_damaged_promotion_is_refused_and_neither_a_crash_nor_waited_for(world
     (world.volumes / FINE_TUNED_VOLUME / "promoted").mkdir(parents=True)
     damage(world.volumes / FINE_TUNED_VOLUME / "promoted" / "seville-hotels")
     with pytest.raises(Refused, match="damaged"):
-        adapters.promoted(world.pipeline, world.volumes)
+        candidates.promoted("seville-hotels", world.volumes)
 
 
 def test_a_folders_signature_changes_when_any_file_does_and_says_when_it_is_absent(world: World) -> None:
     with pytest.raises(NotYet, match=r"adapter [0-9a-f]{16} is not there yet"):
-        adapters.signature(world.plan.adapter.path(world.volumes))
+        untrusted.signature(world.plan.adapter.path(world.volumes))
     folder = build_adapter.adapter(world.volumes, world.pipeline)
-    before = adapters.signature(folder)
-    assert adapters.signature(folder) == before
+    before = untrusted.signature(folder)
+    assert untrusted.signature(folder) == before
     file = folder / "adapter_config.json"
     content = file.read_bytes()
     file.unlink()
     file.write_bytes(content)
-    assert adapters.signature(folder) != before
+    assert untrusted.signature(folder) != before
 
 
 def test_what_is_served_survives_the_environment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

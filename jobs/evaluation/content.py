@@ -1,0 +1,115 @@
+"""What a report contains, whatever its format: verdict, notes, samples of answers, provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.evaluation.gate import Check
+from jobs.evaluation.metrics import Score
+
+Evaluation = Mapping[str, Any]  # what stands in evaluation.json
+History = Sequence[Mapping[str, float]]  # `history` of the adapter's training.json
+Generations = Mapping[str, Sequence[Mapping[str, Any]]]  # each model's generations.jsonl, by role
+
+ROLES = {"base": "base", "fine_tuned": "fine-tuned", "reference": "reference"}
+EMBEDDED = "Embedded models: for trying out and testing only. They know nothing but a small grammar and your data."
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out question, its reference answer, and what each model answered with the answer's ROUGE-L."""
+
+    question: str
+    reference: str
+    answers: Mapping[str, tuple[str, float]]  # by role
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """The `evaluation.json` in an evaluation artifact's folder."""
+    evaluation: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    return evaluation
+
+
+def checks(evaluation: Evaluation) -> list[Check]:
+    """The rules of the gate and whether they hold."""
+    return [Check.from_json(values) for values in evaluation["gate"]]
+
+
+def best(evaluation: Evaluation, score: Score) -> set[str]:
+    """The roles with the best value of a score, as shown: two that read the same are both best. Where tokenizers
+    differ, the reference model's score per token does not compete."""
+    competing = [role for role in ROLES if not score.per_token or comparable(evaluation) or role != "reference"]
+    shown = {role: float(score.shown(value).replace(",", "")) for role in competing
+             if (value := evaluation["scores"][role][score.key]) is not None}
+    top = (max if score.higher_is_better else min)(shown.values(), default=None)
+    return {role for role, value in shown.items() if value == top}
+
+
+def comparable(evaluation: Evaluation) -> bool:
+    """Whether the reference model's perplexity is over the same tokens as the fine-tuned model's."""
+    scores = evaluation["scores"]
+    return bool(scores["reference"]["vocabulary"] == scores["fine_tuned"]["vocabulary"])
+
+
+def verdict(evaluation: Evaluation) -> str:
+    """The gate's outcome in a sentence."""
+    rules, failed = len(evaluation["gate"]), sum(not rule["passed"] for rule in evaluation["gate"])
+    if evaluation["passed"]:
+        return f"passed: {'the rule of the gate holds' if rules == 1 else f'all {rules} rules of the gate hold'}"
+    verb = "do" if failed > 1 else "does"
+    return f"rejected: {failed} of {rules} rule{'s' * (rules > 1)} of the gate {verb} not hold"
+
+
+def notes(evaluation: Evaluation) -> list[str]:
+    """What a reader must know to read the numbers right."""
+    scores = evaluation["scores"]
+    found = [EMBEDDED] if evaluation["embedded"] else []
+    if not comparable(evaluation):
+        found.append("The reference model has another tokenizer: its perplexity, which is per token, cannot be "
+                     "compared with the others'. Bits per byte can.")
+    for role, name in ROLES.items():
+        if scores[role]["records_too_long"]:
+            found.append(f"{scores[role]['records_too_long']} held-out records were too long for the {name} model and "
+                         "are left out of its scores.")
+    if scores["fine_tuned"]["questions"] == 0:
+        found.append("The held-out records are plain text and ask no questions, so there is no ROUGE.")
+    return found
+
+
+def samples(generations: Generations, count: int = 6, worst: int = 3) -> tuple[list[Sample], list[Sample]]:
+    """Held-out questions with the three models' answers: `count` evenly spaced ones, picked by nobody, and of the
+    others the `worst` on which the fine-tuned model did worst (none that it got fully right)."""
+    by_role = {role: {(line["question"], line["reference"]): (line["answer"], line["rougeL"])
+                      for line in generations[role]} for role in ROLES}
+    everything = [Sample(*key, {role: lines[key] for role, lines in by_role.items() if key in lines})
+                  for key in by_role["fine_tuned"]]
+    step = max(1.0, (len(everything) - 1) / max(1, count - 1))
+    places = sorted({round(i * step) for i in range(count)} & set(range(len(everything))))
+    rest = [sample for place, sample in enumerate(everything) if place not in places]
+    rest.sort(key=lambda sample: sample.answers["fine_tuned"][1])
+    return ([everything[place] for place in places],
+            [sample for sample in rest[:worst] if sample.answers["fine_tuned"][1] < 0.995])
+
+
+def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """Everything that the numbers rest on, as (name, value): digests, pins, hyperparameters, sizes."""
+    training, scores = evaluation["training"], evaluation["scores"]
+    lora, tuned = training["lora"], scores["fine_tuned"]
+    modules = lora["target_modules"] if isinstance(lora["target_modules"], str) else ", ".join(lora["target_modules"])
+    return [
+        ("adapter", f"{evaluation['adapter']['name']}@{evaluation['adapter']['digest']}"),
+        *((key.rpartition(".")[2].replace("_", " "), f"{source['source']} ({source['pin']})")
+          for key, source in evaluation["sources"].items()),
+        ("artifacts", f"dataset/{evaluation['dataset']['digest']}, base-model/{evaluation['base_model']['digest']}, "
+                      f"reference-model/{evaluation['reference_model']['digest']}"),
+        ("LoRA", f"r {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, {modules}"),
+        ("training", f"{training['epochs']} epochs, learning rate {training['learning_rate']:g}, at most "
+                     f"{training['max_length']} tokens a record and {training['tokens_per_batch']} a batch, seed "
+                     f"{training['seed']}"),
+        ("measured on", f"{tuned['records']} held-out records ({tuned['completion_tokens']} tokens of answers), "
+                        f"{tuned['questions']} questions, {tuned['sentences']} judged sentences"),
+    ]

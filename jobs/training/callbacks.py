@@ -1,0 +1,96 @@
+"""What happens beside the steps of a training: checkpoints that are whole, a stop that saves first, progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+from jobs.core import artifacts
+from jobs.core.files import write_atomically
+from jobs.core.progress import Progress
+from jobs.training.distributed import Team
+
+log = logging.getLogger("jobs")
+
+CHECKPOINT_MARKER = "complete.json"  # a checkpoint without it was interrupted while being written
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in `folder`; those that a kill left incomplete or damaged are removed."""
+    steps = {int(p.name.rpartition("-")[2]): p for p in folder.glob("checkpoint-*")}
+    for step in sorted(steps, reverse=True):
+        marker = steps[step] / CHECKPOINT_MARKER
+        if marker.is_file() and json.loads(marker.read_text()) == _checkpoint_listing(steps[step]):
+            log.info("resuming from the checkpoint at step %d", step)
+            return str(steps[step])
+        log.info("the checkpoint at step %d is incomplete: removed", step)
+        shutil.rmtree(steps[step])
+    return None
+
+
+def _checkpoint_listing(checkpoint: Path) -> list[dict[str, Any]]:
+    return [file for file in artifacts.listing(checkpoint) if file["path"] != CHECKPOINT_MARKER]
+
+
+def trainer_callbacks(stop: threading.Event, team: Team, tensorboard: Path, steps: int,
+                      tokens_per_step: float) -> list[Any]:
+    """Trainer callbacks: in every process whole checkpoints and a stop that saves first; in the main one progress
+    lines and TensorBoard's scalars."""
+    import torch
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+    class Save(TrainerCallback):
+        def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+            if not team.main:  # other dropout masks than the main process's; a resume loads each one's own state
+                torch.manual_seed(args.seed + team.rank)
+
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                        **_: Any) -> TrainerControl:
+            if team.any(stop.is_set()):  # all of them stop after the same step, whichever got the signal
+                log.info("SIGTERM: saving a checkpoint at step %d", state.global_step)
+                control.should_save = control.should_training_stop = True
+            return control
+
+        def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+            team.barrier()  # each process has a file of its own in it
+            if team.main:
+                checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+                write_atomically(checkpoint / CHECKPOINT_MARKER, json.dumps(_checkpoint_listing(checkpoint)))
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+            # purge_step hides what an interrupted attempt logged after the checkpoint that this one resumes from.
+            self.writer = SummaryWriter(str(tensorboard), purge_step=state.global_step + 1)
+            self.progress = Progress("training steps", steps)
+            self.progress.skip(state.global_step)
+
+        def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, float],
+                   **__: Any) -> None:
+            step = state.global_step
+            if "eval_loss" in logs:
+                self.writer.add_scalar("loss/holdout", logs["eval_loss"], step)
+                log.info("step %d/%d  held-out loss %.4f", step, steps, logs["eval_loss"])
+            if "loss" in logs:
+                self.writer.add_scalar("loss/train", logs["loss"], step)
+                self.writer.add_scalar("learning_rate", logs["learning_rate"], step)
+                self.progress.add(step - self.progress.done, lambda: f"loss {logs['loss']:.4f}, "
+                                  f"{tokens_per_step * self.progress.rate:.0f} tokens/s")
+                self.writer.add_scalar("tokens_per_second", tokens_per_step * self.progress.rate, step)
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            self.writer.close()
+
+    return [Save(), Watch()] if team.main else [Save()]
+
+
+def history_entry(raw: dict[str, float]) -> dict[str, float] | None:
+    """One entry of Trainer's log as one of ours; None for its summary, whose timings differ from run to run."""
+    at = {"step": raw["step"], "epoch": round(raw["epoch"], 4)}
+    if "loss" in raw:
+        return at | {"loss": raw["loss"], "learning_rate": raw["learning_rate"]}
+    return at | {"holdout_loss": raw["eval_loss"]} if "eval_loss" in raw else None

@@ -1,0 +1,46 @@
+"""The adapter's files for people and for byte equality: configuration, loss history and model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from jobs.core.pipeline import Pipeline
+from jobs.training.packing import Splits
+
+
+def finish_adapter(folder: Path, pipeline: Pipeline, splits: Splits, history: list[dict[str, float]],
+                   target_modules: list[str], dataset: str) -> None:
+    """Make what PEFT saved reproducible to the byte and self-explaining: config, loss history, model card."""
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    # PEFT records the folder the base model was loaded from (a mount path) and a set in random order.
+    config |= {"base_model_name_or_path": pipeline.base_model.name, "revision": pipeline.base_model.revision,
+               "target_modules": target_modules}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    steps = int(max(entry["step"] for entry in history))
+    (folder / "training.json").write_text(json.dumps({
+        "steps": steps, "records": {"train": len(splits.train), "holdout": len(splits.holdout),
+                                    "too_long": splits.too_long}, "history": history}, indent=1) + "\n")
+    (folder / "README.md").write_text(model_card(pipeline, splits, history, target_modules, dataset), encoding="utf-8")
+
+
+def model_card(pipeline: Pipeline, splits: Splits, history: list[dict[str, float]], target_modules: list[str],
+               dataset: str) -> str:
+    """The model card: what this adapter is, what it was made from, and how well it fit."""
+    training, base = pipeline.training, pipeline.base_model
+    last: Callable[[str], float] = lambda key: [e[key] for e in history if key in e][-1]  # noqa: E731
+    rows = {"base model": f"{base.name} ({base.pin})", "dataset": f"{dataset} ({pipeline.dataset.pin})",
+            "records": f"{len(splits.train)} train, {len(splits.holdout)} held out, {splits.too_long} too long",
+            "LoRA": f"r {training.lora.r}, alpha {training.lora.alpha:g}, dropout {training.lora.dropout:g}",
+            "target modules": ", ".join(target_modules),
+            "training": f"{training.epochs} epochs, learning rate {training.learning_rate:g} (cosine), at most "
+                        f"{training.tokens_per_batch} tokens a batch and {training.max_length} a record, "
+                        f"seed {training.seed}",
+            "loss on the train split, last step": f"{last('loss'):.4f}",
+            "loss on the held-out split": f"{last('holdout_loss'):.4f}"}
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return (f"---\nlibrary_name: peft\nbase_model: {base.name}\ntags: [lora]\n---\n# {pipeline.adapter}\n\n"
+            f"A LoRA adapter on {base.name}. What it was measured to do stands in the evaluation artifact that names "
+            f"its digest.\n\n| | |\n|---|---|\n{table}\n")

@@ -1,0 +1,117 @@
+"""vLLM as the aliases use it: load, probe and remove an adapter, by the name that vLLM knows (NAME@DIGEST).
+
+Loading and probing go through vLLM's HTTP API, behind the guard, as by a client that has the API key.
+
+Removing takes two steps. `/v1/unload_lora_adapter` makes vLLM's API server forget the name, but the weights stay in the
+engine until its least recently used adapter is evicted, which may be one that is served and idle: its next request
+would read the disk inside the engine's loop, while everybody waits. So the engine is told to remove the weights, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import httpx
+from starlette.types import ASGIApp
+
+from serving.refusal import Refused
+
+CALL_SECONDS = 300.0  # for one call of vLLM; a probe queues behind clients' requests
+PROBE_PROMPT = "Question: What is this about? Answer:"
+
+Logprobs = dict[tuple[int, str], float]  # by position and token
+
+
+class Engine:
+    """vLLM's API server and engine in this process.
+
+    Args:
+        vllm: the ASGI application that the guard stands before.
+    """
+
+    def __init__(self, vllm: ASGIApp) -> None:
+        self._vllm = vllm
+        self._state: Any = None
+        self._ids: dict[str, int] = {}  # the engine's number of each adapter that was loaded
+
+    def attach(self, state: Any) -> None:
+        """To be called when vLLM is up.
+
+        Args:
+            state: of vLLM's application, where vLLM keeps its engine and its list of adapters.
+        """
+        self._state = state
+
+    @property
+    def slots(self) -> int:
+        """How many adapters the engine holds at once (--max-loras)."""
+        return int(self._state.engine_client.vllm_config.lora_config.max_loras)
+
+    async def load(self, model: str, folder: Path) -> None:
+        """Load the adapter in `folder`.
+
+        Raises:
+            Refused: with reason `load`, when vLLM cannot load it.
+        """
+        status, reply = await self._post("/v1/load_lora_adapter", {"lora_name": model, "lora_path": str(folder)})
+        if status != 200:
+            raise Refused("load", f"vLLM cannot load it: {reply}")
+        self._ids[model] = self._state.openai_serving_models.lora_requests[model].lora_int_id
+
+    async def remove(self, model: str) -> None:
+        """Free the adapter's slot. No request may use it any more. Without effect if it was never loaded."""
+        status, reply = await self._post("/v1/unload_lora_adapter", {"lora_name": model})
+        if status not in (200, 404):  # 404: vLLM does not know the name
+            raise RuntimeError(f"vLLM does not unload {model}: {reply}")
+        if model in self._ids:
+            async with asyncio.timeout(CALL_SECONDS):
+                await self._state.engine_client.remove_lora(self._ids[model])
+            del self._ids[model]
+
+    async def logprobs(self, model: str) -> Logprobs:
+        """The log-probabilities of the best tokens after a fixed prompt.
+
+        Raises:
+            Refused: with reason `values`, when they are not finite.
+            RuntimeError: when vLLM gives another answer, such as that it is overloaded; a later attempt may succeed.
+        """
+        # As a stream: without one, vLLM answers to values that are not finite with a status like that of any other
+        # internal error. In a stream they are null, or -9999 for minus infinity.
+        status, reply = await self._post("/v1/completions", {
+            "model": model, "prompt": PROBE_PROMPT, "max_tokens": 4, "temperature": 0, "logprobs": 5, "stream": True})
+        try:
+            if status != 200:
+                raise ValueError(f"status {status}")
+            tops = [top for event in _events(reply) for choice in event["choices"] if choice.get("logprobs")
+                    for top in choice["logprobs"]["top_logprobs"]]
+            found = {(i, token): value for i, top in enumerate(tops) for token, value in top.items()}
+            if not found:
+                raise ValueError("no log-probabilities")
+            finite = all(value is not None and math.isfinite(value) and value > -9999 for value in found.values())
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RuntimeError(f"vLLM does not answer the probe of {model} ({error!r}): {reply[:500]}") from None
+        if not finite:
+            raise Refused("values", "vLLM cannot compute finite probabilities with it")
+        return found
+
+    async def _post(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
+        transport = httpx.ASGITransport(app=self._vllm, raise_app_exceptions=False)
+        key = os.environ.get("VLLM_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        client = httpx.AsyncClient(transport=transport, base_url="http://vllm")
+        async with asyncio.timeout(CALL_SECONDS), client:
+            reply = await client.post(path, json=body, headers=headers)
+        return reply.status_code, reply.text
+
+
+def _events(stream: str) -> list[dict[str, Any]]:
+    """The events of a stream that ended as it should."""
+    data = [line.removeprefix("data: ") for line in stream.split("\n") if line.startswith("data: ")]
+    if not data or data.pop() != "[DONE]":
+        raise ValueError("the stream broke off")
+    return [json.loads(each) for each in data]

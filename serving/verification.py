@@ -1,0 +1,120 @@
+"""Whether a candidate is fit to be served: its evaluation passed the gate, and its files are whole and harmless.
+
+Each function returns, or raises `Refused` with the reason. No state and no vLLM. The adapter's config and weights are
+checked in serving/lora.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from jobs.core.files import human_bytes
+from serving import lora
+from serving.candidates import Candidate, adapter_folder, evaluation_folder
+from serving.lora import CONFIG, WEIGHTS, Modules
+from serving.refusal import Refused, one_line
+from serving.served import Served
+from serving.untrusted import LARGEST_REST, plain_files, read_artifact, read_json
+
+# What an adapter artifact may hold. Not a list of what is forbidden: a pickle can have any name.
+SUFFIXES = (".safetensors", ".json", ".md")
+FILE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+
+
+def check_gate(candidate: Candidate, name: str, volumes: Path) -> None:
+    """Return if the evaluation artifact says that the gate passed exactly this adapter under this name.
+
+    Raises:
+        Refused: with reason `gate` when it did not pass, `damaged` when the evaluation cannot be trusted.
+        OSError: when it cannot be read; a later attempt may succeed.
+    """
+    folder = evaluation_folder(candidate.evaluation, volumes)
+    size = sum(path.lstat().st_size for path in plain_files(folder))
+    if size > LARGEST_REST:
+        raise Refused("files", f"{folder} has {human_bytes(size)}; no evaluation is that large")
+    manifest, adapter = read_artifact(folder, "evaluation").manifest, f"{name}@{candidate.adapter}"
+    verdict = read_json(folder / "evaluation.json", "damaged", "is no readable verdict")
+    about = verdict.get("adapter")
+    evaluated = about.get("digest") if isinstance(about, dict) else about
+    known = manifest["inputs"].get("adapter"), manifest["spec"].get("adapter")
+    if known != (candidate.adapter, name) or evaluated != candidate.adapter:
+        raise Refused("damaged", one_line(f"evaluation {folder.name} is about {known[1]}@{known[0]} ({evaluated}), "
+                                          f"not {adapter}"))
+    if "passed" not in verdict:
+        raise Refused("damaged", f"evaluation {folder.name} does not say whether {adapter} passed")
+    if verdict["passed"] is not True:
+        raise Refused("gate", f"evaluation {folder.name} rejected {adapter}: see its report.md")
+
+
+def private_copy(name: str, digest: str, served: Served) -> Path:
+    """Where the verified copy of an adapter is that is served under `name`."""
+    return Path(served.private_folder) / name / digest
+
+
+def copy_verified(name: str, digest: str, served: Served, modules: Callable[[], Modules]) -> Path:
+    """Copy an adapter into the private folder, verify the copy, and return its path, fit to be loaded.
+
+    A copy, because vLLM reads the files later, and again after evicting them from memory: what it reads must be what
+    was verified, whatever happens to the volume.
+
+    Raises:
+        Refused: with the reason.
+        OSError: when it cannot be read or copied; a later attempt may succeed.
+    """
+    source = adapter_folder(digest, Path(served.volumes))
+    copy = private_copy(name, digest, served)
+    shutil.rmtree(copy, ignore_errors=True)
+    try:
+        largest = sum(4 * served.max_lora_rank * sum(shape) for shape in modules().values())
+        _copy(source, copy, largest + LARGEST_REST)
+        verify(copy, served, modules)
+    except Refused as refused:  # the copy goes; what the message tells people to look at is the original
+        shutil.rmtree(copy, ignore_errors=True)
+        raise Refused(refused.reason, one_line(str(refused).replace(str(copy), str(source)))) from None
+    except BaseException:
+        shutil.rmtree(copy, ignore_errors=True)
+        raise
+    return copy
+
+
+def _copy(source: Path, target: Path, limit: int) -> None:
+    """Copy the files of an adapter, of `limit` bytes in all; stop at whatever an adapter does not hold."""
+    paths = plain_files(source)
+    target.mkdir(parents=True)
+    for path in paths:
+        if path.suffix not in SUFFIXES or not FILE_NAME.fullmatch(path.name):
+            raise Refused("files", f"it holds {path.name}; only {', '.join(SUFFIXES)} files are taken, no pickles")
+        if path.suffix == ".safetensors" and path.name != WEIGHTS:
+            raise Refused("files", f"it holds {path.name}; the only weights are {WEIGHTS}")
+        # If it was replaced just now: no link is followed, and no pipe is waited for.
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(handle, "rb") as stream, (target / path.name).open("wb") as sink:  # noqa: PTH123 - by its handle
+            while chunk := stream.read(2**20):
+                limit -= len(chunk)
+                if limit < 0:  # counted as it comes: the file may say another size, or grow
+                    raise Refused("files", f"{path.name} is too large: no adapter for this base model is that large")
+                sink.write(chunk)
+
+
+def verify(folder: Path, served: Served, modules: Callable[[], Modules]) -> None:
+    """Return if the adapter artifact in `folder` is whole, made for what is served, and free of harmful weights.
+
+    Args:
+        modules: gives the base model's linear layers.
+    Raises:
+        Refused: naming the first thing that is wrong.
+    """
+    manifest = read_artifact(folder, "adapter").manifest
+    for key, digest in (("base_model", served.base_model), ("tokenizer", served.tokenizer)):
+        if manifest["inputs"].get(key) != digest:
+            raise Refused("base", f"it was trained on {key} {manifest['inputs'].get(key)}; this server serves {digest}")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise Refused("files", f"{name} is missing")
+    config, known = lora.check_config(folder / CONFIG, served.max_lora_rank), modules()
+    lora.check_weights(folder / WEIGHTS, config, known)
+    lora.check_desired(config, manifest["spec"].get("lora"), known)

@@ -1,0 +1,97 @@
+"""Promises of the check of an overlay's kustomization: what kustomize ignores in silence is found before the push."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.core.errors import UserError
+from jobs.tools import check, kustomization
+from tests import build_pipeline
+from tests.manifests import Manifest, copy, render
+
+JOBS = {"target": {"kind": "Job", "name": ".*-relocation"},
+        "patch": "- {op: add, path: /spec/activeDeadlineSeconds, value: 9}"}
+AUTHORITY = {"target": {"kind": "Job", "name": "dataset-relocation"}, "patch": """\
+- op: add
+  path: /spec/template/spec/volumes/-
+  value: {name: authority, configMap: {name: authority}}
+"""}
+
+
+def edited(folder: Path, **changes: list[Manifest | str]) -> Path:
+    """The folder, with entries added to lists of its kustomization."""
+    file = folder / "kustomization.yaml"
+    content = yaml.safe_load(file.read_text())
+    for key, values in changes.items():
+        content[key] = [*content.get(key, []), *values]
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder
+
+
+def test_a_source_that_no_job_may_reach_is_an_error(tmp_path: Path) -> None:
+    """A copy of overlays/kind for a model from the hub: relocation would try for an hour."""
+    overlay = copy(tmp_path)
+    file = overlay / "pipeline.yaml"
+    hub = f"source: hf://HuggingFaceTB/SmolLM2-135M-Instruct\n  revision: {build_pipeline.COMMIT}\n"
+    file.write_text(file.read_text().replace("source: builtin:tiny\n", hub))
+    found = list(kustomization.sources_out_of_reach(overlay, render(overlay)))
+    assert [line.partition(" reach nothing, and it is to fetch hf://")[0].rpartition(" ")[2] for line in found] == [
+        "model-relocation", "tokenizer-relocation"]
+    text = (overlay / "kustomization.yaml").read_text()
+    (overlay / "kustomization.yaml").write_text(text.replace("# - ../../base/egress ", "- ../../base/egress "))
+    assert list(kustomization.sources_out_of_reach(overlay, render(overlay))) == []
+
+
+def test_a_patch_of_jobs_works_where_there_are_jobs(tmp_path: Path) -> None:
+    kustomization.check(edited(copy(tmp_path), patches=[JOBS]))
+
+
+@pytest.mark.parametrize(("folder", "kind"), [(".", "Job"), ("hardware", "CronJob")])
+def test_a_patch_that_matches_nothing_is_an_error_of_check(tmp_path: Path, folder: str, kind: str) -> None:
+    """In overlays/gpu the Jobs are gone when its own patches come."""
+    overlay = copy(tmp_path).parent / "gpu"
+    edited(overlay / folder, patches=[JOBS | {"target": {"kind": kind}}])
+    with pytest.raises(UserError) as caught:
+        check.run(overlay)
+    (line,) = str(caught.value).splitlines()
+    file = (overlay / folder / "kustomization.yaml").resolve()
+    assert line.startswith(f"{file}: the patch patches[")
+    assert f"of {{kind: {kind}}} has no effect" in line
+
+
+def test_a_patch_that_is_undone_later_is_an_error_too(tmp_path: Path) -> None:
+    overlay = copy(tmp_path)
+    image = {"op": "replace", "path": "/spec/template/spec/containers/0/image", "value": "mine"}
+    deployment = {"kind": "Deployment", "name": "tensorboard"}
+    for value in ("mine", "yours"):
+        edited(overlay, patches=[{"target": deployment, "patch": yaml.safe_dump([image | {"value": value}])}])
+    with pytest.raises(UserError, match=r"patches\[2\] of {kind: Deployment, name: tensorboard} has no effect"):
+        kustomization.check(overlay)
+
+
+def test_an_overlay_whose_jobs_do_not_follow_the_pipeline_is_an_error(tmp_path: Path) -> None:
+    """kustomize renders it, and the next edit of pipeline.yaml would be refused by the cluster."""
+    overlay = copy(tmp_path).parent / "kind-smollm2"
+    file = overlay / "kustomization.yaml"
+    content = yaml.safe_load(file.read_text())
+    content["components"].remove("../../base/metadata")
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"pipeline.yaml: its next change would change ConfigMap pipeline-\w+"):
+        kustomization.check(overlay)
+
+
+def test_a_further_config_map_of_a_job_must_keep_its_name(tmp_path: Path) -> None:
+    overlay = copy(tmp_path)
+    (overlay / "ca.crt").write_text("certificates")
+    edited(overlay, patches=[AUTHORITY], configMapGenerator=[{"name": "authority", "files": ["ca.crt"]}])
+    with pytest.raises(UserError, match="ca.crt: its next change would change Job dataset-relocation-"):
+        kustomization.check(overlay)
+
+
+def test_what_cannot_be_rendered_is_an_error_of_check(tmp_path: Path) -> None:
+    overlay = edited(copy(tmp_path), patches=[{"path": "absent.yaml"}])
+    with pytest.raises(UserError, match=r"(?s)does not render:\n.*absent.yaml"):
+        check.run(overlay)

@@ -1,0 +1,232 @@
+"""Every setting of `training` reaches what it is for: the packs, LoRA, Trainer, the record of what was done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.core.errors import UserError
+from jobs.core.pipeline import Lora, Training
+from jobs.data.encoding import Encoded, encode
+from jobs.training import callbacks, card, packing, train, trainer
+from jobs.training.distributed import Team
+from tests import build_models
+
+TRAINING: dict[str, Any] = {"epochs": 7, "learning_rate": 3e-4, "max_length": 40, "tokens_per_batch": 50, "seed": 11,
+                            "checkpoint_steps": 13, "gradient_checkpointing": True,
+                            "lora": Lora(r=4, alpha=10, dropout=0.25)}
+
+
+def arguments(steps: int = 350, **changes: Any) -> Any:
+    return trainer.training_arguments(Training(**(TRAINING | changes)), Path("/checkpoints"), steps, Team())
+
+
+def team_of(size: int) -> Team:
+    team = Team()
+    team.size = size
+    return team
+
+
+# --- Trainer's arguments ---------------------------------------------------------------------------------------------
+
+
+def test_trainer_gets_the_settings_of_the_pipeline_file() -> None:
+    found = arguments()
+    assert (found.output_dir, found.num_train_epochs, found.learning_rate, found.seed) == ("/checkpoints", 7, 3e-4, 11)
+    assert found.data_seed in (None, 11)
+    assert (found.save_strategy, found.save_steps, found.gradient_checkpointing) == ("steps", 13, True)
+    assert not arguments(gradient_checkpointing=False).gradient_checkpointing
+
+
+def test_a_step_takes_one_pack_whatever_the_number_of_gpus() -> None:
+    found = arguments()
+    assert (found.per_device_train_batch_size, found.per_device_eval_batch_size) == (1, 1)
+    assert found.gradient_accumulation_steps == 1
+
+
+@pytest.mark.parametrize(("steps", "warmup", "between_evaluations"), [
+    (9, 0, 1), (10, 1, 1), (350, 35, 35), (5000, 100, 500)])
+def test_a_tenth_of_the_steps_warms_up_a_hundred_at_most_and_ten_measure_the_holdout(
+        steps: int, warmup: int, between_evaluations: int) -> None:
+    found = arguments(steps)
+    assert (found.warmup_steps, found.eval_strategy, found.eval_steps) == (warmup, "steps", between_evaluations)
+
+
+def test_the_learning_rate_rises_to_its_height_and_falls_to_zero_as_a_cosine() -> None:
+    from torch import nn, optim
+    from transformers import get_scheduler
+
+    found = arguments(100)
+    schedule = get_scheduler(found.lr_scheduler_type, optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0),
+                             num_warmup_steps=found.warmup_steps, num_training_steps=100)
+    rates = []
+    for _ in range(100):
+        rates.append(schedule.get_last_lr()[0])
+        schedule.optimizer.step()
+        schedule.step()
+    assert rates[0] == 0.0
+    assert rates[5] == pytest.approx(0.5)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[-1] < 0.001
+
+
+def test_every_step_is_logged_and_nothing_is_sent_anywhere() -> None:
+    found = arguments()
+    assert (found.logging_steps, found.report_to, found.use_cache) == (1, [], False)
+
+
+def test_several_processes_divide_the_model_only_where_that_is_asked_for() -> None:
+    one = trainer._sharding(Training(**(TRAINING | {"sharding": "fsdp"})), team_of(1))
+    whole = trainer._sharding(Training(**TRAINING), team_of(2))
+    divided = trainer._sharding(Training(**(TRAINING | {"sharding": "fsdp"})), team_of(2))
+    assert one == {}
+    assert whole == {"ddp_find_unused_parameters": False}
+    assert divided["fsdp"] is True
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def test_lora_has_the_shape_of_the_pipeline_file() -> None:
+    found = trainer.lora_config(Lora(r=4, alpha=10, dropout=0.25), ["q_proj", "v_proj"], transposed=False)
+    assert (found.r, found.lora_alpha, found.lora_dropout) == (4, 10, 0.25)
+    assert found.target_modules == {"q_proj", "v_proj"}
+    assert (found.task_type, found.bias, found.use_rslora, found.use_dora) == ("CAUSAL_LM", "none", False, False)
+    assert (found.modules_to_save, found.fan_in_fan_out) == (None, False)
+    assert trainer.lora_config(Lora(), ["c_attn"], transposed=True).fan_in_fan_out is True
+
+
+def test_the_seed_decides_the_first_values_of_the_adapter(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    build_models.tiny_llama(tmp_path)
+
+    def values(seed: int) -> Any:
+        torch.manual_seed(99)  # what was drawn before does not count
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        adapted = train.add_adapter(model, Training(**(TRAINING | {"seed": seed})), ["q_proj"])
+        return torch.cat([weight.flatten() for name, weight in adapted.named_parameters() if "lora_A" in name])
+
+    assert torch.equal(values(11), values(11))
+    assert not torch.equal(values(11), values(12))
+
+
+# --- packs -----------------------------------------------------------------------------------------------------------
+
+
+def test_packs_are_filled_to_the_last_token() -> None:
+    records = [Encoded([1] * 10, [2] * 15) for _ in range(6)]
+    assert [len(pack) for pack in packing.pack(records, 50, 0)] == [2, 2, 2]
+    assert [len(pack) for pack in packing.pack(records, 49, 0)] == [1] * 6
+
+
+def test_the_seed_decides_which_records_come_together() -> None:
+    records = [Encoded([n], [0]) for n in range(40)]
+
+    def order(seed: int) -> list[int]:
+        return [record.prompt[0] for pack in packing.pack(records, 6, seed) for record in pack]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+    assert order(1) != sorted(order(1)), "shuffled"
+
+
+def splits_folder(folder: Path) -> Any:
+    tokenizer = build_models.tiny_tokenizer(folder)
+    short, long = {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b" * 30}
+    (folder / "train.jsonl").write_text(f"{json.dumps(short)}\n{json.dumps(long)}\n")
+    (folder / "holdout.jsonl").write_text(f"{json.dumps(short)}\n" * 2 + f"{json.dumps(long)}\n" * 3)
+    return tokenizer, len(encode(tokenizer, short)), len(encode(tokenizer, long))
+
+
+def test_a_record_of_exactly_max_length_is_learned(tmp_path: Path) -> None:
+    tokenizer, short, long = splits_folder(tmp_path)
+    whole = packing.encode_splits(tmp_path, tokenizer, long)
+    assert (len(whole.train), len(whole.holdout), whole.too_long) == (2, 5, 0)
+    less = packing.encode_splits(tmp_path, tokenizer, long - 1)
+    assert (len(less.train), len(less.holdout), less.too_long) == (1, 2, 4)
+    with pytest.raises(UserError, match=f"all 2 train records are longer than .*the shortest has {short}"):
+        packing.encode_splits(tmp_path, tokenizer, short - 1)
+
+
+def test_max_length_may_be_all_the_positions_that_the_model_has() -> None:
+    packing.check_length({"max_position_embeddings": 40}, Training(**TRAINING))
+    packing.check_length({}, Training(**TRAINING))
+    with pytest.raises(UserError, match="max_length is 40, but the base model knows only 39"):
+        packing.check_length({"n_positions": 39}, Training(**TRAINING))
+
+
+# --- the whole stage -------------------------------------------------------------------------------------------------
+
+
+def test_the_stage_trains_with_the_settings_of_the_pipeline_file(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From pipeline.yaml to what the training is called with and what stands in the artifact, but for the steps."""
+    from jobs.core import artifacts, models
+    from jobs.core.plan import plan
+
+    loads: list[dict[str, Any]] = []
+    load_model = models.load_model
+    calls: list[tuple[Any, ...]] = []
+
+    def watch(path: Path, **options: Any) -> Any:
+        loads.append(options)
+        return load_model(path)
+
+    def steps(model: Any, splits: Any, training: Any, target_modules: Any, folders: Any, output: Path,
+              team: Any) -> Any:
+        calls.append((splits, training, target_modules, folders))
+        train.add_adapter(model, training, target_modules).save_pretrained(str(output))
+        return build_models.HISTORY
+
+    monkeypatch.setattr(models, "load_model", watch)
+    monkeypatch.setattr(train, "train", steps)
+    lora = {"r": 4, "alpha": 10, "dropout": 0.25, "target_modules": ["v_proj", "q_proj"]}
+    loaded, volumes = build_models.published_pipeline(
+        tmp_path, without=["adapter", "reference_model"], seed=11, max_length=60, epochs=7, lora=lora,
+        quantization="4bit")
+    train.run(loaded, volumes, 0)
+    ((splits, training, target_modules, folders),) = calls
+    adapter = plan(loaded.pipeline).adapter
+    assert training == loaded.pipeline.training
+    assert target_modules == ["q_proj", "v_proj"]
+    assert all(len(record) <= 60 for record in splits.train)
+    assert splits.too_long > 0
+    assert loads == [{"four_bits": True, "stay_on_cpu": False}]
+    assert folders.checkpoints == volumes / "fine-tuned-model" / "checkpoints" / adapter.digest
+    artifact = artifacts.find(adapter, volumes)
+    assert artifact is not None
+    config = json.loads((artifact.path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 10, 0.25)
+    assert (config["base_model_name_or_path"], config["target_modules"]) == ("file:base", ["q_proj", "v_proj"])
+    recorded = json.loads((artifact.path / "training.json").read_text())
+    assert recorded["records"] == {"train": len(splits.train), "holdout": len(splits.holdout),
+                                   "too_long": splits.too_long}
+    assert (recorded["steps"], recorded["history"]) == (2, build_models.HISTORY)
+
+
+def test_the_model_card_says_what_the_adapter_was_made_from(tmp_path: Path) -> None:
+    loaded = build_models.write_pipeline(tmp_path, seed=11, epochs=7, learning_rate=3e-4,
+                                         lora={"r": 4, "alpha": 10, "dropout": 0.25})
+    splits = packing.Splits([Encoded([1], [2])] * 5, [Encoded([1], [2])] * 3, 2)
+    text = card.model_card(loaded.pipeline, splits, build_models.HISTORY, ["q_proj", "v_proj"], "d1d2")
+    for line in ("| records | 5 train, 3 held out, 2 too long |", "| LoRA | r 4, alpha 10, dropout 0.25 |",
+                 "| target modules | q_proj, v_proj |", "7 epochs, learning rate 0.0003 (cosine)", "seed 11",
+                 "at most 256 tokens a batch and 128 a record", "| loss on the train split, last step | 5.0000 |",
+                 "| loss on the held-out split | 5.2000 |", "| dataset | d1d2 ("):
+        assert line in text
+
+
+def test_the_loss_history_has_no_timings() -> None:
+    """They differ from run to run, and the adapter's files must not."""
+    assert callbacks.history_entry({"step": 1, "epoch": 0.123456, "loss": 2.5, "learning_rate": 1e-3,
+                                    "grad_norm": 0.5}) == {"step": 1, "epoch": 0.1235, "loss": 2.5,
+                                                           "learning_rate": 1e-3}
+    assert callbacks.history_entry({"step": 2, "epoch": 1.0, "eval_loss": 3.5, "eval_runtime": 0.7}) == {
+        "step": 2, "epoch": 1.0, "holdout_loss": 3.5}
+    assert callbacks.history_entry({"step": 2, "epoch": 1.0, "train_runtime": 9.0, "train_loss": 2.0}) is None
