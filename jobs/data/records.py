@@ -7,11 +7,12 @@ or holdout) and a `group`: records of one group, e.g. of one customer or documen
 from __future__ import annotations
 
 import difflib
-import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import regex
 
 from jobs.core.artifacts import canonical
 
@@ -22,9 +23,8 @@ ROLES = ("system", "user", "assistant")
 # Our own names, and those of GLUE CoLA, whose running number (idx) means nothing.
 JUDGEMENT_SHAPES = {"text": ("text", "acceptable"), "sentence": ("sentence", "label")}
 JUDGEMENT_KEYS = ("text", "acceptable", "sentence", "label", "idx")
-# Drawn as nothing, like the format characters (Cf), but of other categories: the grapheme joiner, Hangul and Khmer
-# fillers, and the variation selectors.
-INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+# Format characters, and all others that are drawn as nothing, such as zero-width joiners and variation selectors.
+INVISIBLE = regex.compile(r"[\p{Format}\p{Default_Ignorable_Code_Point}]+")
 
 Values = dict[str, Any]
 
@@ -93,7 +93,7 @@ def question_of(record: Mapping[str, Any]) -> str:
 def comparable(text: str) -> str:
     """A text without what a reader does not see: compatibility forms and case folded (NFKC), invisible characters
     removed, white space collapsed to one blank and stripped at the ends."""
-    visible = INVISIBLE.sub("", "".join(c for c in text if unicodedata.category(c) != "Cf"))
+    visible = INVISIBLE.sub("", text)
     # Folding can leave a text that is not normalised, and normalising one that is not folded.
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold()).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())
