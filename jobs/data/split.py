@@ -46,12 +46,13 @@ class _Overview:
 class _Places:
     """For each question or group, by its digest: the split it is in, and where it is first (file number, line)."""
 
+    files: list[File]
     first: dict[bytes, tuple[str, int, int]] = field(default_factory=dict)
 
-    def conflict(self, digest: bytes, side: str, number: int, line: int) -> tuple[int, int] | None:
+    def in_other(self, digest: bytes, side: str, number: int, line: int) -> str | None:
         """Where the same one is in the other split; None if it is not."""
-        other, *place = self.first.setdefault(digest[:16], (side, number, line))
-        return None if other == side else (place[0], place[1])
+        other, first_number, first_line = self.first.setdefault(digest[:16], (side, number, line))
+        return None if other == side else self.files[first_number].place(first_line)
 
 
 def validate(path: Path, holdout: float) -> dict[str, Any]:
@@ -88,27 +89,22 @@ def split(files: list[File], holdout: float, folder: Path | None) -> dict[str, A
     counts: Counter[str] = Counter()
     shapes: Counter[str] = Counter()
     lengths = {(side, part): array("L") for side in (TRAIN, HOLDOUT) for part in PARTS}
-    questions, groups = _Places(), _Places()
+    questions, groups = _Places(files), _Places(files)
     seen: set[bytes] = set()
     with ExitStack() as stack:
         sinks = {side: stack.enter_context((folder / side).open("wb")) for side in (TRAIN, HOLDOUT)} if folder else {}
         for number, line, record in read_rows(files, RECORDS, problems):
             question = hashlib.sha256(question_of(record).encode()).digest()
             group = hashlib.sha256(record["group"].encode()).digest() if "group" in record else None
-            if overview.splits:
-                side = HOLDOUT if record.get("split") == "holdout" else TRAIN
-            else:
-                side = HOLDOUT if int.from_bytes((group or question)[:8], "big") / 2**64 < holdout else TRAIN
+            side = _side(record, group or question, overview, holdout)
             place = files[number].place(line)
-            if group and (other := groups.conflict(group, side, number, line)):
-                problems.add(place, f"its `group` is at {files[other[0]].place(other[1])} in the other split; a group "
-                             "must be in one split")
+            if group and (other := groups.in_other(group, side, number, line)):
+                problems.add(place, f"its `group` is at {other} in the other split; a group must be in one split")
             # By hash of the prompt alone the same question cannot be in both splits: nothing to remember.
-            other = questions.conflict(question, side, number, line) if overview.splits or overview.groups else None
-            if other:
+            if (overview.splits or overview.groups) and (other := questions.in_other(question, side, number, line)):
                 remedy = "" if overview.splits else ". Give both the same `group`"
-                problems.add(place, f"the same prompt stands at {files[other[0]].place(other[1])} in the other split; "
-                             f"the holdout would measure what was trained on{remedy}")
+                problems.add(place, f"the same prompt stands at {other} in the other split; the holdout would measure "
+                             f"what was trained on{remedy}")
             content = content_of(record)
             counts[side] += 1
             shapes[shape_of(record)] += 1
@@ -143,6 +139,13 @@ def _survey(files: list[File], problems: Problems) -> _Overview:
         overview.splits = overview.splits or "split" in record
         overview.groups = overview.groups or "group" in record
     return overview
+
+
+def _side(record: Mapping[str, Any], digest: bytes, overview: _Overview, holdout: float) -> str:
+    """The split of a record: the one that it names, or by `digest`, that of its group or question."""
+    if overview.splits:
+        return HOLDOUT if record.get("split") == "holdout" else TRAIN
+    return HOLDOUT if int.from_bytes(digest[:8], "big") / 2**64 < holdout else TRAIN
 
 
 def _as_written(record: Mapping[str, Any]) -> Values:

@@ -13,10 +13,10 @@ def open_object(url: str, start: int, advice: str, package: str) -> Stream:
     scheme = url.partition("://")[0]
     try:
         # Nothing of an earlier attempt, not its listing nor its connections, may answer this one.
-        files = fsspec.filesystem(scheme, skip_instance_cache=True)
+        filesystem = fsspec.filesystem(scheme, skip_instance_cache=True)
     except ImportError as error:
         raise UserError(f"{shown(url)}: {scheme}:// needs the package {package}, which cannot be imported ({error}). "
                         "Build the image from jobs/requirements.txt (docs/registries.md)") from None
-    raw = files.open(url, "rb", block_size=8 * CHUNK)
+    raw = filesystem.open(url, "rb", block_size=8 * CHUNK)
     raw.seek(start)
     return Stream(raw, shown(url), advice, start, getattr(raw, "size", None))

@@ -28,7 +28,7 @@ def open_at(url: str, start: int, headers: Mapping[str, str]) -> Stream:
     import aiohttp
     import fsspec
 
-    files = fsspec.filesystem("http", encoded=True, client_kwargs={
+    filesystem = fsspec.filesystem("http", encoded=True, client_kwargs={
         # aiohttp's default ends every download after five minutes.
         "timeout": aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S),
         "trust_env": True,  # HTTPS_PROXY
@@ -41,7 +41,7 @@ def open_at(url: str, start: int, headers: Mapping[str, str]) -> Stream:
     request = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
     try:
         # block_size 0 is one request read as a stream; any size keeps fsspec from sending a HEAD request first.
-        raw = files.open(url, "rb", block_size=0, size=1, headers=request)
+        raw = filesystem.open(url, "rb", block_size=0, size=1, headers=request)
     except aiohttp.ClientResponseError as error:
         if error.status == 416 and start:  # there is nothing behind what we have; only a fresh start shows why
             return open_at(url, 0, headers)
