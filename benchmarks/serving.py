@@ -320,8 +320,9 @@ async def compare(servers: dict[str, Server], model: str, rounds: int, counts: d
                     measured = await measure(servers[side], load, model, counts[load])
                 into.rounds[load, side].append(measured)
                 into.requests += measured.count
-        now = [into.rounds[load, "guard"][-1].requests / into.rounds[load, "plain"][-1].requests for load in LOADS]
-        progress(f"round {number + 1} of {rounds}: throughput, guard / plain: {', '.join(f'{ratio:.3f}' for ratio in now)}")
+        ratios = [into.rounds[load, "guard"][-1].requests / into.rounds[load, "plain"][-1].requests for load in LOADS]
+        progress(f"round {number + 1} of {rounds}: throughput, guard / plain: "
+                 f"{', '.join(f'{ratio:.3f}' for ratio in ratios)}")
 
 
 @contextmanager
