@@ -59,7 +59,7 @@ images: engine
 	    $(BUILD_ARGS) .; done
 
 push: engine
-	@test -n "$(REGISTRY)" || { echo "error: say where to: make push REGISTRY=registry.example.com/team" >&2; exit 2; }
+	@test -n "$(REGISTRY)" || { echo "error: REGISTRY is not set: make push REGISTRY=registry.example.com/team" >&2; exit 2; }
 	@set -e; for name in jobs serving; do \
 	  $(ENGINE) image inspect lora-gitops-$$name:$(TAG) >/dev/null 2>&1 \
 	    || { echo "error: there is no lora-gitops-$$name:$(TAG) to push;" \
@@ -73,7 +73,7 @@ push: engine
 
 engine:
 	@command -v $(ENGINE) >/dev/null || { echo "error: $(ENGINE) is needed for container images: install it from" \
-	  "https://docs.docker.com/engine/install/, or say ENGINE=podman" >&2; exit 2; }
+	  "https://docs.docker.com/engine/install/, or set ENGINE=podman" >&2; exit 2; }
 	@$(ENGINE) info >/dev/null 2>&1 || { echo "error: $(ENGINE) is installed but does not answer; is its service running," \
 	  "and may you use it? Try: $(ENGINE) info" >&2; exit 2; }
 
@@ -88,7 +88,7 @@ PIP_INDEX = $(BIN)/pip config list | sed -n "s/^\(:env:\|global\|install\)\.inde
 install = UV_SYSTEM_CERTS=1 UV_DEFAULT_INDEX="$$($(PIP_INDEX))" $(BIN)/uv pip install --python $(1)/bin/python \
 	  --no-deps $(2) || $(1)/bin/pip install --no-deps $(2)
 
-# --no-deps: the lists are complete, and the CPU build of vLLM asks for packages that have no CPU build and break it.
+# --no-deps: the lists are complete, and the CPU build of vLLM requires packages that have no CPU build and break it.
 # The CPU build of torch, because the default one brings gigabytes of CUDA: from the configured index if it has one,
 # else from PyTorch's own.
 .venv/installed: jobs/requirements.txt serving/requirements-cpu.txt tests/requirements.txt

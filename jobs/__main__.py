@@ -1,6 +1,6 @@
 """The command line of the jobs: `python -m jobs --help`.
 
-Exit codes: 0 done or already done; 2 somebody must change something (base/ turns it into an immediate failure);
+Exit codes: 0 done or already done; 2 a user must change something (base/ turns it into an immediate failure);
 143 stopped by SIGTERM with the work saved; anything else is worth a retry.
 """
 
@@ -15,9 +15,9 @@ from jobs.core.command import run_command
 from jobs.training import distributed
 
 DESCRIPTION = """\
-Fine-tune a model privately and serve the result, as one pipeline.yaml says.
+Fine-tune a model privately and serve the result, as one pipeline.yaml declares.
 
-  stages (what the Kubernetes Jobs run; each finds its result already there, or makes and publishes it)
+  stages (the Kubernetes Jobs run these; a stage whose result exists ends at once)
     relocate WHAT     bring the dataset, the base model, the tokenizer or the reference model onto its volume
     train             train the LoRA adapter
     evaluate          measure base, fine-tuned and reference model; promote the adapter if the gate passes
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     relocate.add_argument("what", choices=RELOCATABLE)
     commands.add_parser("train", description="train the LoRA adapter; resumes after a kill")
     commands.add_parser("evaluate", description="measure the models, write the report, pass or reject the adapter")
-    wait = commands.add_parser("await", description="wait until artifacts are there; who uses them verifies them")
+    wait = commands.add_parser("await", description="wait until artifacts are there; their readers verify them")
     wait.add_argument("artifacts", nargs="+", choices=AWAITABLE, metavar="ARTIFACT", help=", ".join(AWAITABLE))
 
     pin = commands.add_parser("pin", description="fill or refresh the pins of an overlay's pipeline.yaml")

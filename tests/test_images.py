@@ -312,7 +312,7 @@ def test_make_push_says_that_a_registry_must_be_named() -> None:
     """`true` is an engine that is always there and content with everything."""
     done = make("push", "ENGINE=true")
     assert done.returncode == 2
-    assert "error: say where to: make push REGISTRY=registry.example.com/team" in done.stderr
+    assert "error: REGISTRY is not set: make push REGISTRY=registry.example.com/team" in done.stderr
 
 
 def test_an_unknown_flavour_is_refused_before_anything_is_built() -> None:

@@ -1,5 +1,4 @@
-"""Files: digests, sizes, what a folder holds, reading what others may have prepared, and writing so that a reader never
-sees half of anything."""
+"""Files: digests, sizes, listings, safe reads of files from other users, and atomic writes."""
 
 from __future__ import annotations
 
@@ -106,7 +105,7 @@ def _plain_file(file: Path, flags: int, mode: Literal["rb", "r+b"], *,
         with os.fdopen(handle, mode, closefd=False) as stream:
             yield stream
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link; a socket, or a pipe that nobody reads
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link; a socket, or a pipe without a reader
             raise UserError(f"{file}: is not a plain file") from None
         error.filename = str(file)
         raise

@@ -1,4 +1,4 @@
-"""The pipeline file: one strict, pinned description of what is trained from what, and the bar it must pass.
+"""The pipeline file: one strict, pinned description of what is trained from what, and the gate it must pass.
 
 `load` turns `pipeline.yaml` into a `Pipeline`, or raises one `UserError` that lists every problem with its line, key
 and value. No network, no heavy imports: `check`, the stages and the serving guard all start here.
@@ -20,7 +20,7 @@ from jobs.core import sources, strict_yaml
 from jobs.core.errors import UserError
 from jobs.core.strict_yaml import Document
 
-# The values vLLM accepts for --max-lora-rank (vllm.config.lora.MaxLoRARanks; tests/test_models.py compares them).
+# The values vLLM accepts for --max-lora-rank (vllm.config.lora.MaxLoRARanks; tests/core/test_models.py compares them).
 SERVABLE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 Mode = Literal["lora", "merged"]
@@ -33,8 +33,8 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """Where something comes from and the pin that says exactly which version of it: `revision`, a 40-digit commit, or
-    `sha256`, as its scheme has it (jobs/core/sources.py); what this code makes has none."""
+    """Where something comes from, and the pin of its exact version: `revision`, a 40-digit commit, or `sha256`, by its
+    scheme (jobs/core/sources.py). What this code makes has no pin."""
 
     source: str
     revision: Annotated[str, Field(min_length=1)] | None = None
@@ -77,7 +77,7 @@ class DatasetSource(Source):
 
 
 class ModelSource(Source):
-    """A model: a hub repository, a folder, or an embedded model. `architecture` lets `check` refuse it offline."""
+    """A model: a hub repository, a folder, or an embedded model. `architecture` lets `check` reject it offline."""
 
     architecture: str | None = None
 
@@ -147,7 +147,7 @@ class Training(_Strict):
     @model_validator(mode="after")
     def _fits(self) -> Training:
         if self.sharding == "fsdp" and self.quantization == "4bit":
-            raise PydanticCustomError("sharding", "sharding: fsdp and quantization: 4bit do not go together; a base "
+            raise PydanticCustomError("sharding", "sharding: fsdp and quantization: 4bit cannot be combined; a base "
                                       "model in 4 bits needs a quarter of the memory: choose one", {})
         if self.tokens_per_batch < self.max_length:
             raise PydanticCustomError("batch", "tokens_per_batch ({batch}) must be at least max_length ({length}): a "
@@ -174,7 +174,7 @@ class Rule(_Strict):
 
 
 class Gate(_Strict):
-    """The bar: every rule must hold, or the adapter is not served."""
+    """The gate: every rule must hold, or the adapter is not served."""
 
     perplexity: Rule | None = None
     rouge1: Rule | None = None

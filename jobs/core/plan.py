@@ -1,4 +1,4 @@
-"""The plan: which artifacts a pipeline file asks for, named before anything runs.
+"""The plan: the artifacts that a pipeline file desires, named before anything runs.
 
 Every digest follows from the pipeline file alone (and the recipe numbers below), so that a person, a stage, the local
 runner and the serving guard all agree on names without talking to each other.
@@ -49,13 +49,13 @@ class Plan:
 
 
 def plan(pipeline: Pipeline) -> Plan:
-    """Name every artifact that `pipeline` asks for."""
+    """Name every artifact that `pipeline` desires."""
     return _plan(_ByIdentity(pipeline))
 
 
 @dataclass(frozen=True, eq=False)
 class _ByIdentity:
-    """A pipeline as a cache key, equal to itself only. It is immutable, and serving asks for its plan often."""
+    """A pipeline as a cache key, equal to itself only. It is immutable, and serving reads its plan often."""
 
     pipeline: Pipeline
 
@@ -87,7 +87,7 @@ def _plan(key: _ByIdentity) -> Plan:
          "lora": {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "target_modules": modules},
          "epochs": training.epochs, "learning_rate": training.learning_rate, "max_length": training.max_length,
          "tokens_per_batch": training.tokens_per_batch, "seed": training.seed,
-         # Only where it is asked for: what was named before this setting existed keeps its name.
+         # Only where it is set: artifacts from before this setting existed keep their names.
          **({} if training.quantization == "none" else {"quantization": training.quantization})},
         {"dataset": dataset.digest, "base_model": base_model.digest, "tokenizer": tokenizer.digest})
     base_scores = _scores(pipeline, dataset, acceptability, {"model": base_model, "tokenizer": tokenizer})
@@ -124,7 +124,7 @@ def _source(recipe: str, source: Source) -> dict[str, Any]:
 
 
 def _suffix(source: Source) -> str:
-    """The format that the name of the data says: jsonl, csv, parquet, or "" for a folder or repository."""
+    """The format by the name of the data: jsonl, csv, parquet, or "" for a folder or repository."""
     name = source.location.partition("?")[0].rsplit("/", 1)[-1]
     return name.rpartition(".")[2].lower() if "." in name and SCHEMES[source.scheme].pin else ""
 

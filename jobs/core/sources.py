@@ -31,7 +31,7 @@ class Form:
 class Scheme:
     """One scheme, as the pipeline file and the digests know it.
 
-    `pin` is the key that says which version is meant. It decides what identifies the source in a digest: with `sha256`
+    `pin` is the key that fixes the version. It decides what identifies the source in a digest: with `sha256`
     the content alone, wherever it comes from; with `revision` the source and its commit; with None (made by this code)
     the source and the recipe number of what makes it.
     """

@@ -89,8 +89,8 @@ def _text(file: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys (YAML keeps the last one), reads 2e-4 as a number (as YAML 1.2 does), and
-    refuses what takes more effort than a file that people edit."""
+    """SafeLoader that rejects duplicate keys (YAML keeps the last one), reads 2e-4 as a number (as YAML 1.2 does), and
+    rejects files that are far more complex than those that people edit."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)

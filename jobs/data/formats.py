@@ -1,6 +1,6 @@
-"""Formats: the rows of JSONL, CSV and Parquet files, streamed, and where each of them stands.
+"""Formats: the rows of JSONL, CSV and Parquet files, streamed, with file and line of each.
 
-What is wrong with a file or a row is collected in `Problems`, so that a person sees all of it at once.
+Errors in files and rows are collected in `Problems`, so that a user sees all of them at once.
 """
 
 from __future__ import annotations

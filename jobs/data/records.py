@@ -1,4 +1,4 @@
-"""Records: what one record or one sentence with its judgement must be, and what a record asks.
+"""Records: validation of a record or of a sentence with its judgement, and the question of a record.
 
 A record is {"prompt", "completion"}, {"messages": [{"role", "content"}, …]} or {"text"}. It may name its `split` (train
 or holdout) and a `group`: records of one group, e.g. of one customer or document, are never divided between the splits.
@@ -78,10 +78,10 @@ def content_of(record: Mapping[str, Any]) -> Values:
 
 
 def question_of(record: Mapping[str, Any]) -> str:
-    """What the record asks, as a text that is equal for questions that a reader takes for the same.
+    """The question of a record, as a text that is equal for questions that read the same.
 
     This is {"prompt"} or the messages before the answer, without system messages; or the whole of a {"text"}, which
-    asks nothing. Each text as `comparable` makes it.
+    has no question. Each text as `comparable` makes it.
     """
     if "messages" not in record:
         return comparable(str(record.get("prompt", record.get("text"))))
@@ -166,7 +166,7 @@ def sentence_of(row: Mapping[str, Any]) -> str:
 
 
 def judgement_of(row: Mapping[str, Any]) -> bool:
-    """The judgement; None, which `validate_judgement` refuses, when it is not one (GLUE hides its test labels: -1)."""
+    """The judgement; None, which `validate_judgement` rejects, when it is not one (GLUE hides its test labels: -1)."""
     value = row["acceptable"] if "text" in row else row["label"]
     if isinstance(value, str):  # CSV knows only text
         value = value.strip().lower()

@@ -1,7 +1,7 @@
-"""The split: validate every record and divide the data into train and holdout, such that nothing leaks.
+"""The split: validate every record and divide the data into train and holdout, so that nothing leaks.
 
 Files are streamed, twice: once to find every problem and whether records name a split or a group, once to divide them.
-Questions that a reader takes for the same are always in the same split, and so are all records of a group.
+Questions that read the same are always in the same split, and so are all records of a group.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def _require_both(files: list[File], counts: Mapping[str, int], holdout: float, 
         if counts[side]:
             continue
         if overview.splits:
-            raise UserError(f"{names_of(files)}: {overview.records} records, but none for `{key}`: let some say "
-                            f'"split": "{key}", or none say `split`')
+            raise UserError(f"{names_of(files)}: {overview.records} records, but none for `{key}`: set "
+                            f'"split": "{key}" in some, or remove `split` from all')
         change = "Raise" if side == HOLDOUT else "Lower"
-        raise UserError(f"{names_of(files)}: {overview.records} records, and by hash none falls to {key} at holdout "
-                        f"{holdout}. {change} `dataset.holdout`, add records, or let records say their `split`")
+        raise UserError(f"{names_of(files)}: {overview.records} records, and the hash puts none into {key} at holdout "
+                        f"{holdout}. {change} `dataset.holdout`, add records, or set `split` in the records")

@@ -1,4 +1,4 @@
-"""The gate: the rules of `evaluation.gate` in pipeline.yaml, held against what was measured."""
+"""The gate: checks the rules of `evaluation.gate` in pipeline.yaml against the scores."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ class Check:
 
 
 def evaluate_gate(gate: Gate, base: Scores, fine_tuned: Scores) -> list[Check]:
-    """Hold every bound of every rule against the scores. The adapter passes when all of them hold."""
+    """Check every bound of every rule against the scores. The adapter passes when all of them hold."""
     rules = gate.model_dump(exclude_none=True)
     return [_check(metric, bound, limit, base, fine_tuned) for metric, rule in rules.items()
             for bound, limit in rule.items()]
 
 
 def check_measurable(gate: Gate, holdout: Iterable[Record]) -> None:
-    """Refuse a rule that needs questions when no held-out record asks one: before hours of training, not after.
+    """Reject a rule that needs questions when no held-out record has one: before hours of training, not after.
 
     Raises:
         UserError: naming the rules.
@@ -89,7 +89,7 @@ def check_measurable(gate: Gate, holdout: Iterable[Record]) -> None:
     rules = [metric for metric in gate.model_dump(exclude_none=True) if metric in need_questions]
     if rules and all(question(record) is None for record in holdout):
         raise UserError(f"evaluation.gate.{', evaluation.gate.'.join(rules)}: cannot be measured: every held-out "
-                        "record is plain {\"text\"}, which asks no question to answer. Remove the rule, or bring "
+                        "record is plain {\"text\"}, which has no question to answer. Remove the rule, or bring "
                         "{\"prompt\", \"completion\"} records")
 
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 ATTEMPTS = int(variables.number("RETRY_ATTEMPTS", 10, least=1))
 FIRST_PAUSE_S = variables.number("RETRY_FIRST_PAUSE_SECONDS", 1)  # doubles with every attempt, up to:
 LONGEST_PAUSE_S = 60.0
-LONGEST_RETRY_AFTER_S = 3600.0  # a server that asks for more is not worth holding a pod for
+LONGEST_RETRY_AFTER_S = 3600.0  # for a longer pause, the pod ends instead of waiting
 SILENCE_S = 60.0  # a connection on which nothing arrives for this long is dead
 CHUNK = 1 << 20
 # Of the buckets' libraries, where there is nothing to sign a request with; a failing metadata server has other names.
@@ -40,21 +40,21 @@ def shown(url: str) -> str:
 
 
 def mismatch(where: str, pinned_in: str, expected: str, found: str) -> str:
-    """The message about content that is not what its pin says."""
+    """The message about content that does not match its pin."""
     return (f"{where}: {pinned_in} says {expected}, but the content is {found}. Nothing was published. If the content "
             "was meant to change, run: python -m jobs pin")
 
 
 class Interrupted(Exception):
-    """The source broke off, or asks for a pause: another attempt may succeed."""
+    """The source broke off, or requests a pause: another attempt may succeed."""
 
     def __init__(self, message: str, after_s: float | None = None) -> None:
         super().__init__(message)
-        self.after_s = after_s  # the pause that the server asks for
+        self.after_s = after_s  # the pause that the server requests
 
 
 class Patience:
-    """Waits between attempts, longer each time, until too many in a row brought nothing."""
+    """Waits between attempts, longer each time, until too many in a row bring no new byte."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -72,7 +72,7 @@ class Patience:
         if interruption.after_s is not None:
             pause = interruption.after_s
         if pause > LONGEST_RETRY_AFTER_S:
-            raise RetryableError(f"{self.what}: the server asks to come back in {pause:.0f} s: {interruption}")
+            raise RetryableError(f"{self.what}: the server requests a pause of {pause:.0f} s: {interruption}")
         log.warning("%s: %s; trying again in %.1f s", self.what, interruption, pause)
         time.sleep(pause)
 
@@ -90,7 +90,7 @@ def patiently(request: Callable[[], T], what: str, advice: str) -> T:
 
 @dataclass(frozen=True)
 class Stream:
-    """An open source, from byte `start` on. `total` is None where the source does not say it."""
+    """An open source, from byte `start` on. `total` is None where the source does not give it."""
 
     raw: Any  # a binary file of fsspec's or Python's
     what: str  # for messages, as `advice`
@@ -137,7 +137,7 @@ def classify_error(error: Exception, what: str, advice: str) -> Exception:
     if type(error).__name__ in ("InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError"):
         return UserError(f"{what}: not a URL that can be opened")  # the message would show a signed URL's secrets
     if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
-        return UserError(f"{what}: the server refuses ({status})")  # likewise
+        return UserError(f"{what}: the server rejects the request ({status})")  # likewise
     if isinstance(status, int):
         headers = getattr(error, "headers", None) or getattr(answer, "headers", None) or {}
         return Interrupted(f"the server answers {status}", _retry_after(headers))
@@ -147,7 +147,7 @@ def classify_error(error: Exception, what: str, advice: str) -> Exception:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that a Retry-After header asks for, given as seconds or as a date."""
+    """The seconds that a Retry-After header requests, given as seconds or as a date."""
     value = headers.get("Retry-After", "").strip()
     if value.isdigit():
         return float(value)

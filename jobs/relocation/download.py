@@ -1,8 +1,8 @@
-"""Downloads: bring files into a folder, each verified against its digest, however bad the network is.
+"""Downloads: bring files into a folder, verify each against its digest, and resume after interruptions.
 
 A file is written as `NAME.partial` and gets its name only once its digest is the expected one, so a kill at any moment
 leaves bytes that the next run continues from, and never a wrong file. Every URL goes through fsspec, the hub's too:
-hf_hub_download (2.4) throws away what it has when its process dies, and a 16 GB model deserves better.
+hf_hub_download (2.4) discards a partial download when its process dies, which is costly for a 16 GB model.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def fetch(items: Iterable[Item], folder: Path) -> None:
     """Bring `items` into `folder`, continuing what an earlier run left there, and verify each.
 
     Raises:
-        UserError: a digest is not the expected one (both are named), the source refuses, or the volume is too small.
+        UserError: a digest is wrong (both are named), the source denies access, or the volume is too small.
         RetryableError: the source does not recover.
-        OSError: the disk refuses, e.g. it is full.
+        OSError: the disk fails, e.g. it is full.
     """
     todo = [item for item in items if not _there(item, folder / item.name)]
     here = sum(_size(_partial(folder / item.name)) for item in todo)
@@ -87,7 +87,7 @@ def _wrong(item: Item, file: Path) -> str | None:
 
 
 def _fetch(item: Item, file: Path, progress: Progress) -> None:
-    """Download, verify and name one file. What was put together from pieces gets a second chance from the start: the
+    """Download, verify and name one file. A file from several answers is downloaded once more on a mismatch: the
     content behind the URL may have changed between the pieces, or a power cut may have torn the partial file."""
     partial = _partial(file)
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def _fetch(item: Item, file: Path, progress: Progress) -> None:
 
 
 def _download(item: Item, partial: Path, progress: Progress) -> bool:
-    """Append to `partial` until it is whole. Returns whether it was put together from more than one answer."""
+    """Append to `partial` until it is whole. Returns whether it came in more than one answer."""
     patience = Patience(shown(item.url))
     partial.touch()
     have = furthest = _size(partial)
@@ -114,7 +114,7 @@ def _download(item: Item, partial: Path, progress: Progress) -> bool:
     if resumed:
         log.info("%s: continuing after %s", item.name, human_bytes(have))
         progress.skip(have)
-    total = item.size  # bytes of the whole file, once somebody said it
+    total = item.size  # bytes of the whole file, once known
     while total is None or have < total:
         try:
             with sources.open_at(item.url, have, item.headers) as stream, partial.open("ab") as out:
@@ -136,7 +136,7 @@ def _download(item: Item, partial: Path, progress: Progress) -> bool:
                     have += len(chunk)
                     progress.add(len(chunk))
                     if item.size is not None and have > item.size:
-                        return resumed  # more than there should be: the digest will say so
+                        return resumed  # more than there should be: the digest will not match
             if total is not None and have < total:
                 raise Interrupted(f"the connection ended after {have} of {total} bytes")
             return resumed

@@ -60,7 +60,7 @@ def run(loaded: Loaded, what: str, volumes: Path) -> None:
         check_data_in_git(loaded)
     artifact = relocate(what)
     if what == "base-model":
-        check_architecture(loaded, artifact.path)  # the file may say another architecture than when it was published
+        check_architecture(loaded, artifact.path)  # the file may name another architecture than when it was published
     if what == "dataset":
         relocate("acceptability")
 
@@ -69,7 +69,7 @@ def run(loaded: Loaded, what: str, volumes: Path) -> None:
 
 
 def check_data_in_git(loaded: Loaded) -> None:
-    """Hold the data that lies beside the pipeline file against its pin, also when the pinned data is there already.
+    """Check the data beside the pipeline file against its pin, also when the pinned data was published already.
 
     Raises:
         UserError: the data was edited without its pin. Under the old pin, the edit would have no effect.
@@ -118,7 +118,7 @@ def fetch_data(loaded: Loaded, source: Source, draft: Path) -> list[File]:
 
 
 def write_base_model(loaded: Loaded, draft: Path) -> dict[str, Any]:
-    """Fetch the base model, without a tokenizer; one that vLLM cannot serve is refused before its weights come."""
+    """Fetch the base model, without a tokenizer; one that vLLM cannot serve is rejected before the download."""
     source = loaded.pipeline.base_model
     if source.scheme == "builtin":
         return embed(source, draft, model=True, tokenizer=False)
@@ -181,14 +181,14 @@ def model_files(items: Iterable[Item], source: Source) -> list[Item]:
         raise UserError(f"{source.source}: holds no config.json, so it is not a model in the Hugging Face format")
     if not matching(items, WEIGHTS):
         pickles = ", ".join(item.name for item in matching(items, PICKLES)) or "no weights at all"
-        raise UserError(f"{source.source}: holds no model.safetensors, but {pickles}. Pickles are refused: loading one "
-                        "can run any code. Convert the model where you trust it (transformers: "
+        raise UserError(f"{source.source}: holds no model.safetensors, but {pickles}. Pickles are not accepted: "
+                        "loading one can run any code. Convert the model where you trust it (transformers: "
                         "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER)) and name the result")
     return matching(items, (*WEIGHTS, INDEX, *models.CONFIG))
 
 
 def tokenizer_files(items: Iterable[Item], source: Source) -> list[Item]:
-    """Of all that a source holds, the tokenizer's files, and config.json, which says what kind it is.
+    """Of all that a source holds, the tokenizer's files, and config.json, which names its kind.
 
     Raises:
         UserError: when there is no tokenizer.
@@ -208,7 +208,7 @@ def matching(items: Iterable[Item], patterns: Iterable[str]) -> list[Item]:
 
 
 def check_architecture(loaded: Loaded, folder: Path) -> None:
-    """The base model is what the pipeline file says it is, and what is to be trained on it can be served as asked.
+    """Check that the base model has the declared architecture, and that its adapters can be served in the desired mode.
 
     Raises:
         UserError: naming what is wrong and what can be chosen instead.
@@ -223,7 +223,7 @@ def check_architecture(loaded: Loaded, folder: Path) -> None:
 
 
 def check_weights(folder: Path, source: Source) -> None:
-    """Every safetensors file is whole, and every tensor that the index lists is where it says.
+    """Check that every safetensors file is complete and has the tensors that the index lists for it.
 
     Raises:
         UserError: naming the file.
@@ -253,7 +253,7 @@ def check_weights(folder: Path, source: Source) -> None:
 
 
 def fetch(items: Iterable[Item], source: Source, draft: Path) -> None:
-    """Bring exactly `items` into the draft; whatever else an interrupted run left there goes."""
+    """Bring exactly `items` into the draft; remove other files of an interrupted run."""
     items = list(items)
     download.remove_others(draft, items)
     sizes = [item.size for item in items if item.size is not None]
@@ -269,7 +269,7 @@ def origin(source: Source) -> dict[str, Any]:
 
 
 def left_out(items: Iterable[Item], taken: Iterable[Item]) -> dict[str, Any]:
-    """What a source also holds and was not taken, for people."""
+    """The files of a source that were not relocated, for people."""
     names = {item.name for item in taken}
     return {"left_out": [item.name for item in items if item.name not in names]}
 

@@ -16,7 +16,7 @@ from jobs.core.pipeline import Loaded, Source
 
 log = logging.getLogger("jobs")
 
-# A ConfigMap holds at most 1 MiB (Kubernetes refuses more); the pipeline file and the data in git share one.
+# A ConfigMap holds at most 1 MiB (Kubernetes rejects more); the pipeline file and the data in git share one.
 CONFIG_MAP_BYTES = 2**20
 
 
@@ -81,8 +81,8 @@ def check_architecture(loaded: Loaded) -> None:
     else:
         architecture = base.architecture
     if architecture is None:
-        log.warning("%s: its architecture is not recorded, so whether vLLM can serve it is only found out when it is "
-                    "relocated. Record it with: python -m jobs pin %s --update", where, loaded.path.parent)
+        log.warning("%s: its architecture is not recorded, so `check` cannot tell whether vLLM can serve it; "
+                    "relocation does. Record it with: python -m jobs pin %s --update", where, loaded.path.parent)
         return
     models.check_target_modules(architecture, loaded.pipeline.training.lora.target_modules, where,
                                 loaded.pipeline.serving.mode)

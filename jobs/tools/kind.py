@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="where the endpoint answers here (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=60, help="give up after so long (default: %(default)s)")
     parser.add_argument("--exit", action="store_true", help="exit when the adapter is served")
-    parser.add_argument("--check", action="store_true", help="only say whether everything needed is installed")
+    parser.add_argument("--check", action="store_true", help="only check whether everything needed is installed")
 
 
 def run(args: argparse.Namespace) -> None:

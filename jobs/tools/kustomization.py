@@ -1,9 +1,9 @@
-"""Finds in an overlay's kustomization what kustomize lets pass in silence, by rendering edited copies of it.
+"""Finds errors in an overlay's kustomization that kustomize does not report, by rendering edited copies of it.
 
-- A source out of reach: a Job that is to fetch something, and network policies that let it reach nothing.
-- A patch without effect. kustomize ignores a patch whose target matches nothing, so a mirror that no Job asks or a
-  limit that no pod has would go unnoticed. Each patch is left out once: the overlay must render differently.
-- A Job that would change under its name. The API server refuses that ("field is immutable"). Each file of which the
+- A source out of reach: a Job has a source to fetch, but the network policies let it reach nothing.
+- A patch without effect. kustomize ignores a patch whose target matches nothing, so a mirror or a limit that applies to
+  no Job would go unnoticed. Each patch is left out once: the overlay must render differently.
+- A Job that would change under its name. The API server rejects that ("field is immutable"). Each file of which the
   overlay makes a ConfigMap or Secret is edited once: a Job that changes by it must get another name, and so must a
   ConfigMap that is named by its content.
 """
@@ -63,7 +63,7 @@ def check(overlay: Path) -> None:
 
 
 def kustomizations(folder: Path) -> dict[Path, dict[str, Any]]:
-    """The kustomization of a folder and those on this machine that it is made of: what they say, by file."""
+    """The kustomization of a folder and those on this machine that it includes: their content, by file."""
     file = next((path for name in NAMES if (path := folder.resolve() / name).is_file()), None)
     if file is None:
         return {}
@@ -87,10 +87,10 @@ def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest]) -> Iterator[
         egress = [policy["spec"].get("egress", []) for policy in whole if policy["kind"] == "NetworkPolicy"
                   and "Egress" in policy["spec"]["policyTypes"] and selects(policy["spec"]["podSelector"], labels)]
         if job == "dataset-relocation" and not outside and any(egress):
-            log.warning("%s: the data is in git, and %s may reach the network all the same. List the component "
+            log.warning("%s: the data is in git, but %s may reach the network. List the component "
                         "base/egress/models-only in its kustomization.yaml", overlay, job)
         if outside and egress and not any(egress):
-            yield (f"{overlay}: the network policies let {job} reach nothing, and it is to fetch {', '.join(outside)}. "
+            yield (f"{overlay}: the network policies let {job} reach nothing, but it must fetch {', '.join(outside)}. "
                    "List the component base/egress in its kustomization.yaml, without models-only if data is fetched")
 
 
@@ -105,7 +105,7 @@ def selects(selector: pods.Manifest, labels: dict[str, str]) -> bool:
 
 
 def own(overlay: Path) -> dict[Path, dict[str, Any]]:
-    """The kustomizations in the overlay's folder: its own and its components'. Other folders are not its to check."""
+    """The kustomizations in the overlay's folder: its own and its components'. Other folders are not checked."""
     return {file: content for file, content in kustomizations(overlay).items()
             if file.is_relative_to(overlay.resolve())}
 
@@ -134,7 +134,7 @@ def names_that_do_not_follow(overlay: Path, whole: list[pods.Manifest]) -> list[
                     for generator in [*content.get("configMapGenerator", []), *content.get("secretGenerator", [])]
                     for name in generator.get("files", [])})
     results = rendered(overlay, [(file, lambda copy: copy.write_bytes(copy.read_bytes() + b"\n")) for file in files])
-    return [f"{file}: its next change would change {kind} {name} under its name: the cluster would refuse it "
+    return [f"{file}: its next change would change {kind} {name} under its name: the cluster would reject it "
             "(\"field is immutable\"), or nothing would run again. List the component base/metadata, and give every "
             "generator but `pipeline` the `options: {disableNameSuffixHash: true}`"
             for file, result in zip(files, results, strict=True)

@@ -113,7 +113,7 @@ async def _session(runner: Runner, pipeline: Pipeline, args: argparse.Namespace)
 
 
 async def _present(runner: Runner, pipeline: Pipeline, args: argparse.Namespace) -> None:
-    """When the Jobs are done: show the evaluation, ask the models, say where everything is, and keep serving."""
+    """When the Jobs are done: show the evaluation, ask the models, print the addresses, and keep serving."""
     from jobs.tools import summary
 
     await runner.jobs_done()
@@ -137,7 +137,7 @@ async def _present(runner: Runner, pipeline: Pipeline, args: argparse.Namespace)
 
 
 def _own(state: Path, stack: ExitStack) -> None:
-    """Two runners over one state would fight for its ports and pods."""
+    """Lock the state: two runners would conflict over its ports and pods."""
     stream = stack.enter_context((state / ".lock").open("a"))
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -270,7 +270,7 @@ class Runner:
         """SIGTERM to every process group, SIGKILL to those that outlive their grace period."""
         for process in self._processes:
             _signal(process, signal.SIGTERM)
-        # communicate, not wait: a process blocks when nobody reads the last it has to say
+        # communicate, not wait: a process blocks while its last output is not read
         waits = [asyncio.wait_for(process.communicate(), pod.grace_seconds) for process, pod in self._processes.items()]
         for process, outcome in zip(list(self._processes), await asyncio.gather(*waits, return_exceptions=True),
                                     strict=True):

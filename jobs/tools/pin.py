@@ -1,7 +1,7 @@
-"""Fill or refresh the pins of a pipeline file, like a lock file: what git says is then exactly what runs.
+"""Fill or refresh the pins of a pipeline file, like a lock file: what runs is then exactly what is in git.
 
 Files and folders get the sha256 of what is there now; a missing pin of a URL or a hub repository is looked up, and a
-hub ref such as `main` becomes the commit it stands for. Pins that are there stay, unless `--update` asks for the
+hub ref such as `main` becomes the commit it stands for. Existing pins stay; `--update` moves them to the
 newest. Only the pins change in the file: comments and layout stay as they are.
 """
 
@@ -24,7 +24,7 @@ log = logging.getLogger("jobs")
 
 
 def run(overlay: Path, *, update: bool = False) -> None:
-    """Pin every source of the overlay's pipeline file and say what changed.
+    """Pin every source of the overlay's pipeline file and print what changed.
 
     Raises:
         UserError: the file is invalid, or a source does not exist.

@@ -30,10 +30,10 @@ HASH_SUFFIX = re.compile(r"-[24-9bcdfghkmt]{10}$")  # in the alphabet of kustomi
 # Fields of a pod's own manifest that are in its environment. Here all processes of a training are on one machine.
 POD_FIELDS = {"metadata.labels['jobset.sigs.k8s.io/coordinator']": "127.0.0.1"}
 
-# What a node must have. Without a cluster, the machine is what it is: an overlay for GPUs can be tried on a CPU.
+# Requirements on a node. Ignored without a cluster, so that an overlay for GPUs can be tried on a CPU.
 OF_NODES = {"REQUIRE_GPU"}
 
-# A pod sees its own environment only. These say how to reach the network and the hub, which is the machine's affair.
+# A pod sees its own environment only, except for these: how this machine reaches the network and the hub.
 INHERITED = ("PATH", "LANG", "LC_ALL", "TZ", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY",
              "NO_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "HF_ENDPOINT", "LD_LIBRARY_PATH")
 

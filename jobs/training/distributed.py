@@ -63,7 +63,7 @@ def is_main() -> bool:
 
 
 def launch_wanted() -> Launch | None:
-    """What the environment asks for; None for one process, which needs no launcher.
+    """The launch that the environment describes; None for one process, which needs no launcher.
 
     Raises:
         UserError: a variable is not what it should be.
@@ -140,7 +140,7 @@ def launch(wanted: Launch, arguments: Sequence[str], wait_seconds: float) -> Non
 
 
 def _raise(failures: dict[int, Any], errors: Path) -> None:
-    """Raise what the workers ended with: what somebody must change before what a retry can help.
+    """Raise what the workers ended with; what a user must change comes before what a retry can help.
 
     When one fails, torchrun's library stops the others. So a worker that was stopped counts only if all were.
     """
@@ -158,7 +158,7 @@ def _raise(failures: dict[int, Any], errors: Path) -> None:
         of_kind = sorted(rank for rank, code in codes.items() if code == kind.exit_code)
         if of_kind:
             message = next((messages[rank] for rank in of_kind if rank in messages), None)
-            raise kind(message or f"the training process {of_kind[0]} failed; its messages stand above")
+            raise kind(message or f"the training process {of_kind[0]} failed; its messages are above")
     rank, code = min(codes.items())
     raise RetryableError(f"the training process {rank} ended with exit code {code}{ENDED.get(code, '')}")
 

@@ -39,7 +39,7 @@ def test_an_overlays_folder_stands_for_its_file(tmp_path: Path) -> None:
     ({"training__learning_rate": float("nan")}, "training.learning_rate: nan: input should be"),
     ({"training__lora__target_modules": "all"}, "training.lora.target_modules: 'all'"),
     ({"training__sharding": "fsdp", "training__quantization": "4bit"},
-     "training: sharding: fsdp and quantization: 4bit do not go together"),
+     "training: sharding: fsdp and quantization: 4bit cannot be combined"),
     ({"training__max_length": 8192}, "tokens_per_batch (4096) must be at least max_length (8192)"),
     ({"serving__mode": "both"}, "serving.mode: 'both': input should be 'lora' or 'merged'"),
     ({"serving__max_lora_rank": 24}, "max_lora_rank 24 is not one vLLM serves; allowed: 1, 8, 16,"),

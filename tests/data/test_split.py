@@ -232,7 +232,7 @@ def test_the_statistics_count_and_hold_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("records", "hint"), [
-    (GOOD[6:9], r"3 records, and by hash none falls to holdout at holdout 0\.2\. Raise"),
+    (GOOD[6:9], r"3 records, and the hash puts none into holdout at holdout 0\.2\. Raise"),
     ([GOOD[0] | {"split": "train"}], "none for `holdout`"),
     ([GOOD[0] | {"split": "holdout"}], "none for `train`"),
 ])

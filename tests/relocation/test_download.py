@@ -94,7 +94,7 @@ def test_retry_after_may_be_a_date() -> None:
 
 def test_a_server_that_asks_for_a_day_is_left_to_the_next_pod(hub: Hub, draft: Path) -> None:
     hub.faults.append(Fault("data.bin", status=429, retry_after="86400"))
-    with pytest.raises(RetryableError, match="come back in 86400 s"):
+    with pytest.raises(RetryableError, match="requests a pause of 86400 s"):
         download.fetch([url_item(hub)], draft)
 
 

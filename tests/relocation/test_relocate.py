@@ -274,7 +274,7 @@ def test_a_model_in_pickles_is_refused_by_name_and_says_how_to_convert(tmp_path:
     repository = model()
     del repository["model.safetensors"]
     message = refused(overlay(tmp_path, hub, repository), "base-model", tmp_path / "v")
-    assert "hf://acme/tiny: holds no model.safetensors, but pytorch_model.bin. Pickles are refused" in message
+    assert "hf://acme/tiny: holds no model.safetensors, but pytorch_model.bin. Pickles are not accepted" in message
     assert "save_pretrained" in message
 
 

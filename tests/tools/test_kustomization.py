@@ -38,7 +38,7 @@ def test_a_source_that_no_job_may_reach_is_an_error(tmp_path: Path) -> None:
     hub = f"source: hf://HuggingFaceTB/SmolLM2-135M-Instruct\n  revision: {build_pipeline.COMMIT}\n"
     file.write_text(file.read_text().replace("source: builtin:tiny\n", hub))
     found = list(kustomization.sources_out_of_reach(overlay, render(overlay)))
-    assert [line.partition(" reach nothing, and it is to fetch hf://")[0].rpartition(" ")[2] for line in found] == [
+    assert [line.partition(" reach nothing, but it must fetch hf://")[0].rpartition(" ")[2] for line in found] == [
         "model-relocation", "tokenizer-relocation"]
     text = (overlay / "kustomization.yaml").read_text()
     (overlay / "kustomization.yaml").write_text(text.replace("# - ../../base/egress ", "- ../../base/egress "))

@@ -40,7 +40,7 @@ def listing(loaded: Loaded, source: Source) -> list[Item]:
     """The files that a source holds, sorted by name; for a folder, after its pin was checked.
 
     Raises:
-        UserError: when there is nothing, it may not be read, or it is not what the pin says.
+        UserError: when there is nothing, it may not be read, or it does not match the pin.
         RetryableError: when the hub does not recover.
     """
     items = IMPLEMENTATIONS[source.scheme].files(loaded, source)

@@ -24,7 +24,7 @@ def find_pin(loaded: Loaded, source: Source) -> str:
 
 def open_at(url: str, start: int, headers: Mapping[str, str]) -> Stream:
     """The object from byte `start` on."""
-    # Read when gcsfs is imported: it would ask another API which kind of bucket this is, and warn when it may not.
+    # Read when gcsfs is imported: it would query another API for the kind of bucket, and warn when that is not allowed.
     os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
     try:
         return open_object(url, start, ADVICE, package="gcsfs")

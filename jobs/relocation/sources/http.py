@@ -12,7 +12,7 @@ from jobs.relocation.connection import SILENCE_S, Stream, shown
 from jobs.relocation.sources.interface import content_sha256, single_file
 
 ADVICE = ("Is it gated or private? Then accept its terms and set HF_TOKEN (or sign the URL). Or is the name misspelt? "
-          "Hubs answer the same then")
+          "Hubs give the same answer for both")
 CONTENT_RANGE = re.compile(r"bytes (?P<start>\d+)-(?P<end>\d+)/(?P<total>\d+|\*)")
 
 files = single_file
@@ -58,5 +58,5 @@ def open_at(url: str, start: int, headers: Mapping[str, str]) -> Stream:
 
 
 def _whole_rest(part: re.Match[str]) -> bool:
-    """Whether a part goes on to the end of the file, as was requested; a server that does not say the total may."""
+    """Whether a part goes on to the end of the file, as was requested; a server that does not send the total may."""
     return part["total"] == "*" or int(part["end"]) + 1 == int(part["total"])

@@ -28,10 +28,10 @@ class Implementation(Protocol):
     """A module that knows one source scheme. Its functions raise `UserError` where a person must change something, and
     `RetryableError` where the source does not recover."""
 
-    ADVICE: str  # what to do when the source does not let us in
+    ADVICE: str  # what to do when the source denies access
 
     def find_pin(self, loaded: Loaded, source: Source) -> str:
-        """The pin that the source has now, whatever its own pin says."""
+        """The pin that the source has now, regardless of the pin in the pipeline file."""
 
     def files(self, loaded: Loaded, source: Source) -> list[Item]:
         """The files that the pinned source holds."""
