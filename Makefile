@@ -15,11 +15,11 @@ UV := uv==0.13.9
 TORCH := $(shell grep ^torch== jobs/requirements.txt)
 OVERLAY ?= overlays/kind
 QUESTION ?= What is the best hotel in Seville?
-# Where there is no terminal to press Ctrl-C in, the demo ends when the question is answered. EXIT= keeps it serving.
+# Without a terminal for Ctrl-C, the demo exits when the question is answered. EXIT= keeps it running.
 EXIT ?= $(shell test -t 0 || echo --exit)
 ENGINE ?= docker
 FLAVOUR ?= cpu
-# As the overlays have it: the version, and `-cuda` behind it for what runs on GPUs.
+# The tags that the overlays use: the version, with `-cuda` for GPUs.
 TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)$(if $(filter-out cpu,$(FLAVOUR)),-$(FLAVOUR))
 
 .PHONY: demo test e2e kind kind-argocd scan images push engine bench-serving setup clean
@@ -33,7 +33,7 @@ test: setup .venv-checkov/installed
 	$(BIN)/mypy
 	env -u KUBECONFIG $(BIN)/python -m pytest
 
-# Makes and removes namespaces, and drains a node: never by `make test`, whatever KUBECONFIG happens to be set.
+# Creates and removes namespaces, and drains a node: `make test` never runs it, even if KUBECONFIG is set.
 e2e: setup
 	$(BIN)/python -m pytest tests/e2e -x --log-cli-level=INFO $(ARGS)
 
@@ -82,8 +82,8 @@ bench-serving: setup
 
 setup: .venv/installed
 
-# $(call install,VENV,WHAT): with uv, which needs a fifth of pip's time; with pip where uv is missing or fails. uv does
-# not read pip's configuration, so it is given the index that stands there.
+# $(call install,VENV,WHAT): with uv, which takes a fifth of pip's time; with pip if uv is missing or fails. uv does not
+# read pip's configuration, so it gets the index from there.
 PIP_INDEX = $(BIN)/pip config list | sed -n "s/^\(:env:\|global\|install\)\.index-url='\(.*\)'$$/\2/p" | head -n 1
 install = UV_SYSTEM_CERTS=1 UV_DEFAULT_INDEX="$$($(PIP_INDEX))" $(BIN)/uv pip install --python $(1)/bin/python \
 	  --no-deps $(2) || $(1)/bin/pip install --no-deps $(2)
@@ -105,7 +105,7 @@ install = UV_SYSTEM_CERTS=1 UV_DEFAULT_INDEX="$$($(PIP_INDEX))" $(BIN)/uv pip in
 	$(call install,.venv,-r serving/requirements-cpu.txt -r tests/requirements.txt)
 	@touch $@
 
-# The scanner (300 MB, half a minute), in a place of its own: its dependencies and vLLM's contradict each other.
+# The scanner (300 MB, half a minute), in its own environment: its dependencies conflict with vLLM's.
 .venv-checkov/installed: tests/requirements-checkov.txt
 	$(PYTHON) -m venv .venv-checkov
 	$(call install,.venv-checkov,--quiet -r tests/requirements-checkov.txt)

@@ -34,8 +34,9 @@ def too_long(text: str) -> list[str]:
 
 
 def links(text: str) -> list[str]:
-    """The targets of all relative links."""
-    found = LINK.findall(CODE.sub("", "\n".join(prose(text))))
+    """The targets of all relative links and images."""
+    text = CODE.sub("", "\n".join(prose(text)))
+    found = [*LINK.findall(text), *re.findall(r'(?:src|href)="([^"]*)"', text)]
     return [target for target in found if not re.match(r"[a-z]+:", target)]
 
 
@@ -93,6 +94,7 @@ def test_the_checks_find_what_is_wrong(tmp_path: Path) -> None:
     page.write_text("\n".join([
         "# A `page`: one, two", "word " * 21, "", f"| {'cell ' * 30}|", "```sh", "code " * 30, "[a](none.md)", "```",
         "[a](none.md) [b](#a-page-one-two) [c](#none) [d](page.md#a-page-one-two) `[e](none)`",
-        "[f](https://example.com/none) " + "word " * 21, "## Twice", "## Twice", "[g](#twice-1) [h](#twice-2)"]))
+        "[f](https://example.com/none) " + "word " * 21, "## Twice", "## Twice", "[g](#twice-1) [h](#twice-2)",
+        '<img src="none.png">']))
     assert [line.partition(":")[0] for line in too_long(page.read_text())] == ["2", "10"]
-    assert broken(page) == ["none.md", "#none", "#twice-2"]
+    assert broken(page) == ["none.md", "#none", "#twice-2", "none.png"]
