@@ -40,7 +40,7 @@ class _Kept:
     inputs: frozenset[str]
 
     def unused(self) -> bool:
-        """Whether nobody used it since."""
+        """Whether it was not used since."""
         return _used(self.path) == self.used
 
 

@@ -59,12 +59,12 @@ class Check:
 
     @property
     def value_text(self) -> str:
-        return _tell_apart(self.value, self.limit)[0]
+        return _distinguishable(self.value, self.limit)[0]
 
     @property
     def requirement(self) -> str:
         """What the value must be, e.g. `at most 0.9`."""
-        return f"at {'least' if BOUNDS[self.bound].at_least else 'most'} {_tell_apart(self.value, self.limit)[1]}"
+        return f"at {'least' if BOUNDS[self.bound].at_least else 'most'} {_distinguishable(self.value, self.limit)[1]}"
 
     @property
     def description(self) -> str:
@@ -109,8 +109,8 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _tell_apart(value: float | None, limit: float) -> tuple[str, str]:
-    """Both numbers with as many digits as it takes to see that they differ: no "0.05 is not at least 0.05"."""
+def _distinguishable(value: float | None, limit: float) -> tuple[str, str]:
+    """Both numbers as texts, with enough digits to show that they differ: never "0.05 is not at least 0.05"."""
     if value is None:
         return "not a finite number", f"{limit:g}"
     for digits in range(3, 18):

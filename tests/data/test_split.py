@@ -242,7 +242,7 @@ def test_an_empty_side_is_refused_and_says_what_to_do(tmp_path: Path, records: l
 
 
 def test_a_holdout_of_nearly_everything_leaves_nothing_to_train_on(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none falls to train at holdout 0\.999\. Lower"):
+    with pytest.raises(UserError, match=r"puts none into train at holdout 0\.999\. Lower"):
         dataset.validate(jsonl(tmp_path, GOOD[:3]), 0.999)
 
 
