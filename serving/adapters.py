@@ -84,11 +84,11 @@ class Served:
     base_folder: str
     max_lora_rank: int
     private_folder: str  # verified copies of adapters, out of everybody else's reach
-    leader: str = ""  # the pipeline file that decides on base model, tokenizer and mode (serving/base.py)
     mode: Mode = "lora"
     merged: str | None = None  # in mode merged: the model that vLLM runs, as NAME@ADAPTER; None: the base model
     shield_base: bool = False  # whether vLLM would mix adapters into the base model's replies (aliases._prepare_base)
     drain_seconds: float = 55.0  # how long the last replies may take when the server ends
+    restart_slot_seconds: float = 0.0  # how long one of several replicas has for a restart (base.next_turn)
 
     ENVIRONMENT = "SERVING_SETTINGS"
 
@@ -119,25 +119,25 @@ def asked(pipeline: Pipeline, volumes: Path) -> Wanted:
     return Wanted(named.adapter.digest, named.evaluation.digest)
 
 
-def promoted(pipeline: Pipeline, volumes: Path) -> Wanted:
-    """The adapter that was promoted last under the pipeline's name.
+def promoted(name: str, volumes: Path) -> Wanted:
+    """The adapter that was promoted last under a name.
 
     Raises:
         NotYet: when none ever was.
         Refused: when the promotion is damaged.
     """
     try:
-        current = promotion.current(volumes / FINE_TUNED_VOLUME, pipeline.adapter)
+        current = promotion.current(volumes / FINE_TUNED_VOLUME, name)
     except UserError as error:
         raise Refused("damaged", str(error)) from None
     if current is None:
-        raise NotYet(f"no adapter was promoted as {pipeline.adapter} yet")
+        raise NotYet(f"no adapter was promoted as {name} yet")
     return Wanted(current.adapter, current.evaluation)
 
 
-def earlier(pipeline: Pipeline, volumes: Path) -> list[Wanted]:
-    """The adapters that were promoted under the pipeline's name before the last one, newest first."""
-    history = promotion.history(volumes / FINE_TUNED_VOLUME, pipeline.adapter)
+def earlier(name: str, volumes: Path) -> list[Wanted]:
+    """The adapters that were promoted under a name before the last one, newest first."""
+    history = promotion.history(volumes / FINE_TUNED_VOLUME, name)
     return list(dict.fromkeys(Wanted(each.adapter, each.evaluation) for each in history))
 
 

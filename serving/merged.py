@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from starlette.types import ASGIApp
 
 from jobs.core import artifacts, models
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import merged_model
-from serving import adapters
+from serving import adapters, base
 from serving.adapters import NotYet, Refused, Served, Wanted
 from serving.aliases import Aliases, Version
 
@@ -28,29 +30,35 @@ log = logging.getLogger("serving")
 SUFFIXES = (".safetensors", ".json")
 
 
-def choose(wish: Pipeline, served: Served) -> Served:
-    """What to run at start: the first merged model that may be served, in the order of the aliases; else the base."""
+def choose(named: base.Named, served: Served) -> Served:
+    """What to run at start: the first merged model of the first alias that may be served; else the base model.
+
+    Args:
+        named: the pipelines by alias. The first decides, since one model runs.
+    """
+    name, pipeline = next(iter(named.items()))
     volumes = Path(served.volumes)
-    for wanted in _candidates(wish, volumes):
+    for wanted in _candidates(name, pipeline, volumes):
         try:
             for folder in (adapters.evaluation_folder(wanted.evaluation, volumes), folder_of(wanted.adapter, served)):
                 adapters.signature(folder)  # says so if it is not there yet
-            adapters.check_gate(wanted, wish.adapter, volumes)
+            adapters.check_gate(wanted, name, volumes)
             verify(wanted.adapter, served)
         except (NotYet, Refused) as reason:
-            log.warning("%s@%s: %s", wish.adapter, wanted.adapter, reason)
+            log.warning("%s@%s: %s", name, wanted.adapter, reason)
             continue
-        return replace(served, merged=f"{wish.adapter}@{wanted.adapter}")
+        return replace(served, merged=f"{name}@{wanted.adapter}")
     return served
 
 
-def _candidates(wish: Pipeline, volumes: Path) -> Iterator[Wanted]:
-    for find in (adapters.asked, adapters.promoted):
-        try:
-            yield find(wish, volumes)
-        except (NotYet, Refused) as reason:
-            log.warning("%s: %s", wish.adapter, reason)
-    yield from adapters.earlier(wish, volumes)
+def _candidates(name: str, pipeline: Pipeline | None, volumes: Path) -> Iterator[Wanted]:
+    if pipeline:
+        yield adapters.asked(pipeline, volumes)
+    try:
+        yield adapters.promoted(name, volumes)
+    except (NotYet, Refused) as reason:
+        log.warning("%s: %s", name, reason)
+    yield from adapters.earlier(name, volumes)
 
 
 def folder_of(adapter: str, served: Served) -> Path:
@@ -109,6 +117,10 @@ def _check_finite(file: Path) -> None:
 class MergedAliases(Aliases):
     """The alias of a server in mode merged: it points to the model that runs, or the server restarts with another."""
 
+    def __init__(self, served: Served, vllm: ASGIApp, restart: Callable[[str], None]) -> None:
+        super().__init__(served, vllm, restart)
+        self._verified: set[str] = set()
+
     async def _prepare_base(self) -> None:
         """Prove the model that runs, before the alias points to it."""
         if self.served.merged is None:
@@ -124,8 +136,10 @@ class MergedAliases(Aliases):
     async def _admit(self, version: Version) -> None:
         if version.model == self.served.merged:
             raise Refused("values", "vLLM cannot compute finite probabilities with it")
-        await asyncio.to_thread(verify, version.digest, self.served)
-        self._ask_for_restart(f"{version.model} is there to be served, and in mode merged that is a restart")
+        if version.model not in self._verified:  # once: the server may wait for its turn to restart
+            await asyncio.to_thread(verify, version.digest, self.served)
+            self._verified.add(version.model)
+        self._restart_in_turn("merged", f"{version.model} is there to be served, and in mode merged that is a restart")
         raise NotYet("the server restarts with it")
 
     async def _unload_unused(self) -> None:

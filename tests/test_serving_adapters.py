@@ -770,10 +770,10 @@ def test_a_verdict_that_somebody_edited_is_refused(world: World) -> None:
 
 def test_the_promotion_names_the_last_promoted_adapter_even_when_the_file_asks_for_another(world: World) -> None:
     with pytest.raises(NotYet, match="no adapter was promoted as seville-hotels yet"):
-        adapters.promoted(world.pipeline, world.volumes)
+        adapters.promoted("seville-hotels", world.volumes)
     build_adapter.promote(world.volumes, world.pipeline)
     changed, changed_plan = world.change(training__seed=1)
-    assert adapters.promoted(changed, world.volumes) == wanted(world)
+    assert adapters.promoted("seville-hotels", world.volumes) == wanted(world)
     assert adapters.asked(changed, world.volumes).adapter == changed_plan.adapter.digest != world.plan.adapter.digest
 
 
@@ -784,7 +784,7 @@ def test_a_promotion_cannot_name_a_path(world: World, digest: str) -> None:
     volume = world.volumes / FINE_TUNED_VOLUME
     promotion.promote(volume, "seville-hotels", digest, digest)
     with pytest.raises(Refused, match="is not a digest"):
-        adapters.check_gate(adapters.promoted(world.pipeline, world.volumes), "seville-hotels", world.volumes)
+        adapters.check_gate(adapters.promoted("seville-hotels", world.volumes), "seville-hotels", world.volumes)
 
 
 @pytest.mark.parametrize("damage", [
@@ -793,7 +793,7 @@ def test_a_damaged_promotion_is_refused_and_neither_a_crash_nor_waited_for(world
     (world.volumes / FINE_TUNED_VOLUME / "promoted").mkdir(parents=True)
     damage(world.volumes / FINE_TUNED_VOLUME / "promoted" / "seville-hotels")
     with pytest.raises(Refused, match="damaged"):
-        adapters.promoted(world.pipeline, world.volumes)
+        adapters.promoted("seville-hotels", world.volumes)
 
 
 def test_a_folders_signature_changes_when_any_file_does_and_says_when_it_is_absent(world: World) -> None:
