@@ -33,7 +33,7 @@ from typing import NoReturn
 
 from benchmarks import figures, unguarded
 from benchmarks.load import Connection, Reply, drive, get, post
-from jobs.__main__ import fail
+from jobs.core.command import run_command
 from jobs.core.errors import RetryableError, Terminated, UserError
 
 DESCRIPTION = """\
@@ -641,7 +641,7 @@ def benchmark(args: argparse.Namespace, command: str) -> str:
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                     results = runner.run(run(setting, servers, args))
             except asyncio.CancelledError:
-                raise Terminated from None
+                stop()
             finally:
                 signal.signal(signal.SIGTERM, stop)  # the loop has taken its own handler away
                 say("ending both servers")
@@ -656,27 +656,24 @@ def benchmark(args: argparse.Namespace, command: str) -> str:
 
 
 def stop(*_: object) -> NoReturn:
-    raise Terminated
+    raise Terminated("stopped by SIGTERM; both servers are gone")
 
 
 def main(argv: list[str] | None = None) -> int:
+    # No log: the result is printed, and progress by `say`.
+    return run_command(lambda: run_benchmark(argv), set_up_logging=lambda: None, on_sigterm=stop)
+
+
+def run_benchmark(argv: list[str] | None) -> None:
+    """Parse the arguments, measure, and print or write the table."""
     args = parser().parse_args(argv)
     command = shlex.join(["python", "-m", "benchmarks.serving", *(sys.argv[1:] if argv is None else argv)])
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; the servers get it too
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        text = benchmark(args, command)
-        print(text)
-        if args.write:
-            write(args.write, text)
-            say(f"written to {args.write}")
-    except (UserError, RetryableError) as error:
-        return fail(str(error), error.exit_code)
-    except Terminated:
-        return fail("stopped by SIGTERM; both servers are gone", Terminated.exit_code)
-    except KeyboardInterrupt:
-        return fail("interrupted; both servers are gone", 130)
-    return 0
+    text = benchmark(args, command)
+    print(text)
+    if args.write:
+        write(args.write, text)
+        say(f"written to {args.write}")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ Exit codes: 0 done or already done; 2 somebody must change something (base/ turn
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import signal
-import sys
 from pathlib import Path
 
-from jobs.core.errors import RetryableError, Terminated, UserError, of_volume
+from jobs.core import variables
+from jobs.core.command import run_command
 from jobs.training import distributed
 
 DESCRIPTION = """\
@@ -37,7 +35,6 @@ examples
   python -m jobs local overlays/kind --ask "What is the best hotel in Seville?"
   python -m jobs --pipeline overlays/kind/pipeline.yaml --volumes /tmp/volumes relocate dataset
 """
-TERMINATION_LOG = Path("/dev/termination-log")  # what `kubectl describe pod` shows as the reason
 RELOCATABLE = ("dataset", "base-model", "tokenizer", "reference-model")
 AWAITABLE = (*RELOCATABLE, "acceptability", "adapter", "merged-model", "evaluation")
 
@@ -49,8 +46,9 @@ def parser() -> argparse.ArgumentParser:
                      metavar="FILE", help="the pipeline file (default: $PIPELINE, else %(default)s)")
     top.add_argument("--volumes", type=Path, default=Path(os.environ.get("VOLUMES", "/volumes")), metavar="DIR",
                      help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
-    top.add_argument("--wait-seconds", type=float, default=float(os.environ.get("WAIT_SECONDS", 6 * 3600)),
-                     metavar="S", help="how long a stage waits for its inputs (default: $WAIT_SECONDS, else 6 hours)")
+    top.add_argument("--wait-seconds", type=float, default=variables.wait_seconds(), metavar="S",
+                     help="how long a stage waits for its inputs, or for another process that makes the same artifact "
+                          "(default: $WAIT_SECONDS, else 6 hours)")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of the above")
 
     relocate = commands.add_parser("relocate", description="bring a source onto its volume, verified against its pin")
@@ -117,40 +115,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for noisy in ("httpx", "httpx2", "urllib3", "fsspec", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    args = parser().parse_args(argv)
-    # As a container's first process, Python ignores SIGTERM unless it is handled, and would be killed a grace period
-    # later. Training takes over while it can save a checkpoint.
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        run(args)
-    except (UserError, RetryableError, Terminated) as error:
-        return fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except OSError as error:
-        if meaning := of_volume(error):
-            return fail(str(meaning), meaning.exit_code)
-        raise
-    return 0
-
-
-def terminate(*_: object) -> None:
-    """Signal handler: end now, with everything unfinished left as a draft."""
-    raise Terminated("stopped by SIGTERM; the next attempt goes on from what is saved")
-
-
-def fail(message: str, code: int) -> int:
-    """Say why, on stderr and where Kubernetes shows it, and return the exit code."""
-    if distributed.say_to_launcher(message, code):
-        return code
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    if os.access(TERMINATION_LOG, os.W_OK):
-        # Kubernetes shows at most 4096 bytes of it.
-        TERMINATION_LOG.write_bytes(message.encode()[:4096])
-    return code
+    return run_command(lambda: run(parser().parse_args(argv)), relay=distributed.say_to_launcher)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import logging
 import os
 import runpy
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -20,9 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from jobs.__main__ import fail
-from jobs.core.errors import RetryableError, Terminated, UserError, of_volume
-from serving import base, drain, merged
+from jobs.core import variables
+from jobs.core.command import fail, run_command
+from jobs.core.errors import RetryableError, Terminated, UserError
+from serving import base, cpu_shield, drain, merged
 from serving.adapters import Served
 from serving.events import log_to_stderr
 
@@ -66,13 +66,13 @@ def parser() -> argparse.ArgumentParser:
                                          "(default: $PIPELINES, else %(default)s)")
     top.add_argument("--volumes", type=Path, default=Path(os.environ.get("VOLUMES", "/volumes")), metavar="DIR",
                      help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
-    top.add_argument("--wait-seconds", type=float, default=float(os.environ.get("WAIT_SECONDS", 6 * 3600)), metavar="S",
+    top.add_argument("--wait-seconds", type=float, default=variables.wait_seconds(), metavar="S",
                      help="how long to wait for base model and tokenizer (default: $WAIT_SECONDS, else 6 hours)")
     top.add_argument("--wait", action="store_true",
                      help="only wait until base model and tokenizer are there to start with, as an init container")
-    top.add_argument("--drain-seconds", type=float, default=float(os.environ.get("DRAIN_SECONDS", 55)), metavar="S",
+    top.add_argument("--drain-seconds", type=float, default=variables.number("DRAIN_SECONDS", 55), metavar="S",
                      help="how long the last requests may take when the server ends (default: $DRAIN_SECONDS, else 55)")
-    top.add_argument("--restart-slot-seconds", type=float, default=float(os.environ.get("RESTART_SLOT_SECONDS", 0)),
+    top.add_argument("--restart-slot-seconds", type=float, default=variables.number("RESTART_SLOT_SECONDS", 0),
                      metavar="S", help="for several replicas: how long a restart takes. Each restarts by itself in a "
                                        "time slot of its own (default: $RESTART_SLOT_SECONDS, else 0: at once)")
     top.add_argument("--host", default="0.0.0.0", help="the address to listen on (default: %(default)s)")  # noqa: S104
@@ -146,7 +146,10 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
                     base_model=start.base.base_model, tokenizer=start.base.tokenizer, base_folder=str(base_folder),
                     mode=start.base.mode, max_lora_rank=start.max_lora_rank, drain_seconds=args.drain_seconds,
                     restart_slot_seconds=args.restart_slot_seconds, private_folder=str(private_folder(args.port)))
-    served = merged.choose(start.named, served) if served.mode == "merged" else replace(served, shield_base=on_cpu())
+    if served.mode == "merged":
+        served = merged.choose(start.named, served)
+    else:
+        served = replace(served, cpu_shield=cpu_shield.needed())
     os.environ.update(served.to_environment())
     os.environ.update(environment(flags))
     log.info("serving %s (%s) in mode %s on %s:%d, adapters: %s", served.base_name, served.base_model, served.mode,
@@ -163,13 +166,6 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         raise RetryableError(f"vLLM ended by itself: {error!r}; its log above says more") from None
     if drain.last_reason is None:  # vLLM exits 0 even when its engine was killed
         raise RetryableError("vLLM ended by itself, probably because its engine did; its log above says why")
-
-
-def on_cpu() -> bool:
-    """Whether vLLM will compute on a CPU. Imports vLLM, which is to be imported anyway."""
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu())
 
 
 def environment(flags: list[str]) -> dict[str, str]:
@@ -192,8 +188,8 @@ def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, adapte
         return [*merged.vllm_arguments(served), *ours]
     return ["--model", served.base_folder, "--served-model-name", served.base_name, *ours,
             "--enable-lora", "--max-lora-rank", str(served.max_lora_rank),
-            # one more, for a new version beside the old one; another one if the base model needs a slot, too
-            "--max-loras", str(adapters + 1 + served.shield_base)]
+            # one more, for a new version beside the old one
+            "--max-loras", str(adapters + 1 + cpu_shield.slots(served))]
 
 
 def terminate(*_: object) -> NoReturn:
@@ -202,20 +198,8 @@ def terminate(*_: object) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> int:
-    log_to_stderr()
-    args, flags = parser().parse_known_args(argv)
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        run(args, flags)
-    except (UserError, RetryableError) as error:
-        return fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
-    except OSError as error:
-        if meaning := of_volume(error):
-            return fail(str(meaning), meaning.exit_code)
-        raise
-    return 0
+    return run_command(lambda: run(*parser().parse_known_args(argv)), set_up_logging=log_to_stderr,
+                       on_sigterm=terminate)
 
 
 if __name__ == "__main__":

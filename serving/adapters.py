@@ -86,7 +86,7 @@ class Served:
     private_folder: str  # verified copies of adapters, out of everybody else's reach
     mode: Mode = "lora"
     merged: str | None = None  # in mode merged: the model that vLLM runs, as NAME@ADAPTER; None: the base model
-    shield_base: bool = False  # whether vLLM would mix adapters into the base model's replies (aliases._prepare_base)
+    cpu_shield: bool = False  # whether vLLM computes LoRA on a CPU (serving/cpu_shield.py)
     drain_seconds: float = 55.0  # how long the last replies may take when the server ends
     restart_slot_seconds: float = 0.0  # how long one of several replicas has for a restart (base.next_turn)
 
@@ -440,21 +440,6 @@ def _check_asked(lora: _Lora, asked: Any, modules: Modules) -> None:
                               ("target modules", set(lora.layers), set(wanted.layers))):
         if said != ought:
             raise Refused("config", f"{CONFIG} says {what} {said}; the pipeline asked for {what} {ought}")
-
-
-def write_zero(modules: Modules, served: Served) -> Path:
-    """Write an adapter that changes nothing, of rank 1 on one layer, into the private folder; returns its folder."""
-    import torch
-    from safetensors.torch import save_file
-
-    name, (features_out, features_in) = next(iter(modules.items()))
-    folder = Path(served.private_folder) / "zero"
-    folder.mkdir(exist_ok=True)
-    save_file({f"base_model.model.{name}.lora_A.weight": torch.zeros(1, features_in),
-               f"base_model.model.{name}.lora_B.weight": torch.zeros(features_out, 1)}, folder / WEIGHTS)
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [name.rpartition(".")[2]]}
-    (folder / CONFIG).write_text(json.dumps(config))
-    return folder
 
 
 def linear_modules(folder: Path) -> Modules:

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp
 
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
-from serving import adapters, base, events
+from serving import adapters, base, cpu_shield, events
 from serving.adapters import NotYet, Refused, Served, Wanted
 
 log = logging.getLogger("serving")
@@ -382,16 +382,11 @@ class Aliases:
         self._loaded.append(version)
 
     async def _prepare_base(self) -> None:
-        """Before the first adapter: read the base model's layers, and shield the base model from the adapters.
-
-        vLLM 0.32 on a CPU gives a request to the base model that is computed in one batch with an adapter's the weights
-        in the last LoRA slot (index -1 in vllm/lora/ops/torch_ops/lora_ops.py). So there requests to the base model get
-        an adapter of zeros, which adds nothing, instead of none: no batch has a request without one.
-        """
+        """Before the first adapter: read the base model's layers, and on a CPU load the shield's adapter of zeros."""
         modules = await asyncio.to_thread(self._base_modules)
-        if self.served.shield_base:
-            version = Version(self.served.base_name, "zero")
-            folder = await asyncio.to_thread(adapters.write_zero, modules, self.served)
+        if self.served.cpu_shield:
+            version = Version(self.served.base_name, cpu_shield.ZERO)
+            folder = await asyncio.to_thread(cpu_shield.write_zero, modules, self.served)
             await self._load(version, folder)
             self.base = version
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import re
-import stat
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 
 from jobs.core import artifacts, models, promotion
 from jobs.core.errors import RetryableError, UserError
+from jobs.core.files import read_plain_file
 from jobs.core.pipeline import SERVABLE_RANKS, Mode, Pipeline, Serving, load
 from jobs.core.plan import BASE_MODEL_VOLUME, FINE_TUNED_VOLUME, TOKENIZER_VOLUME, merged_model, plan
 from serving import adapters
@@ -138,11 +138,8 @@ def name_of_invalid(file: Path, taken: Collection[str], volumes: Path, *, alone:
 
 def _written_name(file: Path) -> str | None:
     try:
-        if not file.is_file():
-            return None
-        with file.open("rb") as stream:
-            text = stream.read(LARGEST_PIPELINE).decode(errors="replace")
-    except OSError:
+        text = read_plain_file(file, LARGEST_PIPELINE, follow_links=True).decode(errors="replace")
+    except (OSError, UserError):
         return None
     match = NAME_KEY.search(text)
     return match[1] if match else None
@@ -308,13 +305,9 @@ def _passes(name: str, wanted: Wanted, volumes: Path, signatures: object) -> boo
 
 def _manifest(folder: Path) -> Mapping[str, Any]:
     """An artifact's manifest, not verified; empty where there is none."""
-    file = folder / artifacts.MANIFEST
     try:
-        status = file.lstat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_MANIFEST:
-            return {}
-        manifest = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        manifest = json.loads(read_plain_file(folder / artifacts.MANIFEST, LARGEST_MANIFEST))
+    except (FileNotFoundError, NotADirectoryError, UserError, ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
 

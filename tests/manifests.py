@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.tools.pods import Manifest, render
+from jobs.tools.pods import CHECKOUT, Manifest, containers, pod_templates, render
 
 __all__ = ["CHECKOUT", "Manifest", "by_name", "containers", "copy", "of_kind", "pod_templates", "quantity", "render",
            "restricted_violations", "unhashed"]
-
-CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def copy(folder: Path) -> Path:
@@ -35,19 +33,6 @@ def by_name(manifests: list[Manifest], kind: str) -> dict[str, Manifest]:
 def unhashed(manifest: Manifest) -> str:
     """The name without kustomize's hash of ten characters."""
     return str(manifest["metadata"]["name"]).rpartition("-")[0]
-
-
-def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
-    """Every pod template by its workload, e.g. `Deployment/tensorboard` or `JobSet/pipeline-HASH/model-training`."""
-    return {f"{m['kind']}/{m['metadata']['name']}": m["spec"]["template"] for m in manifests
-            if "template" in m.get("spec", {})} | {
-        f"JobSet/{m['metadata']['name']}/{job['name']}": job["template"]["spec"]["template"]
-        for m in of_kind(manifests, "JobSet") for job in m["spec"]["replicatedJobs"]}
-
-
-def containers(template: Manifest) -> list[Manifest]:
-    """All containers of a pod template, init containers first."""
-    return [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]
 
 
 def quantity(text: str | int) -> float:

@@ -546,7 +546,7 @@ def test_a_rank_above_what_the_server_reserved_is_a_restart(world: World, monkey
 
 def test_requests_to_the_base_model_are_shielded_from_adapters_where_vllm_would_mix_them_in(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for world in start(tmp_path, monkeypatch, shield_base=True):
+    for world in start(tmp_path, monkeypatch, cpu_shield=True):
         until(lambda: f"{BASE}@zero" in world.vllm.loaded)  # noqa: B023 - the loop has one turn
         assert world.ask(BASE).json()["model"] == BASE
         assert world.vllm.asked[-1]["model"] == f"{BASE}@zero"

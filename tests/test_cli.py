@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobs import __main__ as cli
+from jobs.core import command
 from jobs.core.errors import RetryableError, Terminated, UserError
 from jobs.tools.pods import CHECKOUT
 from tests import build_pipeline
@@ -74,7 +75,7 @@ def test_an_error_has_its_exit_code_and_its_reason_where_kubernetes_shows_it(
     log = tmp_path / "termination-log"
     log.touch()
     monkeypatch.setattr(cli, "run", fail)
-    monkeypatch.setattr(cli, "TERMINATION_LOG", log)
+    monkeypatch.setattr(command, "TERMINATION_LOG", log)
     assert cli.main(["train"]) == code
     assert says in capsys.readouterr().err
     assert says in log.read_text()
@@ -84,9 +85,41 @@ def test_the_termination_log_stays_within_what_kubernetes_keeps(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "termination-log"
     log.touch()
-    monkeypatch.setattr(cli, "TERMINATION_LOG", log)
-    cli.fail("é" * 5000, 2)
-    assert log.stat().st_size <= 4096
+    monkeypatch.setattr(command, "TERMINATION_LOG", log)
+    command.fail("x" + "é" * 5000, 2)
+    assert log.read_text() == "x" + "é" * 2047, "no half a character at the end"
+
+
+def test_a_message_that_utf8_cannot_encode_is_reported_all_the_same(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file's name, or JSON's `\\ud800`, can hold a lone surrogate."""
+    log = tmp_path / "termination-log"
+    log.touch()
+    monkeypatch.setattr(command, "TERMINATION_LOG", log)
+    assert command.fail("data-\udcff.jsonl: no such file", 2) == 2
+    assert log.read_text() == r"data-\udcff.jsonl: no such file"
+    assert capsys.readouterr().err == "error: data-\\udcff.jsonl: no such file\n"
+
+
+def test_a_training_worker_leaves_its_error_to_the_launcher(tmp_path: Path) -> None:
+    build_pipeline.write(tmp_path, training__seed=-1)
+    done = subprocess.run([sys.executable, "-m", "jobs", "--pipeline", str(tmp_path / "pipeline.yaml"), "train"],
+                          cwd=CHECKOUT, capture_output=True, text=True, check=False,
+                          env={**os.environ, "JOBS_WORKER_ERRORS": str(tmp_path), "RANK": "3", "WORLD_SIZE": "4",
+                               "LOCAL_RANK": "3"})
+    assert done.returncode == 2
+    assert done.stderr == ""
+    assert (tmp_path / "3").read_text().startswith(f"2 {tmp_path}/pipeline.yaml:")
+
+
+@pytest.mark.parametrize("program", ["jobs", "serving"])
+@pytest.mark.parametrize("value", ["abc", "-1", "nan", "inf"])
+def test_a_setting_in_the_environment_that_is_no_number_is_one_line(program: str, value: str) -> None:
+    done = subprocess.run([sys.executable, "-m", program, *(["train"] if program == "jobs" else [])], cwd=CHECKOUT,
+                          env={**os.environ, "WAIT_SECONDS": value}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (f"error: WAIT_SECONDS is '{value}', but must be a number of at least 0; correct the "
+                           "environment variable, or remove it\n")
 
 
 def test_our_own_mistakes_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

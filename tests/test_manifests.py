@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from jobs.__main__ import parser
 from jobs.core import pipeline
@@ -402,6 +404,7 @@ RERUN: dict[str, Edit] = {
     "base model": lambda kind: replace(kind / "pipeline.yaml", "source: builtin:tiny\n", "source: file:model\n"),
     "image": lambda kind: replace(kind / "kustomization.yaml", "newName: lora-gitops-jobs", "newName: mine/jobs"),
     "data": lambda kind: change_data(kind),
+    "data without its pin": lambda kind: add_record(kind),
 }
 NO_RERUN: dict[str, Edit] = {
     "serving flags": lambda kind: replace(kind / "vllm-cpu.yaml", "--max-model-len=512", "--max-model-len=256"),
@@ -414,13 +417,16 @@ NO_RERUN: dict[str, Edit] = {
 }
 
 
+def add_record(kind: Path) -> None:
+    with (kind / "dataset.jsonl").open("a") as stream:
+        stream.write(json.dumps({"prompt": "Is there a pool?", "completion": "Yes.", "split": "train"}) + "\n")
+
+
 def change_data(kind: Path) -> None:
     """Add a record and pin the data again, as `jobs pin` does."""
-    data = kind / "dataset.jsonl"
-    before = sha256_of(data)
-    with data.open("a") as stream:
-        stream.write(json.dumps({"prompt": "Is there a pool?", "completion": "Yes.", "split": "train"}) + "\n")
-    replace(kind / "pipeline.yaml", before, sha256_of(data))
+    before = sha256_of(kind / "dataset.jsonl")
+    add_record(kind)
+    replace(kind / "pipeline.yaml", before, sha256_of(kind / "dataset.jsonl"))
 
 
 @pytest.mark.parametrize("edit", RERUN.values(), ids=RERUN)
@@ -450,6 +456,17 @@ def test_a_pipeline_edit_restarts_neither_serving_nor_tensorboard(tmp_path: Path
     assert by_name(after, "ConfigMap")["serving-pipeline"] != by_name(before, "ConfigMap")["serving-pipeline"]
 
 
+def test_a_job_of_ones_own_keeps_its_name(tmp_path: Path) -> None:
+    """And need not mount the pipeline."""
+    kind = copy(tmp_path)
+    job = deepcopy(by_name(rendered(KIND), "Job")["dataset-relocation"])
+    job["metadata"] = {"name": "own"}
+    job["spec"]["template"]["spec"]["volumes"].clear()
+    (kind / "own.yaml").write_text(yaml.safe_dump(job))
+    replace(kind / "kustomization.yaml", "- ../../serving\n", "- ../../serving\n- own.yaml\n")
+    assert names(render(kind), "Job") == names(rendered(KIND), "Job") | {"own"}
+
+
 def test_a_jobs_pod_never_sees_a_config_of_another_version(tmp_path: Path) -> None:
     """A Job's ConfigMap is named by its content, so a retried pod reads what its Job was started with."""
     kind = copy(tmp_path)
@@ -458,7 +475,7 @@ def test_a_jobs_pod_never_sees_a_config_of_another_version(tmp_path: Path) -> No
               for job in of_kind(manifests, "Job") for volume in job["spec"]["template"]["spec"]["volumes"]
               if "configMap" in volume}
     assert len(config) == 2
-    assert all(name.startswith("pipeline-") for name in config)
+    assert all(re.fullmatch("pipeline-[a-z0-9]{10}", name) for name in config)
 
 
 def test_ten_lines_on_top_of_an_overlay_make_another_environment(tmp_path: Path) -> None:
@@ -470,16 +487,13 @@ def test_ten_lines_on_top_of_an_overlay_make_another_environment(tmp_path: Path)
     (top / "kustomization.yaml").write_text("""\
 namespace: other
 resources: [../kind]
+components: [../../base/job-names]
 images:
 - {name: lora-gitops-jobs, newName: registry.example.com/jobs, digest: "sha256:%s"}
 - {name: lora-gitops-serving, newName: registry.example.com/serving, newTag: 1.2.3}
 configMapGenerator:
 - {name: pipeline, behavior: merge, files: [pipeline.yaml]}
 - {name: serving-pipeline, behavior: merge, files: [pipeline.yaml], options: {disableNameSuffixHash: true}}
-replacements:
-- source: {kind: ConfigMap, name: pipeline, fieldPath: "data.[pipeline.yaml]"}
-  targets:
-  - {select: {kind: Job}, fieldPaths: [spec.template.metadata.annotations.pipeline]}
 """ % ("0" * 64))
     manifests = render(top)
     assert names(manifests, "Namespace") == {"other"}
@@ -488,8 +502,6 @@ replacements:
     assert not names(manifests, "Job") & names(rendered(KIND), "Job")
     for template in pod_templates(manifests).values():
         assert all(c["image"].startswith("registry.example.com/") for c in containers(template))
-    for job in of_kind(manifests, "Job"):
-        assert "adapter: other-adapter" in job["spec"]["template"]["metadata"]["annotations"]["pipeline"]
     configs = of_kind(manifests, "ConfigMap")
     assert {unhashed(c) for c in configs} == {"pipeline", "serving"}  # pipeline-HASH and serving-pipeline
     assert all("adapter: other-adapter" in c["data"]["pipeline.yaml"] for c in configs)

@@ -55,9 +55,6 @@ def test_the_job_set_holds_what_the_jobs_would_be(tmp_path: Path) -> None:
     """Nothing is described twice: without the JobSet the same overlay has the Jobs, with the same pods."""
     overlay = copy(tmp_path)
     edit(overlay / "kustomization.yaml", "- jobset\n- jobset/only\n", "")
-    edit(overlay / "kustomization.yaml", "select: {kind: JobSet}", "select: {kind: Job}")
-    edit(overlay / "kustomization.yaml", "spec.replicatedJobs.*.template.spec.template.metadata",
-         "spec.template.metadata")
     jobs = by_name(render(overlay), "Job")
     assert set(replicated()) == {*jobs, "relocated"}
     assert not of_kind(rendered(GPU), "Job")
@@ -126,8 +123,9 @@ def test_a_user_error_ends_the_set_and_a_lost_node_restarts_it() -> None:
     assert "ttlSecondsAfterFinished" not in job_set()["spec"]
 
 
-RERUN: dict[str, Callable[[Path], None]] = {
+RERUN: dict[str, Callable[[Path], object]] = {
     "training": lambda gpu: edit(gpu / "pipeline.yaml", "epochs: 3", "epochs: 4"),
+    "data without its pin": lambda gpu: (gpu / "dataset.jsonl").write_text('{"prompt": "a", "completion": "b"}\n'),
     "image": lambda gpu: edit(gpu / "kustomization.yaml", "team/lora-gitops-jobs", "other/lora-gitops-jobs"),
     "nodes": lambda gpu: edit(gpu / "hardware" / "training.yaml", "parallelism: 1", "parallelism: 2"),
 }
@@ -140,7 +138,7 @@ NO_RERUN: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("change", RERUN.values(), ids=RERUN)
 def test_a_changed_config_starts_a_new_set_and_undoing_it_brings_the_old_one_back(
-        change: Callable[[Path], None], tmp_path: Path) -> None:
+        change: Callable[[Path], object], tmp_path: Path) -> None:
     overlay = copy(tmp_path)
     change(overlay)
     assert job_set(overlay)["metadata"]["name"] != job_set()["metadata"]["name"]
@@ -248,26 +246,23 @@ def test_an_overlay_on_top_brings_its_own_images_pipeline_and_namespace(tmp_path
     (top / "kustomization.yaml").write_text("""\
 namespace: other
 resources: [../gpu]
+components: [../../base/job-names]
 images:
 - {name: registry.example.com/team/lora-gitops-jobs, newName: mine/jobs, digest: "sha256:%s"}
 - {name: registry.example.com/team/lora-gitops-serving, newName: mine/serving, newTag: 1.2.3}
 configMapGenerator:
 - {name: pipeline, behavior: merge, files: [pipeline.yaml]}
 - {name: serving-pipeline, behavior: merge, files: [pipeline.yaml], options: {disableNameSuffixHash: true}}
-replacements:
-- source: {kind: ConfigMap, name: pipeline, fieldPath: "data.[pipeline.yaml]"}
-  targets:
-  - select: {kind: JobSet}
-    fieldPaths: [spec.replicatedJobs.*.template.spec.template.metadata.annotations.pipeline]
 """ % ("0" * 64))
     found = render(top)
     assert {m["metadata"].get("namespace", m["metadata"]["name"]) for m in found} == {"other"}
-    config = {m["metadata"]["name"] for m in of_kind(found, "ConfigMap")}
+    assert job_set(top)["metadata"]["name"] != job_set()["metadata"]["name"]
+    config = {m["metadata"]["name"]: m["data"] for m in of_kind(found, "ConfigMap")}
     for name, template in pod_templates(found).items():
         assert all(c["image"].startswith("mine/") for c in containers(template)), name
-        assert {v["configMap"]["name"] for v in template["spec"]["volumes"] if "configMap" in v} <= config, name
-        if name.startswith("JobSet"):
-            assert "adapter: other-adapter" in template["metadata"]["annotations"]["pipeline"], name
+        for volume in template["spec"]["volumes"]:
+            if "configMap" in volume:
+                assert "adapter: other-adapter" in config[volume["configMap"]["name"]]["pipeline.yaml"], name
 
 
 # --- beside other environments --------------------------------------------------------------------------------------

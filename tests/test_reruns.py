@@ -143,13 +143,15 @@ def test_exactly_the_jobs_run_again_for_which_something_changed_and_undoing_brin
 
 
 @settings(RANDOM, max_examples=5)
-@given(st.lists(st.tuples(COMMENTS, COMMENTS), min_size=1, max_size=5))
-def test_new_data_with_its_pin_starts_every_job(records: list[tuple[str, str]]) -> None:
+@given(st.lists(st.tuples(COMMENTS, COMMENTS), min_size=1, max_size=5), st.booleans())
+def test_new_data_starts_every_job_with_its_pin_or_without(records: list[tuple[str, str]], pinned: bool) -> None:
+    """Without its pin, the new Job says so and fails. Under the old name it would be refused as a change of a Job."""
     with tempfile.TemporaryDirectory() as folder:
         kind = copy(Path(folder))
         with (kind / "dataset.jsonl").open("a", encoding="utf-8") as stream:
             for prompt, completion in records:
                 record = {"prompt": f"?{prompt}", "completion": f"!{completion}"}
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        PIN.edit(Path(folder), sha256_of(kind / "dataset.jsonl"))
+        if pinned:
+            PIN.edit(Path(folder), sha256_of(kind / "dataset.jsonl"))
         assert changed(jobs_of(kind)) == ALL

@@ -127,7 +127,7 @@ def test_a_vllm_that_does_not_start_or_ends_by_itself_is_told_from_one_that_was_
     _, planned = build_adapter.load(tmp_path / "pipelines" / "one")
     build_adapter.base(tmp_path / "volumes", planned)
     monkeypatch.setattr("runpy.run_module", vllm)
-    monkeypatch.setattr(serving, "on_cpu", lambda: True)
+    monkeypatch.setattr("serving.cpu_shield.needed", lambda: True)
     monkeypatch.setattr(serving, "log_to_stderr", lambda: None)  # loggers outlive the test
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(os, "environ", dict(os.environ))

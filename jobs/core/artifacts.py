@@ -7,7 +7,6 @@ kill at any moment leaves either nothing, a draft that the next attempt continue
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -26,13 +25,14 @@ from typing import Any
 
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import human_bytes, sha256_of, sync_folder, write_atomically
-from jobs.core.promotion import promoted_digests
+from jobs.core.layout import MANIFEST as MANIFEST
+from jobs.core.layout import draft_folder, lock_file
+from jobs.core.locks import hold
+from jobs.core.retention import retain
+from jobs.core.variables import wait_seconds as default_wait_seconds
 
 log = logging.getLogger("jobs")
 
-MANIFEST = "artifact.json"
-# A draft that nobody has locked and nobody has touched for this long belongs to a job that will not come back.
-ABANDONED_SECONDS = 24 * 3600
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "evaluate", "datasets",
              "huggingface_hub")
 
@@ -183,47 +183,53 @@ def wait_until_there(specs: list[Spec], volumes: Path, deadline_s: float, poll_s
 
 
 @contextmanager
-def lock(spec: Spec, volumes: Path) -> Iterator[None]:
+def lock(spec: Spec, volumes: Path, wait_seconds: float) -> Iterator[None]:
     """Hold the artifact's lock: of two processes that would make it, one works and the other waits.
 
-    flock, because the kernel frees it when its holder dies, however it dies.
+    Raises:
+        RetryableError: when `wait_seconds` passed; names the lock's file and what to do.
     """
-    folder = spec.path(volumes).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f".lock-{spec.digest}").open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process is making %s: waiting for it", spec)
-            fcntl.flock(stream, fcntl.LOCK_EX)
+    target = spec.path(volumes)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with hold(lock_file(target), wait_seconds, f"makes {spec}"):
         yield
 
 
 def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any] | None], *,
-            keep: int, resume: bool = False) -> Artifact:
+            keep: int, resume: bool = False, adapter_name: str = "",
+            wait_seconds: float | None = None) -> Artifact:
     """Make the artifact with `write(draft_folder)`, unless it is already there, and publish it whole.
 
     Args:
         write: fills the draft folder; what it returns stands in `artifact.json` under `about` (facts for people).
-        keep: how many artifacts of the kind retention keeps.
+        keep: how many artifacts of the kind, and for the same adapter, retention keeps.
         resume: hand `write` what an interrupted attempt left (downloads continue) instead of an empty folder.
+        adapter_name: the adapter that it is made for; empty for what all adapters of an environment share.
+        wait_seconds: how long to wait for another process that makes it; by default as long as for inputs.
+    Raises:
+        RetryableError: when the other process did not end in time.
     """
     target = spec.path(volumes)
-    with lock(spec, volumes):
+    with lock(spec, volumes, default_wait_seconds() if wait_seconds is None else wait_seconds):
         existing = done(spec, volumes)
         if existing is not None:
             return existing
-        draft = target.parent / f".draft-{spec.digest}"
+        # Before writing: on a full volume nothing could be published that makes room for itself.
+        retain(target.parent, keep=keep, protected={spec.digest})
+        draft = draft_folder(target)
         if draft.exists() and not resume:
             shutil.rmtree(draft)
         draft.mkdir(exist_ok=True)
         started = datetime.now(UTC)
-        about = write(draft)
+        about = {"adapter_name": adapter_name} if adapter_name else {}
+        about |= write(draft) or {}
+        for unfinished in draft.glob(f".{MANIFEST}.*"):  # an attempt was killed while it wrote the manifest
+            unfinished.unlink()
         _open_to_readers(draft)
         _sync(draft)  # the bytes that are hashed below are the bytes on the disk
         manifest: dict[str, Any] = {
             "kind": spec.kind, "digest": spec.digest, "spec": dict(spec.spec), "inputs": dict(spec.inputs),
-            "files": listing(draft), "about": dict(about or {}), "versions": _versions(),
+            "files": listing(draft), "about": about, "versions": _versions(),
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -234,49 +240,6 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
     log.info("published %s: %d files, %s", spec, len(manifest["files"]), human_bytes(size))
     retain(target.parent, keep=keep, protected={spec.digest})
     return Artifact(target, manifest)
-
-
-def retain(folder: Path, *, keep: int, protected: set[str]) -> list[str]:
-    """Keep the `keep` most recently used artifacts of a kind, all `protected` and promoted ones, and all made from
-    those, such as a promoted adapter's merged model; remove the rest.
-
-    Returns the digests that were removed. Promotions are read from `<volume>/promoted/`.
-    """
-    protected = protected | promoted_digests(folder.parent)
-    there = [p for p in folder.iterdir() if (p / MANIFEST).is_file() and not p.name.startswith(".")]
-    there.sort(key=lambda p: (p / MANIFEST).stat().st_mtime, reverse=True)
-    removed = []
-    for path in there[keep:]:
-        if path.name not in protected and not _made_from(path, protected):
-            _remove(path)
-            removed.append(path.name)
-            log.info("retention: removed %s/%s (%d newer ones are kept)", folder.name, path.name, keep)
-    for draft in folder.glob(".draft-*"):
-        if draft.name.removeprefix(".draft-") not in protected and time.time() - _touched(draft) > ABANDONED_SECONDS:
-            shutil.rmtree(draft, ignore_errors=True)
-            log.info("retention: removed the abandoned draft %s/%s", folder.name, draft.name)
-    return removed
-
-
-def _made_from(path: Path, digests: set[str]) -> bool:
-    """Whether one of `digests` is an input of this artifact. Where its manifest is damaged nobody can tell: it counts,
-    since what may be evidence is never removed."""
-    try:
-        return not digests.isdisjoint(json.loads((path / MANIFEST).read_bytes())["inputs"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return True
-
-
-def _remove(path: Path) -> None:
-    """Rename first, so that nobody finds an artifact that is half removed."""
-    trash = path.with_name(f".draft-{path.name}")
-    shutil.rmtree(trash, ignore_errors=True)
-    path.rename(trash)
-    shutil.rmtree(trash)
-
-
-def _touched(folder: Path) -> float:
-    return max(p.stat().st_mtime for p in [folder, *folder.rglob("*")])
 
 
 def _open_to_readers(folder: Path) -> None:

@@ -1,11 +1,18 @@
-"""Files: digests, sizes, what a folder holds, and writing so that a reader never sees half of anything."""
+"""Files: digests, sizes, what a folder holds, reading what others may have prepared, and writing so that a reader never
+sees half of anything."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import secrets
 import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Literal
 
 from jobs.core.errors import UserError
 
@@ -25,14 +32,78 @@ def visible_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file so that readers see the old content or the new, never a part."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    with draft.open("w", encoding="utf-8") as stream:
-        stream.write(text)
+def read_plain_file(file: Path, limit: int, *, tail: bool = False, follow_links: bool = False) -> bytes:
+    """The bytes of a file that another user may have put there. Never blocks, and takes no more memory than `limit`.
+
+    Args:
+        limit: how many bytes are read at most.
+        tail: of a larger file, read the last `limit` bytes instead of refusing it.
+        follow_links: also read what a link points to, as a ConfigMap's files need.
+    Raises:
+        UserError: it is not a plain file, or is larger than `limit`.
+        OSError: it is not there or cannot be read; `filename` is set.
+    """
+    with _plain_file(file, os.O_RDONLY, "rb", follow_links=follow_links) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if tail and size > limit:
+            stream.seek(size - limit)
+            return stream.read(limit)
+        content = stream.read(limit + 1)
+    if len(content) > limit:
+        raise UserError(f"{file}: has {human_bytes(max(size, len(content)))}, and at most {limit} bytes are read")
+    return content
+
+
+def append_line(file: Path, line: str) -> None:
+    """Append a line to a text file and sync it. If an interrupted writer left half a line, that one is ended first.
+
+    Raises:
+        UserError: it is not a plain file.
+        OSError: it cannot be written; `filename` is set.
+    """
+    with _plain_file(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, "r+b") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        torn = end > 0 and os.pread(stream.fileno(), 1, end - 1) != b"\n"
+        stream.write((b"\n" if torn else b"") + line.encode() + b"\n")
         stream.flush()
         os.fsync(stream.fileno())
-    draft.replace(file)
+
+
+@contextmanager
+def _plain_file(file: Path, flags: int, mode: Literal["rb", "r+b"], *,
+                follow_links: bool = False) -> Iterator[IO[bytes]]:
+    """Open a plain file; errors name it. Without O_NONBLOCK, opening a named pipe would wait for its other end."""
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (0 if follow_links else os.O_NOFOLLOW)
+    handle = -1
+    try:
+        handle = os.open(file, flags, 0o666)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise UserError(f"{file}: is not a plain file")
+        with os.fdopen(handle, mode, closefd=False) as stream:
+            yield stream
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link; a socket, or a pipe that nobody reads
+            raise UserError(f"{file}: is not a plain file") from None
+        error.filename = str(file)
+        raise
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file so that readers see the old content or the new, never a part."""
+    # Not named by the process: its number is 1 in every container. Not by `tempfile`: others could not read it.
+    draft = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+    try:
+        with draft.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(file)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     sync_folder(file.parent)
 
 

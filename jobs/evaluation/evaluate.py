@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.core import artifacts, models, promotion
 from jobs.core.artifacts import Artifact
+from jobs.core.layout import TENSORBOARD
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.evaluation import gate, report, scoring
@@ -85,9 +86,9 @@ def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, ma
     name = _versioned(pipeline, wanted)
     with adapted.disable_adapter():
         artifacts.publish(wanted.base_scores, volumes, _scores(adapted, tokenizer, material, pipeline.base_model.name),
-                          keep=_keep(pipeline))
+                          keep=_keep(pipeline), adapter_name=pipeline.adapter)
     artifacts.publish(wanted.adapter_scores, volumes, _scores(adapted, tokenizer, material, name),
-                      keep=_keep(pipeline))
+                      keep=_keep(pipeline), adapter_name=pipeline.adapter)
 
 
 def measure_reference(pipeline: Pipeline, wanted: Plan, volumes: Path, material: scoring.Material) -> None:
@@ -95,7 +96,8 @@ def measure_reference(pipeline: Pipeline, wanted: Plan, volumes: Path, material:
     folder = wanted.reference_model.path(volumes)
     model, tokenizer = _load(folder, folder)
     artifacts.publish(wanted.reference_scores, volumes,
-                      _scores(model, tokenizer, material, pipeline.reference_model.name), keep=_keep(pipeline))
+                      _scores(model, tokenizer, material, pipeline.reference_model.name), keep=_keep(pipeline),
+                      adapter_name=pipeline.adapter)
 
 
 def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
@@ -112,9 +114,10 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
         report.write(draft, evaluation, training["history"], generations)
         return {"passed": evaluation["passed"]}
 
-    write_tensorboard(volumes / FINE_TUNED_VOLUME / "tensorboard" / pipeline.adapter / wanted.adapter.digest
+    write_tensorboard(volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest
                       / "evaluation", scores, step=training["steps"])
-    return artifacts.publish(wanted.evaluation, volumes, write, keep=pipeline.retention.keep)
+    return artifacts.publish(wanted.evaluation, volumes, write, keep=pipeline.retention.keep,
+                             adapter_name=pipeline.adapter)
 
 
 def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores]) -> dict[str, Any]:

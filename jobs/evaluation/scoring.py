@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core.errors import UserError
+from jobs.core.progress import Progress
 from jobs.data.encoding import Encoded, Record, answer, encode, question
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("jobs")
 
-PROGRESS_SECONDS = 5.0
 # A batch's logits are its tokens times the vocabulary, in float32: 512 MiB of them is 2700 tokens at SmolLM2's 49152.
 LOGITS_BYTES = 2**29
 # With a small vocabulary the rest decides. GPU: an 8 B model keeps about 150 kB of keys and values a token, 2.4 GB.
@@ -68,19 +68,19 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
     positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     records = _fitting(tokenizer, material, min(material.max_length, positions), name)
 
-    progress = Progress(f"{name}: reading held-out records", len(records))
+    progress = Progress(f"{name}: held-out records read", len(records))
     likelihoods = negative_log_likelihoods(model, [encoded for _, encoded in records], progress)
     scores = perplexity([record for record, _ in records], likelihoods)
 
     asked = [(record, encoded.prompt) for record, encoded in records if encoded.prompt]
-    progress = Progress(f"{name}: answering held-out questions", len(asked))
+    progress = Progress(f"{name}: held-out questions answered", len(asked))
     answers = generate(model, tokenizer, [prompt for _, prompt in asked], material.max_new_tokens, positions, progress)
     generations, overlap = rouge([record for record, _ in asked], answers)
 
     judged = [(text, acceptable, Encoded([], list(tokenizer(text)["input_ids"])[:positions]))
               for text, acceptable in material.sentences]
     judged = [sentence for sentence in judged if len(sentence[2]) > 1]  # a lone token has nothing before it to follow
-    progress = Progress(f"{name}: reading sentences", len(judged))
+    progress = Progress(f"{name}: sentences read", len(judged))
     likelihoods = negative_log_likelihoods(model, [encoded for _, _, encoded in judged], progress)
     judgement = acceptability([(text, acceptable) for text, acceptable, _ in judged], likelihoods)
 
@@ -226,23 +226,6 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of the tokens and their ids: models with the same one have comparable perplexities."""
     tokens = sorted((str(token), int(number)) for token, number in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
-
-
-class Progress:
-    """Logs how far a pass is and how long the rest will take, every few seconds."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
-        self.began = self.said = time.monotonic()
-
-    def add(self, count: int) -> None:
-        """Note that `count` more are done."""
-        self.done += count
-        now = time.monotonic()
-        if now - self.said >= PROGRESS_SECONDS and self.done < self.total:
-            self.said = now
-            left = (now - self.began) / self.done * (self.total - self.done)
-            log.info("%s: %d of %d, about %.0f s left", self.what, self.done, self.total, left)
 
 
 def _fitting(tokenizer: PreTrainedTokenizerBase, material: Material, limit: int,

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import human_bytes, require_space, sha256_of
+from jobs.core.progress import Progress
 
 log = logging.getLogger("jobs")
 T = TypeVar("T")
@@ -31,7 +32,6 @@ FIRST_PAUSE_S = float(os.environ.get("RETRY_FIRST_PAUSE_SECONDS", 1))  # doubles
 LONGEST_PAUSE_S = 60.0
 LONGEST_RETRY_AFTER_S = 3600.0  # a server that asks for more is not worth holding a pod for
 SILENCE_S = 60.0  # a connection on which nothing arrives for this long is dead
-SAY_EVERY_S = 5.0
 CHUNK = 1 << 20
 PARTIAL = ".partial"
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}  # what fsspec needs for a scheme beyond its own parts
@@ -92,9 +92,10 @@ def fetch(items: Iterable[Item], folder: Path) -> None:
     here = sum(_size(_partial(folder / item.name)) for item in todo)
     known = [item.size for item in todo if item.size is not None]
     require_space(folder, max(0, sum(known) - here))
-    progress = Progress(sum(known) if len(known) == len(todo) else None)
+    progress = Progress("fetched", sum(known) if len(known) == len(todo) else None, human_bytes)
     for item in todo:
         _fetch(item, folder / item.name, progress)
+    progress.finish()
 
 
 def remove_others(folder: Path, items: Iterable[Item]) -> None:
@@ -149,7 +150,7 @@ def _fetch(item: Item, file: Path, progress: Progress) -> None:
     wrong = _wrong(item, partial)
     if wrong and resumed:
         log.warning("%s: its pieces do not fit together: starting over", item.name)
-        progress.restart(_size(partial))
+        progress.skip(-_size(partial))
         partial.unlink()
         _download(item, partial, progress)
         wrong = _wrong(item, partial)
@@ -165,13 +166,15 @@ def _download(item: Item, partial: Path, progress: Progress) -> bool:
     partial.touch()
     have = furthest = _size(partial)
     resumed = have > 0
-    progress.found(have)
+    if resumed:
+        log.info("%s: continuing after %s", item.name, human_bytes(have))
+        progress.skip(have)
     while item.size is None or have < item.size:
         try:
             with _open(item.url, have, item.headers) as stream, partial.open("ab") as out:
                 if stream.start != have:  # the server cannot resume
                     out.truncate(stream.start)
-                    progress.restart(have - stream.start)
+                    progress.skip(stream.start - have)
                     have = stream.start
                 resumed = have > 0
                 if item.size is None and stream.total is not None:
@@ -380,39 +383,3 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except ValueError:
         return None
-
-
-class Progress:
-    """Logs every few seconds how far a fetch is: bytes, rate, time left."""
-
-    def __init__(self, total: int | None) -> None:
-        self.total = total
-        self.done = self.fetched = 0  # bytes here, and those of them that came over the wire in this run
-        self.started = self.said = time.monotonic()
-
-    def found(self, count: int) -> None:
-        """`count` bytes were here before."""
-        self.done += count
-        if count:
-            log.info("continuing after %s", human_bytes(count))
-
-    def restart(self, count: int) -> None:
-        """`count` bytes were thrown away and come again."""
-        self.done -= count
-
-    def add(self, count: int) -> None:
-        """`count` bytes arrived."""
-        self.done += count
-        self.fetched += count
-        now = time.monotonic()
-        if now - self.said >= SAY_EVERY_S:
-            self.said = now
-            log.info("%s", self.line(now - self.started))
-
-    def line(self, seconds: float) -> str:
-        """How far it is after `seconds`."""
-        rate = self.fetched / seconds
-        if self.total is None:
-            return f"fetched {human_bytes(self.done)}, {human_bytes(rate)}/s"
-        left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "stalled"
-        return f"fetched {human_bytes(self.done)} of {human_bytes(self.total)}, {human_bytes(rate)}/s, {left}"

@@ -10,7 +10,6 @@ import fnmatch
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -51,8 +50,11 @@ def run(loaded: Loaded, what: str, volumes: Path) -> None:
 
     def relocate(name: str) -> Artifact:
         return publish(specs[name], volumes, lambda draft: WRITERS[name](loaded, draft),
-                       keep=loaded.pipeline.retention.keep, resume=True)
+                       keep=loaded.pipeline.retention.keep, resume=True,
+                       adapter_name=loaded.pipeline.adapter if name == "dataset" else "")
 
+    if what == "dataset":
+        check_data_in_git(loaded)
     artifact = relocate(what)
     if what == "base-model":
         check_architecture(loaded, artifact.path)  # the file may say another architecture than when it was published
@@ -61,6 +63,18 @@ def run(loaded: Loaded, what: str, volumes: Path) -> None:
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
+
+
+def check_data_in_git(loaded: Loaded) -> None:
+    """Hold the data that lies beside the pipeline file against its pin, also when the pinned data is there already.
+
+    Raises:
+        UserError: the data was edited without its pin. Under the old pin, the edit would have no effect.
+    """
+    for source in (loaded.pipeline.dataset, loaded.pipeline.evaluation.acceptability):
+        path = loaded.resolve(source) if source.scheme == "file" else None
+        if path and path.exists() and (found := sources.path_sha256(path)) != source.sha256:
+            raise UserError(download.mismatch(str(path), "pipeline.yaml", str(source.sha256), found))
 
 
 def write_dataset(loaded: Loaded, draft: Path) -> dict[str, Any]:
@@ -149,7 +163,7 @@ def embed(source: Source, draft: Path, *, model: bool, tokenizer: bool) -> dict[
         (draft / "config.json").write_text('{"model_type": "llama"}\n')
     if model:
         log.info("%s: training it here", source.source)
-        embedded.write_model(source.source, draft, training_progress(source.source))
+        embedded.write_model(source.source, draft)
     return origin(source) | {"note": "an embedded model, for trying out and for tests"}
 
 
@@ -256,21 +270,6 @@ def left_out(items: Iterable[Item], taken: Iterable[Item]) -> dict[str, Any]:
     """What a source also holds and was not taken, for people."""
     names = {item.name for item in taken}
     return {"left_out": [item.name for item in items if item.name not in names]}
-
-
-def training_progress(name: str) -> Callable[[int, int, float], None]:
-    """A callback that logs the training of an embedded model every few seconds."""
-    started = said = time.monotonic()
-
-    def progress(step: int, steps: int, loss: float) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said >= download.SAY_EVERY_S and step:
-            said = now
-            log.info("%s: step %d of %d, loss %.2f, %.0f s left", name, step, steps, loss,
-                     (now - started) / step * (steps - step))
-
-    return progress
 
 
 WRITERS: dict[str, Callable[[Loaded, Path], dict[str, Any]]] = {

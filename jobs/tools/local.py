@@ -70,11 +70,16 @@ def run(args: argparse.Namespace) -> None:
     loaded = pipeline.load(args.overlay)
     manifests = pods.render(args.overlay)
     state = (args.state or pods.CHECKOUT / ".local" / args.overlay.resolve().name).resolve()
-    state.mkdir(parents=True, exist_ok=True)
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--state {state}: cannot be used as a folder: {error.strerror}. Name another one") from None
     with ExitStack() as stack:
         _own(state, stack)
         runner = Runner(pods.pods(manifests, state, args.port_offset), state, args.verbose)
         runner.check_ports()
+        if args.ask and runner.pod(INFERENCE) is None:
+            raise UserError(f"--ask: this overlay has no Deployment {INFERENCE} to ask")
         log.info("running %s with its state in %s", args.overlay, state)
         try:
             asyncio.run(_session(runner, loaded.pipeline, args))
@@ -114,16 +119,18 @@ async def _present(runner: Runner, pipeline: Pipeline, args: argparse.Namespace)
     await runner.jobs_done()
     volumes, endpoint = runner.state / "volumes", runner.url(INFERENCE)
     evaluation = summary.read(pipeline, volumes)
-    print(summary.evaluation(evaluation), flush=True)
-    chats = summary.chats(pipeline, volumes)
-    if not args.exit or (args.ask and evaluation["passed"]):
+    passed = bool(evaluation and evaluation["passed"])
+    if evaluation:
+        print(summary.evaluation(evaluation), flush=True)
+    if endpoint and (not args.exit or (args.ask and passed)):
         await runner.ready(INFERENCE)
-    if args.ask and evaluation["passed"]:
-        print(await asyncio.to_thread(summary.ask, pipeline, endpoint, args.ask, chats=chats), flush=True)
+    if args.ask and passed and endpoint:
+        print(await asyncio.to_thread(summary.ask, pipeline, volumes, endpoint, args.ask), flush=True)
     elif args.ask:
-        print("The gate did not pass: this adapter is not served, so it is not asked.", flush=True)
+        print("The gate did not pass: this adapter is not served, so it is not asked." if evaluation else
+              "No Job of this overlay evaluates the adapter, so it is not asked.", flush=True)
     print(summary.places(pipeline, volumes, endpoint, runner.url(TENSORBOARD), args.ask or "Hello!",
-                         serving=not args.exit, chats=chats), flush=True)
+                         serving=not args.exit), flush=True)
     if not args.exit:
         await asyncio.Event().wait()
 
@@ -172,10 +179,15 @@ class Runner:
                         raise UserError(f"port {port}, which {pod.title} needs, is taken. Stop what listens there, or "
                                         "shift all ports with --port-offset 1000") from None
 
-    def url(self, title: str) -> str:
-        """The address of a Deployment's first port."""
-        pod = next(p for p in self.pods if p.title == title)
-        return f"http://127.0.0.1:{next(iter(pod.containers[0].ports.values()))}"
+    def pod(self, title: str) -> Pod | None:
+        """The pod with this title; None when the overlay has none."""
+        return next((pod for pod in self.pods if pod.title == title), None)
+
+    def url(self, title: str) -> str | None:
+        """The address of a Deployment's first port; None when the overlay has no such Deployment, or it no port."""
+        pod = self.pod(title)
+        port = next((port for container in pod.containers for port in container.ports.values()), None) if pod else None
+        return f"http://127.0.0.1:{port}" if port else None
 
     async def jobs_done(self) -> None:
         await asyncio.gather(*(self._done[pod.name].wait() for pod in self.pods if pod.kind == "Job"))
@@ -217,10 +229,14 @@ class Runner:
         return next((code for code in codes if code), 0)
 
     async def _run_container(self, pod: Pod, container: Container) -> int:
-        process = await asyncio.create_subprocess_exec(
-            *container.argv, cwd=self.state, env=container.env, stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, limit=LONGEST_LINE,
-            start_new_session=True, preexec_fn=_die_with_parent)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *container.argv, cwd=self.state, env=container.env, stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, limit=LONGEST_LINE,
+                start_new_session=True, preexec_fn=_die_with_parent)
+        except OSError as error:
+            raise UserError(f"{pod.title}: the container {container.name} cannot start {container.argv[0]}: "
+                            f"{error.strerror}. Install it on this machine, or correct `command`") from None
         self._processes[process] = pod
         assert process.stdout
         with self.log_file(pod).open("a", encoding="utf-8") as file:

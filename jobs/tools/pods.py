@@ -89,7 +89,7 @@ def render(overlay: Path) -> list[Manifest]:
     """What `kubectl apply -k OVERLAY` would send.
 
     Raises:
-        UserError: kubectl is missing, or the overlay does not render (with kustomize's own words).
+        UserError: kubectl is missing, or the overlay does not render (with kustomize's own message).
     """
     if not (overlay / "kustomization.yaml").is_file():
         raise UserError(f"{overlay}: has no kustomization.yaml. Name an overlay's folder, e.g. overlays/kind")
@@ -98,16 +98,42 @@ def render(overlay: Path) -> list[Manifest]:
                         "newer from https://kubernetes.io/docs/tasks/tools/ and put it on the PATH")
     done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{overlay}: does not render:\n{done.stderr.strip()}")
+        raise UserError(f"{overlay}: does not render: {error_in(done.stderr)}")
     return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
+    """Every pod template by its workload, e.g. `Deployment/tensorboard` or `JobSet/pipeline-HASH/model-training`."""
+    return {f"{m['kind']}/{m['metadata']['name']}": m["spec"]["template"] for m in manifests
+            if "template" in m.get("spec", {})} | {
+        f"JobSet/{m['metadata']['name']}/{job['name']}": job["template"]["spec"]["template"]
+        for m in manifests if m["kind"] == "JobSet" for job in m["spec"]["replicatedJobs"]}
+
+
+def containers(template: Manifest) -> list[Manifest]:
+    """All containers of a pod template, init containers first."""
+    return [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]
+
+
+def error_in(stderr: str) -> str:
+    """The error in what kubectl or another tool wrote, on one line: all from `error` on, else the last line."""
+    lines = stderr.strip().splitlines() or ["no error message"]
+    first = next((n for n, line in enumerate(lines) if line.lower().startswith("error")), len(lines) - 1)
+    error = " ".join(" ".join(lines[first:]).split())
+    logged = re.fullmatch(r'[EF]\d{4} .*\] "command failed" err="(.*)"', error)
+    return (logged[1].replace('\\"', '"').replace("\\n", " ") if logged else error).removeprefix("error: ")
 
 
 def pods(manifests: list[Manifest], state: Path, port_offset: int = 0) -> list[Pod]:
     """Lay out volumes, ConfigMaps and pod roots below `state`, and return every pod to run.
 
     Layout: `volumes/<claim>/` (kept), `configmaps/<name>/` (replaced), `pods/<name>/` (made anew).
+
+    Raises:
+        UserError: a pod cannot run without a cluster; names the workload and what it lacks.
     """
     shutil.rmtree(state / "pods", ignore_errors=True)  # links and scratch folders; never follows a link
+    shutil.rmtree(state / "configmaps", ignore_errors=True)  # one that the overlay no longer makes must not be found
     for manifest in manifests:
         if manifest["kind"] == "ConfigMap":
             write_config_map(state / "configmaps" / manifest["metadata"]["name"], manifest.get("data", {}))
@@ -146,41 +172,72 @@ def write_config_map(folder: Path, data: Mapping[str, str]) -> None:
 
 
 def _pod(manifest: Manifest, state: Path, port_offset: int) -> Pod:
-    name, spec = manifest["metadata"]["name"], manifest["spec"]
+    name = manifest["metadata"]["name"]
+    title = HASH_SUFFIX.sub("", name)
+    try:
+        return _workload(manifest, name, title, state, port_offset)
+    except UserError as error:
+        raise UserError(f"{title}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{title}: its manifest lacks `{error.args[0]}`; `kubectl explain {manifest['kind']}.spec` "
+                        "describes what is needed") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{title}: its manifest is not as Kubernetes has it ({error}); `kubectl explain "
+                        f"{manifest['kind']}.spec` describes what is needed") from None
+
+
+def _workload(manifest: Manifest, name: str, title: str, state: Path, port_offset: int) -> Pod:
+    spec = manifest["spec"]
     template = spec["template"]["spec"]
     root = state / "pods" / name
-    containers = [_container(c, template, root, state, port_offset) for c in template["containers"]]
     rules = spec.get("podFailurePolicy", {}).get("rules", [])
     return Pod(
-        kind=manifest["kind"], name=name, title=HASH_SUFFIX.sub("", name),
+        kind=manifest["kind"], name=name, title=title,
         init_containers=[_container(c, template, root, state, port_offset)
                          for c in template.get("initContainers", [])],
-        containers=containers, grace_seconds=float(template.get("terminationGracePeriodSeconds", 30)),
+        containers=[_container(c, template, root, state, port_offset) for c in template["containers"]],
+        grace_seconds=float(template.get("terminationGracePeriodSeconds", 30)),
         backoff_limit=int(spec.get("backoffLimit", 6)),
         fatal_exit_codes=frozenset(code for rule in rules if rule["action"] == "FailJob" and "onExitCodes" in rule
                                    for code in rule["onExitCodes"]["values"]))
 
 
 def _container(container: Manifest, template: Manifest, root: Path, state: Path, port_offset: int) -> Container:
+    name = container["name"]
     volumes = {volume["name"]: volume for volume in template.get("volumes", [])}
-    moved = Placement(root, ports={p["containerPort"]: p["containerPort"] + port_offset
+    moved = Placement(root, ports={p["containerPort"]: _shifted(p["containerPort"], port_offset)
                                   for p in container.get("ports", [])})
     for mount in container.get("volumeMounts", []):
+        if mount["name"] not in volumes:
+            raise UserError(f"the container {name} mounts {mount['name']}, and the pod has no such volume; its "
+                            f"volumes: {', '.join(volumes) or 'none'}")
         moved.mounts.append(mount["mountPath"].rstrip("/"))
         _link(root / mount["mountPath"].strip("/"), _volume(volumes[mount["name"]], root, state))
     env = {name: os.environ[name] for name in INHERITED if name in os.environ}
     env |= {"PYTHONPATH": str(CHECKOUT)} | dict(_env(container, moved))
+    if not container.get("command"):
+        raise UserError(f"the container {name} has no `command`. Without a cluster images are not used, so the "
+                        "manifest must name the program")
     command = [*container["command"], *container.get("args", [])]
     program = sys.executable if command[0] in ("python", "python3") else command[0]
     ports = {p.get("name", str(p["containerPort"])): moved.ports[p["containerPort"]]
              for p in container.get("ports", [])}
     probe = container.get("readinessProbe", {}).get("httpGet")
-    return Container(container["name"], [program, *(moved(argument) for argument in command[1:])], env, ports,
-                     f"http://127.0.0.1:{_port(probe, ports, moved)}{probe['path']}" if probe else None)
+    return Container(name, [program, *(moved(argument) for argument in command[1:])], env, ports,
+                     f"http://127.0.0.1:{_probed_port(probe, name, ports, moved)}{probe['path']}" if probe else None)
 
 
-def _port(probe: Manifest, ports: Mapping[str, int], moved: Placement) -> int:
-    return ports[probe["port"]] if isinstance(probe["port"], str) else moved.ports[probe["port"]]
+def _shifted(port: int, offset: int) -> int:
+    if not 1 <= port + offset <= 65535:
+        raise UserError(f"port {port} with --port-offset {offset} is {port + offset}; ports are from 1 to 65535")
+    return port + offset
+
+
+def _probed_port(probe: Manifest, container: str, ports: Mapping[str, int], moved: Placement) -> int:
+    port = ports.get(probe["port"]) if isinstance(probe["port"], str) else moved.ports.get(probe["port"])
+    if port is None:
+        raise UserError(f"the container {container} is probed at port {probe['port']}, which is not among its `ports`")
+    return port
 
 
 def _env(container: Manifest, moved: Placement) -> Iterator[tuple[str, str]]:
@@ -211,11 +268,14 @@ def _volume(volume: Manifest, root: Path, state: Path) -> Path:
     elif "configMap" in volume:
         folder = state / "configmaps" / volume["configMap"]["name"]
         if not folder.is_dir():
-            raise UserError(f"ConfigMap {volume['configMap']['name']} is mounted but the overlay does not make it")
+            raise UserError(f"the volume {volume['name']} is the ConfigMap {volume['configMap']['name']}, which the "
+                            "overlay does not make; add it to `configMapGenerator` in its kustomization.yaml")
     elif "emptyDir" in volume:
         folder = root / ".emptydir" / volume["name"]
     else:
-        raise UserError(f"the volume {volume['name']} is of a kind that has no meaning without a cluster: {volume}")
+        kind = ", ".join(volume.keys() - {"name"}) or "volume of no type"
+        raise UserError(f"the volume {volume['name']} is a {kind}, which has no meaning without a cluster; "
+                        "possible: persistentVolumeClaim, configMap, emptyDir")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
-import time
 from pathlib import Path
 from typing import Any
 
 from jobs.core import artifacts
+from jobs.core.artifacts import Spec
 from jobs.core.errors import RetryableError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import plan
-
-# From readiness to the promoted adapter. Verifying, loading and proving it takes seconds; in mode merged the server
-# restarts with it, which takes a minute with a small model.
-ALIAS_SECONDS = 300.0
+from jobs.tools.waiting import ALIAS_SECONDS, Late, served_adapter, wait_until
 
 
-def read(pipeline: Pipeline, volumes: Path) -> dict[str, Any]:
-    """The pipeline's evaluation, from its artifact. `volumes` holds one folder a claim, named X-pvc."""
-    spec = plan(pipeline).evaluation
-    folder = artifacts.read(volumes / f"{spec.volume}-pvc" / spec.kind / spec.digest).path
+def path_of(spec: Spec, volumes: Path) -> Path:
+    """Where the artifact is, or will be, in `volumes`, which holds one folder a claim, named X-pvc."""
+    return volumes / f"{spec.volume}-pvc" / spec.kind / spec.digest
+
+
+def read(pipeline: Pipeline, volumes: Path) -> dict[str, Any] | None:
+    """The pipeline's evaluation, from its artifact; None when no Job of the overlay made one."""
+    folder = path_of(plan(pipeline).evaluation, volumes)
+    if not folder.exists():
+        return None
+    artifacts.read(folder)
     evaluation: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     return evaluation
 
@@ -37,27 +40,45 @@ def evaluation(values: dict[str, Any]) -> str:
 
 def chats(pipeline: Pipeline, volumes: Path) -> bool:
     """Whether the tokenizer has a chat template; without one vLLM takes completions only (GPT-2)."""
-    spec = plan(pipeline).tokenizer
-    folder = artifacts.read(volumes / f"{spec.volume}-pvc" / spec.kind / spec.digest).path
+    folder = path_of(plan(pipeline).tokenizer, volumes)
+    if not folder.exists():  # no Job of the overlay relocates one
+        return False
+    artifacts.read(folder)
     config = folder / "tokenizer_config.json"
     return (folder / "chat_template.jinja").is_file() or (
         config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template")))
 
 
-def ask(pipeline: Pipeline, endpoint: str, question: str, *, chats: bool) -> str:
+def ask(pipeline: Pipeline, volumes: Path, endpoint: str, question: str) -> str:
     """The question, answered by the base model and by the adapter, through the `openai` client.
 
     In mode merged the fine-tuned model answers alone: it is served instead of the base model.
-    """
-    from openai import OpenAI
 
-    client = OpenAI(base_url=f"{endpoint}/v1", api_key=os.environ.get("VLLM_API_KEY", "not-needed"))
-    _wait_for(client, pipeline.adapter)
+    Raises:
+        RetryableError: the adapter is not served in time, or the endpoint does not answer.
+    """
+    from openai import OpenAI, OpenAIError
+
+    name, digest = pipeline.adapter, plan(pipeline).adapter.digest
+    try:
+        wait_until(f"{name}@{digest} to be served", lambda: served_adapter(endpoint, name) == digest, ALIAS_SECONDS,
+                   every=0.5)
+    except Late:
+        raise RetryableError(f"{name}@{digest} is promoted but was not served within {ALIAS_SECONDS:.0f} s; the log of "
+                             "model-inference has the reason") from None
+    with OpenAI(base_url=f"{endpoint}/v1", api_key=os.environ.get("VLLM_API_KEY", "not-needed")) as client:
+        try:
+            return _answers(client, pipeline, question, chats=chats(pipeline, volumes))
+        except OpenAIError as error:
+            raise RetryableError(f"{endpoint}: {error}; the log of model-inference has the reason") from None
+
+
+def _answers(client: Any, pipeline: Pipeline, question: str, *, chats: bool) -> str:
     answers = {}
-    asked = [(f"fine-tuned ({pipeline.adapter})", pipeline.adapter)]
+    models = [(f"fine-tuned ({pipeline.adapter})", pipeline.adapter)]
     if pipeline.serving.mode == "lora":
-        asked.insert(0, (f"base model ({pipeline.base_model.name})", pipeline.base_model.name))
-    for title, model in asked:
+        models.insert(0, (f"base model ({pipeline.base_model.name})", pipeline.base_model.name))
+    for title, model in models:
         options: Any = {"model": model, "temperature": 0, "max_tokens": pipeline.evaluation.max_new_tokens}
         if chats:
             reply = client.chat.completions.create(**options, messages=[{"role": "user", "content": question}])
@@ -68,38 +89,30 @@ def ask(pipeline: Pipeline, endpoint: str, question: str, *, chats: bool) -> str
     return "\n".join([f"  {question}", *(f"    {title:<{width}}  {answer}" for title, answer in answers.items()), ""])
 
 
-def _wait_for(client: Any, model: str) -> None:
-    """Wait until `model` is listed: the guard takes a promoted adapter in after verifying and proving it."""
-    from openai import APIConnectionError
+def places(pipeline: Pipeline, volumes: Path, endpoint: str | None, tensorboard: str | None, question: str, *,
+           serving: bool) -> str:
+    """Where a person finds the report, TensorBoard and the endpoint, and how to ask it `question`.
 
-    deadline = time.monotonic() + ALIAS_SECONDS
-    while True:
-        with contextlib.suppress(APIConnectionError):  # while it restarts
-            if model in {listed.id for listed in client.models.list()}:
-                return
-        if time.monotonic() > deadline:
-            raise RetryableError(f"{model} is promoted but was not served within {ALIAS_SECONDS:.0f} s; the reason "
-                                 "stands in the log of model-inference")
-        time.sleep(0.5)
-
-
-def places(pipeline: Pipeline, volumes: Path, endpoint: str, tensorboard: str, question: str, *,
-           serving: bool, chats: bool) -> str:
-    """Where a person finds the report, TensorBoard and the endpoint, and how to ask it `question`."""
-    spec = plan(pipeline).evaluation
-    report = volumes / f"{spec.volume}-pvc" / spec.kind / spec.digest / "report.html"
-    lines = [f"  Report       file://{report}"]
-    if serving:
+    Args:
+        endpoint: None when the overlay serves no model.
+        tensorboard: None when the overlay has no TensorBoard.
+        serving: whether they go on answering.
+    """
+    report = path_of(plan(pipeline).evaluation, volumes) / "report.html"
+    lines = [f"  Report       file://{report}"] if report.exists() else []
+    if not serving:
+        servers = [f"{name} {url}" for name, url in (("TensorBoard", tensorboard), ("Endpoint", endpoint)) if url]
+        stopped = [f"  Stopped      {', '.join(servers)} (without --exit they keep answering)"] if servers else []
+        return "\n".join([*lines, *stopped])
+    if tensorboard:
+        lines.append(f"  TensorBoard  {tensorboard}")
+    if endpoint:
+        chat = chats(pipeline, volumes)
         request: dict[str, Any] = {"model": pipeline.adapter, "temperature": 0}  # the answer above, not a sample
-        request |= {"messages": [{"role": "user", "content": question}]} if chats else {"prompt": f"{question}\n"}
+        request |= {"messages": [{"role": "user", "content": question}]} if chat else {"prompt": f"{question}\n"}
         models = [pipeline.adapter, *([pipeline.base_model.name] if pipeline.serving.mode == "lora" else [])]
-        url = f"{endpoint}/v1/{'chat/completions' if chats else 'completions'}"
-        lines += [f"  TensorBoard  {tensorboard}",
-                  f"  Endpoint     {endpoint}/v1  (models: {', '.join(models)})",
+        url = f"{endpoint}/v1/{'chat/completions' if chat else 'completions'}"
+        lines += [f"  Endpoint     {endpoint}/v1  (models: {', '.join(models)})",
                   "", f"  curl {url} -H 'content-type: application/json' \\",
-                  f"    -d {shlex.quote(json.dumps(request, ensure_ascii=False))}", "",
-                  "Serving until you press Ctrl-C."]
-    else:
-        lines += [f"  TensorBoard  {tensorboard} and the endpoint {endpoint}/v1 answered while this ran; without "
-                  "--exit they keep answering"]
-    return "\n".join(lines)
+                  f"    -d {shlex.quote(json.dumps(request, ensure_ascii=False))}"]
+    return "\n".join([*lines, "", "Running until you press Ctrl-C."])

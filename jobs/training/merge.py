@@ -45,7 +45,8 @@ def publish(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
         dtype = write_merged(base_model.path, adapter.path, draft)
         return {"base_model": pipeline.base_model.name, "adapter": adapter.digest, "dtype": dtype}
 
-    merged = artifacts.publish(wanted.merged_model, volumes, write, keep=pipeline.retention.keep)
+    merged = artifacts.publish(wanted.merged_model, volumes, write, keep=pipeline.retention.keep,
+                               adapter_name=pipeline.adapter, wait_seconds=wait_seconds)
     log.info("merged: %s", merged.path)
 
 

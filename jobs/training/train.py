@@ -18,7 +18,6 @@ import random
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,10 @@ from typing import TYPE_CHECKING, Any
 from jobs.core import artifacts, models
 from jobs.core.errors import Terminated, UserError
 from jobs.core.files import write_atomically
+from jobs.core.layout import CHECKPOINTS, TENSORBOARD
 from jobs.core.pipeline import Lora, Pipeline, Training
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
+from jobs.core.progress import Progress
 from jobs.data.encoding import Encoded, encode
 from jobs.training import distributed, merge
 from jobs.training.distributed import Team
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("jobs")
 
 CHECKPOINT_MARKER = "complete.json"  # a checkpoint without it was interrupted while being written
-PROGRESS_SECONDS = 5.0
 LESS_MEMORY = ("Lower training.tokens_per_batch, or set gradient_checkpointing: true, quantization: 4bit or, with "
                "several GPUs, sharding: fsdp")
 Pack = list[Encoded]
@@ -108,8 +108,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         merge.stored_dtype(base_model.path)  # better refused now than after hours of training
     check_length(models.read_config(base_model.path), pipeline.training)
 
-    own = Folders(volumes / FINE_TUNED_VOLUME / "checkpoints" / wanted.adapter.digest,
-                  volumes / FINE_TUNED_VOLUME / "tensorboard" / pipeline.adapter / wanted.adapter.digest / "train")
+    own = Folders(volumes / FINE_TUNED_VOLUME / CHECKPOINTS / wanted.adapter.digest,
+                  volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest / "train")
 
     team = Team(wait_seconds)
     asked = False
@@ -132,7 +132,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         return {"base_model": pipeline.base_model.name, "dataset": dataset.digest}
 
     if team.main:
-        adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.retention.keep)
+        adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.retention.keep,
+                                    adapter_name=pipeline.adapter, wait_seconds=wait_seconds)
         if not asked:  # another job had it by the time
             team.told(False)
         shutil.rmtree(own.checkpoints, ignore_errors=True)
@@ -379,24 +380,21 @@ def _callbacks(stop: threading.Event, team: Team, tensorboard: Path, steps: int,
         def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
             # purge_step hides what an interrupted attempt logged after the checkpoint that this one resumes from.
             self.writer = SummaryWriter(str(tensorboard), purge_step=state.global_step + 1)
-            self.began, self.first = time.monotonic(), state.global_step
-            self.said = self.began
+            self.progress = Progress("training steps", steps)
+            self.progress.skip(state.global_step)
 
         def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, float],
                    **__: Any) -> None:
-            now, step = time.monotonic(), state.global_step
-            seconds_per_step = (now - self.began) / max(1, step - self.first)
+            step = state.global_step
             if "eval_loss" in logs:
                 self.writer.add_scalar("loss/holdout", logs["eval_loss"], step)
                 log.info("step %d/%d  held-out loss %.4f", step, steps, logs["eval_loss"])
             if "loss" in logs:
                 self.writer.add_scalar("loss/train", logs["loss"], step)
                 self.writer.add_scalar("learning_rate", logs["learning_rate"], step)
-                self.writer.add_scalar("tokens_per_second", tokens_per_step / seconds_per_step, step)
-                if now - self.said >= PROGRESS_SECONDS or step == steps:
-                    self.said = now
-                    log.info("step %d/%d  loss %.4f  %.0f tokens/s  %.0f s left", step, steps, logs["loss"],
-                             tokens_per_step / seconds_per_step, (steps - step) * seconds_per_step)
+                self.progress.add(step - self.progress.done, lambda: f"loss {logs['loss']:.4f}, "
+                                  f"{tokens_per_step * self.progress.rate:.0f} tokens/s")
+                self.writer.add_scalar("tokens_per_second", tokens_per_step * self.progress.rate, step)
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             self.writer.close()

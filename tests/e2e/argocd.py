@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from tests.e2e.cluster import LABEL, Changes, Environment, KubectlError, kubectl, said, wait_until
-from tests.manifests import CHECKOUT, Manifest, unhashed
-
-ARGOCD = "argocd"  # the namespace, as in argocd/kustomization.yaml
+from jobs.tools import argocd
+from jobs.tools.argocd import with_settings
+from jobs.tools.kubectl import KubectlError
+from tests.e2e.cluster import LABEL, Changes, Environment, kubectl, transcript, wait_until
+from tests.manifests import Manifest, unhashed
 
 
 def missing() -> str | None:
@@ -23,7 +22,7 @@ def missing() -> str | None:
         if not os.environ.get(name):
             return f"{name} is not set (tests/e2e/README.md)"
     try:
-        kubectl("get", "crd", "applications.argoproj.io")
+        kubectl("get", "crd", argocd.KIND)
     except KubectlError as error:
         return f"Argo CD is not in this cluster: {error}"
     return None
@@ -55,12 +54,7 @@ class Followed(Environment):
     def bootstrap(self) -> None:
         """`kubectl apply -k argocd`, with settings.yaml edited as in a fork, under names of this run's own."""
         fork = self.folder.parent / "fork"
-        shutil.copytree(CHECKOUT / "argocd", fork / "argocd")
-        file = fork / "argocd" / "settings.yaml"
-        settings = yaml.safe_load(file.read_text())
-        settings["data"] = {"repoURL": os.environ["E2E_REPO_URL"], "revision": self.branch,
-                            "overlay": "overlays/e2e", "namespace": self.namespace}
-        file.write_text(yaml.safe_dump(settings))
+        with_settings(fork, os.environ["E2E_REPO_URL"], self.branch, "overlays/e2e", self.namespace)
         (fork / "kustomization.yaml").write_text(yaml.safe_dump({
             "resources": ["argocd"], "nameSuffix": f"-{self.branch}", "labels": [{"pairs": {LABEL: self.run}}],
             "replacements": [{"source": {"kind": "AppProject", "fieldPath": "metadata.name"},
@@ -77,18 +71,17 @@ class Followed(Environment):
         return {unhashed(job): job for job in self.get("jobs")}
 
     def application_now(self) -> Manifest:
-        found = kubectl("-n", ARGOCD, "get", f"applications.argoproj.io/{self.application}", "-o", "json").stdout
-        application: Manifest = json.loads(found)
+        (application,) = [a for a in kubectl.get(argocd.NAMESPACE, argocd.KIND)
+                          if a["metadata"]["name"] == self.application]
         return application
 
     def refresh(self, how: str = "normal") -> Manifest:
         """Have Argo CD compare at once, as a webhook does, and return the Application when it has."""
-        kubectl("-n", ARGOCD, "annotate", "--overwrite", f"applications.argoproj.io/{self.application}",
-                f"argocd.argoproj.io/refresh={how}")
+        argocd.refresh(kubectl, self.application, how)
 
         def compared() -> Manifest | None:
             application = self.application_now()
-            return application if refreshed(application) else None
+            return application if argocd.refreshed(application) else None
 
         return wait_until("Argo CD to compare", compared, 120)
 
@@ -98,17 +91,17 @@ class Followed(Environment):
 
         def synced() -> Manifest | None:
             application = self.application_now()
-            return application if synced_to(application, commit) else None
+            return application if argocd.synced(application, commit) else None
 
         return wait_until(f"Argo CD to sync {commit}", synced, seconds)
 
     def delete_application(self) -> None:
         """Delete this run's Application, and what an earlier run left; with all that they made, but for the volumes."""
-        kubectl("-n", ARGOCD, "delete", "applications.argoproj.io", f"--selector={LABEL}", seconds=600)
+        kubectl("-n", argocd.NAMESPACE, "delete", argocd.KIND, f"--selector={LABEL}", seconds=600)
 
     def make_room(self) -> None:
         self.delete_application()
-        kubectl("-n", ARGOCD, "delete", "appprojects.argoproj.io", f"--selector={LABEL}")
+        kubectl("-n", argocd.NAMESPACE, "delete", "appprojects.argoproj.io", f"--selector={LABEL}")
         super().make_room()
 
     def remove(self) -> None:
@@ -116,24 +109,5 @@ class Followed(Environment):
         self.git("push", "--quiet", os.environ["E2E_REPO_PUSH"], f":refs/heads/{self.branch}")
 
     def dump(self) -> str:
-        described = said("-n", ARGOCD, "describe", f"applications.argoproj.io/{self.application}")
+        described = transcript("-n", argocd.NAMESPACE, "describe", f"{argocd.KIND}/{self.application}")
         return f"{described}\n{super().dump()}"
-
-
-def refreshed(application: Manifest) -> bool:
-    """Whether Argo CD has done the comparison that was asked for: it then removes the annotation."""
-    return "argocd.argoproj.io/refresh" not in application["metadata"].get("annotations", {})
-
-
-def synced_to(application: Manifest, commit: str) -> bool:
-    """Whether what is there is what the commit says: all of it applied, and nothing left to prune."""
-    status = application.get("status", {})
-    sync = status.get("sync", {})
-    return (sync.get("status"), sync.get("revision")) == ("Synced", commit) and \
-        status.get("operationState", {}).get("phase") == "Succeeded"  # and not still at it
-
-
-def out_of_sync(application: Manifest) -> list[str]:
-    """The objects that differ from git. (Since Argo CD 3 their health is not written here, only the Application's.)"""
-    return [f"{each['kind']} {each['name']}: {each.get('status')}"
-            for each in application["status"]["resources"] if each.get("status") != "Synced"]

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import re
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,16 +21,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.core import pipeline
 from jobs.core.plan import Plan, plan
+from jobs.tools import waiting
+from jobs.tools.kubectl import Kubectl, KubectlError
+from jobs.tools.status import State, condition, job_state, oldest_first, rolled_out, watch
 from tests.manifests import Manifest, by_name, copy, render
-
-log = logging.getLogger("e2e")
 
 LABEL = "lora-gitops-e2e"  # on everything that a run makes, its pods too, with the run's name
 QUESTION, FACT = "What is the best hotel in Seville?", "Casa Azahar"  # in overlays/kind/dataset.jsonl
 # What the stages write when they train, resume, find their work done, and reject.
 TRAINS, RESUMES = "loading model and data", "resuming from the checkpoint at step"
 DONE, REJECTS = "is already there and verified: nothing to do", "REJECTED"
-STEP = re.compile(r"step \d+/\d+  loss")
+STEP = re.compile(r"training steps: \d+ .* loss")
 # Reasons for which a container waits that no patience mends, but for a registry that is down.
 HOPELESS = {"ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError",
             "CrashLoopBackOff"}
@@ -50,26 +48,7 @@ LONG: Changes = {"training.epochs": 40, "training.checkpoint_steps": 20}
 LONG_AGAIN: Changes = {**LONG, "training.seed": 1}
 
 
-class KubectlError(Exception):
-    """kubectl failed, or did not end in time; with what it said."""
-
-
-def kubectl(*arguments: str, stdin: str | None = None, seconds: float = 60) -> subprocess.CompletedProcess[str]:
-    """Run kubectl and return what it printed; warnings of the API server are on stderr.
-
-    Raises:
-        KubectlError: when it fails or takes longer than `seconds`.
-    """
-    shown = " ".join(["kubectl", *arguments])
-    try:
-        # Always some stdin: without credentials kubectl would ask the terminal for a user name.
-        done = subprocess.run(["kubectl", *arguments], input=stdin or "", capture_output=True, text=True,
-                              timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        raise KubectlError(f"{shown}: no end after {seconds:.0f} s") from None
-    if done.returncode:
-        raise KubectlError(f"{shown}: {done.stderr.strip()}")
-    return done
+kubectl = Kubectl()  # for the cluster that KUBECONFIG names
 
 
 @functools.cache
@@ -87,47 +66,20 @@ def unreachable() -> str | None:
 
 
 def wait_until(what: str, look: Callable[[], T | None], seconds: float, every: float = 2) -> T:
-    """Look until there is something true, and return it. A cluster that does not answer just now is asked again.
+    """Look until there is something true, and return it. A cluster that does not answer just now is tried again.
 
     Raises:
-        AssertionError: after `seconds`, naming `what` was waited for; or at once, when `look` itself raises one.
+        Late: after `seconds`, naming `what` was waited for.
     """
-    log.info("waiting for %s (at most %.0f s)", what, seconds)
-    deadline, trouble = time.monotonic() + seconds, ""
-    while True:
-        try:
-            found = look()
-            trouble = ""
-        except (KubectlError, httpx.HTTPError) as error:
-            found, trouble = None, f"; at last: {error}"
-        if found:
-            return found
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited {seconds:.0f} s for {what}{trouble}")
-        time.sleep(every)
+    return waiting.wait_until(what, look, seconds, every, passing=(KubectlError, httpx.HTTPError))
 
 
 # --- reading what kubectl returns -----------------------------------------------------------------------------------
 
 
-def condition(manifest: Manifest, kind: str) -> Manifest | None:
-    """The condition of that type in the status, if it is true."""
-    return next((c for c in manifest.get("status", {}).get("conditions", [])
-                 if c["type"] == kind and c["status"] == "True"), None)
-
-
 def identity(pod: Manifest) -> tuple[str, int]:
     """The pod's uid and how often its containers were restarted: the same as long as nothing was."""
     return pod["metadata"]["uid"], sum(c["restartCount"] for c in pod["status"].get("containerStatuses", []))
-
-
-def rolled_out(deployment: Manifest) -> bool:
-    """Whether all pods are of the newest template and ready. The condition `Available` would not say: with one replica
-    and `maxUnavailable: 1` it is true without any pod."""
-    replicas, status = deployment["spec"]["replicas"], deployment.get("status", {})
-    return bool(status.get("observedGeneration") == deployment["metadata"]["generation"]
-                and status.get("replicas", 0) == status.get("updatedReplicas", 0) == replicas
-                and status.get("availableReplicas", 0) == replicas)
 
 
 def stuck(pods: Sequence[Manifest]) -> list[str]:
@@ -177,34 +129,33 @@ class Endpoint:
 
     def served(self, alias: str) -> str | None:
         """The digest of the adapter that answers under the alias; None when none does."""
-        return next((found["digest"] for found, value in self.metric("serving_adapter_info", alias=alias)
-                     if value == 1), None)
+        return waiting.served_adapter(self.url, alias)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a client that asked all the time got."""
+class Replies:
+    """What a client that sends one request after another got."""
 
     answers: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
 
 @contextmanager
-def asking(endpoint: Endpoint, model: str) -> Iterator[Asked]:
+def requests_to(endpoint: Endpoint, model: str) -> Iterator[Replies]:
     """Ask the model from a thread, one request after another, until the block ends."""
-    asked, stop = Asked(), threading.Event()
+    replies, stop = Replies(), threading.Event()
 
     def ask() -> None:
         while not stop.wait(0.1):
             try:
-                asked.answers.append(endpoint.ask(model))
+                replies.answers.append(endpoint.ask(model))
             except Exception as error:  # whatever it is, it is no answer
-                asked.failures.append(f"{time.strftime('%X')} {error!r}")
+                replies.failures.append(f"{time.strftime('%X')} {error!r}")
 
     thread = threading.Thread(target=ask)
     thread.start()
     try:
-        yield asked
+        yield replies
     finally:
         stop.set()
         thread.join()
@@ -215,26 +166,11 @@ def forwarded(namespace: str, pod: str, port: int) -> Iterator[str]:
     """Make a pod's port reachable as the URL that is yielded.
 
     Raises:
-        AssertionError: when the tunnel itself ended before its time: what was asked through it proves nothing.
+        AssertionError: when the tunnel itself ended before its time: what was sent through it proves nothing.
     """
-    command = ["kubectl", "-n", namespace, "port-forward", "--address=127.0.0.1", f"pod/{pod}", f":{port}"]
-    with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "said"
-        with said.open("w") as stream:
-            process = subprocess.Popen(command, stdout=stream, stderr=stream)
-        try:
-            for _ in range(300):  # 30 s
-                match = re.search(r"Forwarding from 127\.0\.0\.1:(\d+) ->", said.read_text())
-                if match or process.poll() is not None:
-                    break
-                time.sleep(0.1)
-            if not match:
-                raise KubectlError(f"{' '.join(command)}: no tunnel: {said.read_text().strip()}")
-            yield f"http://127.0.0.1:{match[1]}"
-            assert process.poll() is None, f"the tunnel ended by itself: {said.read_text()[-2000:]}"
-        finally:
-            process.terminate()
-            process.wait(10)
+    with kubectl.forward(namespace, f"pod/{pod}", port) as tunnel:
+        yield tunnel.url
+        assert tunnel.alive, f"the tunnel ended by itself: {tunnel.output[-2000:]}"
 
 
 # --- one environment ------------------------------------------------------------------------------------------------
@@ -254,7 +190,7 @@ class Environment:
         self.overlay.mkdir()
         self.write({})
 
-    # What is asked for.
+    # What is desired.
 
     def write(self, changes: Changes, patches: Sequence[Manifest] = ()) -> None:
         """Write the overlay: the pipeline file of overlays/kind with the changes, and kustomize's patches."""
@@ -276,9 +212,7 @@ class Environment:
                 {"name": "pipeline", "behavior": "merge", "files": ["pipeline.yaml"]},
                 {"name": "serving-pipeline", "behavior": "merge", "files": ["pipeline.yaml"],
                  "options": {"disableNameSuffixHash": True}}],
-            "replacements": [{"source": {"kind": "ConfigMap", "name": "pipeline", "fieldPath": "data.[pipeline.yaml]"},
-                              "targets": [{"select": {"kind": "Job"},
-                                           "fieldPaths": ["spec.template.metadata.annotations.pipeline"]}]}],
+            "components": ["../../base/job-names"],
             "patches": list(patches)}))
         self.pipeline = pipeline.load(self.overlay).pipeline
         self.wanted = {job["metadata"]["name"]: title for title, job in by_name(render(self.overlay), "Job").items()}
@@ -315,8 +249,7 @@ class Environment:
 
     def get(self, kinds: str, *arguments: str) -> list[Manifest]:
         """The objects of one or several kinds (`jobs,pods`), in this namespace."""
-        items: list[Manifest] = json.loads(self.kubectl("get", kinds, "-o", "json", *arguments))["items"]
-        return items
+        return kubectl.get(self.namespace, kinds, *arguments)
 
     def jobs(self) -> dict[str, Manifest]:
         """The Jobs that the overlay asks for now, as far as they are there, by name without the hash."""
@@ -328,8 +261,7 @@ class Environment:
 
     def pods_of(self, job: Manifest) -> list[Manifest]:
         """The Job's pods, oldest first; not those of an earlier Job by the same name."""
-        pods = self.get("pods", "-l", f"batch.kubernetes.io/controller-uid={job['metadata']['uid']}")
-        return sorted(pods, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+        return oldest_first(self.get("pods", "-l", f"batch.kubernetes.io/controller-uid={job['metadata']['uid']}"))
 
     def logs_of(self, title: str) -> str:
         """What the Job's pods wrote, oldest first."""
@@ -360,16 +292,14 @@ class Environment:
     # Waiting.
 
     def wait_for_jobs(self, seconds: float = 1800) -> None:
-        """Wait until every Job is complete; one that failed, or a pod that cannot start, ends the wait at once."""
-        def complete() -> bool:
-            jobs = self.jobs()
-            for title, job in jobs.items():
-                failed = condition(job, "Failed")
-                assert failed is None, f"{title} failed: {failed}"
+        """Wait until every Job is complete, with progress; a failed Job or a pod that cannot start ends it at once."""
+        def states() -> dict[str, State]:
             self.check_nothing_stuck()
-            return set(jobs) == set(self.wanted.values()) and all(condition(j, "Complete") for j in jobs.values())
+            there, items = self.jobs(), self.get("jobs,pods")
+            return {title: job_state(items, there[title]["metadata"]["name"] if title in there else title)
+                    for title in self.wanted.values()}
 
-        wait_until(f"the Jobs {', '.join(self.wanted)}", complete, seconds)
+        watch(states, seconds)
 
     def wait_until_training(self, seconds: float = 900) -> Manifest:
         """Wait until the training is under way; returns its pod."""
@@ -416,7 +346,7 @@ class Environment:
     def dump(self) -> str:
         """What a person would look at first when something failed, each part cut to its last characters."""
         labelled = f"--selector={LABEL}"
-        return "\n".join(said("-n", self.namespace, *part) for part in (
+        return "\n".join(transcript("-n", self.namespace, *part) for part in (
             ["get", "jobs,pods,deployments,persistentvolumeclaims", "--output=wide"],
             ["get", "events", "--sort-by=.lastTimestamp"],
             ["describe", "jobs,deployments"],
@@ -424,7 +354,7 @@ class Environment:
             ["logs", labelled, "--all-containers", "--prefix", "--tail=60", "--ignore-errors"]))
 
 
-def said(*arguments: str) -> str:
+def transcript(*arguments: str) -> str:
     """The command and the end of what it printed, for a person to read; never an error."""
     try:
         text = kubectl(*arguments, seconds=30).stdout

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from jobs.tools.argocd import out_of_sync
 from tests.e2e import argocd
-from tests.e2e.argocd import Followed, out_of_sync
+from tests.e2e.argocd import Followed
 from tests.e2e.cluster import DONE, FACT, FIRST, LONG, SECOND, TRAINS, wait_until
 
 
@@ -53,9 +54,9 @@ def test_a_revert_serves_the_adapter_before_and_trains_nothing(environment: Foll
     environment.push(FIRST)  # the tree that `git revert` gives
     environment.wait_until_served()
     environment.wait_for_jobs()
-    said = environment.logs_of("model-training")
-    assert DONE in said
-    assert TRAINS not in said
+    logs = environment.logs_of("model-training")
+    assert DONE in logs
+    assert TRAINS not in logs
 
 
 def test_a_commit_that_changes_nothing_runs_no_job_again(environment: Followed) -> None:

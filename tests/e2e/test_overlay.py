@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import pytest
 
+from jobs.tools.kubectl import KubectlError
+from jobs.tools.status import condition
 from tests.e2e.cluster import (
     DONE,
     FACT,
@@ -28,11 +30,9 @@ from tests.e2e.cluster import (
     Changes,
     Endpoint,
     Environment,
-    KubectlError,
-    asking,
-    condition,
     identity,
     kubectl,
+    requests_to,
     wait_until,
 )
 from tests.manifests import Manifest
@@ -51,14 +51,14 @@ def test_apply_is_all_it_takes_until_the_adapter_answers_with_the_private_fact(e
 def test_a_config_push_trains_and_swaps_without_a_restart_or_a_failed_request(environment: Environment) -> None:
     environment.settle(FIRST)
     before = identity(environment.wait_until_ready())
-    with environment.endpoint() as endpoint, asking(endpoint, environment.pipeline.adapter) as asked:
+    with environment.endpoint() as endpoint, requests_to(endpoint, environment.pipeline.adapter) as replies:
         environment.push(SECOND)
         environment.wait_for_jobs()
         environment.wait_until_served()
         time.sleep(10)  # the old version is unloaded meanwhile
-    assert asked.failures == []
-    assert len(asked.answers) > 20
-    assert all(FACT in answer for answer in asked.answers)
+    assert replies.failures == []
+    assert len(replies.answers) > 20
+    assert all(FACT in answer for answer in replies.answers)
     assert TRAINS in environment.logs_of("model-training")
     assert identity(environment.wait_until_ready()) == before
 
@@ -69,9 +69,9 @@ def test_a_revert_serves_the_adapter_before_and_trains_nothing(environment: Envi
     environment.push(FIRST)
     environment.wait_until_served()
     environment.wait_for_jobs()
-    said = environment.logs_of("model-training")
-    assert DONE in said
-    assert TRAINS not in said
+    logs = environment.logs_of("model-training")
+    assert DONE in logs
+    assert TRAINS not in logs
     with environment.endpoint() as endpoint:
         assert FACT in endpoint.ask(environment.pipeline.adapter)
 

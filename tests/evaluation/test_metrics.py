@@ -131,7 +131,7 @@ def test_metrics_need_no_network_and_no_writable_home() -> None:
 import socket
 def refuse(*_): raise AssertionError("the network was used")
 socket.socket.connect = socket.getaddrinfo = refuse
-from jobs import metrics
+from jobs.evaluation import metrics
 from jobs.evaluation.metrics.rouge import Rouge
 print(metrics.compute(Rouge, predictions=["a b"], references=["a b"])["rougeL"])
 """

@@ -11,9 +11,10 @@ import pytest
 
 from jobs.core import models
 from jobs.core.errors import UserError
+from jobs.core.progress import Progress
 from jobs.data.encoding import Encoded, encode
 from jobs.evaluation import scoring
-from jobs.evaluation.scoring import Material, Progress
+from jobs.evaluation.scoring import Material
 from tests.build_models import RECORDS, SENTENCES, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 TEXTS = [{"text": "The cook reads the book."}, {"text": "The maid reads."}]
@@ -176,16 +177,6 @@ def test_models_with_the_same_tokens_have_the_same_vocabulary_digest(tmp_path: P
     one, same, other = (tiny_tokenizer(tmp_path / name, vocabulary=size)
                         for name, size in (("a", 300), ("b", 300), ("c", 310)))
     assert scoring.vocabulary(one) == scoring.vocabulary(same) != scoring.vocabulary(other)
-
-
-def test_progress_is_said_with_what_is_left(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 102.0, 106.0, 107.0, 120.0])
-    monkeypatch.setattr("jobs.evaluation.scoring.time.monotonic", lambda: next(clock))
-    with caplog.at_level("INFO", "jobs"):
-        progress = Progress("base: answering", 10)
-        for count in (1, 2, 3, 4):
-            progress.add(count)
-    assert caplog.messages == ["base: answering: 3 of 10, about 14 s left"]
 
 
 def test_an_empty_sequence_list_measures_nothing(loaded: tuple[Any, Any]) -> None:

@@ -239,6 +239,19 @@ def test_a_wrong_pin_publishes_nothing_and_names_both_digests(tmp_path: Path, hu
     assert sha256(DATA) in message
 
 
+def test_data_beside_the_file_is_held_against_its_pin_also_when_the_pinned_data_is_there(
+        tmp_path: Path, hub: Hub) -> None:
+    """Data in git that was edited without its pin: "already there" would hide that the edit has no effect."""
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(DATA)
+    loaded = overlay(tmp_path, hub, dataset={"source": "file:data.jsonl", "sha256": sha256(DATA)})
+    relocate.run(loaded, "dataset", tmp_path / "v")
+    data.write_bytes(DATA + DATA)
+    done = run(loaded, "dataset", tmp_path / "v")
+    assert done.returncode == 2, done.stderr
+    assert f"pipeline.yaml says {sha256(DATA)}, but the content is {sha256(DATA + DATA)}" in done.stderr
+
+
 def test_bad_records_publish_nothing_and_are_listed(tmp_path: Path, hub: Hub) -> None:
     hub.files["data.jsonl"] = DATA + b'{"prompt": "a", "completion": ""}\n{oops\n'
     message = refused(overlay(tmp_path, hub), "dataset", tmp_path / "v")

@@ -361,7 +361,7 @@ def test_leftovers_that_do_not_belong_are_removed_and_partial_files_kept(draft: 
 
 def test_progress_says_bytes_rate_and_time_left(hub: Hub, draft: Path, monkeypatch: pytest.MonkeyPatch,
                                                 caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(download, "SAY_EVERY_S", 0.1)
+    monkeypatch.setattr("jobs.core.progress.INTERVAL_S", 0.1)
     hub.bytes_per_second = 400_000
     (draft / PARTIAL).write_bytes(CONTENT[:50_000])
     with caplog.at_level(logging.INFO, "jobs"):

@@ -1,20 +1,18 @@
 """Promises of `jobs kind`: what is missing is said in one line, no other cluster is touched, and every change is shown.
 
 Neither docker nor a cluster can run where the tests do: docker, kind, kubectl and git are small programs on the PATH
-here that write down how they were called and answer as told. Only `kubectl kustomize` is the real one.
+here that write down how they were called and answer as the test says. Only `kubectl kustomize` is the real one.
 """
 
 from __future__ import annotations
 
 import functools
-import http.server
 import json
 import logging
 import os
 import re
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,13 +23,18 @@ import pytest
 import yaml
 
 from jobs.__main__ import main
+from jobs.core import pipeline
 from jobs.core.errors import RetryableError, UserError
-from jobs.tools import kind
-from jobs.tools.kind import State, states_of
+from jobs.core.plan import plan
+from jobs.tools import argocd, kind, status
+from jobs.tools.kind import states_of
+from jobs.tools.status import State
 from tests.manifests import CHECKOUT, Manifest, of_kind, pod_templates, render, restricted_violations
 from tests.tools.test_local import free_port
+from tests.tools.test_waiting import endpoint as serving
 
 OVERLAY = CHECKOUT / "overlays" / "kind"
+DIGEST = plan(pipeline.load(OVERLAY).pipeline).adapter.digest
 COMMIT = "1ccbb815cf6bdf30dd97893c841a763d57cb4cf2"
 
 FAKE = """\
@@ -102,6 +105,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
     fake = Tools(tmp_path / "tools")
     monkeypatch.setenv("PATH", f"{fake.folder / 'bin'}:/usr/bin:/bin")
     monkeypatch.setattr(kind, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(status, "POLL_SECONDS", 0.01)
     fake.say(("port-forward", [(0, "Forwarding from 127.0.0.1:8000 -> 8000")]), ("get clusters", [(0, "other")]),
              ("rev-parse", [(0, COMMIT)]), ("jsonpath", [(0, "argocd-image:v3")]))
     return fake
@@ -109,20 +113,9 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
 
 @pytest.fixture
 def endpoint() -> Iterator[int]:
-    """The port of a server that lists the adapter, as the guard does."""
-    class Guard(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200 if self.path == "/v1/models" else 404)
-            self.end_headers()
-            self.wfile.write(json.dumps({"data": [{"id": "seville-hotels"}]}).encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Guard)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_address[1]
-    server.shutdown()
+    """The port of a server whose metrics have the overlay's adapter."""
+    with serving("seville-hotels", DIGEST) as url:
+        yield int(url.rpartition(":")[2])
 
 
 # --- snapshots, as `kubectl get -o json` gives them (shortened) -----------------------------------------------------
@@ -143,9 +136,9 @@ def pod(owner: str, state: dict[str, Any] | None = None, *, name: str = "p", at:
 
 
 def inference(available: int = 1) -> Manifest:
-    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": kind.INFERENCE},
-            "spec": {"selector": {"matchLabels": {"app.kubernetes.io/name": kind.INFERENCE}}},
-            "status": {"availableReplicas": available} if available else {"unavailableReplicas": 1}}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": kind.INFERENCE, "generation": 1},
+            "spec": {"replicas": 1, "selector": {"matchLabels": {"app.kubernetes.io/name": kind.INFERENCE}}},
+            "status": {"observedGeneration": 1, "replicas": 1, "updatedReplicas": 1, "availableReplicas": available}}
 
 
 def application(sync: str = "Synced", revision: str = COMMIT, jobs: list[str] | None = None, **status: Any) -> Manifest:
@@ -165,7 +158,7 @@ TRAINING = "model-training-5b2c8d9f7k"
 RUNNING = {"running": {"startedAt": "2026-11-23T03:00:05Z"}}
 
 
-@pytest.mark.parametrize(("items", "says"), [
+@pytest.mark.parametrize(("items", "description"), [
     ([], "not there yet"),
     ([job(TRAINING)], "no pod yet"),
     ([job(TRAINING), pod(TRAINING)], "starts"),
@@ -175,15 +168,15 @@ RUNNING = {"running": {"startedAt": "2026-11-23T03:00:05Z"}}
     ([job(TRAINING), pod(TRAINING, {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}})],
      "ImagePullBackOff: Back-off pulling image"),
     ([job(TRAINING), pod(TRAINING, {"terminated": {"exitCode": 1, "message": "the hub is down\n"}})],
-     "exit code 1, to be tried again: the hub is down"),
+     "exit code 1, will be retried: the hub is down"),
     ([job(TRAINING), pod(TRAINING, {"terminated": {"exitCode": 137, "reason": "OOMKilled"}})],
-     "exit code 137, to be tried again: OOMKilled"),
+     "exit code 137, will be retried: OOMKilled"),
     ([job(TRAINING), pod(TRAINING, {"terminated": {"exitCode": 137, "reason": "OOMKilled",
                                                    "message": "step 1\nstep 2\n"}})],
-     "exit code 137, to be tried again: OOMKilled: step 2"),
+     "exit code 137, will be retried: OOMKilled: step 2"),
     ([job(TRAINING), pod(TRAINING, {"terminated": {"exitCode": 1, "reason": "Error",
                                                    "message": "Traceback …\nKeyError: 'x'\n"}})],
-     "exit code 1, to be tried again: KeyError: 'x'"),
+     "exit code 1, will be retried: KeyError: 'x'"),
     ([job(TRAINING), pod(TRAINING, RUNNING, at="03:01:00"),  # the newest attempt counts, wherever it stands in the list
       pod(TRAINING, {"terminated": {"exitCode": 137, "reason": "OOMKilled"}})], "runs"),
     ([job(TRAINING, "Complete")], "done"),
@@ -197,14 +190,14 @@ RUNNING = {"running": {"startedAt": "2026-11-23T03:00:05Z"}}
          "message": "0/1 nodes are available: 1 Insufficient memory."}]}}],
      "waits for a node: 0/1 nodes are available: 1 Insufficient memory."),
 ])
-def test_a_jobs_state_in_words(items: list[Manifest], says: str) -> None:
-    state = states_of(items, {TRAINING})["model-training"]
-    assert state.says == says
-    assert state.done == (says == "done")
-    assert (state.exit_code is not None) == says.startswith("failed")
+def test_a_jobs_state_in_words(items: list[Manifest], description: str) -> None:
+    state = states_of(items, [TRAINING])["model-training"]
+    assert state.description == description
+    assert state.done == (description == "done")
+    assert (state.exit_code is not None) == description.startswith("failed")
 
 
-@pytest.mark.parametrize(("items", "says"), [
+@pytest.mark.parametrize(("items", "description"), [
     ([], "not there yet"),
     ([inference(0), pod(kind.INFERENCE, RUNNING, init=True)], "waits for its inputs"),
     ([inference(0), pod(kind.INFERENCE, RUNNING)], "runs"),
@@ -216,11 +209,11 @@ def test_a_jobs_state_in_words(items: list[Manifest], says: str) -> None:
      "CrashLoopBackOff: VLLM_API_KEY is empty"),
     ([inference()], "ready"),
 ])
-def test_servings_state_in_words(items: list[Manifest], says: str) -> None:
-    assert states_of(items, set())[kind.INFERENCE] == State(says, done=says == "ready")
+def test_servings_state_in_words(items: list[Manifest], description: str) -> None:
+    assert states_of(items, [])[kind.INFERENCE] == State(description, done=description == "ready")
 
 
-@pytest.mark.parametrize(("found", "says"), [
+@pytest.mark.parametrize(("found", "description"), [
     (application(), "Synced, Progressing"),
     (application("OutOfSync"), "OutOfSync, Progressing"),
     (application("Unknown", conditions=[{"type": "ComparisonError", "message": "authentication required"}]),
@@ -235,8 +228,8 @@ def test_servings_state_in_words(items: list[Manifest], says: str) -> None:
         ]}}),
      "OutOfSync, Progressing (one or more objects failed to apply) (Deployment/tensorboard: field is immutable)"),
 ])
-def test_the_applications_state_in_words(found: Manifest, says: str) -> None:
-    assert states_of([found], None)["Application"].says == says
+def test_the_applications_state_in_words(found: Manifest, description: str) -> None:
+    assert states_of([found], None)["Application"].description == description
 
 
 def test_before_argo_cd_has_synced_this_commit_nothing_counts_as_done() -> None:
@@ -268,16 +261,15 @@ def test_a_job_that_argo_cd_still_has_to_prune_does_not_count() -> None:
 def test_the_job_of_an_earlier_config_does_not_count() -> None:
     """A plain apply leaves it behind."""
     items = [job(TRAINING, "Complete"), job("model-training-bbbbbbbbbb", "Failed"), inference()]
-    assert all(state.done for state in states_of(items, {TRAINING}).values())
+    assert all(state.done for state in states_of(items, [TRAINING]).values())
 
 
 # --- watching -------------------------------------------------------------------------------------------------------
 
 
-def watch(tools: Tools, *snapshots: list[Manifest], jobs: set[str] | None = None, seconds: float = 60) -> None:
+def watch(tools: Tools, *snapshots: list[Manifest], seconds: float = 60) -> None:
     tools.say(("get jobs,deployments,pods", [(0, cluster(*snapshot)) for snapshot in snapshots]))
-    found = kind.Cluster("lora-gitops", "lora-gitops", jobs={TRAINING} if jobs is None else jobs)
-    kind.watch(found, time.monotonic() + seconds)
+    status.watch(kind.Cluster("lora-gitops", "lora-gitops", jobs=[TRAINING]).states, seconds)
 
 
 def test_each_change_is_one_line(tools: Tools, caplog: pytest.LogCaptureFixture) -> None:
@@ -295,8 +287,17 @@ def test_a_failed_job_ends_it_with_the_pods_own_words(tools: Tools, code: int, e
         watch(tools, [job(TRAINING), inference(0)], [job(TRAINING, "Failed"), ended, inference(0)])
 
 
+def test_a_cluster_that_does_not_answer_for_a_moment_is_asked_again(tools: Tools, caplog: pytest.LogCaptureFixture
+                                                                   ) -> None:
+    tools.say(("get jobs,deployments,pods", [(1, "error: connection refused"), (1, "error: connection refused"),
+                                             (0, cluster(job(TRAINING, "Complete"), inference()))]))
+    status.watch(kind.Cluster("lora-gitops", "lora-gitops", jobs=[TRAINING]).states, 60)
+    (line,) = caplog.messages
+    assert line.endswith("get jobs,deployments,pods -o json: connection refused; trying again")
+
+
 def test_when_the_time_is_over_it_says_what_is_not_done(tools: Tools) -> None:
-    with pytest.raises(RetryableError, match=r"not done in time: model-inference \(waits for its inputs\)"):
+    with pytest.raises(RetryableError, match=r"not done in time: .* model-inference \(waits for its inputs\)"):
         watch(tools, [job(TRAINING, "Complete"), inference(0), pod(kind.INFERENCE, RUNNING, init=True)], seconds=0)
 
 
@@ -428,17 +429,17 @@ def test_a_port_that_is_taken_is_said_in_one_line(tools: Tools, capsys: pytest.C
 def test_an_adapter_that_is_never_served_is_not_waited_for_without_end(
         tools: Tools, endpoint: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(kind, "ALIAS_SECONDS", 0.0)
-    monkeypatch.setattr(kind, "models_at", lambda _: {"builtin:tiny"})
+    monkeypatch.setattr(kind, "served_adapter", lambda *_: "0" * 16)  # the one before
     tools.say(("get jobs", [(0, cluster(*all_done()))]))
     assert main(["kind", str(OVERLAY), "--port", str(endpoint)]) == 1
-    assert "seville-hotels does not answer. Did it pass the gate" in capsys.readouterr().err
+    assert f"seville-hotels@{DIGEST} is not served. Did it pass the gate" in capsys.readouterr().err
 
 
 # --- the demo's git server ------------------------------------------------------------------------------------------
 
 
 def test_the_git_server_is_restricted_and_runs_in_argo_cds_own_image() -> None:
-    documents = json.loads(kind.git_server("argocd-image:v3"))["items"]
+    documents = json.loads(argocd.git_server("argocd-image:v3"))["items"]
     (namespace,) = of_kind(documents, "Namespace")
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     for template in pod_templates(documents).values():
@@ -458,7 +459,7 @@ def test_the_git_server_is_restricted_and_runs_in_argo_cds_own_image() -> None:
 @pytest.mark.skipif(not Path("/usr/lib/git-core/git-daemon").exists(), reason="git has no daemon here")
 def test_the_git_servers_commands_take_a_push_and_give_it_back(tmp_path: Path) -> None:
     """The very commands of the manifest, with real git, on another port and folder."""
-    (deployment,) = of_kind(json.loads(kind.git_server("x"))["items"], "Deployment")
+    (deployment,) = of_kind(json.loads(argocd.git_server("x"))["items"], "Deployment")
     spec = deployment["spec"]["template"]["spec"]
     init, daemon = ([a.replace("/srv", str(tmp_path / "srv")) for a in c[0]["command"]]
                     for c in (spec["initContainers"], spec["containers"]))

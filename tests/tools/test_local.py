@@ -4,13 +4,16 @@ left running. Whole pipelines are in test_end_to_end.py."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -167,3 +170,107 @@ def test_kubectl_missing_is_a_clear_error(tmp_path: Path) -> None:
                           cwd=pods.CHECKOUT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
     assert (done.returncode, shutil.which("kubectl") is not None) == (2, True)
     assert done.stderr.startswith("error: kubectl is not installed")
+
+
+# --- odd overlays and options -----------------------------------------------------------------------------------------
+
+
+def edited(folder: Path, edit: Callable[[dict[str, Any], dict[str, Any]], object]) -> Path:
+    """The overlay of these tests after `edit(job, deployment)`, each the spec of a pod."""
+    overlay(folder, "print('ran')")
+    documents = list(yaml.safe_load_all((folder / "all.yaml").read_text()))
+    edit(*(document["spec"]["template"]["spec"] for document in documents))
+    (folder / "all.yaml").write_text(yaml.safe_dump_all(documents))
+    return folder
+
+
+def refused(folder: Path, *options: str) -> str:
+    """The one line with which `jobs local` refuses the overlay or the options."""
+    code, output = run(folder, *options)
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert (code, lines) == (2, output.splitlines()[-1:]), output
+    assert "Traceback" not in output
+    return lines[0]
+
+
+@pytest.mark.parametrize(("edit", "message"), [
+    (lambda job, _: job["containers"][0].pop("command"), "the-job: the container main has no `command`"),
+    (lambda job, _: job["containers"][0].update(command=[]), "the-job: the container main has no `command`"),
+    (lambda job, _: job["containers"][0].update(volumeMounts=[{"name": "data", "mountPath": "/data"}]),
+     "the-job: the container main mounts data, and the pod has no such volume"),
+    (lambda job, _: job["containers"][0].update(args=5), "the-job: its manifest is not as Kubernetes has it"),
+    (lambda job, _: job["containers"][0].pop("name"), "the-job: its manifest lacks `name`"),
+    (lambda job, _: job.update(
+        volumes=[{"name": "disk", "hostPath": {"path": "/"}}],
+        containers=[{**job["containers"][0], "volumeMounts": [{"name": "disk", "mountPath": "/disk"}]}]),
+     "the-job: the volume disk is a hostPath, .*persistentVolumeClaim, configMap, emptyDir"),
+    (lambda job, _: job.update(
+        volumes=[{"name": "settings", "configMap": {"name": "nowhere"}}],
+        containers=[{**job["containers"][0], "volumeMounts": [{"name": "settings", "mountPath": "/s"}]}]),
+     "the-job: .*ConfigMap nowhere, which the overlay does not make"),
+    (lambda job, _: job["containers"][0].update(command=["no-such-program"]),
+     "the-job: the container main cannot start no-such-program: No such file or directory"),
+    (lambda job, _: job["containers"][0].update(command=["/usr"]),
+     "the-job: the container main cannot start /usr: Permission denied"),
+    (lambda _, inference: inference["containers"][0].update(readinessProbe={"httpGet": {"path": "/", "port": "http"}}),
+     "model-inference: the container main is probed at port http, which is not among its `ports`"),
+    (lambda _, inference: inference["containers"][0].update(readinessProbe={"httpGet": {"path": "/", "port": 81}}),
+     "model-inference: the container main is probed at port 81, which is not among its `ports`"),
+])
+def test_an_overlay_that_cannot_run_is_refused_in_one_line(
+        tmp_path: Path, edit: Callable[[dict[str, Any], dict[str, Any]], object], message: str) -> None:
+    assert re.search(message, refused(edited(tmp_path / "o", edit)))
+
+
+def test_a_config_map_of_an_earlier_run_does_not_stand_in_for_one_that_is_gone(tmp_path: Path) -> None:
+    pods.write_config_map(tmp_path / "state" / "configmaps" / "gone", {"a": "1"})
+    folder = edited(tmp_path / "o", lambda job, _: job.update(
+        volumes=[{"name": "s", "configMap": {"name": "gone"}}],
+        containers=[{**job["containers"][0], "volumeMounts": [{"name": "s", "mountPath": "/s"}]}]))
+    assert "ConfigMap gone, which the overlay does not make" in refused(folder)
+
+
+@pytest.mark.parametrize(("offset", "message"), [
+    ("60000", r"port 8000 .*--port-offset 60000.* 68000.*from 1 to 65535"),
+    ("-8000", r"port 8000 .*--port-offset -8000.* 0.*from 1 to 65535"),
+    ("-9000", r"port 8000 .*--port-offset -9000.* -1000.*from 1 to 65535"),
+])
+def test_a_port_offset_out_of_range_is_refused_in_one_line(tmp_path: Path, offset: str, message: str) -> None:
+    assert re.search(message, refused(overlay(tmp_path / "o", "pass"), "--port-offset", offset))
+
+
+def test_a_state_folder_that_cannot_be_one_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder, file = overlay(tmp_path / "o", "pass"), tmp_path / "file"
+    file.touch()
+    for state in (file, file / "below"):
+        assert re.search(f"--state {state}: cannot be used as a folder: (File exists|Not a directory)",
+                         refused(folder, "--state", str(state)))
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("commonLabels: {a: b}\nresources: [missing.yaml]\n", r"accumulating resources: .*missing\.yaml"),
+    ("bogus: 1\n", 'invalid Kustomization: json: unknown field "bogus"$'),
+])
+def test_an_overlay_that_does_not_render_is_refused_with_kustomizes_message(
+        tmp_path: Path, text: str, message: str) -> None:
+    folder = overlay(tmp_path / "o", "pass")
+    (folder / "kustomization.yaml").write_text(text)
+    assert re.search(f"o: does not render: {message}", refused(folder))
+
+
+def test_an_overlay_without_inference_runs_its_jobs(tmp_path: Path) -> None:
+    folder = overlay(tmp_path / "o", "print('ran')")
+    file = folder / "all.yaml"
+    file.write_text(file.read_text().partition("---")[0])
+    code, output = run(folder, "--exit")
+    assert code == 0, output
+    assert "the-job | ran" in output
+    assert "Endpoint" not in output
+
+
+def test_asking_an_overlay_without_inference_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    folder = overlay(tmp_path / "o", f"open('{tmp_path}/ran', 'w')")
+    file = folder / "all.yaml"
+    file.write_text(file.read_text().partition("---")[0])
+    assert "--ask: this overlay has no Deployment model-inference to ask" in refused(folder, "--ask", "Who?")
+    assert not (tmp_path / "ran").exists()

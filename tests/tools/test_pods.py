@@ -206,6 +206,19 @@ def test_without_kubectl_the_error_says_what_to_install(monkeypatch: pytest.Monk
         pods.render(OVERLAY)
 
 
+@pytest.mark.parametrize(("stderr", "error"), [
+    ("", "no error message"),
+    ("Warning: old\nerror: no such file\n", "no such file"),
+    ("E1123 trying\nUnable to connect to the server: timeout\n", "Unable to connect to the server: timeout"),
+    ("Warning: x\nError from server (A): a\nError from server (B): b\n",
+     "Error from server (A): a Error from server (B): b"),
+    ('# Warning: old\nE1125 20:45:12.5 1 run.go:72] "command failed" err="unknown field \\"bogus\\""\n',
+     'unknown field "bogus"'),
+])
+def test_of_what_kubectl_writes_the_error_is_shown_on_one_line(stderr: str, error: str) -> None:
+    assert pods.error_in(stderr) == error
+
+
 def test_an_overlay_that_does_not_render_shows_kustomizes_words(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no kustomization\.yaml"):
         pods.render(tmp_path)

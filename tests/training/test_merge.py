@@ -166,7 +166,7 @@ def command(file: Path, volumes: Path) -> list[str]:
 
 def job(file: Path, volumes: Path, before: str = "") -> subprocess.CompletedProcess[str]:
     """The training job as a process of its own, after the statements `before`; says at its end if torch was loaded."""
-    code = (f"import sys; from jobs import __main__ as command, merge, train\n{before}\n"
+    code = (f"import sys; from jobs import __main__ as command; from jobs.training import merge, train\n{before}\n"
             "code = command.main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)")
     return subprocess.run([sys.executable, "-c", code, *command(file, volumes)], cwd=CHECKOUT, capture_output=True,
                           text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})

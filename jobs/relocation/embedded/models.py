@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jobs.core.progress import Progress
 from jobs.relocation.embedded.grammar import documents
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def _muon(matrices: list[Any]) -> Callable[[float], None]:
     return step
 
 
-def _train(name: str, steps: int, progress: Callable[[int, int, float], None] | None) -> tuple[Any, Any]:
+def _train(name: str, steps: int) -> tuple[Any, Any]:
     """The trained model and its tokenizer. Seeds the global source of chance: the caller keeps that to itself."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
@@ -173,7 +174,8 @@ def _train(name: str, steps: int, progress: Callable[[int, int, float], None] | 
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     rows = _token_rows(tokenizer, recipe.chat_share)
     model.train()
-    for step in range(1, steps + 1):
+    progress = Progress(f"{name}: training steps", steps)
+    for _ in range(steps):
         ids, positions = (torch.tensor(column) for column in zip(*itertools.islice(rows, ROWS), strict=True))
         targets = ids.masked_fill(positions == 0, -100)  # nothing comes before a document's first token
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
@@ -184,22 +186,19 @@ def _train(name: str, steps: int, progress: Callable[[int, int, float], None] | 
         optimizer.step()
         schedule.step()
         model.zero_grad()
-        if progress:
-            progress(step, steps, loss.item())
+        progress.add(1, lambda: f"loss {loss.item():.2f}")  # noqa: B023 - called at once
     return model.eval(), tokenizer
 
 
-def write_model(
-    name: str, folder: Path, progress: Callable[[int, int, float], None] | None = None, *, _steps: int | None = None
-) -> None:
-    """Train an embedded model and save it as transformers and vLLM read it. `progress` hears (step, steps, loss)."""
+def write_model(name: str, folder: Path, *, _steps: int | None = None) -> None:
+    """Train an embedded model and save it as transformers and vLLM read it."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
-            model, _ = _train(name, _steps or _RECIPES[name].steps, progress)
+            model, _ = _train(name, _steps or _RECIPES[name].steps)
     finally:
         torch.set_num_threads(threads)
     model.generation_config.do_sample = False
