@@ -154,7 +154,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     os.environ.update(environment(flags))
     log.info("serving %s (%s) in mode %s on %s:%d, adapters: %s", served.base_name, served.base_model, served.mode,
              args.host, args.port, ", ".join(start.named))
-    sys.argv = [MODULE, *vllm_arguments(served, tokenizer, args.host, args.port, len(start.named)), *flags]
+    sys.argv = [MODULE, *vllm_arguments(served, tokenizer, args.host, args.port, start.adapters), *flags]
     # In this process and not by exec: as a container's first process, Python would ignore SIGTERM until vLLM, after
     # many seconds of imports, sets its own handler; ours is in place all the while.
     try:

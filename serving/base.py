@@ -82,6 +82,7 @@ class Start:
 
     base: Base
     named: Named
+    adapters: int  # of how many of these names an adapter may be served on this base
     base_name: str  # the model name by which clients ask for the base model
     max_lora_rank: int
 
@@ -346,7 +347,8 @@ def start(pipelines: Path, volumes: Path, deadline_s: float) -> Start:
             refused = refused or error
             continue
         proven = find_proven(named, volumes).get(base, {})
-        return Start(base, named, base_name(base, named, volumes), max_lora_rank(base, named, proven))
+        fitting = [name for name, each in named.items() if each is None or of(each) == base or name in proven]
+        return Start(base, named, len(fitting), base_name(base, named, volumes), max_lora_rank(base, named, proven))
     raise refused or UserError("there is no base model to start on")
 
 

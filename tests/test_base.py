@@ -86,6 +86,7 @@ def test_the_first_file_decides_and_a_file_that_does_not_fit_or_is_invalid_stops
     assert start.base_name == "builtin:tiny"
     assert start.max_lora_rank == 128
     assert [name for name, pipeline in start.named.items() if pipeline] == ["one", "two", "three"]
+    assert start.adapters == len(start.named) - 1, "not the one for another base model"
 
 
 @pytest.mark.parametrize("text", INVALID)
@@ -123,7 +124,7 @@ def test_an_invalid_file_starts_from_what_was_promoted(git: Git, text: str, capl
     git.promote(pipeline)
     git.spoil(text=text)
     start = git.start()
-    assert start == base.Start(base.of(pipeline), {NAME: None}, "builtin:tiny", 128)
+    assert start == base.Start(base.of(pipeline), {NAME: None}, 1, "builtin:tiny", 128)
     assert f"{git.files}/a/pipeline.yaml" in caplog.text
 
 
