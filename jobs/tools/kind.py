@@ -36,7 +36,6 @@ ARGOCD_INSTALL = f"https://raw.githubusercontent.com/argoproj/argo-cd/{ARGOCD}/m
 # As in argocd/demo/git-server.yaml.
 GIT_URL, GIT_PORT, GIT_BRANCH = "git://git-server.git-demo.svc.cluster.local/lora-gitops.git", 9418, "main"
 APPLICATION, INFERENCE = "lora-gitops", "model-inference"
-ROLLOUT_SECONDS = 600.0  # with pulling an image
 
 TOOLS = {
     "docker": "It runs the cluster and builds the images: https://docs.docker.com/get-docker/",
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     if args.check:
         return
     deadline = time.monotonic() + 60 * args.minutes
-    cluster = Cluster(args.name, namespace_of(manifests))
+    cluster = Cluster(args.name, next(m["metadata"]["name"] for m in manifests if m["kind"] == "Namespace"))
     images = images_of(manifests)
     require_images(images)
     if args.name not in call("kind", "get", "clusters").split():
@@ -125,11 +124,6 @@ def require_images(images: list[str]) -> None:
 def images_of(manifests: list[Manifest]) -> list[str]:
     """The images of every container, each once."""
     return sorted({c["image"] for template in pod_templates(manifests).values() for c in containers(template)})
-
-
-def namespace_of(manifests: list[Manifest]) -> str:
-    """The name of the overlay's Namespace."""
-    return next(str(m["metadata"]["name"]) for m in manifests if m["kind"] == "Namespace")
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -204,11 +198,7 @@ def install_argocd(kubectl: Kubectl) -> None:
     # As Argo CD's own instructions have it: a CRD of it is too large for a client-side apply.
     kubectl("apply", "-n", argocd.NAMESPACE, "--server-side", "--force-conflicts", "-f", ARGOCD_INSTALL, seconds=300)
     for workload in ("deployment/argocd-repo-server", "statefulset/argocd-application-controller"):
-        wait_for_rollout(kubectl, argocd.NAMESPACE, workload)
-
-
-def wait_for_rollout(kubectl: Kubectl, namespace: str, workload: str) -> None:
-    kubectl("-n", namespace, "rollout", "status", workload, seconds=ROLLOUT_SECONDS)
+        kubectl.wait_for_rollout(argocd.NAMESPACE, workload)
 
 
 def follow(cluster: Cluster, repo: str, revision: str, overlay: str) -> None:
@@ -220,7 +210,7 @@ def follow(cluster: Cluster, repo: str, revision: str, overlay: str) -> None:
     before = application["spec"]["destination"]["namespace"] if application else cluster.namespace
     if before != cluster.namespace:
         log.info("deleting what runs in %s; its volumes stay", before)
-        cluster.kubectl("-n", argocd.NAMESPACE, "delete", argocd.KIND, APPLICATION, seconds=ROLLOUT_SECONDS)
+        cluster.kubectl("-n", argocd.NAMESPACE, "delete", argocd.KIND, APPLICATION, seconds=600)
     with tempfile.TemporaryDirectory() as folder:
         cluster.kubectl("apply", "-k", str(
             argocd.with_settings(Path(folder), repo, revision, overlay, cluster.namespace)))
@@ -245,7 +235,7 @@ def repository(cluster: Cluster, args: argparse.Namespace) -> tuple[str, str, st
     image = cluster.kubectl("-n", argocd.NAMESPACE, "get", "deployment", "argocd-repo-server",
                             "-o", "jsonpath={.spec.template.spec.containers[0].image}").stdout
     cluster.kubectl("apply", "-f", "-", stdin=argocd.git_server(image))
-    wait_for_rollout(cluster.kubectl, "git-demo", "deployment/git-server")
+    cluster.kubectl.wait_for_rollout("git-demo", "deployment/git-server")
     with cluster.kubectl.forward("git-demo", "service/git-server", GIT_PORT) as tunnel:
         call("git", "-C", str(CHECKOUT), "push", "--force",
              f"git://127.0.0.1:{tunnel.port}/{GIT_URL.rpartition('/')[2]}", f"HEAD:refs/heads/{GIT_BRANCH}")
@@ -266,13 +256,18 @@ def serve(cluster: Cluster, wanted: Pipeline, args: argparse.Namespace) -> None:
         job = f"job/{evaluations[-1]['metadata']['name']}"
         print(cluster.kubectl("-n", cluster.namespace, "logs", job, "--tail=40").stdout)
     endpoint, alias, digest = f"http://127.0.0.1:{args.port}", wanted.adapter, artifacts.adapter.digest
+    title = alias if args.argocd else f"{alias}@{digest}"  # the commit that Argo CD deploys may be another pipeline
+
+    def served() -> bool:
+        found = served_adapter(endpoint, alias)
+        return found == digest or (args.argocd and found is not None)
+
     while True:
         with cluster.kubectl.forward(cluster.namespace, f"service/{INFERENCE}", 8000, args.port) as tunnel:
             try:
-                wait_until(f"{alias}@{digest} to be served", lambda: not tunnel.alive
-                           or served_adapter(endpoint, alias) == digest, ALIAS_SECONDS, every=1)
+                wait_until(f"{title} to be served", lambda: served() or not tunnel.alive, ALIAS_SECONDS, every=1)
             except Late:
-                raise RetryableError(f"{alias}@{digest} is not served. Did it pass the gate (above)? The log has more: "
+                raise RetryableError(f"{title} is not served. Did it pass the gate (above)? The log has more: "
                                      f"kubectl -n {cluster.namespace} logs deployment/{INFERENCE}") from None
             if tunnel.alive:
                 report = artifacts.evaluation.path(Path("/volumes")) / "report.html"

@@ -15,6 +15,7 @@ from jobs.core.errors import RetryableError, UserError
 from jobs.tools.pods import Manifest, error_in
 from jobs.tools.waiting import Late, wait_until
 
+ROLLOUT_SECONDS = 600.0  # with pulling an image
 TUNNEL_SECONDS = 30.0
 
 
@@ -75,6 +76,9 @@ class Kubectl:
         found = self("-n", namespace, "get", kinds, "-o", "json", *arguments).stdout
         items: list[Manifest] = json.loads(found)["items"]
         return items
+
+    def wait_for_rollout(self, namespace: str, workload: str) -> None:
+        self("-n", namespace, "rollout", "status", workload, seconds=ROLLOUT_SECONDS)
 
     @contextmanager
     def forward(self, namespace: str, target: str, port: int, local: int = 0) -> Iterator[Tunnel]:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ from jobs.core.pipeline import Source
 from jobs.tools import pods
 
 Edit = tuple[Path, Callable[[Path], object]]  # a file, and what to do to the copy of it
+
+log = logging.getLogger("jobs")
 
 NAMES = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 
@@ -83,6 +86,9 @@ def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest]) -> Iterator[
         labels = {"app.kubernetes.io/name": job, "app.kubernetes.io/component": "relocation"}
         egress = [policy["spec"].get("egress", []) for policy in whole if policy["kind"] == "NetworkPolicy"
                   and "Egress" in policy["spec"]["policyTypes"] and selects(policy["spec"]["podSelector"], labels)]
+        if job == "dataset-relocation" and not outside and any(egress):
+            log.warning("%s: the data is in git, and %s may reach the network all the same. List the component "
+                        "base/egress/models-only in its kustomization.yaml", overlay, job)
         if outside and egress and not any(egress):
             yield (f"{overlay}: the network policies let {job} reach nothing, and it is to fetch {', '.join(outside)}. "
                    "List the component base/egress in its kustomization.yaml, without models-only if data is fetched")
@@ -148,7 +154,7 @@ def rendered(overlay: Path, edits: list[Edit]) -> list[list[pods.Manifest]]:
         file, change = edit
         with tempfile.TemporaryDirectory() as root:
             for part in kustomizations(overlay):  # each folder that it is made of, at its path below the temporary one
-                shutil.copytree(part.parent, _below(root, part.parent), dirs_exist_ok=True)
+                shutil.copytree(part.parent, _below(root, part.parent), ignore=_large, dirs_exist_ok=True)
             change(_below(root, file))
             try:
                 return pods.render(_below(root, overlay.resolve()))
@@ -157,6 +163,11 @@ def rendered(overlay: Path, edits: list[Edit]) -> list[list[pods.Manifest]]:
 
     with ThreadPoolExecutor(4) as pool:  # kubectl takes a third of a second
         return list(pool.map(render, edits))
+
+
+def _large(folder: str, names: list[str]) -> list[str]:
+    """Data that lies beside a kustomization without being a part of it: no ConfigMap holds as much."""
+    return [name for name in names if Path(folder, name).is_file() and Path(folder, name).stat().st_size > 2**21]
 
 
 def _below(root: str, path: Path) -> Path:

@@ -123,6 +123,7 @@ async def _present(runner: Runner, pipeline: Pipeline, args: argparse.Namespace)
     if evaluation:
         print(summary.evaluation(evaluation), flush=True)
     if endpoint and (not args.exit or (args.ask and passed)):
+        log.info("waiting for %s to be ready; its log: %s", INFERENCE, runner.state / "logs" / f"{INFERENCE}.log")
         await runner.ready(INFERENCE)
     if args.ask and passed and endpoint:
         print(await asyncio.to_thread(summary.ask, pipeline, volumes, endpoint, args.ask), flush=True)

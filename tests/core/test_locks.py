@@ -46,6 +46,29 @@ def test_waiting_for_a_lock_ends_and_says_what_to_do(
     assert 3 <= caplog.text.count("another process makes adapter/0123456789abcdef: waiting for it") <= 6
 
 
+def test_the_first_wait_is_logged_at_once(held: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "jobs")
+    with pytest.raises(RetryableError), locks.hold(held, 0.1, "works", poll_s=0.01):
+        pass
+    assert [record.getMessage() for record in caplog.records] == [
+        "another process works: waiting for it (0 of at most 0 s)"]
+
+
+def test_a_lock_whose_file_was_removed_in_between_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise two could work at once: one on the removed file, one on the new one."""
+    file, flock, first = tmp_path / "lock", fcntl.flock, [True]
+
+    def removed_first(handle: int, operation: int) -> None:
+        if first:
+            first.clear()
+            file.unlink()
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with locks.hold(file, 10, "works", poll_s=0.01), locks.hold_if_free(file) as mine:
+        assert not mine
+
+
 @pytest.mark.timeout(20)
 def test_removing_the_file_ends_a_lock_that_hangs(held: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: held.unlink())

@@ -1,4 +1,4 @@
-"""Promises about base models: what the table says vLLM serves is what the installed vLLM serves."""
+"""Promises about base models: the table of what vLLM serves agrees with the installed vLLM."""
 
 from __future__ import annotations
 

@@ -98,14 +98,14 @@ def test_the_evaluation_says_what_was_measured_on_what_and_why_it_passed(folder:
     wanted = plan(loaded.pipeline)
     artifact = artifacts.read(wanted.evaluation.path(volumes))
     assert {f["path"] for f in artifact.manifest["files"]} == {"evaluation.json", "report.md", "report.html"}
-    said = read(artifact.path / "evaluation.json")
-    assert said["passed"] is True and said["embedded"] is False
-    assert said["adapter"] == {"name": "hotels", "digest": wanted.adapter.digest}
-    assert said["base_model"] == {"name": "file:base", "digest": wanted.base_model.digest}
-    assert said["reference_model"] == {"name": "file:reference", "digest": wanted.reference_model.digest}
-    assert said["dataset"] == {"digest": wanted.dataset.digest, "holdout_records": len(RECORDS)}
-    scores = said["scores"]
-    (rule,) = said["gate"]
+    evaluation = read(artifact.path / "evaluation.json")
+    assert evaluation["passed"] is True and evaluation["embedded"] is False
+    assert evaluation["adapter"] == {"name": "hotels", "digest": wanted.adapter.digest}
+    assert evaluation["base_model"] == {"name": "file:base", "digest": wanted.base_model.digest}
+    assert evaluation["reference_model"] == {"name": "file:reference", "digest": wanted.reference_model.digest}
+    assert evaluation["dataset"] == {"digest": wanted.dataset.digest, "holdout_records": len(RECORDS)}
+    scores = evaluation["scores"]
+    (rule,) = evaluation["gate"]
     assert rule["value"] == scores["fine_tuned"]["perplexity"] / scores["base"]["perplexity"]
     assert (rule["metric"], rule["bound"], rule["limit"], rule["passed"]) == ("perplexity", "max_ratio", 1000.0, True)
     for role, spec in (("base", wanted.base_scores), ("fine_tuned", wanted.adapter_scores),
@@ -134,8 +134,8 @@ def test_a_rejected_adapter_is_a_result_and_nothing_is_promoted(
     loaded, volumes = published_pipeline(tmp_path, gate=FAILING)
     with caplog.at_level("INFO", "jobs"):
         evaluate.run(loaded, volumes, 0)
-    said = read(plan(loaded.pipeline).evaluation.path(volumes) / "evaluation.json")
-    assert [check["passed"] for check in said["gate"]] == [False, True] and said["passed"] is False
+    evaluation = read(plan(loaded.pipeline).evaluation.path(volumes) / "evaluation.json")
+    assert [check["passed"] for check in evaluation["gate"]] == [False, True] and evaluation["passed"] is False
     assert promoted(volumes) is None
     (loud,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "REJECTED" in loud and "✗ perplexity: fine-tuned / base is" in loud and "must be at most 1e-06" in loud
@@ -294,8 +294,8 @@ def test_an_adapter_of_nan_weights_is_rejected(tmp_path: Path) -> None:
 
     artifacts.publish(plan(loaded.pipeline).adapter, volumes, damaged, keep=5)
     evaluate.run(loaded, volumes, 0)
-    said = read(plan(loaded.pipeline).evaluation.path(volumes) / "evaluation.json")
-    assert said["passed"] is False and said["gate"][0]["value"] is None and promoted(volumes) is None
+    evaluation = read(plan(loaded.pipeline).evaluation.path(volumes) / "evaluation.json")
+    assert evaluation["passed"] is False and evaluation["gate"][0]["value"] is None and promoted(volumes) is None
 
 
 def test_a_rouge_rule_on_plain_text_fails_before_waiting_for_the_adapter(tmp_path: Path) -> None:

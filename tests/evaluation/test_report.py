@@ -104,15 +104,12 @@ def test_a_name_that_the_template_is_not_given_is_an_error_and_not_a_gap() -> No
         report_html._template().render()
 
 
-def test_the_template_is_in_the_package_and_in_the_image() -> None:
-    """It lies beside the code: setuptools takes what package-data names, the Dockerfile copies the folder."""
+def test_the_template_is_in_the_package() -> None:
+    """setuptools takes only modules, and what package-data names. (That it is in the image: tests/test_images.py.)"""
     with (CHECKOUT / "pyproject.toml").open("rb") as file:
         patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["jobs.evaluation"]
     assert list((CHECKOUT / "jobs").rglob("*.j2")) == [report_html.TEMPLATE]
     assert any(report_html.TEMPLATE.match(pattern) for pattern in patterns)
-    assert "COPY jobs jobs" in (CHECKOUT / "jobs" / "Dockerfile").read_text()
-    ignored = (CHECKOUT / ".dockerignore").read_text().splitlines()
-    assert not [line for line in ignored if line.startswith("**/") and report_html.TEMPLATE.match(line[3:])]
 
 
 def test_the_page_shows_every_score_a_bar_for_each_and_both_loss_curves() -> None:

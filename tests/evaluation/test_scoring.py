@@ -112,6 +112,23 @@ def test_an_answer_stops_at_every_end_token_that_serving_stops_at(
     assert scoring.generate(model, tokenizer, [prompt], 8, 96, Progress("test", 1)) == [""]
 
 
+def test_an_answer_is_text_without_the_tokens_of_the_template(loaded: tuple[Any, Any]) -> None:
+    """A model may write `<|user|>` and go on; clients of vLLM get the text around it."""
+    import torch
+
+    tokenizer = loaded[1]
+    written = torch.tensor([tokenizer("The cook<|user|> reads")["input_ids"]])
+
+    class Writer:
+        device, generation_config = torch.device("cpu"), None
+
+        def generate(self, input_ids: Any, **_: Any) -> Any:
+            return torch.cat([input_ids, written], 1)
+
+    model: Any = Writer()
+    assert scoring.generate(model, tokenizer, [[5, 6]], 8, 96, Progress("test", 1)) == ["The cook reads"]
+
+
 def test_answers_never_run_past_the_positions_that_the_model_has(loaded: tuple[Any, Any]) -> None:
     """A GPT-2 with 96 positions and a long prompt must not end in an index error."""
     model, tokenizer = loaded
@@ -160,6 +177,13 @@ def test_records_that_are_too_long_are_left_out_and_counted(loaded: tuple[Any, A
     assert (scores["records"], scores["records_too_long"], len(generations)) == (2, 2, 2)
     with pytest.raises(UserError, match=f"none of the 4 held-out records fits: the shortest has {lengths[0]} tokens"):
         scoring.measure(model, tokenizer, material(RECORDS, max_length=lengths[0] - 1), "tiny")
+
+
+def test_a_sentence_beyond_the_positions_of_the_model_is_scored_as_far_as_they_go(loaded: tuple[Any, Any]) -> None:
+    """GPT-2 would end in an index error; and a sentence of one token has nothing that could be scored."""
+    odd = [*SENTENCES, ("The cook reads the book. " * 40, True), ("x", True)]
+    scores, _ = scoring.measure(*loaded, Material(RECORDS, odd, 90, 4), "tiny")
+    assert scores["sentences"] == len(SENTENCES) + 1
 
 
 def test_too_few_judged_sentences_is_an_error_that_names_the_setting(loaded: tuple[Any, Any]) -> None:

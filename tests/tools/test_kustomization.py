@@ -45,6 +45,17 @@ def test_a_source_that_no_job_may_reach_is_an_error(tmp_path: Path) -> None:
     assert list(kustomization.sources_out_of_reach(overlay, render(overlay))) == []
 
 
+def test_private_data_in_git_beside_an_open_network_is_warned_of(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    overlay = copy(tmp_path)
+    file = overlay / "kustomization.yaml"
+    for option in ("egress ", "egress/models-only "):
+        file.write_text(file.read_text().replace(f"# - ../../base/{option}", f"- ../../base/{option}"))
+        caplog.clear()
+        assert list(kustomization.sources_out_of_reach(overlay, render(overlay))) == []
+        assert ("List the component base/egress/models-only" in caplog.text) == (option == "egress ")
+
+
 def test_a_patch_of_jobs_works_where_there_are_jobs(tmp_path: Path) -> None:
     kustomization.check(edited(copy(tmp_path), patches=[JOBS]))
 

@@ -78,7 +78,7 @@ def test_the_environment_says_how_many_processes(environment: dict[str, str], ex
     assert distributed.launch_wanted() == (None if expected is None else distributed.Launch(*expected))
 
 
-@pytest.mark.parametrize(("environment", "says"), [
+@pytest.mark.parametrize(("environment", "message"), [
     ({"NODES": "two"}, "NODES is 'two', but must be a whole number of at least 1"),
     ({"PROCESSES_PER_NODE": "0"}, "PROCESSES_PER_NODE is '0', but must be a whole number of at least 1"),
     ({"NODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK is 2, but NODES is 2: ranks go from 0 to 1"),
@@ -86,21 +86,21 @@ def test_the_environment_says_how_many_processes(environment: dict[str, str], ex
     # As some operators start processes: accelerate would let each of them train alone, on its share of the batches.
     ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but LOCAL_RANK is not set: start the processes with"),
 ])
-def test_an_environment_that_cannot_work_is_refused_by_name(environment: dict[str, str], says: str,
+def test_an_environment_that_cannot_work_is_refused_by_name(environment: dict[str, str], message: str,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         distributed.launch_wanted()
 
 
 # --- how it ends ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("codes", "said", "kind", "says"), [
-    # torchrun stops the others when one fails: what they end with then says nothing about why.
+@pytest.mark.parametrize(("codes", "messages", "kind", "message"), [
+    # torchrun stops the others when one fails: what they end with then is not the reason.
     ({0: 143, 1: 1}, {0: "143 stopped by SIGTERM"}, RetryableError, "the training process 1 failed"),
     ({0: 143, 1: -9}, {0: "143 stopped by SIGTERM"}, RetryableError, "process 1 ended with exit code -9: it was"),
     ({0: -15, 1: -6}, {}, RetryableError, "process 1 ended with exit code -6: it aborted; NCCL does"),
@@ -110,23 +110,24 @@ def test_an_environment_that_cannot_work_is_refused_by_name(environment: dict[st
     ({0: 143, 1: 143}, {0: "143 stopped at step 7", 1: "143 stopped at step 7"}, Terminated, "stopped at step 7"),
 ])
 def test_what_all_processes_end_with_becomes_one_reason(
-        codes: dict[int, int], said: dict[int, str], kind: type[BaseException], says: str, tmp_path: Path) -> None:
-    for rank, text in said.items():
+        codes: dict[int, int], messages: dict[int, str], kind: type[BaseException], message: str,
+        tmp_path: Path) -> None:
+    for rank, text in messages.items():
         (tmp_path / str(rank)).write_text(text)
-    with pytest.raises(kind, match=says):
+    with pytest.raises(kind, match=message):
         distributed._raise({rank: SimpleNamespace(exitcode=code) for rank, code in codes.items()}, tmp_path)
 
 
 @pytest.mark.parametrize(("overlay", "code"), [("kind", 0), ("missing", 2)])
 def test_a_worker_that_is_done_cannot_fail_while_python_ends(overlay: str, code: int) -> None:
     """Rarely, a thread of gloo aborts the process then: an adapter that is published would count as a failed Job.
-    What it said before is not lost."""
-    program = ("import atexit, os, runpy; atexit.register(os.abort); print('said'); "
+    What it printed before is not lost."""
+    program = ("import atexit, os, runpy; atexit.register(os.abort); print('printed'); "
                "runpy.run_module('jobs', run_name='__main__')")
     worker = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "PYTHONUNBUFFERED": ""}
     done = subprocess.run([sys.executable, "-c", program, "check", f"overlays/{overlay}"], cwd=CHECKOUT,
                           env=os.environ | worker, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (code, "said\n"), done.stderr
+    assert (done.returncode, done.stdout) == (code, "printed\n"), done.stderr
     assert f"overlays/{overlay}" in done.stderr
 
 
@@ -157,11 +158,11 @@ def start(file: Path, volumes: Path, *launcher: str, **environment: str) -> subp
 
 
 def trained(file: Path, volumes: Path, *launcher: str, **environment: str) -> tuple[dict[str, Any], list[Any], str]:
-    """Train to the end: the adapter's weights, its loss history, and what was said."""
+    """Train to the end: the adapter's weights, its loss history, and its log."""
     process = start(file, volumes, *launcher, **environment)
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    return *result(file, volumes), said
+    _, output = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return *result(file, volumes), output
 
 
 def result(file: Path, volumes: Path) -> tuple[dict[str, Any], list[Any]]:
@@ -198,10 +199,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[st
 def test_two_processes_give_what_one_gives_and_say_it_once(
         tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
     file, volumes, *expected = alone
-    weights, history, said = trained(file, other_volumes(tmp_path / "v", volumes), PROCESSES_PER_NODE="2")
+    weights, history, output = trained(file, other_volumes(tmp_path / "v", volumes), PROCESSES_PER_NODE="2")
     assert_the_same((weights, history), tuple(expected))  # type: ignore[arg-type]
-    assert said.count("published adapter/") == said.count("loading model and data") == 1
-    assert "training with 2 processes on this node" in said
+    assert output.count("published adapter/") == output.count("loading model and data") == 1
+    assert "training with 2 processes on this node" in output
 
 
 @pytest.mark.slow
@@ -216,8 +217,8 @@ def test_two_nodes_meet_and_give_what_one_process_gives(
     nodes = [start(file, shared, NODES="2", JOB_COMPLETION_INDEX=str(rank), PROCESSES_PER_NODE="1",
                    MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in (0, 1)]
     for node in nodes:
-        _, said = node.communicate(timeout=240)
-        assert node.returncode == 0, said
+        _, output = node.communicate(timeout=240)
+        assert node.returncode == 0, output
     assert_the_same(result(file, shared), tuple(expected))  # type: ignore[arg-type]
 
 
@@ -230,13 +231,13 @@ def test_told_to_stop_all_save_one_checkpoint_and_the_next_attempt_goes_on_there
     process = start(file, own, PROCESSES_PER_NODE="2")
     wait_for_checkpoint(own, process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 143, said
-    assert said.count("error: ") == 1
-    assert "a checkpoint is saved" in said
-    assert "Traceback" not in said
-    weights, history, said = trained(file, own, PROCESSES_PER_NODE="1")
-    assert "resuming from the checkpoint at step" in said
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 143, output
+    assert output.count("error: ") == 1
+    assert "a checkpoint is saved" in output
+    assert "Traceback" not in output
+    weights, history, output = trained(file, own, PROCESSES_PER_NODE="1")
+    assert "resuming from the checkpoint at step" in output
     assert_the_same((weights, history), tuple(expected))  # type: ignore[arg-type]
 
 
@@ -267,10 +268,10 @@ def test_when_the_launcher_is_killed_no_process_is_left_behind(
 def test_what_somebody_must_change_is_said_once_and_is_no_reason_to_retry(tmp_path: Path) -> None:
     file, volumes = published_inputs(tmp_path, max_length=8, tokens_per_batch=8)
     process = start(file, volumes, PROCESSES_PER_NODE="2")
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 2, said
-    assert said.count("records are longer than training.max_length") == 1
-    assert "Traceback" not in said
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert output.count("records are longer than training.max_length") == 1
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
@@ -288,9 +289,9 @@ def test_a_killed_process_ends_all_and_is_worth_a_retry(
         wait_for_checkpoint(own, process)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
     os.kill(int(workers.split()[-1]), signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 1, said
-    assert said.count("error: ") == 1
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert output.count("error: ") == 1
 
 
 @pytest.mark.slow
@@ -306,7 +307,7 @@ def test_workers_that_torchrun_started_train_as_ours_do(
 @pytest.mark.slow
 def test_a_model_divided_among_processes_gives_what_one_process_gives(
         tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
-    """`sharding: fsdp`, stopped and resumed. With accelerate told that CPUs will do: tests/sharding_on_cpus.py."""
+    """`sharding: fsdp`, stopped and resumed. With accelerate set to take CPUs: tests/sharding_on_cpus.py."""
     file, volumes, *expected = alone
     values = file.read_text()
     sharded = tmp_path / "pipeline.yaml"
@@ -319,8 +320,8 @@ def test_a_model_divided_among_processes_gives_what_one_process_gives(
     wait_for_checkpoint(own, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
-    weights, history, said = trained(sharded, own, *torchrun)
-    assert "resuming from the checkpoint at step" in said
+    weights, history, output = trained(sharded, own, *torchrun)
+    assert "resuming from the checkpoint at step" in output
     assert_the_same((weights, history), tuple(expected))  # type: ignore[arg-type]
 
 
@@ -331,6 +332,6 @@ def test_dividing_a_model_among_cpus_is_refused_and_not_ignored(
     sharded = tmp_path / "pipeline.yaml"
     sharded.write_text(file.read_text().replace("training:\n", "training:\n  sharding: fsdp\n"))
     process = start(sharded, other_volumes(tmp_path / "v", volumes), PROCESSES_PER_NODE="2")
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 2, said
-    assert said.count("error: training.sharding: fsdp needs GPUs") == 1
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert output.count("error: training.sharding: fsdp needs GPUs") == 1

@@ -241,15 +241,15 @@ def test_a_stopped_run_resumes_and_ends_with_the_same_bytes(
     first = start(file, volumes)
     wait_for_checkpoint(volumes, first)
     first.send_signal(number)
-    _, said = first.communicate(timeout=60)
-    assert first.returncode == code, said
+    _, output = first.communicate(timeout=60)
+    assert first.returncode == code, output
     assert artifacts.find(plan(pipeline.load(file).pipeline).adapter, volumes) is None
     if number == signal.SIGTERM:
-        assert "a checkpoint is saved" in said
+        assert "a checkpoint is saved" in output
     second = start(file, volumes)
-    _, said = second.communicate(timeout=120)
-    assert second.returncode == 0, said
-    assert "resuming from the checkpoint at step" in said
+    _, output = second.communicate(timeout=120)
+    assert second.returncode == 0, output
+    assert "resuming from the checkpoint at step" in output
     assert weights(file, volumes) == expected
     assert not list(volumes.glob("fine-tuned-model/checkpoints/*")), "checkpoints are removed once the adapter is there"
 
@@ -277,16 +277,16 @@ def test_already_done_answers_without_loading_torch(uninterrupted: tuple[Path, P
                                                     for line in done.stderr.splitlines()}
 
 
-@pytest.mark.parametrize(("changes", "says"), [
+@pytest.mark.parametrize(("changes", "message"), [
     ({"lora": {"target_modules": ["q_proj", "lm_head"]}}, "lm_head cannot be served on LlamaForCausalLM"),
     ({"max_length": 4096, "tokens_per_batch": 4096}, "max_length is 4096, but the base model knows only"),
 ])
 def test_what_vllm_could_not_serve_is_refused_before_training(
-        tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+        tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     file, volumes = published_inputs(tmp_path, **changes)
     done = subprocess.run(command(file, volumes), cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert says in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
