@@ -143,7 +143,7 @@ def test_the_init_container_waits_for_what_the_server_starts_from(git: Git) -> N
     (git.volumes / FINE_TUNED_VOLUME).rename(git.volumes / "away")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "waited 0 s for base-model/" in done.stderr
+    assert "waited 1 s for base-model/" in done.stderr
 
 
 def test_who_waits_for_a_base_model_follows_a_push_that_asks_for_another_and_ignores_an_invalid_one(
