@@ -11,6 +11,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Literal
 
@@ -19,8 +20,31 @@ from jobs.core.errors import UserError
 
 def sha256_of(file: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
-    with file.open("rb") as stream:
+    with open_plain(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def open_plain(file: Path) -> BufferedReader:
+    """Open a plain file, or a link to one, to read its bytes. Opening a FIFO would wait for a writer for ever.
+
+    Raises:
+        UserError: when it is a FIFO, a socket or a device.
+    """
+    require_plain(file)
+    return file.open("rb")
+
+
+def require_plain(file: Path) -> None:
+    """Refuse what exists and is neither a plain file nor a link to one.
+
+    Raises:
+        UserError: naming the file and what it is.
+    """
+    mode = file.stat().st_mode if file.exists() else stat.S_IFREG
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{file}: is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a plain file. Put a file with "
+                        "the content there")
 
 
 def visible_files(folder: Path) -> list[str]:

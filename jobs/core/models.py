@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core.errors import RetryableError, UserError
+from jobs.core.files import require_plain
 from jobs.core.pipeline import Mode
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: when it is missing or not a JSON mapping.
     """
     try:
+        require_plain(folder / "config.json")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: has no config.json, so it is not a model in the Hugging Face format") from None

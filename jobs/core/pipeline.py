@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from jobs.core import strict_yaml
+from jobs.core import sources, strict_yaml
 from jobs.core.errors import UserError
 from jobs.core.strict_yaml import Document
 
@@ -24,12 +24,7 @@ from jobs.core.strict_yaml import Document
 SERVABLE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 Mode = Literal["lora", "merged"]
-Scheme = Literal["file", "http", "https", "s3", "gs", "hf", "builtin"]
-MODEL_SCHEMES: tuple[Scheme, ...] = ("hf", "file", "builtin")
-DATA_SCHEMES: tuple[Scheme, ...] = ("file", "https", "http", "s3", "gs", "hf")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-EMBEDDED_MODELS = ("builtin:tiny", "builtin:tiny-reference")
-EMBEDDED_PAIRS = "builtin:pairs"
 
 
 class _Strict(BaseModel):
@@ -38,11 +33,8 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """Where something comes from and the pin that says exactly which version of it.
-
-    A hub repository (`hf://`) is pinned by `revision`, a 40-digit commit; everything else by `sha256`; `builtin:` by
-    the version of this code.
-    """
+    """Where something comes from and the pin that says exactly which version of it: `revision`, a 40-digit commit, or
+    `sha256`, as its scheme has it (jobs/core/sources.py); what this code makes has none."""
 
     source: str
     revision: Annotated[str, Field(min_length=1)] | None = None
@@ -50,7 +42,7 @@ class Source(_Strict):
 
     @property
     def scheme(self) -> str:
-        return self.source.partition(":")[0]
+        return sources.scheme_of(self.source)
 
     @property
     def location(self) -> str:
@@ -64,33 +56,13 @@ class Source(_Strict):
 
     def unpinned(self) -> str | None:
         """What keeps the source from being pinned, in words; None when it is pinned."""
-        if self.scheme == "builtin":
+        key = sources.SCHEMES[self.scheme].pin
+        if key is None:
             return None
-        if self.scheme == "hf":
-            if self.revision and not COMMIT.fullmatch(self.revision):
-                return f"`revision: {self.revision}` is not a commit of 40 hex digits: what it names can change"
-            return None if self.revision else "`revision` is missing"
-        return None if self.sha256 else "`sha256` is missing"
-
-
-def _check_source(source: Source, schemes: tuple[Scheme, ...], builtin: tuple[str, ...]) -> None:
-    if source.scheme not in schemes or not source.location:
-        shapes = {"hf": "hf://OWNER/NAME", "builtin": " or ".join(builtin)}
-        allowed = ", ".join(shapes.get(s, f"{s}:PATH" if s == "file" else f"{s}://…") for s in schemes)
-        raise PydanticCustomError("source", "{source} is not a source; allowed: {allowed}",
-                                  {"source": source.source, "allowed": allowed})
-    if source.scheme == "builtin" and source.source not in builtin:
-        raise PydanticCustomError("source", "{source} is not embedded; allowed: {allowed}",
-                                  {"source": source.source, "allowed": ", ".join(builtin)})
-    if source.scheme == "hf" and source.location.startswith("datasets/") != ("https" in schemes):
-        shape = "hf://datasets/OWNER/NAME, with a path or glob behind it" if "https" in schemes else "hf://OWNER/NAME"
-        raise PydanticCustomError("source", "{source} must be {shape}", {"source": source.source, "shape": shape})
-    if source.revision and source.sha256:
-        raise PydanticCustomError("pin", "has two pins; keep `revision` for hf:// or `sha256` for all else", {})
-    wrong = "sha256" if source.scheme == "hf" else "revision"
-    if getattr(source, wrong) or (source.scheme == "builtin" and source.sha256):
-        raise PydanticCustomError("pin", "{source} is not pinned by `{wrong}`; remove it and run: python -m jobs pin",
-                                  {"source": source.source, "wrong": wrong if getattr(source, wrong) else "sha256"})
+        pin = getattr(self, key)
+        if key == "revision" and pin and not COMMIT.fullmatch(pin):
+            return f"`revision: {pin}` is not a commit of 40 hex digits: what it names can change"
+        return None if pin else f"`{key}` is missing"
 
 
 class DatasetSource(Source):
@@ -100,7 +72,7 @@ class DatasetSource(Source):
 
     @model_validator(mode="after")
     def _allowed(self) -> DatasetSource:
-        _check_source(self, DATA_SCHEMES, ())
+        sources.check(self.source, "data", self.revision, self.sha256)
         return self
 
 
@@ -111,7 +83,7 @@ class ModelSource(Source):
 
     @model_validator(mode="after")
     def _allowed(self) -> ModelSource:
-        _check_source(self, MODEL_SCHEMES, EMBEDDED_MODELS)
+        sources.check(self.source, "model", self.revision, self.sha256)
         return self
 
     @property
@@ -130,8 +102,7 @@ class TokenizerSource(_Strict):
     @model_validator(mode="after")
     def _allowed(self) -> TokenizerSource:
         if self.source is not None:
-            _check_source(Source(source=self.source, revision=self.revision, sha256=self.sha256),
-                          MODEL_SCHEMES, EMBEDDED_MODELS)
+            sources.check(self.source, "model", self.revision, self.sha256)
         elif self.revision or self.sha256:
             raise PydanticCustomError("pin", "has a pin but no `source`; empty, it means the base model's own", {})
         return self
@@ -140,11 +111,11 @@ class TokenizerSource(_Strict):
 class AcceptabilitySource(Source):
     """Sentences with acceptability judgements: embedded, or GLUE CoLA from the hub."""
 
-    source: str = EMBEDDED_PAIRS
+    source: str = sources.EMBEDDED_PAIRS
 
     @model_validator(mode="after")
     def _allowed(self) -> AcceptabilitySource:
-        _check_source(self, (*DATA_SCHEMES, "builtin"), (EMBEDDED_PAIRS,))
+        sources.check(self.source, "acceptability", self.revision, self.sha256)
         return self
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from jobs.core.artifacts import Spec
 from jobs.core.pipeline import Pipeline, Source
+from jobs.core.sources import SCHEMES
 
 # Bump a number when the code of that stage would give another result for the same settings: it renames the artifacts,
 # so that old results are neither reused nor overwritten.
-RECIPES = {"dataset": 1, "acceptability": 1, "base-model": 1, "tokenizer": 1, "reference-model": 1,
+RECIPES = {"dataset": 2, "acceptability": 1, "base-model": 1, "tokenizer": 1, "reference-model": 1,
            "adapter": 1, "merged-model": 1, "scores": 1, "evaluation": 1,
            "embedded": 1}  # the embedded models' files
 
@@ -114,17 +115,18 @@ def _source(recipe: str, source: Source) -> dict[str, Any]:
     """What identifies a relocated source. Bytes pinned by sha256 are the same bytes wherever they come from, so the
     URL is not part of it: moving the data to another bucket renames nothing."""
     identity: dict[str, Any] = {"recipe": RECIPES[recipe]}
-    if source.sha256:
+    pin = SCHEMES[source.scheme].pin
+    if pin == "sha256":
         return identity | {"sha256": source.sha256}
-    if source.scheme == "builtin":
+    if pin is None:
         return identity | {"source": source.source, "embedded": RECIPES["embedded"]}
-    return identity | {"source": source.source, "revision": source.revision}
+    return identity | {"source": source.source, pin: getattr(source, pin)}
 
 
 def _suffix(source: Source) -> str:
     """The format that the name of the data says: jsonl, csv, parquet, or "" for a folder or repository."""
     name = source.location.partition("?")[0].rsplit("/", 1)[-1]
-    return name.rpartition(".")[2].lower() if "." in name and source.scheme != "builtin" else ""
+    return name.rpartition(".")[2].lower() if "." in name and SCHEMES[source.scheme].pin else ""
 
 
 def _scores(pipeline: Pipeline, dataset: Spec, acceptability: Spec, models: dict[str, Spec]) -> Spec:

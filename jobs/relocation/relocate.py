@@ -21,9 +21,12 @@ from jobs.core.errors import UserError
 from jobs.core.files import human_bytes
 from jobs.core.pipeline import Loaded, Source
 from jobs.core.plan import plan
-from jobs.data import split as dataset
+from jobs.data import acceptability, split
+from jobs.data.formats import File, readable
 from jobs.relocation import download, sources
-from jobs.relocation.download import Item
+from jobs.relocation.connection import mismatch, shown
+from jobs.relocation.sources.file import path_sha256
+from jobs.relocation.sources.interface import Item
 
 log = logging.getLogger("jobs")
 
@@ -73,17 +76,17 @@ def check_data_in_git(loaded: Loaded) -> None:
     """
     for source in (loaded.pipeline.dataset, loaded.pipeline.evaluation.acceptability):
         path = loaded.resolve(source) if source.scheme == "file" else None
-        if path and path.exists() and (found := sources.path_sha256(path)) != source.sha256:
-            raise UserError(download.mismatch(str(path), "pipeline.yaml", str(source.sha256), found))
+        if path and path.exists() and (found := path_sha256(path)) != source.sha256:
+            raise UserError(mismatch(str(path), "pipeline.yaml", str(source.sha256), found))
 
 
 def write_dataset(loaded: Loaded, draft: Path) -> dict[str, Any]:
     """Fetch the data, validate every record, and write train.jsonl, holdout.jsonl and statistics.json."""
     source = loaded.pipeline.dataset
-    facts = dataset.split(fetch_data(loaded, source, draft), source.holdout, draft)
+    facts = split.split(fetch_data(loaded, source, draft), source.holdout, draft)
     shutil.rmtree(draft / RAW)
     records = facts["records"]
-    log.info("%s: %d records to train on, %d held out by %s, %d duplicates", download.shown(source.source),
+    log.info("%s: %d records to train on, %d held out by %s, %d duplicates", shown(source.source),
              records["train"], records["holdout"], facts["split_by"], facts["duplicates"])
     return origin(source) | facts
 
@@ -95,18 +98,17 @@ def write_acceptability(loaded: Loaded, draft: Path) -> dict[str, Any]:
         from jobs.relocation import embedded
 
         download.remove_others(draft, [])
-        dataset.write_pairs(embedded.acceptability_pairs(), draft)
+        acceptability.write_pairs(embedded.acceptability_pairs(), draft)
         return origin(source)
-    facts = dataset.judge(fetch_data(loaded, source, draft), draft)
+    facts = acceptability.convert(fetch_data(loaded, source, draft), draft)
     shutil.rmtree(draft / RAW)
     return origin(source) | facts
 
 
-def fetch_data(loaded: Loaded, source: Source, draft: Path) -> list[dataset.File]:
+def fetch_data(loaded: Loaded, source: Source, draft: Path) -> list[File]:
     """Fetch the files of records that a source holds into the draft's raw folder, and nothing else."""
     items = sources.listing(loaded, source)
-    files = dataset.known([dataset.File(draft / RAW / item.name, item.name) for item in items],
-                          download.shown(source.source))
+    files = readable([File(draft / RAW / item.name, item.name) for item in items], shown(source.source))
     names = {file.name for file in files}
     fetch([replace(item, name=f"{RAW}/{item.name}") for item in items if item.name in names], source, draft)
     return files
@@ -256,14 +258,14 @@ def fetch(items: Iterable[Item], source: Source, draft: Path) -> None:
     download.remove_others(draft, items)
     sizes = [item.size for item in items if item.size is not None]
     size = human_bytes(sum(sizes)) if len(sizes) == len(items) else "unknown size"
-    log.info("%s at %s: fetching %s (%s)", download.shown(source.source), source.pin,
+    log.info("%s at %s: fetching %s (%s)", shown(source.source), source.pin,
              items[0].name if len(items) == 1 else f"{len(items)} files", size)
     download.fetch(items, draft)
 
 
 def origin(source: Source) -> dict[str, Any]:
     """Where an artifact came from, for people; a URL without its secrets."""
-    return {"source": download.shown(source.source), "pin": source.pin}
+    return {"source": shown(source.source), "pin": source.pin}
 
 
 def left_out(items: Iterable[Item], taken: Iterable[Item]) -> dict[str, Any]:

@@ -40,13 +40,13 @@ def run(overlay: Path) -> None:
 
 def check_data(loaded: Loaded) -> None:
     """The data that lies beside the pipeline file: pinned content, and records that a relocation would take."""
-    from jobs.data import split as dataset
+    from jobs.data import split
 
     for name, source in data_in_git(loaded).items():
         require_pin(loaded, name, source)
     source = loaded.pipeline.dataset
     if source.scheme == "file":
-        dataset.validate(loaded.resolve(source), source.holdout)
+        split.validate(loaded.resolve(source), source.holdout)
 
 
 def data_in_git(loaded: Loaded) -> dict[str, Source]:
@@ -57,12 +57,12 @@ def data_in_git(loaded: Loaded) -> dict[str, Source]:
 
 def require_pin(loaded: Loaded, name: str, source: Source) -> None:
     """The `file:` source at key `name` must exist and match its pin."""
-    from jobs.relocation import sources
+    from jobs.relocation.sources import file
 
     path = loaded.resolve(source)
     if not path.exists():
         raise UserError(f"{loaded.path}: {name}: {path} does not exist")
-    found = sources.path_sha256(path)
+    found = file.path_sha256(path)
     if found != source.sha256:
         raise UserError(f"{path}: has sha256 {found}, but {loaded.path} pins {name} at {source.sha256}. If the change "
                         f"is meant, run: python -m jobs pin {loaded.path.parent}")

@@ -17,7 +17,8 @@ import yaml
 from jobs.core import pipeline
 from jobs.core.errors import UserError
 from jobs.core.files import write_atomically
-from jobs.core.pipeline import COMMIT, Loaded, Source
+from jobs.core.pipeline import Loaded, Source
+from jobs.core.sources import SCHEMES
 
 log = logging.getLogger("jobs")
 
@@ -49,29 +50,23 @@ def run(overlay: Path, *, update: bool = False) -> None:
 
 def pins(loaded: Loaded, name: str, source: Source, *, update: bool) -> dict[str, str]:
     """The pins that `source`, which stands under the key `name`, should have."""
-    from jobs.relocation import download, sources
+    from jobs.relocation import sources
 
-    if source.scheme == "builtin":
+    scheme = SCHEMES[source.scheme]
+    if scheme.pin is None or (source.unpinned() is None and not update and not scheme.local):
         return {}
-    if source.scheme == "file":
-        path = loaded.resolve(source)
-        if not path.exists():
-            raise UserError(f"{loaded.path}: {name}: {path} does not exist")
-        return {"sha256": sources.path_sha256(path)}
-    if source.unpinned() is None and not update:
-        return {}
-    if source.scheme == "hf":
-        moving = source.revision if source.revision and not COMMIT.fullmatch(source.revision) else None
-        commit = sources.hub_commit(source.model_copy(update={"revision": moving}))
-        found = {"revision": commit}
-        if name == "base_model":
-            found["architecture"] = hub_architecture(loaded, source.model_copy(update={"revision": commit}))
-        return found
-    return {"sha256": download.url_sha256(source.source)}
+    try:
+        value = sources.find_pin(loaded, source)
+    except UserError as error:
+        raise UserError(f"{loaded.path}: {name}: {error}") from None
+    found: dict[str, str] = {scheme.pin: value}
+    if name == "base_model" and not scheme.local:
+        found["architecture"] = find_architecture(loaded, source.model_copy(update=found))
+    return found
 
 
-def hub_architecture(loaded: Loaded, source: Source) -> str:
-    """The architecture that a hub model's `config.json` names, so that `check` can judge it offline."""
+def find_architecture(loaded: Loaded, source: Source) -> str:
+    """The architecture that a pinned model's `config.json` names, so that `check` can check it offline."""
     from jobs.core import models
     from jobs.relocation import download, sources
 

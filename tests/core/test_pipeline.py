@@ -52,7 +52,7 @@ def test_an_overlays_folder_stands_for_its_file(tmp_path: Path) -> None:
     ({"base_model__source": "ftp://x/y"}, "ftp://x/y is not a source; allowed: hf://OWNER/NAME, file:PATH"),
     ({"base_model__source": "hf://datasets/acme/data"}, "hf://datasets/acme/data must be hf://OWNER/NAME"),
     ({"dataset": {"source": "hf://acme/data"}}, "hf://acme/data must be hf://datasets/OWNER/NAME"),
-    ({"base_model": {"source": "builtin:huge"}}, "builtin:huge is not embedded; allowed: builtin:tiny"),
+    ({"base_model": {"source": "builtin:huge"}}, "builtin:huge must be builtin:tiny or builtin:tiny-reference"),
     ({"tokenizer": {"revision": build_pipeline.COMMIT}}, "tokenizer: has a pin but no `source`"),
     ({"evaluation__gate": {}}, "evaluation.gate: is empty: an adapter would be served unproven"),
     ({"evaluation__gate__perplexity": {}}, "evaluation.gate.perplexity: needs a bound: one of max_ratio,"),
