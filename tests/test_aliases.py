@@ -339,13 +339,16 @@ def test_a_version_for_which_there_is_no_slot_waits_for_one_and_nothing_is_evict
         lines = stream.iter_lines()
         next(lines)
         second, second_plan = world.write(training__seed=1)
-        build_adapter.promote(world.volumes, second)
+        build_adapter.adapter(world.volumes, second)
+        build_adapter.evaluation(world.volumes, second)
         until(lambda: world.served() == world.model(second_plan))
-        third, third_plan = world.write(training__seed=2)
-        build_adapter.promote(world.volumes, third)
+        third, third_plan = build_adapter.load(world.folder / "elsewhere", training__seed=2)
+        build_adapter.adapter(world.volumes, third)
+        build_adapter.evaluation(world.volumes, third)
+        world.write(training__seed=2)
         until(lambda: "all 2 LoRA slots are taken" in caplog.text)
         time.sleep(0.3)  # more than ten looks
-        assert world.served() == world.model(second_plan)
+        assert world.served() == world.model(second_plan)  # and not the first, which was promoted and is loaded
         assert set(world.vllm.engine.adapters.values()) == {world.model(first_plan), world.model(second_plan)}
         world.vllm.hold.set()
         list(lines)
@@ -497,6 +500,22 @@ def test_one_candidate_that_cannot_be_read_does_not_keep_the_others_from_being_s
             until(lambda: "Input/output error" in caplog.text)
             broken.undo()
             until(lambda: world.served() == world.model(plans[1]))  # noqa: B023 - the loop has one turn
+
+
+def test_a_volume_that_fails_while_an_adapter_is_served_changes_nothing(
+        world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    build_adapter.promote(world.volumes, world.write()[0])
+    _, served_plan = world.write(training__seed=1)
+    for seed in (1, 2):
+        pipeline, _ = build_adapter.load(world.folder / "elsewhere", training__seed=seed)
+        build_adapter.adapter(world.volumes, pipeline)
+        build_adapter.evaluation(world.volumes, pipeline)
+    assert until(lambda: world.served() == world.model(served_plan))
+    monkeypatch.setattr(verification, "copy_verified", lambda *_: (_ for _ in ()).throw(OSError(5, "failing disk")))
+    world.write(training__seed=2)
+    until(lambda: "failing disk" in caplog.text)
+    time.sleep(0.3)  # more than ten looks
+    assert world.served() == world.model(served_plan)  # and not the last promotion, which could be read
 
 
 # When the server is ready
