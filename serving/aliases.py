@@ -74,7 +74,7 @@ class Version:
 @dataclass
 class Alias:
     version: Version | None = None
-    why: str = "it has not been looked for yet"  # why there is no version, or not the wanted one
+    why: str = "it has not been looked for yet"  # why there is no version, or not the desired one
     promotion: Candidate | None = None  # the last one that was seen
     looked: bool = False  # whether its adapter was looked for to the end: it is served, refused or not there yet
     failures: int = 0  # how often in a row looking for its adapter failed, because of an unreadable volume for example
@@ -167,7 +167,7 @@ class Aliases:
             self.current.setdefault(name, Alias())
         # Each by itself: a large adapter or a new base model that is being verified must not keep the others waiting.
         work: dict[str, Callable[[], Awaitable[None]]] = {"": self._follow_base}
-        work |= {name: partial(self._update, name, self.current[name], wish) for name, wish in named.items()}
+        work |= {name: partial(self._update, name, self.current[name], each) for name, each in named.items()}
         for name in work.keys() - self._updates.keys():
             self._updates[name] = asyncio.create_task(self._attempt(name, work[name]))
         await asyncio.wait(self._updates.values(), timeout=POLL_SECONDS)
@@ -195,8 +195,8 @@ class Aliases:
                 self._pipelines[file] = (stamp, pipeline)
                 name = pipeline.adapter if pipeline else base.name_of_invalid(file, (), self._volumes,
                                                                               alone=len(files) == 1)
-                self._report_refusal(name or file.parent.name, str(file),
-                              Refused("pipeline file", f"{error}; what it said before stays in force"))
+                self._report_refusal(name or file.parent.name, str(file), Refused(
+                    "pipeline file", f"{error}; what it said before stays in force"))
         named = base.name_files({file: pipeline for file, (_, pipeline) in self._pipelines.items()}, self._volumes)
         for file, (_, pipeline) in self._pipelines.items():
             if pipeline is not None and named[pipeline.adapter] is not pipeline:

@@ -239,13 +239,13 @@ def find_proven(named: Named, volumes: Path) -> ByBase:
     found: ByBase = {}
     first = next(iter(named), None)
     for name, pipeline in named.items():
-        for wanted, at in _candidates(name, pipeline, volumes).items():
-            manifest = _manifest(volumes / FINE_TUNED_VOLUME / "adapter" / wanted.adapter)
-            for base in _bases(wanted.adapter, manifest, volumes):
+        for candidate, at in _candidates(name, pipeline, volumes).items():
+            manifest = _manifest(volumes / FINE_TUNED_VOLUME / "adapter" / candidate.adapter)
+            for base in _bases(candidate.adapter, manifest, volumes):
                 if base.mode == "merged" and name != first:  # one model runs
                     continue
-                if name not in found.get(base, {}) and _is_proven(name, wanted, volumes):
-                    found.setdefault(base, {})[name] = Proven(wanted.adapter, _rank(manifest), at)
+                if name not in found.get(base, {}) and _is_proven(name, candidate, volumes):
+                    found.setdefault(base, {})[name] = Proven(candidate.adapter, _rank(manifest), at)
     return found
 
 
@@ -260,10 +260,10 @@ def _candidates(name: str, pipeline: Pipeline | None, volumes: Path) -> dict[Can
         pass
     found = {candidates.desired(pipeline): ""} if pipeline else {}
     for each in promoted:
-        wanted = Candidate(each.adapter, each.evaluation)
-        found[wanted] = found.get(wanted) or each.at
-    return {wanted: at for wanted, at in found.items()
-            if candidates.DIGEST.fullmatch(wanted.adapter) and candidates.DIGEST.fullmatch(wanted.evaluation)}
+        candidate = Candidate(each.adapter, each.evaluation)
+        found[candidate] = found.get(candidate) or each.at
+    return {candidate: at for candidate, at in found.items()
+            if candidates.DIGEST.fullmatch(candidate.adapter) and candidates.DIGEST.fullmatch(candidate.evaluation)}
 
 
 def _bases(adapter: str, manifest: Mapping[str, Any], volumes: Path) -> Iterator[Base]:
@@ -285,23 +285,23 @@ def _bases(adapter: str, manifest: Mapping[str, Any], volumes: Path) -> Iterator
         yield lora
 
 
-def _is_proven(name: str, wanted: Candidate, volumes: Path) -> bool:
+def _is_proven(name: str, candidate: Candidate, volumes: Path) -> bool:
     """Whether the adapter is whole and its evaluation passed. Remembered for as long as the files stay the same."""
     try:
-        signatures = (untrusted.signature(candidates.adapter_folder(wanted.adapter, volumes)),
-                      untrusted.signature(candidates.evaluation_folder(wanted.evaluation, volumes)))
+        signatures = (untrusted.signature(candidates.adapter_folder(candidate.adapter, volumes)),
+                      untrusted.signature(candidates.evaluation_folder(candidate.evaluation, volumes)))
     except NotYet:
         return False
-    return _passes(name, wanted, volumes, signatures)
+    return _passes(name, candidate, volumes, signatures)
 
 
 @functools.lru_cache(maxsize=256)
-def _passes(name: str, wanted: Candidate, volumes: Path, signatures: object) -> bool:
+def _passes(name: str, candidate: Candidate, volumes: Path, signatures: object) -> bool:
     try:
-        artifacts.read(candidates.adapter_folder(wanted.adapter, volumes))
-        verification.check_gate(wanted, name, volumes)
+        artifacts.read(candidates.adapter_folder(candidate.adapter, volumes))
+        verification.check_gate(candidate, name, volumes)
     except (UserError, Refused) as error:
-        log.warning("%s@%s cannot be served: %s", name, wanted.adapter, error)
+        log.warning("%s@%s cannot be served: %s", name, candidate.adapter, error)
         return False
     return True
 
@@ -318,7 +318,7 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
 def _rank(manifest: Mapping[str, Any]) -> int:
     try:
         return int(manifest["spec"]["lora"]["r"])
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, OverflowError):
         return 1
 
 

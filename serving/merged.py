@@ -157,10 +157,10 @@ def _check_finite(file: Path) -> None:
 class MergedAliases(Aliases):
     """The alias of a server in mode merged: it points to the model that runs, or the server restarts with another."""
 
-    _ran_unfit: str | None = None  # the model that runs, if its probabilities are not finite
     def __init__(self, served: Served, vllm: ASGIApp, restart: Callable[[str], None]) -> None:
         super().__init__(served, vllm, restart)
         self._verified: set[str] = set()
+        self._ran_unfit: str | None = None  # the model that runs, if its probabilities are not finite
 
     async def _prepare_base(self) -> None:
         """Prove the model that runs, before the alias points to it. To be tried again until vLLM answers."""
