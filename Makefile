@@ -17,6 +17,8 @@ OVERLAY ?= overlays/kind
 QUESTION ?= What is the best hotel in Seville?
 # Where there is no terminal to press Ctrl-C in, the demo ends when the question is answered. EXIT= keeps it serving.
 EXIT ?= $(shell test -t 0 || echo --exit)
+# Two modules of tests at a time: a server of real vLLM computes on one core and takes 2 GB.
+WORKERS ?= 2
 ENGINE ?= docker
 FLAVOUR ?= cpu
 # As the overlays have it: the version, and `-cuda` behind it for what runs on GPUs.
@@ -31,7 +33,7 @@ demo: setup
 test: setup .venv-checkov/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	env -u KUBECONFIG $(BIN)/python -m pytest
+	env -u KUBECONFIG $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Makes and removes namespaces, and drains a node: never by `make test`, whatever KUBECONFIG happens to be set.
 e2e: setup
