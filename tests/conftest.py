@@ -10,6 +10,12 @@ import huggingface_hub.constants  # noqa: F401 - reads HF_HUB_OFFLINE once, when
 import pytest
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with slow tests come first, so that no worker of several is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)  # a stable sort: modules stay whole
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _own_process() -> Iterator[None]:
     before, on_sigterm = dict(os.environ), signal.getsignal(signal.SIGTERM)

@@ -187,3 +187,12 @@ def test_a_vllm_that_does_not_start_or_ends_by_itself_is_told_from_one_that_was_
         assert serving.main(arguments) == (0 if ends is None else code)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_restart_slot_may_be_none_and_not_negative(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RESTART_SLOT_SECONDS", "0")  # as in serving/deployment.yaml
+    assert serving.parser().parse_args([]).restart_slot_seconds == 0
+    with pytest.raises(SystemExit):
+        serving.parser().parse_args(["--restart-slot-seconds", "-1"])
+    assert "--restart-slot-seconds" in capsys.readouterr().err

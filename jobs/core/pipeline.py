@@ -204,6 +204,9 @@ class Serving(_Strict):
     mode: Mode = "lora"
     # Mode lora: vLLM reserves buffers of this rank at start, and cannot load an adapter of a higher one.
     max_lora_rank: Annotated[int, Field(ge=1)] = 64
+    # wait-for-adapters: the server changes to another base model when every adapter that it serves has one for it that
+    # passed the gate. at-once: as soon as the base model is there, and without adapters until they have passed.
+    when_base_changes: Literal["wait-for-adapters", "at-once"] = "wait-for-adapters"
 
     @model_validator(mode="after")
     def _servable(self) -> Serving:

@@ -45,6 +45,18 @@ TOOLS = {
     "git": "It brings the current commit into the cluster; or let Argo CD follow your fork with --repo",
 }
 
+# A changed pipeline file reaches the running server when the kubelet next looks at the pod. Its default, a minute plus
+# half of that at random, is most of the time that a revert takes.
+CLUSTER_CONFIG = """\
+kind: Cluster
+apiVersion: kind.x-k8s.io/v1alpha4
+kubeadmConfigPatches:
+- |
+  apiVersion: kubelet.config.k8s.io/v1beta1
+  kind: KubeletConfiguration
+  syncFrequency: 10s
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
@@ -80,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     images = images_of(manifests)
     require_images(images)
     if args.name not in call("kind", "get", "clusters").split():
-        show("kind", "create", "cluster", "--name", args.name, "--wait", "120s")
+        show("kind", "create", "cluster", "--name", args.name, "--wait", "120s", "--config", "-", stdin=CLUSTER_CONFIG)
     show("kind", "load", "docker-image", "--name", args.name, *images)
     try:
         if args.argocd:
@@ -141,10 +153,10 @@ def call(*argv: str) -> str:
     return done.stdout
 
 
-def show(*argv: str) -> None:
+def show(*argv: str, stdin: str | None = None) -> None:
     """Run a command that takes a while, with its output for people to see."""
     log.info("%s", " ".join(argv))
-    if subprocess.run(argv, check=False).returncode:
+    if subprocess.run(argv, input=stdin, text=True, check=False).returncode:
         raise RetryableError(f"{' '.join(argv)}: failed; the reason is above")
 
 
