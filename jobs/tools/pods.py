@@ -117,6 +117,9 @@ def containers(template: Manifest) -> list[Manifest]:
 
 def error_in(stderr: str) -> str:
     """The error in what kubectl or another tool wrote, on one line: all from `error` on, else the last line."""
+    # kubectl logs an error of several lines as `… "command failed" err=<`, the lines, and `>`.
+    if block := re.search(r'^[EF]\d{4} .*\] "command failed" err=<\n(.*)\n >', stderr, re.MULTILINE | re.DOTALL):
+        return " ".join(block[1].split()).removeprefix("error: ")
     lines = stderr.strip().splitlines() or ["no error message"]
     first = next((n for n, line in enumerate(lines) if line.lower().startswith("error")), len(lines) - 1)
     error = " ".join(" ".join(lines[first:]).split())

@@ -104,5 +104,5 @@ def test_a_further_config_map_of_a_job_must_keep_its_name(tmp_path: Path) -> Non
 
 def test_what_cannot_be_rendered_is_an_error_of_check(tmp_path: Path) -> None:
     overlay = edited(copy(tmp_path), patches=[{"path": "absent.yaml"}])
-    with pytest.raises(UserError, match=r"(?s)does not render:\n.*absent.yaml"):
+    with pytest.raises(UserError, match=r"does not render: trouble .*absent\.yaml"):
         check.run(overlay)

@@ -214,6 +214,8 @@ def test_without_kubectl_the_error_names_what_to_install(monkeypatch: pytest.Mon
      "Error from server (A): a Error from server (B): b"),
     ('# Warning: old\nE1125 20:45:12.5 1 run.go:72] "command failed" err="unknown field \\"bogus\\""\n',
      'unknown field "bogus"'),
+    ('E1125 22:10:17.3 21737 run.go:72] "command failed" err=<\n\ttrouble with `\n\tpath: a.yaml\n\t`: not found\n >\n',
+     "trouble with ` path: a.yaml `: not found"),
 ])
 def test_of_what_kubectl_writes_the_error_is_shown_on_one_line(stderr: str, error: str) -> None:
     assert pods.error_in(stderr) == error
