@@ -60,7 +60,7 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def scheme_of(source: str) -> str:
-    """What stands before the colon; it need not be a scheme that there is."""
+    """The text before the colon; it may be an unknown scheme."""
     return source.partition(":")[0]
 
 

@@ -2,7 +2,7 @@
 
 PyYAML raises far more than its own errors for hostile or mistyped input (ValueError for the date `2026-99-99`,
 TypeError for `{[a]: b}`, KeyError for `!!bool x`, RecursionError for many brackets), and a few lines of aliases can
-stand for gigabytes. Here all of that is a `UserError` that names file and line.
+expand to gigabytes. Here all of that is a `UserError` that names file and line.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
-        self._values = 0  # with an alias counted as all that it stands for
+        self._values = 0  # with an alias counted as all values that it expands to
         self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> Any:
@@ -151,7 +151,7 @@ def _mapping(loader: _Loader, node: yaml.Node) -> dict[Any, Any]:
             problem = "merges (`<<`) are not supported" if key_node.tag == MERGE else "a key must be text; quote it"
             raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
         if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key `{key}` stands twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key `{key}`", key_node.start_mark)
         seen.add(key)
     return {loader.construct_object(key): loader.construct_object(value, deep=True) for key, value in node.value}
 

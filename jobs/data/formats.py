@@ -92,7 +92,7 @@ def read_rows(files: list[File], schema: Schema, problems: Problems) -> Iterator
         def columns(names: list[str], file: File = file) -> bool:
             """Whether a table's columns are right. A wrong one is a problem of the file, not of each row."""
             wrong = [unknown_key(name, schema.keys) for name in names if name not in schema.keys]
-            wrong += [f"the column `{name}` stands twice" for name, times in Counter(names).items() if times > 1]
+            wrong += [f"duplicate column `{name}`" for name, times in Counter(names).items() if times > 1]
             if not wrong and not any(set(needed) <= set(names) for needed in schema.shapes.values()):
                 allowed = ", or ".join(" and ".join(needed) for needed in schema.shapes.values())
                 wrong = [f"needs the columns {allowed}; it has {', '.join(names) or 'none'}"]
@@ -130,10 +130,10 @@ def _decoded(file: File, problems: Problems) -> Iterator[tuple[int, str | None]]
 
 def _jsonl(file: File, columns: Callable[[list[str]], bool], problems: Problems) -> Iterator[tuple[int, Any]]:
     def once(pairs: list[tuple[str, Any]]) -> Values:
-        """An object; JSON lets a key stand twice, and Python would silently keep the last."""
+        """An object; JSON allows duplicate keys, and Python would silently keep the last."""
         values = dict(pairs)
         if len(values) < len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("duplicate key")
         return values
 
     for number, text in _decoded(file, problems):

@@ -103,7 +103,7 @@ def split(files: list[File], holdout: float, folder: Path | None) -> dict[str, A
             # By hash of the prompt alone the same question cannot be in both splits: nothing to remember.
             if (overview.splits or overview.groups) and (other := questions.in_other(question, side, number, line)):
                 remedy = "" if overview.splits else ". Give both the same `group`"
-                problems.add(place, f"the same prompt stands at {other} in the other split; the holdout would measure "
+                problems.add(place, f"the same prompt is at {other} in the other split; the holdout would measure "
                              f"what was trained on{remedy}")
             content = content_of(record)
             counts[side] += 1

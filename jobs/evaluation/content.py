@@ -11,7 +11,7 @@ from typing import Any
 from jobs.evaluation.gate import Check
 from jobs.evaluation.metrics import Score
 
-Evaluation = Mapping[str, Any]  # what stands in evaluation.json
+Evaluation = Mapping[str, Any]  # the content of evaluation.json
 History = Sequence[Mapping[str, float]]  # `history` of the adapter's training.json
 Generations = Mapping[str, Sequence[Mapping[str, Any]]]  # each model's generations.jsonl, by role
 

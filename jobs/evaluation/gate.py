@@ -46,7 +46,7 @@ class Check:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Check:
-        """A check as it stands in evaluation.json."""
+        """A check as it is written to evaluation.json."""
         return cls(values["metric"], values["bound"], values["limit"], values["value"], values["passed"])
 
     def to_json(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFo
 
 
 def shown(url: str) -> str:
-    """A URL as it may stand in a log: without user, password and query, which carry secrets in signed URLs."""
+    """A URL that may be logged: without user, password and query, which carry secrets in signed URLs."""
     scheme, separator, rest = url.partition("?")[0].partition("://")
     if not separator:
         return url  # a path, or hf://, which carries none

@@ -173,7 +173,7 @@ def model_files(items: Iterable[Item], source: Source) -> list[Item]:
     """Of all that a source holds, the weights in safetensors and the config.
 
     Raises:
-        UserError: when there are none, naming the pickles that stand there instead and how to convert them.
+        UserError: when there are none, naming the pickles that the source has instead and how to convert them.
     """
     items = list(items)
     names = [item.name for item in items]

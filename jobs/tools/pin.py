@@ -49,7 +49,7 @@ def run(overlay: Path, *, update: bool = False) -> None:
 
 
 def pins(loaded: Loaded, name: str, source: Source, *, update: bool) -> dict[str, str]:
-    """The pins that `source`, which stands under the key `name`, should have."""
+    """The pins that `source`, at the key `name`, should have."""
     from jobs.relocation import sources
 
     scheme = SCHEMES[source.scheme]
@@ -96,7 +96,7 @@ def set_value(text: str, keys: list[str], value: str) -> str:
 
 
 def _at(values: Any, name: str) -> Any:
-    """The part of the pipeline that stands at a dotted name."""
+    """The part of the pipeline at a dotted name."""
     for key in name.split("."):
         values = getattr(values, key)
     return values

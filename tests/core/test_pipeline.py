@@ -87,7 +87,7 @@ def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("adapter: a\nadapter: b\n", "pipeline.yaml:2: not valid YAML: key `adapter` stands twice"),
+    ("adapter: a\nadapter: b\n", "pipeline.yaml:2: not valid YAML: duplicate key `adapter`"),
     ("adapter: [\n", "pipeline.yaml:2: not valid YAML"),
     ("- a\n", "must hold a mapping"),
     ("", "must hold a mapping"),

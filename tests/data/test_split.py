@@ -101,7 +101,7 @@ def test_records_that_say_their_split_are_obeyed_and_the_rest_is_for_training(tm
 def test_a_prompt_in_both_splits_is_refused_and_both_lines_are_named(tmp_path: Path) -> None:
     twin = {"messages": [{"role": "user", "content": GOOD[0]["prompt"]}, {"role": "assistant", "content": "x"}]}
     message = problems(jsonl(tmp_path, [GOOD[0] | {"split": "holdout"}, GOOD[1], twin]))
-    assert f"{tmp_path}/data.jsonl:3: the same prompt stands at {tmp_path}/data.jsonl:1 in the other split" in message
+    assert f"{tmp_path}/data.jsonl:3: the same prompt is at {tmp_path}/data.jsonl:1 in the other split" in message
 
 
 def test_a_prompt_in_both_splits_is_found_across_files(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_prompt_in_both_splits_is_found_across_files(tmp_path: Path) -> None:
     jsonl(folder, [GOOD[0] | {"split": "holdout"}], "a.jsonl")
     jsonl(folder, [GOOD[0] | {"completion": "other"}], "b.jsonl")
     message = problems(folder)
-    assert "b.jsonl:1: the same prompt stands at" in message
+    assert "b.jsonl:1: the same prompt is at" in message
     assert "a.jsonl:1 in the other split" in message
 
 
@@ -131,7 +131,7 @@ def asked(text: str, system: str | None = None) -> dict[str, Any]:
 def test_a_question_that_reads_the_same_is_the_same(tmp_path: Path, twin: dict[str, Any]) -> None:
     """In the leak check, and in the hash that chooses the split."""
     original = {"prompt": "Where is the café?", "completion": "There.", "split": "holdout"}
-    assert "data.jsonl:2: the same prompt stands at" in problems(jsonl(tmp_path, [original, twin]))
+    assert "data.jsonl:2: the same prompt is at" in problems(jsonl(tmp_path, [original, twin]))
     records = [r | {"completion": "There."} for r in GOOD]
     for holdout in (0.2, 0.5, 0.8):
         del original["split"]
@@ -201,7 +201,7 @@ def test_the_same_prompt_in_groups_of_both_splits_is_refused(tmp_path: Path) -> 
     train, held, _ = split(jsonl(tmp_path, grouped(40, 1)), 0.3)
     records = [{"prompt": "Same?", "completion": "c", "group": side[0]["group"]} for side in (train, held)]
     message = problems(jsonl(tmp_path, [*grouped(40, 1), *records]))
-    assert "data.jsonl:42: the same prompt stands at" in message
+    assert "data.jsonl:42: the same prompt is at" in message
     assert "data.jsonl:41 in the other split" in message
     assert "Give both the same `group`" in message
 
@@ -266,7 +266,7 @@ def test_any_text_survives_unchanged(tmp_path_factory: pytest.TempPathFactory, t
 @pytest.mark.parametrize(("bad", "message"), [
     ('{"prompt": "a", "completion": }', ":2: not JSON: Expecting value at column 31"),
     ('{"prompt": "a"', ":2: not JSON"),
-    ('{"prompt": "a", "prompt": "b", "completion": "c"}', ":2: not JSON that can be used: a key stands twice"),
+    ('{"prompt": "a", "prompt": "b", "completion": "c"}', ":2: not JSON that can be used: duplicate key"),
     ("[" * 100_000, ":2: not JSON that can be used"),
     (["a"], ":2: must be a JSON object"),
     ({}, ":2: has none of: `prompt` and `completion`, `messages`, `text`"),
@@ -377,7 +377,7 @@ def test_a_folder_holds_several_files_and_others_are_ignored(tmp_path: Path) -> 
 @pytest.mark.parametrize(("text", "message"), [
     ("prompt,completoin\na,b\n", "data.csv: unknown key 'completoin'; did you mean `completion`?"),
     ("prompt,split\na,train\n", "data.csv: needs the columns prompt and completion, or messages, or text; it has"),
-    ("prompt,completion,prompt\na,b,c\n", "data.csv: the column `prompt` stands twice"),
+    ("prompt,completion,prompt\na,b,c\n", "data.csv: duplicate column `prompt`"),
     ("prompt,completion\na,b\nc\n", "data.csv:3: has 1 cells, but the header has 2"),
     ("prompt,completion\na,b\nc,\n", "data.csv:3: `completion` is empty"),
     ('prompt,completion\n"a\nb",c\nd,\n', "data.csv:4: `completion` is empty"),

@@ -20,7 +20,7 @@ class Item:
     size: int | None = None  # bytes
     sha256: str | None = None
     git_sha1: str | None = None  # what git calls the file's content: the hub's digest for files outside LFS
-    pinned_in: str = "pipeline.yaml"  # what the digest stands in, for messages
+    pinned_in: str = "pipeline.yaml"  # the file that holds the digest, for messages
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # may carry a token
 
 
