@@ -41,7 +41,7 @@ e2e: setup
 scan: setup .venv-checkov/installed
 	$(BIN)/python -m pytest tests/test_scan.py
 
-# Hours; it continues where it was interrupted. docs/mutation-testing.md
+# Hours; a run that was interrupted continues. docs/README.md says more.
 mutants: setup .venv-mutants/installed
 	$(BIN)/python tests/mutants.py $(ARGS)
 

@@ -83,8 +83,10 @@ def main(arguments: Sequence[str]) -> int:
 def _call(module: Module, *arguments: str, output: Any = subprocess.PIPE) -> str:
     """Run a part of this file in a process of its own, in the module's folder: mutmut changes its process for good."""
     command = [sys.executable, __file__, arguments[0], module.path, *arguments[1:]]
-    done = subprocess.run(command, cwd=module.folder, env=os.environ | {"PYTHONPATH": str(PACKAGES)}, text=True,
-                          stdout=output, stderr=subprocess.STDOUT if output != subprocess.PIPE else None)
+    # CI: Hypothesis takes the same examples each time and has no deadlines, which a busy machine would miss.
+    environment = os.environ | {"PYTHONPATH": str(PACKAGES), "CI": "true"}
+    done = subprocess.run(command, cwd=module.folder, env=environment, text=True, stdout=output,
+                          stderr=subprocess.STDOUT if output != subprocess.PIPE else None)
     if done.returncode:
         sys.exit(f"error: {module.path}: {arguments[0]} failed; see {module.folder / LOG}")
     return done.stdout or ""
@@ -141,7 +143,7 @@ def _adapt_mutmut() -> None:
     def arguments(self: Any, tests: Iterable[str]) -> list[str]:
         if not tests:
             return [*run_all(self, tests)]
-        return ["-x", "-q", *sorted(tests, key=lambda test: state().duration_by_test[test])]
+        return ["-x", "-q", *sorted(tests, key=lambda test: state().duration_by_test.get(test, 0))]
 
     run_all = PytestRunner._pytest_args_regular_run
     skip = file_mutation.MutationVisitor._skip_node_and_children
