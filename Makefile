@@ -2,6 +2,7 @@
 # make test    lint, types and all tests
 # make e2e     tests in the cluster that KUBECONFIG names: tests/e2e/README.md
 # make scan    only the security scan of the rendered manifests and of the Dockerfiles
+# make mutants    which small changes of the code that decides does no test notice? ARGS="jobs/core/plan.py": one module
 # make kind    the same overlay in a cluster on this machine (docker and kind): images, cluster, progress, endpoint
 # make kind-argocd    that, deployed by Argo CD: from your fork with REPO=https://… (REVISION=main), else from the commit here
 # make images   the two container images (FLAVOUR=cuda: for GPUs, ENGINE=podman); docs/registries.md
@@ -24,7 +25,7 @@ FLAVOUR ?= cpu
 # The tags that the overlays use: the version, with `-cuda` for GPUs.
 TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)$(if $(filter-out cpu,$(FLAVOUR)),-$(FLAVOUR))
 
-.PHONY: demo test e2e kind kind-argocd scan images push engine bench-serving setup clean
+.PHONY: demo test e2e kind kind-argocd scan mutants images push engine bench-serving setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -41,6 +42,10 @@ e2e: setup
 
 scan: setup .venv-checkov/installed
 	$(BIN)/python -m pytest tests/test_scan.py
+
+# Hours; a run that was interrupted continues. docs/README.md says more.
+mutants: setup .venv-mutants/installed
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 KIND = $(BIN)/python -m jobs kind $(OVERLAY)
 kind-argocd: KIND += --argocd $(if $(REPO),--repo "$(REPO)") $(if $(REVISION),--revision "$(REVISION)")
@@ -113,5 +118,10 @@ install = UV_SYSTEM_CERTS=1 UV_DEFAULT_INDEX="$$($(PIP_INDEX))" $(BIN)/uv pip in
 	$(call install,.venv-checkov,--quiet -r tests/requirements-checkov.txt)
 	@touch $@
 
+# What is not in .venv, laid over it: the tests of a mutant run in .venv.
+.venv-mutants/installed: tests/requirements-mutants.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv-mutants -r tests/requirements-mutants.txt
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-checkov .local
+	rm -rf .venv .venv-checkov .venv-mutants .local

@@ -71,8 +71,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, record: Record) -> Encoded:
 
 
 def _ids(encoding: Any) -> list[int]:
-    """transformers returns a BatchEncoding or a plain list, depending on the version and the call."""
-    return list(encoding["input_ids"] if isinstance(encoding, Mapping) or hasattr(encoding, "input_ids") else encoding)
+    return list(encoding["input_ids"])
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:

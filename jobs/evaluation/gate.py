@@ -31,7 +31,6 @@ BOUNDS = {
     "min": Bound("fine-tuned", lambda fine_tuned, base: fine_tuned, at_least=True),
     "max": Bound("fine-tuned", lambda fine_tuned, base: fine_tuned, at_least=False),
 }
-AGAINST_BASE = ("max_ratio", "min_gain", "max_drop")
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def _check(metric: str, bound: str, limit: float, base: Scores, fine_tuned: Scor
     rule = BOUNDS[bound]
     measured, before = fine_tuned.get(metric), base.get(metric)
     try:
-        value = rule.value(_number(measured), _number(before) if bound in AGAINST_BASE else math.nan)
+        value = rule.value(_number(measured), _number(before))
     except ZeroDivisionError:
         value = math.nan
     if not math.isfinite(value):

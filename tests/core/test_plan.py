@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from jobs.core import pipeline
-from jobs.core.plan import Plan, merged_model, plan
+from jobs.core.artifacts import Spec
+from jobs.core.plan import RECIPES, Plan, merged_model, plan
 from tests import build_pipeline
 
 EVALUATIONS = {"adapter_scores", "evaluation"}
@@ -56,6 +57,62 @@ def test_writing_out_a_default_renames_nothing(tmp_path: Path) -> None:
 def test_the_order_of_target_modules_renames_nothing(tmp_path: Path) -> None:
     one = planned(tmp_path, training__lora__target_modules=["q_proj", "v_proj"])
     assert one == planned(tmp_path, training__lora__target_modules=["v_proj", "q_proj"])
+
+
+def test_a_pipeline_is_planned_once(tmp_path: Path) -> None:
+    """Serving asks for the plan of each alias every second."""
+    loaded = pipeline.load(build_pipeline.write(tmp_path)).pipeline
+    assert plan(loaded) is plan(loaded)
+    assert plan(loaded) is not plan(loaded.model_copy())
+
+
+def test_anyone_can_compute_the_name_of_an_artifact_from_the_pipeline_file(tmp_path: Path) -> None:
+    """All that the digests are made of. A change here renames what exists, so that everything is trained again."""
+    of = planned(tmp_path, training__lora__target_modules=["v_proj", "q_proj", "v_proj"], training__quantization="4bit",
+                 dataset__source="https://example.com/a/Data.JSONL?x=y.csv",
+                 evaluation__acceptability__source="hf://datasets/acme/pairs.v2",
+                 evaluation__acceptability__revision=build_pipeline.COMMIT)
+    commit, digest = {"revision": build_pipeline.COMMIT}, {name: spec.digest for name, spec in vars(of).items()}
+    fine_tuned, model = "fine-tuned-model", {"source": "hf://HuggingFaceTB/SmolLM2-135M-Instruct", **commit}
+    scores = {"recipe": RECIPES["scores"], "max_new_tokens": 64, "max_length": 1024}
+    data = {"dataset": digest["dataset"], "acceptability": digest["acceptability"]}
+    base = {"model": digest["base_model"], "tokenizer": digest["tokenizer"]}
+    assert vars(of) == {
+        "dataset": Spec("dataset", "dataset", {"recipe": RECIPES["dataset"], "sha256": build_pipeline.SHA256,
+                                               "format": "jsonl", "holdout": 0.1}),
+        "acceptability": Spec("dataset", "acceptability", {"recipe": RECIPES["acceptability"], "format": "v2",
+                                                           "source": "hf://datasets/acme/pairs.v2", **commit}),
+        "base_model": Spec("base-model", "base-model", {"recipe": RECIPES["base-model"], **model}),
+        "tokenizer": Spec("base-tokenizer", "tokenizer", {"recipe": RECIPES["tokenizer"], **model}),
+        "reference_model": Spec("reference-model", "reference-model", {
+            "recipe": RECIPES["reference-model"], "source": "builtin:tiny-reference",
+            "embedded": RECIPES["embedded"]}),
+        "adapter": Spec(fine_tuned, "adapter", {
+            "recipe": RECIPES["adapter"],
+            "lora": {"r": 8, "alpha": 32, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
+            "epochs": 1, "learning_rate": 2e-4, "max_length": 1024, "tokens_per_batch": 4096, "seed": 0,
+            "quantization": "4bit"},
+            {"dataset": digest["dataset"], "base_model": digest["base_model"], "tokenizer": digest["tokenizer"]}),
+        "merged_model": Spec(fine_tuned, "merged-model", {"recipe": RECIPES["merged-model"]},
+                             {"adapter": digest["adapter"], "base_model": digest["base_model"]}),
+        "base_scores": Spec(fine_tuned, "scores", scores, data | base),
+        "adapter_scores": Spec(fine_tuned, "scores", scores, data | base | {"adapter": digest["adapter"]}),
+        "reference_scores": Spec(fine_tuned, "scores", scores, data | {"model": digest["reference_model"]}),
+        "evaluation": Spec(fine_tuned, "evaluation", {
+            "recipe": RECIPES["evaluation"], "adapter": "seville-hotels", "gate": {"perplexity": {"max_ratio": 0.9}}},
+            {"adapter": digest["adapter"], "base_scores": digest["base_scores"],
+             "adapter_scores": digest["adapter_scores"], "reference_scores": digest["reference_scores"]}),
+    }
+    as_default = planned(tmp_path)
+    assert as_default.adapter.spec["lora"]["target_modules"] == "all-linear"
+    assert "quantization" not in as_default.adapter.spec, "what was named before the setting existed keeps its name"
+
+
+@pytest.mark.parametrize(("source", "name"), [
+    ("file:a.csv", "csv"), ("https://x.org/data", ""), ("https://x.org/a.b/data", ""),
+    ("s3://x/y/z.tar.PARQUET", "parquet")])
+def test_the_format_of_data_is_what_its_name_ends_with(tmp_path: Path, source: str, name: str) -> None:
+    assert planned(tmp_path, dataset__source=source).dataset.spec["format"] == name
 
 
 def test_serving_names_the_merged_model_of_an_earlier_adapter_by_two_digests(tmp_path: Path) -> None:
@@ -142,7 +199,7 @@ def keys_of(model: type[BaseModel], before: str = "") -> Iterator[str]:
             yield before + name
 
 
-@pytest.mark.parametrize("name", keys_of(pipeline.Pipeline))
+@pytest.mark.parametrize("name", list(keys_of(pipeline.Pipeline)))
 def test_every_key_renames_exactly_the_artifacts_that_it_should(name: str) -> None:
     """A key that is missing in a digest serves an old result as a new one; one too many trains for nothing."""
     listed = [key for pattern, key in KEYS.items() if fnmatch(name, pattern)]

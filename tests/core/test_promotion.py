@@ -6,12 +6,14 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from jobs.core import promotion
-from jobs.core.errors import UserError
+from jobs.core.errors import RetryableError, UserError
+from jobs.core.locks import hold
 
 Change = Callable[[Path], object]
 
@@ -28,6 +30,30 @@ def test_a_promotion_is_one_file_and_a_line_of_history(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "promoted" / "name.history.jsonl").read_text().splitlines()]
     assert [(entry["before"], entry["adapter"]) for entry in lines] == [(None, "a" * 16), ("a" * 16, "b" * 16)]
     assert promotion.promoted_digests(tmp_path) == {"b" * 16, "f" * 16}
+
+
+def test_a_promotion_says_when_it_was_made(tmp_path: Path) -> None:
+    before = datetime.now(UTC).replace(microsecond=0)
+    promotion.promote(tmp_path, "name", "a" * 16, "e" * 16)
+    now = promotion.current(tmp_path, "name")
+    assert now is not None
+    assert before <= datetime.fromisoformat(now.at) <= datetime.now(UTC)
+    assert promotion.history(tmp_path, "name") == [now]
+
+
+def test_a_volume_on_which_nothing_was_promoted_has_no_promotions(tmp_path: Path) -> None:
+    volume = tmp_path / "volumes" / "fine-tuned-model"
+    assert promotion.promoted_digests(volume) == set()
+    assert promotion.promote(volume, "name", "a" * 16, "e" * 16), "its folders are made"
+
+
+def test_a_promotion_that_hangs_elsewhere_is_waited_for_with_an_end(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promotion, "LOCK_SECONDS", 0.05)
+    (tmp_path / "promoted").mkdir()
+    with (hold(tmp_path / "promoted" / ".lock-name", 1, "tests"),
+          pytest.raises(RetryableError, match="because another process promotes name: ")):
+        promotion.promote(tmp_path, "name", "a" * 16, "e" * 16)
 
 
 def _sparse(file: Path) -> None:
@@ -56,6 +82,7 @@ def test_a_damaged_promotion_is_an_error_not_a_fresh_start(tmp_path: Path, damag
             attempt()
         assert str(raised.value).startswith(f"{pointer}: ")
         assert "the promotion is damaged" in str(raised.value)
+        assert "(None)" not in str(raised.value)
         assert str(raised.value).endswith("Remove it and run the evaluation again")
         assert len(str(raised.value)) < 1000
 

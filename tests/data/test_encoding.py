@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,6 +90,45 @@ def test_a_template_that_rewrites_finished_answers_still_trains_on_what_serving_
         chat.chat_template = template
     assert chat.decode(encoded.prompt) == "ASK Who?"
     assert chat.decode(encoded.completion) == "The maid.<|end|>"
+
+
+def test_a_record_is_as_long_as_its_prompt_and_its_completion() -> None:
+    assert len(encoding.Encoded([1, 2], [3])) == 3
+
+
+FINISHED = ("{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}[{{ m.content }}]END{% else %}"
+            "{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+@pytest.mark.parametrize(("end", "learned"), [
+    ("<|end|>\n", "[The maid.]<|end|>"), ("<|end|>!<|end|>\n", "[The maid.]<|end|>!<|end|>"),
+    ("", "[The maid.]<|end|>")])
+def test_the_answer_is_learned_as_the_template_renders_a_finished_one(
+        chat: Any, monkeypatch: pytest.MonkeyPatch, end: str, learned: str) -> None:
+    """Up to the last token that ends a reply, which is added where the template has none."""
+    monkeypatch.setattr(chat, "chat_template", FINISHED.replace("END", end))
+    encoded = encoding.encode(chat, {"prompt": "Who?", "completion": "The maid."})
+    assert chat.decode(encoded.prompt) == "<|user|>Who?<|assistant|>"
+    assert chat.decode(encoded.completion) == learned
+
+
+def test_without_a_template_each_message_is_a_line(plain: Any) -> None:
+    conversation = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."},
+                    {"role": "user", "content": "When?"}, {"role": "assistant", "content": "Now."}]
+    assert plain.decode(encoding.encode(plain, {"messages": conversation}).prompt) == "Who?\nI.\nWhen?\n"
+
+
+def test_only_the_prompt_begins_with_the_tokens_that_begin_a_text(tmp_path: Path) -> None:
+    """Llama's tokenizer, for one, begins every text with <s>: not an answer, which follows a prompt."""
+    from tokenizers import processors
+
+    build_models.tiny_tokenizer(tmp_path, chat=False)
+    tokenizer = models.load_tokenizer(tmp_path)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", tokenizer.convert_tokens_to_ids("<|user|>"))])
+    encoded = encoding.encode(tokenizer, {"prompt": "Who?", "completion": "The maid."})
+    assert tokenizer.decode(encoded.prompt) == "<|user|>Who?\n"
+    assert tokenizer.decode(encoded.completion) == "The maid.<|end|>"
 
 
 @pytest.mark.parametrize("text", ["Málaga", "東京", "a\nb", "  spaces  ", "<b>&amp;</b>"])

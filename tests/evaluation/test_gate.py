@@ -44,10 +44,11 @@ def test_each_bound_means_what_it_says_and_includes_its_limit(
 @pytest.mark.parametrize("fine_tuned", [None, math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_a_finite_number_never_passes(bound: str, fine_tuned: float | None) -> None:
     check = only(Rule(**{bound: 1e9}), 1.0, fine_tuned)
-    assert not check.passed and check.value is None and "not a finite number" in check.description
+    assert check == gate.Check("rougeL", bound, 1e9, None, False)
+    assert "is not a finite number, must be at " in check.description
 
 
-@pytest.mark.parametrize("bound", gate.AGAINST_BASE)
+@pytest.mark.parametrize("bound", ["max_ratio", "min_gain", "max_drop"])
 @pytest.mark.parametrize("base", [None, math.nan])
 def test_a_comparison_with_a_base_that_was_not_measured_never_passes(bound: str, base: float | None) -> None:
     assert not only(Rule(**{bound: 1e9}), base, 1.0).passed
@@ -78,6 +79,25 @@ def test_the_sentence_never_shows_a_failed_value_equal_to_its_limit(value: float
     assert check.passed is (value >= limit)
     if not check.passed:
         assert float(shown) < float(bar)
+
+
+@pytest.mark.parametrize(("rule", "value", "sentence"), [
+    (Rule(max=0.9), 0.912345, "rougeL: fine-tuned is 0.912, must be at most 0.9"),
+    (Rule(max=0.05), 0.05004, "rougeL: fine-tuned is 0.05004, must be at most 0.05"),
+    (Rule(min=0.12345), 0.5, "rougeL: fine-tuned is 0.5, must be at least 0.12345"),
+    (Rule(min=0.123456), 0.123456, "rougeL: fine-tuned is 0.123, must be at least 0.123456"),
+    (Rule(max=1 / 3), 0.34, "rougeL: fine-tuned is 0.34, must be at most 0.333"),
+    (Rule(max=1 / 3), 0.3333334, "rougeL: fine-tuned is 0.3333334, must be at most 0.3333333"),
+])
+def test_the_sentence_has_as_many_digits_as_it_needs(rule: Rule, value: float, sentence: str) -> None:
+    assert only(rule, None, value).description == sentence
+
+
+def test_a_check_is_read_from_evaluation_json_as_it_was_written() -> None:
+    check = only(Rule(min_gain=0.25), 0.25, 0.75)
+    assert check.to_json() == {"metric": "rougeL", "bound": "min_gain", "limit": 0.25, "value": 0.5, "passed": True,
+                               "description": "rougeL: fine-tuned - base is 0.5, must be at least 0.25"}
+    assert gate.Check.from_json(check.to_json()) == check
 
 
 def test_a_rouge_rule_on_plain_text_is_refused_before_anything_is_measured() -> None:
