@@ -37,15 +37,16 @@ COPIED_BYTES = 2**21  # of a larger file beside a kustomization no ConfigMap can
 
 @dataclass(frozen=True)
 class Patch:
-    """One entry under `patches` of a kustomization."""
+    """One entry under `patches` of a kustomization, or under `patchesJson6902`, as old ones call it."""
 
     file: Path
+    key: str
     index: int
     entry: dict[str, Any]
 
     def __str__(self) -> str:
-        target = ", ".join(f"{key}: {value}" for key, value in self.entry.get("target", {}).items())
-        where = self.entry.get("path") or f"patches[{self.index}]"
+        target = ", ".join(f"{key}: {value}" for key, value in (self.entry.get("target") or {}).items())
+        where = self.entry.get("path") or f"{self.key}[{self.index}]"
         return f"{self.file}: the patch {where}{f' of {{{target}}}' if target else ''}"
 
 
@@ -126,13 +127,13 @@ def own(overlay: Path) -> dict[Path, dict[str, Any]]:
 
 def patches_without_effect(overlay: Path, whole: list[pods.Manifest]) -> list[str]:
     """The patches without which the overlay would render to the same."""
-    patches = [Patch(file, index, entry) for file, content in own(overlay).items()
-               for index, entry in enumerate(content.get("patches", []))]
+    patches = [Patch(file, key, index, entry) for file, content in own(overlay).items()
+               for key in ("patches", "patchesJson6902") for index, entry in enumerate(content.get(key, []))]
 
     def leave_out(patch: Patch) -> Edit:
         def edit(file: Path) -> None:
             content = read(file)
-            del content["patches"][patch.index]
+            del content[patch.key][patch.index]
             file.write_text(yaml.safe_dump(content, sort_keys=False))
         return patch.file, edit
 

@@ -162,6 +162,13 @@ def test_a_folder_under_another_key_does_not_hide_a_patch_without_effect(tmp_pat
         kustomization.check(overlay)
 
 
+def test_a_patch_in_the_old_form_without_effect_is_an_error(tmp_path: Path) -> None:
+    target: Manifest = {"group": "batch", "version": "v1", "kind": "Job", "name": "nobody"}
+    overlay = edited(copy(tmp_path), patchesJson6902=[JOBS | {"target": target}])
+    with pytest.raises(UserError, match=r"the patch patchesJson6902\[0\] of {.*name: nobody} has no effect"):
+        kustomization.check(overlay)
+
+
 def test_an_overlay_that_cannot_be_copied_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     overlay = copy(tmp_path)
     (overlay / "linked").symlink_to("../gpu/autoscaling")
