@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
                      metavar="FILE", help="the pipeline file (default: $PIPELINE, else %(default)s)")
     top.add_argument("--volumes", type=Path, default=Path(os.environ.get("VOLUMES", "/volumes")), metavar="DIR",
                      help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
-    top.add_argument("--wait-seconds", type=float, default=variables.wait_seconds(), metavar="S",
+    top.add_argument("--wait-seconds", metavar="S",
                      help="how long a stage waits for its inputs, or for another process that makes the same artifact "
                           "(default: $WAIT_SECONDS, else 6 hours)")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of the above")
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
     """Carry out one command. Imports are late: `--help` and `already done` must answer at once."""
     from jobs.core import pipeline
 
+    wait_seconds = variables.wait_seconds(args.wait_seconds)  # not in the parser: `--help` must work in any environment
     match args.command:
         case "pin":
             from jobs.tools import pin
@@ -101,17 +102,17 @@ def run(args: argparse.Namespace) -> None:
         case "train":
             from jobs.training import train
 
-            train.run(pipeline.load(args.pipeline), args.volumes, args.wait_seconds)
+            train.run(pipeline.load(args.pipeline), args.volumes, wait_seconds)
         case "evaluate":
             from jobs.evaluation import evaluate
 
-            evaluate.run(pipeline.load(args.pipeline), args.volumes, args.wait_seconds)
+            evaluate.run(pipeline.load(args.pipeline), args.volumes, wait_seconds)
         case "await":
             from jobs.core import artifacts
             from jobs.core.plan import plan
 
             named = plan(pipeline.load(args.pipeline).pipeline).named()
-            artifacts.wait_until_there([named[a] for a in args.artifacts], args.volumes, args.wait_seconds)
+            artifacts.wait_until_there([named[a] for a in args.artifacts], args.volumes, wait_seconds)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -217,7 +217,9 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
         # Before writing: on a full volume, the write would fail before anything is removed.
         retain(target.parent, keep=keep, protected={spec.digest})
         draft = draft_folder(target)
-        if draft.exists() and not resume:
+        if draft.is_symlink() or draft.is_file():  # no stage made it, and a link may lead to what others own
+            draft.unlink()
+        elif draft.exists() and not resume:
             shutil.rmtree(draft)
         draft.mkdir(exist_ok=True)
         started = datetime.now(UTC)

@@ -70,8 +70,8 @@ def read_plain_file(file: Path, limit: int, *, tail: bool = False, follow_links:
         size = os.fstat(stream.fileno()).st_size
         if tail and size > limit:
             stream.seek(size - limit)
-            return stream.read(limit)
-        content = stream.read(limit + 1)
+            return stream.read(limit) or b""
+        content = stream.read(limit + 1) or b""  # None: a file of the kernel that has nothing right now
     if len(content) > limit:
         raise UserError(f"{file}: has {human_bytes(max(size, len(content)))}, and at most {limit} bytes are read")
     return content

@@ -7,6 +7,7 @@ that package's `IMPLEMENTATIONS`, and a test. Validation, digests, `pin` and mes
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -70,13 +71,15 @@ def check(source: str, use: Use, revision: str | None, sha256: str | None) -> No
     Raises:
         PydanticCustomError: naming what is allowed.
     """
+    if any(unicodedata.category(character) == "Cc" for character in source):
+        raise PydanticCustomError("source", "{source} holds a control character", {"source": repr(source)})
     scheme = SCHEMES.get(scheme_of(source))
     form = scheme.forms.get(use) if scheme else None
     if scheme is None or form is None:
         allowed = ", ".join(each.forms[use].shape for each in SCHEMES.values() if use in each.forms)
         raise PydanticCustomError("source", "{source} is not a source; allowed: {allowed}",
                                   {"source": source, "allowed": allowed})
-    if not re.fullmatch(form.pattern, source, re.DOTALL):
+    if not re.fullmatch(form.pattern, source):
         raise PydanticCustomError("source", "{source} must be {shape}", {"source": source, "shape": form.shape})
     pins = {"revision": revision, "sha256": sha256}
     wrong = [key for key, value in pins.items() if value and key != scheme.pin]

@@ -19,7 +19,7 @@ import yaml
 from jobs.core.errors import UserError
 from jobs.core.files import read_plain_file
 
-FILE_BYTES = 2**20  # what a ConfigMap holds
+CONFIG_MAP_BYTES = 2**20  # Kubernetes refuses more
 # Far above what a pipeline file needs: its values, their depth, and the length of a message about one of them.
 VALUES, DEPTH, SHOWN = 10_000, 32, 1000
 
@@ -80,7 +80,7 @@ def one_line(message: str) -> str:
 
 def _text(file: Path) -> str:
     try:
-        return read_plain_file(file, FILE_BYTES, follow_links=True).decode()  # a ConfigMap's files are links
+        return read_plain_file(file, CONFIG_MAP_BYTES, follow_links=True).decode()  # a ConfigMap's files are links
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:

@@ -188,5 +188,5 @@ def _parquet(file: File, columns: Callable[[list[str]], bool], problems: Problem
                 for row in batch.to_pylist():
                     number += 1
                     yield number, {k: v for k, v in row.items() if v is not None}  # null is how Parquet leaves out
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # text not UTF-8; a date out of range
         problems.add(file.place(number + 1), f"not Parquet that can be read: {str(error).splitlines()[0]}")

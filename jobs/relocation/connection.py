@@ -20,7 +20,7 @@ log = logging.getLogger("jobs")
 T = TypeVar("T")
 
 # Ten attempts in a row without a single new byte take about four minutes; then Kubernetes starts the pod again.
-ATTEMPTS = int(variables.number("RETRY_ATTEMPTS", 10, least=1))
+ATTEMPTS = variables.whole_number("RETRY_ATTEMPTS", 10, least=1)
 FIRST_PAUSE_S = variables.number("RETRY_FIRST_PAUSE_SECONDS", 1)  # doubles with every attempt, up to:
 LONGEST_PAUSE_S = 60.0
 LONGEST_RETRY_AFTER_S = 3600.0  # for a longer pause, the pod ends instead of waiting

@@ -13,11 +13,9 @@ from pathlib import Path
 from jobs.core import models, pipeline
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Loaded, Source
+from jobs.core.strict_yaml import CONFIG_MAP_BYTES
 
 log = logging.getLogger("jobs")
-
-# A ConfigMap holds at most 1 MiB (Kubernetes rejects more); the pipeline file and the data in git share one.
-CONFIG_MAP_BYTES = 2**20
 
 
 def run(overlay: Path) -> None:

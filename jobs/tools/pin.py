@@ -7,8 +7,11 @@ newest. Only the pins change in the file: comments and layout stay as they are.
 
 from __future__ import annotations
 
+import functools
 import logging
+import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +34,17 @@ def run(overlay: Path, *, update: bool = False) -> None:
         RetryableError: a server does not answer. The file is then unchanged.
     """
     loaded = pipeline.load(overlay, pinned=False)
-    text = loaded.path.read_text(encoding="utf-8")
+    text = loaded.path.read_bytes().decode()
+    written: dict[tuple[str, ...], str] = {}
     changes = []
     for name, source in loaded.pipeline.sources().items():
         for key, value in pins(loaded, name, source, update=update).items():
             before = getattr(_at(loaded.pipeline, name), key)
             if value != before:
-                text = set_value(text, [*name.split("."), key], value)
+                written[*name.split("."), key] = value
                 changes.append(f"{name}.{key}: {before or 'unset'} -> {value}")
     if changes:
-        write_atomically(loaded.path, text)
+        write_atomically(loaded.path.resolve(), with_values(text, written, loaded.path))
     pipeline.load(overlay)  # what was written must load; anything else is our mistake and must be seen here
     for change in changes:
         log.info("%s", change)
@@ -76,6 +80,24 @@ def find_architecture(loaded: Loaded, source: Source) -> str:
         return models.architecture(Path(folder))
 
 
+def with_values(text: str, values: Mapping[tuple[str, ...], str], file: Path) -> str:
+    """`text`, the content of `file`, with the value at each of the paths.
+
+    Raises:
+        UserError: its layout does not let them be set one by one; has the values, for a person to write them.
+    """
+    try:
+        for keys, value in values.items():
+            text = set_value(text, list(keys), value)
+        found = yaml.safe_load(text)
+        if all(functools.reduce(lambda part, key: part[key], keys, found) == value for keys, value in values.items()):
+            return text
+    except (yaml.YAMLError, StopIteration, KeyError, TypeError):
+        pass  # reported below
+    wanted = ", ".join(f"{'.'.join(keys)}: {value}" for keys, value in values.items())
+    raise UserError(f"{file}: the pins cannot be written into its layout. Write them yourself: {wanted}")
+
+
 def set_value(text: str, keys: list[str], value: str) -> str:
     """`text`, a YAML mapping, with the value at `keys` replaced, or added after the last entry of its mapping.
 
@@ -84,15 +106,23 @@ def set_value(text: str, keys: list[str], value: str) -> str:
     node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
     for key in keys[:-1]:
         node = next(child for name, child in node.value if name.value == key)
-    present = next((child for name, child in node.value if name.value == keys[-1]), None)
-    if present is not None:
+    for name, present in node.value:
+        if name.value != keys[-1]:
+            continue
+        if present.start_mark.index == present.end_mark.index:  # the key stands there without a value
+            end = name.end_mark.index
+            return f"{text[:end]}: {value}{re.sub('^ *:', '', text[end:])}"
         return text[: present.start_mark.index] + value + text[present.end_mark.index:]
     after = next(child for name, child in node.value if name.value == "source").end_mark.index
+    after = len(text[:after].rstrip())  # of a block of lines, the mark is at the next key
     if node.flow_style:
         return f"{text[:after]}, {keys[-1]}: {value}{text[after:]}"
     end = text.find("\n", after)
     end = len(text) if end < 0 else end
-    return f"{text[:end]}\n{' ' * node.start_mark.column}{keys[-1]}: {value}{text[end:]}"
+    newline = "\r\n" if text[:end].endswith("\r") else "\n"
+    end -= len(newline) - 1
+    indent = " " * node.value[0][0].start_mark.column
+    return f"{text[:end]}{newline}{indent}{keys[-1]}: {value}{text[end:]}"
 
 
 def _at(values: Any, name: str) -> Any:

@@ -50,6 +50,8 @@ def test_an_overlays_folder_stands_for_its_file(tmp_path: Path) -> None:
     ({"base_model__revision": "main"}, "is not pinned: `revision: main` is not a commit of 40 hex digits"),
     ({"base_model__sha256": build_pipeline.SHA256}, "has two pins"),
     ({"base_model__source": "ftp://x/y"}, "ftp://x/y is not a source; allowed: hf://OWNER/NAME, file:PATH"),
+    ({"dataset__source": "file:a\0b.jsonl"}, "'file:a\\x00b.jsonl' holds a control character"),
+    ({"base_model__source": "file:a\nb"}, "'file:a\\nb' holds a control character"),
     ({"base_model__source": "hf://datasets/acme/data"}, "hf://datasets/acme/data must be hf://OWNER/NAME"),
     ({"dataset": {"source": "hf://acme/data"}}, "hf://acme/data must be hf://datasets/OWNER/NAME"),
     ({"base_model": {"source": "builtin:huge"}}, "builtin:huge must be builtin:tiny or builtin:tiny-reference"),

@@ -327,6 +327,17 @@ def test_a_format_that_cannot_be_read_says_which_can(tmp_path: Path) -> None:
         dataset.validate(tmp_path / "data.xlsx", 0.2)
 
 
+def test_parquet_whose_values_python_cannot_hold_is_refused_with_its_row(tmp_path: Path) -> None:
+    import pyarrow
+
+    offsets, halves = pyarrow.py_buffer(bytes(8) + b"\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
+    for name, column in (("text", pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, halves])),
+                         ("prompt", pyarrow.array([10**8], pyarrow.date32()))):
+        columns = {"text": column} if name == "text" else {"prompt": column, "completion": ["a"]}
+        with pytest.raises(UserError, match=r"data.parquet: row 1: not Parquet that can be read: .*\n1 problem"):
+            split(parquet(tmp_path, columns))
+
+
 @pytest.mark.parametrize("name", ["data.jsonl", "data.csv", "data.parquet"])
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path, name: str, folder: bool) -> None:
