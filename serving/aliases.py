@@ -54,6 +54,7 @@ class Version:
     digest: str
     requests: int = 0
     idle_since: float = 0.0  # when its last request ended (monotonic)
+    removing: bool = False  # its removal began; vLLM may have forgotten its name already
 
     @property
     def model(self) -> str:
@@ -295,6 +296,8 @@ class Aliases:
                 reasons.append(f"the adapter of the {by} could not be loaded; the server tries again")
                 failure = failure or error
                 continue
+            if self.current.get(name) is not alias:
+                return  # the alias was removed meanwhile; the version will be unloaded
             if version is not alias.version:
                 before, alias.version = alias.version, version  # from the next request on
                 events.swapped(name, version.digest, before.digest if before else None, by,
@@ -379,7 +382,10 @@ class Aliases:
             self._proven.add((name, candidate))
         for version in self._loaded:
             if (version.name, version.digest) == (name, candidate.adapter):
-                return version
+                if not version.removing:
+                    return version
+                await self._unload(version)  # the first attempt to remove it failed; vLLM can load it after this one
+                break
         version = Version(name, candidate.adapter)
         await self._unless_refused(name, f"adapter {version.model}", [folder], partial(self._admit, version))
         return version
@@ -493,9 +499,13 @@ class Aliases:
         # Not while its alias is being updated: the update may be about to point back to it.
         for version in [v for v in self._loaded if v not in used and not v.requests and v.idle_since <= settled
                         and v.name not in self._updates]:
-            await self._remove(version)
-            self._loaded.remove(version)
-            events.unloaded(version.name, version.digest)
+            await self._unload(version)
+
+    async def _unload(self, version: Version) -> None:
+        version.removing = True
+        await self._remove(version)
+        self._loaded.remove(version)
+        events.unloaded(version.name, version.digest)
 
     async def _remove(self, version: Version) -> None:
         await self.engine.remove(version.model)

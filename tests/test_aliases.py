@@ -873,3 +873,51 @@ def listens(url: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def test_an_alias_that_is_renamed_while_its_adapter_is_verified_is_not_reported_as_served(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_verified, verifying, go_on = verification.copy_verified, threading.Event(), threading.Event()
+
+    def slowly(name: str, *rest: Any) -> Path:
+        if name == NAME:
+            verifying.set()
+            go_on.wait(20)
+        return copy_verified(name, *rest)
+
+    monkeypatch.setattr(verification, "copy_verified", slowly)
+    pipeline, planned = world.write()
+    build_adapter.promote(world.volumes, pipeline)
+    assert verifying.wait(20)
+    world.write(adapter="granada-hotels")
+    until(lambda: world.ask().status_code == 404)
+    go_on.set()
+    until(lambda: world.model(planned) in world.vllm.ever_loaded)
+    until(lambda: not world.vllm.loaded)
+    assert world.metric("serving_adapter_info", alias=NAME, digest=planned.adapter.digest) == 0
+
+
+def test_a_version_whose_removal_failed_halfway_is_loaded_again_before_it_answers(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, first_plan = world.write()
+    build_adapter.promote(world.volumes, first)
+    assert until(world.served) == world.model(first_plan)
+    remove_lora = world.vllm.engine.remove_lora
+    failed = threading.Event()
+
+    async def fails(_: int) -> bool:
+        failed.set()
+        raise TimeoutError
+
+    monkeypatch.setattr(world.vllm.engine, "remove_lora", fails)
+    monkeypatch.setattr("serving.aliases.BACKOFF_SECONDS", 0.5)
+    second, second_plan = world.write(training__seed=1)
+    build_adapter.promote(world.volumes, second)
+    until(lambda: world.served() == world.model(second_plan))
+    assert failed.wait(20)
+    world.write()  # a revert; vLLM has forgotten the version, but its slot is still taken
+    monkeypatch.setattr(world.vllm.engine, "remove_lora", remove_lora)
+    while world.served() != world.model(first_plan):
+        assert world.ask().status_code == 200
+        time.sleep(0.01)
+    until(lambda: list(world.vllm.engine.adapters.values()) == [world.model(first_plan)])
