@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from jobs.core import artifacts, models
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import merged_model
-from serving import base, candidates, untrusted, verification
-from serving.aliases import Aliases, Version
+from serving import base, candidates, events, untrusted, verification
+from serving.aliases import Alias, Aliases, Version
 from serving.candidates import Candidate
 from serving.refusal import NotYet, Refused
 from serving.served import Served
@@ -160,6 +161,7 @@ class MergedAliases(Aliases):
     def __init__(self, served: Served, vllm: ASGIApp, restart: Callable[[str], None]) -> None:
         super().__init__(served, vllm, restart)
         self._verified: set[str] = set()
+        self._needs_restart = False  # whether the last look found another model to run
         self._ran_unfit: str | None = None  # the model that runs, if its probabilities are not finite
 
     async def _prepare_base(self) -> None:
@@ -176,6 +178,17 @@ class MergedAliases(Aliases):
         else:
             self._loaded.append(version)
 
+    async def _update(self, name: str, alias: Alias, pipeline: Pipeline | None) -> None:
+        if name != next(iter(self._named), None):  # as in `choose`: a restart would not bring this one
+            alias.why = "a server in mode merged runs one adapter, that of the first pipeline file"
+            self._log_change(name, alias.why,
+                             partial(events.waiting, name, alias.version.digest if alias.version else None))
+            return
+        self._needs_restart = False
+        await super()._update(name, alias, pipeline)
+        if not self._needs_restart:
+            self._turns.pop("merged", None)  # a later restart gets a turn of its own
+
     def _folders(self, candidate: Candidate) -> tuple[Path, Path]:
         return (candidates.evaluation_folder(candidate.evaluation, self._volumes),
                 folder_of(candidate.adapter, self.served))
@@ -186,6 +199,7 @@ class MergedAliases(Aliases):
         if version.model not in self._verified:  # once: the server may wait for its turn to restart
             await asyncio.to_thread(verify, version.digest, self.served)
             self._verified.add(version.model)
+        self._needs_restart = True
         self._restart_in_turn("merged", f"{version.model} is there to be served, and in mode merged that is a restart")
         raise NotYet("the server restarts with it")
 

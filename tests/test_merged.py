@@ -16,7 +16,7 @@ from jobs.core import artifacts
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import Plan, plan
 from jobs.training import merge
-from serving import drain, merged
+from serving import base, drain, merged
 from tests import build_adapter
 from tests.build_guarded import NAME, World, publish_base, start, until
 from tests.build_server import BASE, StandIn
@@ -187,3 +187,40 @@ def test_a_probe_that_vllm_does_not_answer_is_tried_again_and_refuses_nothing(
         assert world.vllm.fails_probes == 0
         assert world.metric("serving_refusals_total", alias=NAME, reason="values") == refusals
         assert not world.ended()
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_turn_to_restart_that_git_no_longer_needed_is_not_kept_for_the_next_time(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def prepare(world: World) -> None:
+        promote(world, world.write(training__seed=1)[0])
+        promote(world, world.write()[0])
+
+    pause = [3.0]
+    monkeypatch.setattr(base, "next_turn", lambda now, *_: now + pause[0])
+    for world in start(tmp_path, monkeypatch, prepare=prepare, mode="merged", restart_slot_seconds=60.0):
+        running = world.model(world.write()[1])
+        assert until(world.served) == running
+        world.write(training__seed=1)
+        until(lambda: "in its turn" in caplog.text)
+        world.write()  # a revert, before the turn
+        time.sleep(3.5)
+        assert not world.ended()
+        pause[0] = 3600.0
+        world.write(training__seed=1)
+        time.sleep(0.5)
+        assert not world.ended(), "its turn is in an hour"
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_second_alias_in_mode_merged_is_not_a_reason_to_restart_without_end(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for world in serving_merged(tmp_path, monkeypatch):
+        assert until(world.served) == world.model(world.write()[1])
+        second, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels",
+                                       serving={"mode": "merged"}, training__seed=7)
+        promote(world, second)
+        until(lambda: "runs one" in world.ask("granada-hotels").text)  # noqa: B023 - the loop has one turn
+        time.sleep(0.3)
+        assert not world.ended()
+        assert world.served() == world.model(world.write()[1])
