@@ -1,17 +1,16 @@
-"""What a server runs on: one base model, one tokenizer and one mode, which a vLLM process cannot change.
+"""The base of a server: one base model, one tokenizer and one mode, which a vLLM process cannot change.
 
-Two sources decide, for a server that starts as for one that runs: the pipeline files, and the promotions on the volume.
-The first valid pipeline file (by the name of its folder) names the desired base. A server runs on it if no promoted
-adapter would be lost by that. Otherwise, and if no pipeline file is valid, it runs on the base of the adapters that
-were promoted before; their manifests name it. So a server that starts comes up with what was served before, whatever
-git says at that moment. Nothing has to be remembered: serving can only read its volumes.
+The pipeline files and the promotions on the volume decide, at the start and later. The first valid pipeline file (by
+the name of its folder) names the desired base. A server runs on it if no promoted adapter would be lost by that.
+Otherwise, or if no pipeline file is valid, it runs on the base of the promoted adapters, which their manifests name.
+Therefore a restart does not change what is served, whatever is in git at that moment. The server stores no state: its
+volumes are read-only.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import re
 import time
@@ -25,6 +24,7 @@ from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import read_plain_file
 from jobs.core.pipeline import SERVABLE_RANKS, Mode, Pipeline, Serving, load
 from jobs.core.plan import BASE_MODEL_VOLUME, FINE_TUNED_VOLUME, TOKENIZER_VOLUME, merged_model, plan
+from jobs.core.promotion import DIGEST
 from serving import candidates, untrusted, verification
 from serving.candidates import Candidate, pipeline_files
 from serving.refusal import NotYet, Refused
@@ -33,16 +33,15 @@ from serving.served import Served
 log = logging.getLogger("serving")
 
 POLL_SECONDS = 2.0
-LOG_SECONDS = 60.0  # between two lines of a server that waits
-# Replicas restart in slots of one cycle, each in its own. Two given replicas share one with probability 1/24.
+LOG_SECONDS = 60.0  # between two log lines while the server waits
+# Each replica restarts in its own slot of a cycle. Two given replicas share a slot with a probability of 1/24.
 SLOTS = 24
-LARGEST_MANIFEST = 2**20  # bytes
-LARGEST_PIPELINE = 2**20  # bytes of an invalid pipeline file that are searched for its name; a ConfigMap holds no more
+LARGEST_PIPELINE = 2**20  # bytes of an invalid pipeline file that are searched for its name; the limit of a ConfigMap
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 NAME_KEY = re.compile(rf"""^adapter:[ \t]*["']?({NAME.pattern})["']?[ \t]*(#.*)?$""", re.MULTILINE)
 
-# The pipelines by alias, in the order of their files. None: the file is invalid and was never valid while this process
-# ran; the alias keeps what was promoted under its name.
+# The pipelines by alias, in the order of their files. None: the file was never valid since this process started; the
+# alias serves what was promoted under its name.
 Named = Mapping[str, Pipeline | None]
 
 
@@ -72,7 +71,7 @@ class Proven:
 
     adapter: str  # digest
     rank: int
-    at: str  # when it was promoted (ISO 8601); empty if it is only what the pipeline file asks for
+    at: str  # when it was promoted (ISO 8601); empty if it never was
 
 
 ByBase = dict[Base, dict[str, Proven]]  # the newest proven adapter of each name, by the base that it was trained on
@@ -80,12 +79,12 @@ ByBase = dict[Base, dict[str, Proven]]  # the newest proven adapter of each name
 
 @dataclass(frozen=True)
 class Start:
-    """What a server starts with."""
+    """The result of `start`."""
 
     base: Base
     named: Named
     adapters: int  # of how many of these names an adapter may be served on this base
-    base_name: str  # the model name by which clients ask for the base model
+    base_name: str  # the model name that clients send for the base model
     max_lora_rank: int
 
 
@@ -96,7 +95,7 @@ def read(file: Path) -> Pipeline:
     """The pipeline in a file.
 
     Raises:
-        UserError: whatever is wrong with the file. One bad file must not stop the other adapters.
+        UserError: for any error in the file. One invalid file must not stop the other adapters.
     """
     try:
         pipeline = load(file).pipeline
@@ -113,7 +112,7 @@ def name_files(files: Mapping[Path, Pipeline | None], volumes: Path) -> Named:
     """The pipelines by alias, in the order of their files. Of two files with one name, the first counts.
 
     Args:
-        files: the pipeline in each file; None where it is invalid and was never valid while this process ran.
+        files: the pipeline in each file; None if it was never valid since this process started.
     """
     taken = {each.adapter for each in files.values() if each}
     named: dict[str, Pipeline | None] = {}
@@ -125,11 +124,11 @@ def name_files(files: Mapping[Path, Pipeline | None], volumes: Path) -> Named:
 
 
 def name_of_invalid(file: Path, taken: Collection[str], volumes: Path, *, alone: bool) -> str | None:
-    """The alias of an invalid pipeline file: what its `adapter` line or its folder says, if that was promoted.
+    """The alias of an invalid pipeline file: the name in its `adapter:` line or of its folder, if that was promoted.
 
     Args:
         taken: the names of other files.
-        alone: it is the only pipeline file. Then it stands for the newest promotion, if nothing else says its name.
+        alone: it is the only pipeline file. Then its alias is that of the newest promotion, if both names fail.
     """
     promoted = [name for name in _promoted_names(volumes) if name not in taken]
     written = _written_name(file)
@@ -169,7 +168,7 @@ def _promoted_names(volumes: Path) -> list[str]:
 
 
 def of(pipeline: Pipeline) -> Base:
-    """The base that a pipeline file asks for."""
+    """The base that a pipeline file desires."""
     planned = plan(pipeline)
     return Base(planned.base_model.digest, planned.tokenizer.digest, pipeline.serving.mode)
 
@@ -185,9 +184,9 @@ def deciding(named: Named) -> Pipeline | None:
 
 
 def order(named: Named, volumes: Path) -> list[Base]:
-    """The bases from which a server may start, best first; empty when nothing says any.
+    """The bases on which a server may start, best first; empty if there is none.
 
-    The desired one comes first if no adapter is lost by it. All but it are on the volume.
+    The desired base is first if no adapter is lost by it. The other bases are on the volume.
 
     Raises:
         OSError: when the volume cannot be read; a later attempt may succeed.
@@ -206,7 +205,7 @@ def order(named: Named, volumes: Path) -> list[Base]:
 def lacking(named: Named, proven: ByBase, volumes: Path, serving: Collection[str] = ()) -> list[str]:
     """The names that would lose their adapter if a server ran on the desired base.
 
-    Empty if the pipeline file says `when_base_changes: at-once`.
+    Empty if the pipeline file has `when_base_changes: at-once`.
 
     Args:
         proven: of `find_proven`.
@@ -239,7 +238,7 @@ def find_proven(named: Named, volumes: Path) -> ByBase:
     found: ByBase = {}
     first = next(iter(named), None)
     for name, pipeline in named.items():
-        for candidate, at in _candidates(name, pipeline, volumes).items():
+        for candidate, at in candidates.in_order(name, pipeline, volumes).items():
             manifest = _manifest(volumes / FINE_TUNED_VOLUME / "adapter" / candidate.adapter)
             for base in _bases(candidate.adapter, manifest, volumes):
                 if base.mode == "merged" and name != first:  # one model runs
@@ -249,44 +248,27 @@ def find_proven(named: Named, volumes: Path) -> ByBase:
     return found
 
 
-def _candidates(name: str, pipeline: Pipeline | None, volumes: Path) -> dict[Candidate, str]:
-    """The adapters that may be served under a name, in the order of serving/aliases.py, and when each was promoted."""
-    folder = volumes / FINE_TUNED_VOLUME
-    promoted = promotion.history(folder, name)
-    try:
-        if current := promotion.current(folder, name):
-            promoted.insert(0, current)
-    except UserError:  # damaged: the history names it too
-        pass
-    found = {candidates.desired(pipeline): ""} if pipeline else {}
-    for each in promoted:
-        candidate = Candidate(each.adapter, each.evaluation)
-        found[candidate] = found.get(candidate) or each.at
-    return {candidate: at for candidate, at in found.items()
-            if candidates.DIGEST.fullmatch(candidate.adapter) and candidates.DIGEST.fullmatch(candidate.evaluation)}
-
-
 def _bases(adapter: str, manifest: Mapping[str, Any], volumes: Path) -> Iterator[Base]:
     """The bases on which an adapter can be served, by its manifest."""
     inputs = manifest.get("inputs")
     if not isinstance(inputs, dict):
         return
     base_model, tokenizer = str(inputs.get("base_model")), str(inputs.get("tokenizer"))
-    if not (candidates.DIGEST.fullmatch(base_model) and candidates.DIGEST.fullmatch(tokenizer)):
+    if not (DIGEST.fullmatch(base_model) and DIGEST.fullmatch(tokenizer)):
         return
     if merged_model(adapter, base_model).path(volumes).exists():
         yield Base(base_model, tokenizer, "merged")
     lora = Base(base_model, tokenizer, "lora")
     try:
         servable = models.architecture(lora.folders(volumes)[0]) in models.SERVABLE
-    except UserError:  # it is not there, or damaged: whoever starts on it finds that out
+    except UserError:  # not there, or damaged: `check_startable` reports it
         servable = True
     if servable:
         yield lora
 
 
 def _is_proven(name: str, candidate: Candidate, volumes: Path) -> bool:
-    """Whether the adapter is whole and its evaluation passed. Remembered for as long as the files stay the same."""
+    """Whether the adapter is whole and its evaluation passed. Cached until the files change."""
     try:
         signatures = (untrusted.signature(candidates.adapter_folder(candidate.adapter, volumes)),
                       untrusted.signature(candidates.evaluation_folder(candidate.evaluation, volumes)))
@@ -298,9 +280,9 @@ def _is_proven(name: str, candidate: Candidate, volumes: Path) -> bool:
 @functools.lru_cache(maxsize=256)
 def _passes(name: str, candidate: Candidate, volumes: Path, signatures: object) -> bool:
     try:
-        artifacts.read(candidates.adapter_folder(candidate.adapter, volumes))
+        untrusted.read_artifact(candidates.adapter_folder(candidate.adapter, volumes), "adapter")
         verification.check_gate(candidate, name, volumes)
-    except (UserError, Refused) as error:
+    except Refused as error:
         log.warning("%s@%s cannot be served: %s", name, candidate.adapter, error)
         return False
     return True
@@ -309,10 +291,9 @@ def _passes(name: str, candidate: Candidate, volumes: Path, signatures: object) 
 def _manifest(folder: Path) -> Mapping[str, Any]:
     """An artifact's manifest, not verified; empty where there is none."""
     try:
-        manifest = json.loads(read_plain_file(folder / artifacts.MANIFEST, LARGEST_MANIFEST))
-    except (FileNotFoundError, NotADirectoryError, UserError, ValueError, RecursionError):
+        return untrusted.read_json(folder / artifacts.MANIFEST, "damaged", "is missing or damaged")
+    except Refused:
         return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def _rank(manifest: Mapping[str, Any]) -> int:
@@ -337,7 +318,7 @@ def start(pipelines: Path, volumes: Path, deadline_s: float) -> Start:
 
     Raises:
         UserError: there is nothing to start from, or the base model cannot be served.
-        RetryableError: base model or tokenizer did not come in `deadline_s` seconds.
+        RetryableError: base model or tokenizer were not there within `deadline_s` seconds.
     """
     named, bases = wait(pipelines, volumes, deadline_s)
     refused: UserError | None = None
@@ -357,11 +338,11 @@ def start(pipelines: Path, volumes: Path, deadline_s: float) -> Start:
 def wait(pipelines: Path, volumes: Path, deadline_s: float) -> tuple[Named, list[Base]]:
     """Wait until base model and tokenizer are on the volume; returns the pipelines, and the bases in `order`.
 
-    The pipeline files are read again at each look: a push may ask for another base model meanwhile.
+    The pipeline files are read again at every poll: a push may change the base model meanwhile.
 
     Raises:
         UserError: there is nothing to start from: no valid pipeline file, and no promotion.
-        RetryableError: base model or tokenizer did not come in `deadline_s` seconds.
+        RetryableError: base model or tokenizer were not there within `deadline_s` seconds.
     """
     files: dict[Path, Pipeline | None] = {}
     problems: dict[Path, str] = {}
@@ -379,7 +360,7 @@ def wait(pipelines: Path, volumes: Path, deadline_s: float) -> tuple[Named, list
             return named, bases
         now = time.monotonic()
         if now - started > deadline_s:
-            raise RetryableError(f"waited {deadline_s:.0f} s for {missing}. See the logs of the job that makes it")
+            raise RetryableError(f"waited {deadline_s:.0f} s for {missing}. See the log of its Job")
         if missing != waiting_for or now - logged > LOG_SECONDS:
             log.info("waiting for %s (%.0f s)", missing, now - started)
             logged, waiting_for = now, missing
@@ -387,7 +368,7 @@ def wait(pipelines: Path, volumes: Path, deadline_s: float) -> tuple[Named, list
 
 
 def _read_files(folder: Path, files: dict[Path, Pipeline | None], problems: dict[Path, str]) -> None:
-    """Read the pipeline files. One that is invalid counts as it was before."""
+    """Read the pipeline files. For an invalid file, the last valid content counts."""
     for file in pipeline_files(folder):
         try:
             files[file] = read(file)
@@ -395,7 +376,7 @@ def _read_files(folder: Path, files: dict[Path, Pipeline | None], problems: dict
         except UserError as error:
             files.setdefault(file, None)
             if problems.get(file) != str(error):
-                log.error("%s; what was promoted before is served", error)
+                log.error("%s; the server uses the promotions on the volume", error)
             problems[file] = str(error)
 
 
@@ -410,7 +391,7 @@ def check_startable(base: Base, volumes: Path) -> None:
 
 
 def base_name(base: Base, named: Named, volumes: Path) -> str:
-    """The name by which clients ask for the base model: of a pipeline file that asks for it, or of its artifact."""
+    """The model name of the base model: from a pipeline file that desires it, else from its artifact."""
     for each in named.values():
         if each and of(each).base_model == base.base_model:
             return each.base_model.name
@@ -421,7 +402,7 @@ def base_name(base: Base, named: Named, volumes: Path) -> str:
 
 
 def max_lora_rank(base: Base, named: Named, proven: Mapping[str, Proven]) -> int:
-    """The rank for which vLLM must reserve room: that of every pipeline file, and of every adapter served before."""
+    """The rank for which vLLM reserves memory: enough for all pipeline files and all proven adapters."""
     fitting = [each.serving.max_lora_rank for each in named.values() if each and of(each) == base]
     largest = max([*(each.rank for each in proven.values()), *(fitting or [Serving().max_lora_rank])])
     return next((rank for rank in SERVABLE_RANKS if rank >= largest), SERVABLE_RANKS[-1])
@@ -448,7 +429,7 @@ def check_fits(pipeline: Pipeline, served: Served) -> None:
 
 
 def changed(named: Named, served: Served) -> str | None:
-    """What the pipeline files ask for that only a restart can bring, in words; None if there is nothing."""
+    """A description of the change in the pipeline files that needs a restart; None if there is none."""
     pipeline, ours = deciding(named), running(served)
     if pipeline is None:
         return None
@@ -469,7 +450,7 @@ def check_restart(named: Named, served: Served, serving: Collection[str]) -> Non
     Args:
         serving: the names under which an adapter is served now.
     Raises:
-        NotYet: something is not there yet; the server goes on as it is.
+        NotYet: something is not there yet.
         Refused: with reason `base`: the desired base cannot be served.
     """
     pipeline, volumes = deciding(named), Path(served.volumes)
@@ -490,13 +471,12 @@ def check_restart(named: Named, served: Served, serving: Collection[str]) -> Non
 
 
 def next_turn(now: float, slot_seconds: float, replica: str) -> float:
-    """When (Unix time) this replica may restart by itself: at the beginning of its slot in the cycle of `SLOTS`.
+    """When (Unix time) this replica may restart by itself: at the start of its slot in the cycle of `SLOTS`.
 
-    The replicas cannot speak to each other, to the API server, or write to a volume, so each takes the slot that its
-    name gives it.
+    The replicas cannot reach each other or the API server, or write to a volume. So the pod's name decides the slot.
 
     Args:
-        slot_seconds: how long a slot is, which is as long as a restart takes; 0: at once, for a single replica.
+        slot_seconds: the length of a slot, which is the duration of a restart; 0: at once, for a single replica.
         replica: the pod's name.
     """
     if slot_seconds <= 0:

@@ -5,7 +5,6 @@ Finds candidates only; serving/verification.py decides whether one is fit.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from jobs.core import artifacts, promotion
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, plan
+from jobs.core.promotion import DIGEST
 from serving.refusal import NotYet, Refused, one_line
 
 Read = TypeVar("Read")
-DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,27 @@ def earlier(name: str, volumes: Path) -> list[Candidate]:
     file = _pointer(name, volumes).with_name(f"{name}.history.jsonl")
     history = _read_promotion(file, lambda: promotion.history(volumes / FINE_TUNED_VOLUME, name)) or []
     return list(dict.fromkeys(Candidate(each.adapter, each.evaluation) for each in history))
+
+
+def in_order(name: str, pipeline: Pipeline | None, volumes: Path) -> dict[Candidate, str]:
+    """All candidates for a name, best first, and when each was promoted (ISO 8601; empty if it never was).
+
+    First the one that the pipeline file desires, then the last promotion, then the earlier ones, newest first.
+    A damaged promotion is skipped: the history has it too.
+
+    Raises:
+        OSError: when the volume cannot be read; a later attempt may succeed.
+    """
+    folder = volumes / FINE_TUNED_VOLUME
+    recorded = promotion.history(folder, name)
+    with suppress(UserError):
+        if current := promotion.current(folder, name):
+            recorded.insert(0, current)
+    found = {desired(pipeline): ""} if pipeline else {}
+    for each in recorded:
+        candidate = Candidate(each.adapter, each.evaluation)
+        found[candidate] = found.get(candidate) or each.at
+    return found
 
 
 def proved_at(name: str, candidate: Candidate, volumes: Path) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from jobs.core import artifacts, models
+from jobs.core import models
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import merged_model
@@ -43,7 +43,7 @@ def choose(named: base.Named, served: Served) -> Served:
     name, pipeline = next(iter(named.items()))
     volumes = Path(served.volumes)
     unfit = _unfit(served)
-    for candidate in _candidates(name, pipeline, volumes):
+    for candidate in candidates.in_order(name, pipeline, volumes):
         if f"{name}@{candidate.adapter}" in unfit:
             log.warning("%s@%s: its probabilities were not finite when it ran", name, candidate.adapter)
             continue
@@ -58,19 +58,6 @@ def choose(named: base.Named, served: Served) -> Served:
             continue
         return replace(served, merged=f"{name}@{candidate.adapter}")
     return served
-
-
-def _candidates(name: str, pipeline: Pipeline | None, volumes: Path) -> Iterator[Candidate]:
-    if pipeline:
-        yield candidates.desired(pipeline)
-    try:
-        yield candidates.promoted(name, volumes)
-    except (NotYet, Refused) as reason:
-        log.warning("%s: %s", name, reason)
-    try:
-        yield from candidates.earlier(name, volumes)
-    except Refused as reason:
-        log.warning("%s: %s", name, reason)
 
 
 def _unfit_file(served: Served) -> Path:
@@ -125,8 +112,8 @@ def verify(adapter: str, served: Served) -> None:
         Refused: naming the first thing that is wrong.
     """
     folder = folder_of(adapter, served)
+    manifest = untrusted.read_artifact(folder, "merged-model").manifest
     try:
-        manifest = artifacts.read(folder).manifest
         if models.architecture(folder) != models.architecture(Path(served.base_folder)):
             raise Refused("base", f"{folder}: its architecture is not the base model's")
     except UserError as error:

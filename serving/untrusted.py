@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.core import artifacts
 from jobs.core.errors import UserError
+from jobs.core.files import read_plain_file
 from serving.refusal import NotYet, Reason, Refused, one_line
 
 # Bytes of a JSON file that is read, and of the weights' header: such files have a few kB, a header 130 bytes a tensor.
@@ -65,13 +66,12 @@ def plain_files(folder: Path) -> list[Path]:
 def read_json(file: Path, reason: Reason, problem: str) -> dict[str, Any]:
     """The mapping in a JSON file; refused with `reason` and `problem` if it is none."""
     try:
-        with file.open("rb") as stream:
-            content = stream.read(LARGEST_JSON + 1)
-        if len(content) > LARGEST_JSON:
-            raise ValueError(f"it has more than {LARGEST_JSON} bytes")
-        value = json.loads(content.decode())  # as vLLM reads it: from bytes, json would take UTF-16 too
+        # Decoded first, as vLLM does: from bytes, json would take UTF-16 too.
+        value = json.loads(read_plain_file(file, LARGEST_JSON).decode())
         if not isinstance(value, dict):
             raise TypeError(f"it holds a {type(value).__name__}")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, RecursionError) as error:
+    except UserError as error:
+        raise Refused(reason, one_line(str(error))) from None
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, RecursionError) as error:
         raise Refused(reason, one_line(f"{file} {problem} ({error!r})")) from None
     return value

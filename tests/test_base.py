@@ -379,3 +379,17 @@ def test_replicas_restart_each_in_a_slot_of_its_own() -> None:
     assert max(counts) < 3 * 500 / base.SLOTS, "no slot is preferred"
     later = {name: base.next_turn(turn + 1, slot, name) for name, turn in turns.items()}
     assert all(later[name] == turns[name] + base.SLOTS * slot for name in turns), "it stays the replica's own"
+
+
+@pytest.mark.parametrize("damage", [{"files": [{"path": 5, "size": 1, "sha256": "x"}]}, {"files": 5}, {"spec": []}])
+def test_an_adapter_with_a_damaged_manifest_does_not_keep_the_server_from_starting(git: Git, damage: Any) -> None:
+    good = git.write()
+    git.promote(good)
+    bad = git.write(training__seed=1)
+    folder = build_adapter.adapter(git.volumes, bad)
+    build_adapter.evaluation(git.volumes, bad)
+    manifest = json.loads((folder / "artifact.json").read_text())
+    (folder / "artifact.json").write_text(json.dumps(manifest | damage))
+    start = git.start()
+    assert start.base == base.of(good)
+    assert start.adapters == 1

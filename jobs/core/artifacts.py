@@ -121,7 +121,7 @@ def read(path: Path) -> Artifact:
     try:
         manifest = read_manifest(path)
         named = digest_of(manifest["kind"], manifest["spec"], manifest["inputs"])
-        recorded = {f["path"]: (f["size"], f["sha256"]) for f in manifest["files"]}
+        recorded = {os.fspath(f["path"]): (f["size"], f["sha256"]) for f in manifest["files"]}
     except (UserError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: {MANIFEST} is missing or damaged ({error}). {hint}") from None
     if not path.name == manifest["digest"] == named:
