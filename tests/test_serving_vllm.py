@@ -404,7 +404,7 @@ def test_it_drains_comes_back_with_the_same_adapter_follows_the_base_model_and_n
         # The engine dies: the process says so by its exit code, and Kubernetes starts it again.
         server.engine().kill()
         assert server.exit_code() == 1
-        assert "error: vLLM ended by itself" in server.log.read_text()
+        assert "error: vLLM exited by itself" in server.log.read_text()
     finally:
         server.kill()
 

@@ -19,7 +19,7 @@ def number(name: str, default: float, *, least: float = 0) -> float:
         UserError: it is not a finite number of at least `least`.
     """
     text = os.environ.get(name, "").strip()
-    return _checked(name, text, least) if text else default
+    return parse_number(name, text, least) if text else default
 
 
 def whole_number(name: str, default: Default, *, least: int = 0) -> int | Default:
@@ -29,11 +29,7 @@ def whole_number(name: str, default: Default, *, least: int = 0) -> int | Defaul
         UserError: it is not a whole number of at least `least`.
     """
     text = os.environ.get(name, "").strip()
-    if not text:
-        return default
-    if not text.isdecimal() or int(text) < least:
-        raise UserError(f"{name} is {text!r}, but must be a whole number of at least {least}; correct or remove it")
-    return int(text)
+    return parse_whole_number(name, text, least) if text else default
 
 
 def wait_seconds(flag: str | None = None) -> float:
@@ -44,10 +40,15 @@ def wait_seconds(flag: str | None = None) -> float:
     Raises:
         UserError: it is not a number of seconds.
     """
-    return number("WAIT_SECONDS", WAIT_SECONDS) if flag is None else _checked("--wait-seconds", flag, 0)
+    return number("WAIT_SECONDS", WAIT_SECONDS) if flag is None else parse_number("--wait-seconds", flag)
 
 
-def _checked(name: str, text: str, least: float) -> float:
+def parse_number(name: str, text: str, least: float = 0) -> float:
+    """The number in the text of a flag or variable.
+
+    Raises:
+        UserError: it is not a finite number of at least `least`; the message names the flag or variable.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -55,3 +56,10 @@ def _checked(name: str, text: str, least: float) -> float:
     if not (math.isfinite(value) and value >= least):
         raise UserError(f"{name} is {text!r}, but must be a number of at least {least:g}; correct or remove it")
     return value
+
+
+def parse_whole_number(name: str, text: str, least: int = 0) -> int:
+    """The whole number in the text of a flag or variable. Raises `UserError` like `parse_number`."""
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{name} is {text!r}, but must be a whole number of at least {least}; correct or remove it")
+    return int(text)
