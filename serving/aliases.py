@@ -1,10 +1,10 @@
-"""The aliases: which adapter version answers under which name, kept up to date without hurting a request.
+"""The aliases: which adapter version is served under which name. Swaps do not fail or mix a request.
 
-vLLM knows an adapter as NAME@DIGEST; clients say NAME. A task looks twice a second at the pipeline files and
-promotions. A new version is verified, loaded beside the old one, proven by a probe, and only then does the alias move,
-between two requests. Requests under way keep the version they began with; the old version is unloaded after the last of
-them. Whatever goes wrong, the version before keeps serving; an alias without a version is never answered by the base
-model. What a running server cannot follow, such as another base model, it follows by a restart (serving/base.py).
+vLLM knows an adapter as NAME@DIGEST; clients send NAME. A task reads the pipeline files and the promotions twice a
+second. A new version is verified, loaded beside the old one and probed; then the alias switches, between two requests.
+Requests in progress finish on the version they began with; the old version is unloaded after the last of them. If any
+step fails, the old version stays in service. The base model never answers for an alias. A change that a running server
+cannot follow, such as another base model, needs a restart (serving/base.py).
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ log = logging.getLogger("serving")
 
 Found = TypeVar("Found")
 POLL_SECONDS = 0.5  # a promotion is to be live within two seconds
-BACKOFF_SECONDS = 5.0  # after something unforeseen, such as an unreadable volume; doubled three times at most
-FAILURES_UNTIL_READY = 3  # failed attempts on one alias that `first_look_done` waits for
-RETRY_SECONDS = 60.0  # until an adapter that vLLM did not load is tried again: it may have been out of memory
-# From the end of a version's last request to its removal. A request whose client went away ends here first and in the
-# engine a moment later; if the weights were gone by then, the engine would read the disk for them, and fail.
+BACKOFF_SECONDS = 5.0  # after an unexpected error, such as an unreadable volume; doubled three times at most
+FAILURES_UNTIL_READY = 3  # after so many failed attempts on one alias, `first_look_done` does not wait for it
+RETRY_SECONDS = 60.0  # until an adapter that vLLM did not load is tried again: vLLM may have been out of memory
+# From the end of a version's last request to its removal. If a client disconnects, its request ends here first and in
+# the engine a moment later. Without its weights, the engine would try to read them from the disk, and fail.
 SETTLE_SECONDS = 1.0
-# Probabilities of one and the same model differ by less between two runs in float32; an adapter's by far more.
+# Between two runs of one model in float32, log-probabilities differ by less; with an adapter, by far more.
 PROBE_TOLERANCE = 1e-6
 
 
 @dataclass(eq=False)
 class Version:
-    """One adapter in vLLM. It is unloaded once no alias points to it and its last request ended."""
+    """One adapter in vLLM. It is unloaded when no alias points to it and its last request has ended."""
 
     name: str
     digest: str
@@ -63,7 +63,7 @@ class Version:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Holds the version in vLLM while a request uses it."""
+        """Keeps the version in vLLM while a request uses it."""
         self.requests += 1
         try:
             yield
@@ -82,12 +82,12 @@ class Alias:
 
 
 class NoSlot(NotYet):
-    """The engine has no room for another adapter until a version that is replaced answered its last request."""
+    """All slots are in use until a replaced version has finished its last request."""
 
 
 @dataclass(frozen=True)
 class KnownRefusal:
-    """What was refused for the files with this signature, and until when (monotonic) it is not looked at again."""
+    """What was refused for the files with this signature, and until when (monotonic) it is not checked again."""
 
     signature: tuple[untrusted.Signature, ...]
     refused: Refused
@@ -98,14 +98,14 @@ class Aliases:
     """Every alias of this server and what it points to. Lives on vLLM's event loop; disk work is done in threads.
 
     Args:
-        vllm: the application that the guard stands before.
+        vllm: the ASGI application that the guard wraps.
         restart: called with the reason when only a restart can follow the pipeline files.
     """
 
     def __init__(self, served: Served, vllm: ASGIApp, restart: Callable[[str], None]) -> None:
         self.served = served
         self.current: dict[str, Alias] = {}
-        # Set when every alias was looked for once: what can be served is served. The server is ready from then on.
+        # Set after the first look for the adapters of all aliases. The server is ready from then on.
         self.first_look_done = asyncio.Event()
         self.engine = Engine(vllm)
         self._restart = restart
@@ -120,8 +120,8 @@ class Aliases:
         self._proven: set[tuple[str, Candidate]] = set()
         self._refusals: dict[str, KnownRefusal] = {}
         self._modules: lora.Modules | None = None
-        self.base: Version | None = None  # what base-model requests are given, if not the base model itself
-        self._logged: dict[str, str] = {}  # the last message about each thing
+        self.base: Version | None = None  # serves requests to the base model in place of it, if not None
+        self._logged: dict[str, str] = {}  # the last message by subject
         self._updates: dict[str, asyncio.Task[None]] = {}  # by alias; under "" what concerns the base model
         self._started = time.time()
         self._task: asyncio.Task[None] | None = None
@@ -151,13 +151,13 @@ class Aliases:
                 await self.poll()
                 self._logged.pop("poll", None)
                 pause = POLL_SECONDS
-            except Exception as error:  # serving goes on with what there is
+            except Exception as error:  # what is served stays in service
                 self._log_change("poll", f"cannot look for adapters: {error!r}; trying again", log.error)
                 pause = BACKOFF_SECONDS
             await asyncio.sleep(pause)
 
     async def poll(self) -> None:
-        """Look once: bring every alias to the best version there is, and unload what nobody uses."""
+        """Look once: point every alias to the best version that may be served, and unload unused versions."""
         if self._restarting:
             return
         named = self._named = await asyncio.to_thread(self._read_pipelines)
@@ -166,7 +166,7 @@ class Aliases:
             events.removed(name, gone.version.digest if gone.version else None)
         for name in named:
             self.current.setdefault(name, Alias())
-        # Each by itself: a large adapter or a new base model that is being verified must not keep the others waiting.
+        # One task for each: the others do not wait for the verification of a large adapter or a new base model.
         work: dict[str, Callable[[], Awaitable[None]]] = {"": self._follow_base}
         work |= {name: partial(self._update, name, self.current[name], each) for name, each in named.items()}
         for name in work.keys() - self._updates.keys():
@@ -178,7 +178,7 @@ class Aliases:
         await self._unload_unused()
 
     def _read_pipelines(self) -> base.Named:
-        """The pipelines by alias. A file that became invalid counts as it was before; so does one that vanished."""
+        """The pipelines by alias. For a file that is invalid or gone, the last valid content counts."""
         files = candidates.pipeline_files(Path(self.served.pipelines))
         for file in files:
             try:
@@ -197,7 +197,7 @@ class Aliases:
                 name = pipeline.adapter if pipeline else base.name_of_invalid(file, (), self._volumes,
                                                                               alone=len(files) == 1)
                 self._report_refusal(name or file.parent.name, str(file), Refused(
-                    "pipeline file", f"{error}; what it said before stays in force"))
+                    "pipeline file", f"{error}; its last valid content stays in force"))
         named = base.name_files({file: pipeline for file, (_, pipeline) in self._pipelines.items()}, self._volumes)
         for file, (_, pipeline) in self._pipelines.items():
             if pipeline is not None and named[pipeline.adapter] is not pipeline:
@@ -206,9 +206,9 @@ class Aliases:
         return named
 
     async def _follow_base(self) -> None:
-        """Restart when the pipeline files ask for what a running server cannot change to, and no adapter is lost by it.
+        """Restart if the pipeline files need it and no served adapter is lost by it.
 
-        Until then, while an adapter for a new base model is trained for example, the server goes on as it is.
+        Until then, for example while an adapter for a new base model is trained, the server continues unchanged.
         """
         pipeline = base.deciding(self._named)
         reason = base.changed(self._named, self.served)
@@ -222,18 +222,18 @@ class Aliases:
                 await self._unless_refused(pipeline.adapter, reason, base.of(pipeline).folders(self._volumes), partial(
                     asyncio.to_thread, base.check_restart, self._named, self.served, serving))
         except NotYet as missing:
-            self._log_change("base", f"{reason}, but {missing}; until then the server goes on as it is")
+            self._log_change("base", f"{reason}, but {missing}; until then the server continues unchanged")
         except Refused as refused:
-            self._log_change("base", f"{reason}, but it was refused: {refused.reason}; the server goes on as it is")
+            self._log_change("base", f"{reason}, but it was refused: {refused.reason}; the server continues unchanged")
         else:
             self._restart_in_turn("base", reason)
 
     def _has_turn(self, subject: str, reason: str) -> bool:
-        """Whether everything was checked, and the server only waits for its turn to restart."""
+        """Whether all checks passed and the server only waits for its time slot to restart."""
         return subject in self._turns and self._turns[subject][0] == reason
 
     def _restart_in_turn(self, subject: str, reason: str) -> None:
-        """Restart now, or at this replica's turn if there are several. To be called until it happens."""
+        """Restart now or, if there are several replicas, in this one's time slot. Call it until that happens."""
         if not self._has_turn(subject, reason):
             turn = base.next_turn(time.time(), self.served.restart_slot_seconds, socket.gethostname())
             self._turns[subject] = reason, turn
@@ -242,7 +242,7 @@ class Aliases:
             at = time.strftime("%H:%M:%S", time.localtime(turn))
             self._log_change(subject, f"{reason}; this replica restarts at {at}, in its turn")
             return
-        self._restarting = True  # from now on nothing new is looked for
+        self._restarting = True  # from now on `poll` does nothing
         self._restart(reason)
 
     async def _attempt(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -255,15 +255,15 @@ class Aliases:
             alias.failures += 1
             if alias.version is None:
                 alias.why = "its adapter could not be loaded; the server tries again"
-            # One alias that cannot be looked for must not keep the whole server from being ready.
+            # One alias that fails must not keep the whole server from being ready.
             alias.looked |= alias.failures >= FAILURES_UNTIL_READY
             self._log_change(f"attempt {name}", f"{name or 'base model'}: {error!r}; trying again", log.error)
             await asyncio.sleep(BACKOFF_SECONDS * 2 ** min(alias.failures - 1, 3))
 
     async def _update(self, name: str, alias: Alias, pipeline: Pipeline | None) -> None:
-        """Point the alias to the first that may be served: what the pipeline file desires, what was promoted last.
+        """Point the alias to the first adapter that may be served: the desired one, else the last promotion.
 
-        If nothing is served, as after a restart, and both are unfit: what was promoted before.
+        If the alias has no version, as after a restart, earlier promotions follow.
         """
         reasons, failure = list[str](), None
         found: list[tuple[str, Candidate | NotYet | Refused]]
@@ -285,14 +285,14 @@ class Aliases:
             except NotYet as reason:
                 reasons.append(str(reason))
                 if isinstance(reason, NoSlot) and alias.version:
-                    break  # only a moment: no reason to serve another one meanwhile
+                    break  # a short wait: do not switch to another adapter meanwhile
                 continue
-            except Refused as refused:  # the log has the whole message; clients need not learn about paths
+            except Refused as refused:  # the log has the whole message; clients do not see paths
                 reasons.append(f"the adapter of the {by} was refused: {refused.reason}")
                 continue
             except Exception as error:
                 if alias.version:
-                    raise  # what is served goes on
+                    raise  # what is served stays in service
                 reasons.append(f"the adapter of the {by} could not be loaded; the server tries again")
                 failure = failure or error
                 continue
@@ -310,10 +310,10 @@ class Aliases:
         else:
             self._logged.pop(name, None)
         if failure:
-            raise failure  # to be tried again; meanwhile the next best is served
+            raise failure  # the caller tries again; meanwhile the next best is served
 
     async def _look(self, name: str, where: str, find: Callable[[], Found]) -> Found | NotYet | Refused:
-        """What `find` finds; a refusal is reported, and left to the caller like anything else that was found."""
+        """The result of `find`. A refusal is reported and returned, as is `NotYet`."""
         what = f"the {where} of {name}"
         try:
             found = await asyncio.to_thread(find)
@@ -345,13 +345,13 @@ class Aliases:
         return candidate
 
     def _next_base(self) -> base.Base | None:
-        """The base that the pipeline files ask for, if this server runs on another one."""
+        """The desired base, if this server runs on another one."""
         pipeline = base.deciding(self._named)
         desired = base.of(pipeline) if pipeline else None
         return desired if desired != base.running(self.served) else None
 
     def _notice(self, name: str, alias: Alias, promoted: Candidate | NotYet | Refused) -> None:
-        """Report a promotion that was not seen before."""
+        """Report a new promotion."""
         if isinstance(promoted, Candidate) and promoted != alias.promotion:
             alias.promotion = promoted
             events.promotion_seen(name, promoted.adapter, promoted.evaluation)
@@ -371,7 +371,7 @@ class Aliases:
         return max(0.0, time.time() - since) if since >= self._started else None
 
     async def _prepare(self, name: str, candidate: Candidate) -> Version:
-        """The candidate's version in vLLM, which gets it unless it has it: gate, verification, load, probe."""
+        """The candidate's version in vLLM. If it is not loaded yet: check the gate, verify, load and probe it."""
         try:
             evaluation, folder = self._folders(candidate)
         except Refused as refused:
@@ -391,7 +391,7 @@ class Aliases:
         return version
 
     def _folders(self, candidate: Candidate) -> tuple[Path, Path]:
-        """The candidate's evaluation, and what is verified before it is served. Refuses digests that are none."""
+        """The folders of the candidate's evaluation and of what is verified. Raises `Refused` for invalid digests."""
         return (candidates.evaluation_folder(candidate.evaluation, self._volumes),
                 candidates.adapter_folder(candidate.adapter, self._volumes))
 
@@ -409,7 +409,7 @@ class Aliases:
 
     async def _unless_refused(self, alias: str, what: str, folders: list[Path],
                               work: Callable[[], Awaitable[None]]) -> None:
-        """Do the work, unless it was refused before for the very same files. A refusal is reported once."""
+        """Do the work, unless it was refused for the same files. A refusal is reported once."""
         signature = await asyncio.to_thread(lambda: tuple(untrusted.signature(folder) for folder in folders))
         known = self._refusals.get(what)
         if known and known.signature == signature and time.monotonic() < known.until:
@@ -427,7 +427,7 @@ class Aliases:
         self._logged.pop(what, None)
 
     async def _admit(self, version: Version) -> None:
-        """Verify a version, load it into vLLM and prove that it has an effect. A failure leaves nothing of it."""
+        """Verify a version, load it into vLLM and probe it. If a step fails, the version is removed again."""
         self._check_slots()
         if version.name in self.current:
             self.current[version.name].why = "its adapter is being verified and loaded"
@@ -446,23 +446,23 @@ class Aliases:
             self._loading -= 1
 
     def _check_slots(self) -> None:
-        """Raise `NoSlot` if a slot of the engine will be free soon, but none is.
+        """Raise `NoSlot` if no slot of the engine is free but one will be soon.
 
-        Without a free slot, vLLM would evict the adapter that was used least recently. That may be one that is served
-        and idle, or one that still answers; its next token would need the disk, within the engine's loop.
+        Without a free slot, vLLM evicts the least recently used adapter. That may be an idle adapter that is served,
+        or one with requests in progress, whose next token would wait for a read from the disk in the engine's loop.
         """
         served = [alias.version for alias in self.current.values()]
         taken, slots = len(self._loaded) + self._loading + (self.base is not None), self.engine.slots
         if taken < slots:
             self._logged.pop("slots", None)
         elif self._loading or any(version not in served for version in self._loaded):
-            raise NoSlot(f"all {slots} LoRA slots are taken until the versions before answered their last requests")
+            raise NoSlot(f"all {slots} LoRA slots are taken until replaced versions have finished their requests")
         else:
-            self._log_change("slots", f"more adapters than the {slots} LoRA slots of this server: vLLM evicts the one "
-                                      "that was used least recently. Restart the server to get a slot for each")
+            self._log_change("slots", f"more adapters than the {slots} LoRA slots of this server: vLLM evicts the "
+                                      "least recently used one. Restart the server to get a slot for each")
 
     async def _prepare_base(self) -> None:
-        """Before the first adapter: read the base model's layers, and on a CPU load the shield's adapter of zeros."""
+        """Before the first adapter: read the base model's layers; on a CPU, load the shield's adapter of zeros."""
         modules = await asyncio.to_thread(self._base_modules)
         if self.served.cpu_shield:
             version = Version(self.served.base_name, cpu_shield.ZERO)
@@ -479,9 +479,9 @@ class Aliases:
         """Raise `Refused` unless the version's probabilities are finite and differ from the base model's.
 
         Raises:
-            RuntimeError: when vLLM does not answer, which says nothing about the adapter.
+            RuntimeError: when vLLM does not answer, which is no fault of the adapter.
         """
-        # At once, so that both are computed under the same conditions and the probe costs the time of one.
+        # Concurrently: both are computed under the same conditions, and in the time of one.
         plain = self.base.model if self.base else self.served.base_name
         base_model, adapted = await asyncio.gather(
             self.engine.logprobs(plain), self.engine.logprobs(version.model), return_exceptions=True)
@@ -491,12 +491,12 @@ class Aliases:
             raise adapted
         if base_model.keys() == adapted.keys() and all(
                 abs(value - adapted[token]) <= PROBE_TOLERANCE for token, value in base_model.items()):
-            raise Refused("no effect", "with it the base model's probabilities stay the same, so it changes nothing")
+            raise Refused("no effect", "the probabilities are the same as the base model's")
 
     async def _unload_unused(self) -> None:
         used = [alias.version for alias in self.current.values()]
         settled = time.monotonic() - SETTLE_SECONDS
-        # Not while its alias is being updated: the update may be about to point back to it.
+        # Not while its alias is being updated: the update may point back to it.
         for version in [v for v in self._loaded if v not in used and not v.requests and v.idle_since <= settled
                         and v.name not in self._updates]:
             await self._unload(version)
@@ -513,11 +513,11 @@ class Aliases:
                                 ignore_errors=True)
 
     def _report_refusal(self, alias: str, what: str, refused: Refused) -> None:
-        """Log and count a refusal, once, until the same thing was accepted."""
+        """Log and count a refusal, once until the same subject is accepted."""
         self._log_change(what, str(refused), partial(events.refused, alias, what, refused.reason))
 
     def _log_change(self, about: str, message: str, report: Callable[[str], object] = log.warning) -> None:
-        """Report a state when it changes, not at every look."""
+        """Report a state only when it changes."""
         if self._logged.get(about) != message:
             self._logged[about] = message
             report(message)
