@@ -1,4 +1,4 @@
-"""Reading the bodies of requests, within limits of size, of time, and of memory for all that are being read."""
+"""Reads the bodies of requests, within limits of size, time, and memory for all bodies that are being received."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from starlette.types import Receive, Scope
 from serving.replies import RETRY_AFTER_SECONDS, error
 
 MAX_BODY_BYTES = 4 * 1024 * 1024  # a context of 128k tokens is about 0.6 MB of text
-# As much of each body as does not count against the memory for all: uvicorn keeps as much for each connection anyhow.
-# So ordinary requests are read, whatever memory is taken by large ones that never end.
+# Bytes of each body that do not count against the memory for all: uvicorn buffers as much for each connection anyway.
+# So ordinary requests are read even if unfinished large ones use all of the memory.
 FREE_BYTES = 64 * 1024
-# The largest body at 1.1 Mbit/s. Until then an unfinished one is held.
+# Enough for the largest body at 1.1 Mbit/s. An unfinished body is held in memory until then.
 SECONDS = 30.0
 # 16 of the largest bodies at once. The container has 4 GiB, of which vLLM takes half with a tiny model.
 MEMORY_BYTES = 64 * 1024 * 1024
@@ -33,7 +33,7 @@ class Bodies:
         self._held = 0
 
     async def read(self, scope: Scope, receive: Receive) -> bytes | Response | None:
-        """The request's body; an error reply if a limit is passed; None if the client went away meanwhile."""
+        """The request's body; an error reply if it exceeds a limit; None if the client disconnected."""
         refusal = _check_length([value for key, value in scope["headers"] if key == b"content-length"])
         if refusal:
             return refusal
@@ -52,7 +52,7 @@ class Bodies:
                     if room and (not more or self._held + more <= self._memory):
                         body += chunk
                         self._held, counted = self._held + more, counted + more
-                    elif room:  # the rest is read and dropped: a client that still sends would not see a reply
+                    elif room:  # read and drop the rest: a client that is still sending would not see a reply
                         self._held, counted, room = self._held - counted, 0, False
                         body.clear()
                     if not message.get("more_body", False):
@@ -64,12 +64,12 @@ class Bodies:
 
 
 def _check_length(declared: list[bytes]) -> Response | None:
-    """An error reply if the body's declared length is no length, or above the limit."""
+    """An error reply if Content-Length is invalid or above the limit."""
     if len(set(declared)) > 1 or not all(value.isdigit() for value in declared):
         return _unfinished(400, "Content-Length must be one number")
     for value in declared:
         digits = value.lstrip(b"0") or b"0"
-        # Their count first: Python refuses to convert thousands of digits.
+        # The number of digits first: Python refuses to convert thousands of them.
         if len(digits) > len(str(MAX_BODY_BYTES)) or int(digits) > MAX_BODY_BYTES:
             return _too_large()
     return None
@@ -80,10 +80,10 @@ def _too_large() -> Response:
 
 
 def _busy() -> Response:
-    return error(503, "The server reads too many large requests at once; try again",
+    return error(503, "The server is receiving too many large requests; try again",
                  headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
 
 
 def _unfinished(status: int, message: str) -> Response:
-    """An error reply to a request whose body is not read to its end, so that the connection cannot be used again."""
+    """An error reply to a request whose body is not read to its end; the connection cannot be reused."""
     return error(status, message, headers={"Connection": "close"})

@@ -1,6 +1,6 @@
-"""Which adapters may answer under a name: the one that the pipeline file desires, and those that were promoted.
+"""The adapters that may be served under a name: the one that the pipeline file desires, and the promoted ones.
 
-Finds candidates only; serving/verification.py decides whether one is fit.
+This module only finds them; serving/verification.py decides whether one may be served.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class Candidate:
-    """An adapter that may be served under a name, and the evaluation that has to have passed it (digests)."""
+    """An adapter, and the evaluation whose gate it must have passed (digests)."""
 
     adapter: str
     evaluation: str
 
 
 def pipeline_files(folder: Path) -> list[Path]:
-    """The pipeline files in a folder of pipeline folders, sorted. Hidden folders are Kubernetes' own (`..data`)."""
+    """The pipeline files in a folder of pipeline folders, sorted, without Kubernetes' hidden folders (`..data`)."""
     return sorted(p for p in folder.glob("*/pipeline.yaml") if not p.parent.name.startswith("."))
 
 
@@ -89,7 +89,7 @@ def proved_at(name: str, candidate: Candidate, volumes: Path) -> float:
     """When (Unix time) the adapter could be served at the earliest: its evaluation was published, or it was promoted.
 
     Raises:
-        OSError: when the volume does not say.
+        OSError: when the evaluation is not on the volume or cannot be read.
     """
     times = [(evaluation_folder(candidate.evaluation, volumes) / artifacts.MANIFEST).stat().st_mtime]
     with suppress(NotYet, Refused):
@@ -103,9 +103,9 @@ def _pointer(name: str, volumes: Path) -> Path:
 
 
 def _read_promotion(file: Path, read: Callable[[], Read]) -> Read | None:
-    """What `read` reads from `file`, where promotions are recorded; None if there is no such file.
+    """The result of `read`, which reads promotions from `file`; None if there is no such file.
 
-    Whatever lies there, it is a refusal at worst: the pipeline file is followed all the same.
+    Any damage is a refusal and not an error, so that the server still follows the pipeline file.
     """
     try:
         return read()
@@ -119,16 +119,16 @@ def _read_promotion(file: Path, read: Callable[[], Read]) -> Read | None:
 
 
 def adapter_folder(digest: str, volumes: Path) -> Path:
-    """Where the adapter is, or will be. Raises `Refused` for what is no digest."""
+    """Where the adapter is, or will be. Raises `Refused` if `digest` is not a digest."""
     return _artifact_folder("adapter", digest, volumes)
 
 
 def evaluation_folder(digest: str, volumes: Path) -> Path:
-    """Where the evaluation is, or will be. Raises `Refused` for what is no digest."""
+    """Where the evaluation is, or will be. Raises `Refused` if `digest` is not a digest."""
     return _artifact_folder("evaluation", digest, volumes)
 
 
 def _artifact_folder(kind: str, digest: str, volumes: Path) -> Path:
-    if not DIGEST.fullmatch(digest):  # it may come from a file: never let it name a path
+    if not DIGEST.fullmatch(digest):  # it may come from a file and becomes a part of a path
         raise Refused("damaged", f"{digest!r} is not a digest")
     return volumes / FINE_TUNED_VOLUME / kind / digest

@@ -1,12 +1,12 @@
-"""The shield for vLLM on a CPU, which has two faults in its LoRA kernels (vllm/lora/ops/torch_ops/lora_ops.py, 0.32).
+"""Works around two faults of vLLM 0.32 in its LoRA kernels for CPUs (vllm/lora/ops/torch_ops/lora_ops.py).
 
-1. A request to the base model that is computed in one batch with an adapter's request gets the weights in the last LoRA
-   slot: the kernels take "no adapter" (-1) for an index. So requests to the base model get an adapter of zeros, which
-   adds nothing, instead of none: no batch has a request without an adapter.
-2. A request for log-probabilities of its prompt, computed beside any other request, ends the engine for everybody. So
-   such requests are refused.
+1. A request to the base model in one batch with a request to an adapter is computed with the weights in the last LoRA
+   slot: the kernels use "no adapter" (-1) as an index. So the guard routes requests to the base model to an adapter of
+   zeros, which adds nothing. Then no batch has a request without an adapter.
+2. A request for log-probabilities of its prompt crashes the engine if any other request is computed beside it. So the
+   guard answers 400 to such requests.
 
-When upstream is mended, delete this module and what `grep -rn cpu_shield serving` finds.
+When vLLM is fixed, delete this module and what `grep -rn cpu_shield serving` finds.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from serving.lora import CONFIG, WEIGHTS, Modules
 from serving.replies import error
 from serving.served import Served
 
-ZERO = "zero"  # what the adapter of zeros has in place of a digest
+ZERO = "zero"  # in place of a digest, in the name of the adapter of zeros
 
 
 def needed() -> bool:
-    """Whether vLLM will compute on a CPU. Imports vLLM, which is to be imported anyway."""
+    """Whether vLLM will compute on a CPU. Imports vLLM, which the server needs anyway."""
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
 
 
 def slots(served: Served) -> int:
-    """How many LoRA slots the shield takes."""
+    """The number of LoRA slots that the adapter of zeros uses."""
     return 1 if served.cpu_shield else 0
 
 
 def refusal(path: str, request: dict[str, Any], served: Served) -> Response | None:
-    """The reply to a request that would end the engine; None for any other."""
+    """The reply to a request that could crash the engine; None for any other."""
     if not served.cpu_shield or not parameters.wants_prompt_logprobs(path, request):
         return None
     param = "prompt_logprobs" if request.get("prompt_logprobs") is not None else "echo"
@@ -48,7 +48,7 @@ def refusal(path: str, request: dict[str, Any], served: Served) -> Response | No
 
 
 def write_zero(modules: Modules, served: Served) -> Path:
-    """Write an adapter that changes nothing, of rank 1 on one layer, into the private folder; returns its folder."""
+    """Write an adapter of zeros, of rank 1 on one layer, into the private folder; returns its folder."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,8 +1,7 @@
-"""Ending without hurting a request: when the server is told to stop, or when a restart has to follow the pipeline file.
+"""Shuts the server down without failing a request: on a signal, or for a restart that the pipeline files need.
 
-vLLM's own answer to SIGTERM ends the engine under its streams. Here requests under way are answered first: /ready
-says 503, so that new ones go elsewhere; then the port closes; when the last reply is out, vLLM goes down, and the
-process ends.
+On SIGTERM, vLLM itself stops its engine while streams are open. Here, /ready first answers 503, so that clients use
+another server; then the port closes; after the last reply, vLLM shuts down and the process exits.
 """
 
 from __future__ import annotations
@@ -14,27 +13,27 @@ from typing import Any
 
 from serving import events
 
-# How long the server goes on taking requests after /ready became 503 when nobody outside knows that it will end: two
-# failed readiness probes, 5 s apart, and 5 s until no proxy sends new ones. (When Kubernetes ends the pod, it is told
-# to stop only after the preStop pause, which is there for the same purpose.)
+# How long the server still accepts requests after /ready became 503, if it ends by itself: two failed readiness probes,
+# 5 s apart, and 5 s until no proxy sends new requests. (If Kubernetes ends the pod, the preStop pause before SIGTERM
+# serves the same purpose.)
 LINGER_SECONDS = 15.0
 
-last_reason: str | None = None  # of this process, for who has to choose an exit code
+last_reason: str | None = None  # of this process; serving/__main__.py chooses the exit code by it
 
 
 class Drain:
-    """The end of one server; `reason` is None until it begins."""
+    """The shutdown of one server; `reason` is None until it begins."""
 
     def __init__(self, seconds: float) -> None:
         self.reason: str | None = None
-        self._seconds = seconds  # for the replies under way; then they are cut off
+        self._seconds = seconds  # for the replies in progress; then they are cut off
         self._server: Any = None
 
     def attach(self, app: Any) -> None:
-        """Take SIGTERM and SIGINT over from vLLM. Called on the event loop, when vLLM is about to serve.
+        """Replace vLLM's handlers of SIGTERM and SIGINT. Call it on the event loop, before vLLM serves.
 
         Args:
-            app: vLLM's application, in whose state vLLM keeps its uvicorn server.
+            app: vLLM's application; its state holds the uvicorn server.
         """
         self._server = app.state.server
         self._server.config.timeout_graceful_shutdown = self._seconds
@@ -43,7 +42,7 @@ class Drain:
                 asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
 
     def begin(self, reason: str, linger: float | None = None) -> None:
-        """Say 503 on /ready, go on serving for `linger` seconds, then take no more and end after the last reply."""
+        """Answer 503 on /ready, serve for `linger` more seconds, then close the port and exit after the last reply."""
         linger = LINGER_SECONDS if linger is None else linger
         global last_reason
         if self.reason is None:
@@ -56,8 +55,8 @@ class Drain:
 
     def _signalled(self, number: signal.Signals) -> None:
         if number == signal.SIGINT and self.reason is not None:
-            self._server.force_exit = True  # a second Ctrl-C: somebody does not want to wait
+            self._server.force_exit = True  # a second Ctrl-C: do not wait
         self.begin(f"stopped by {number.name}", linger=0)
 
     def _close(self) -> None:
-        self._server.should_exit = True  # uvicorn stops listening and waits for the replies under way
+        self._server.should_exit = True  # uvicorn closes the port and waits for the replies in progress

@@ -1,10 +1,11 @@
-"""vLLM as the aliases use it: load, probe and remove an adapter, by the name that vLLM knows (NAME@DIGEST).
+"""Loads, probes and removes adapters in vLLM, by the name that vLLM knows (NAME@DIGEST).
 
-Loading and probing go through vLLM's HTTP API, behind the guard, as by a client that has the API key.
+Loading and probing use vLLM's HTTP API, behind the guard, like a client with the API key.
 
-Removing takes two steps. `/v1/unload_lora_adapter` makes vLLM's API server forget the name, but the weights stay in the
-engine until its least recently used adapter is evicted, which may be one that is served and idle: its next request
-would read the disk inside the engine's loop, while everybody waits. So the engine is told to remove the weights, too.
+Removing takes two steps. `/v1/unload_lora_adapter` only makes vLLM's API server forget the name. The weights keep their
+slot in the engine until the least recently used adapter is evicted, which may be an idle one that is served; its next
+request would then read the disk in the engine's loop, and all requests would wait. So the engine must remove the
+weights, too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp
 
 from serving.refusal import Refused
 
-CALL_SECONDS = 300.0  # for one call of vLLM; a probe queues behind clients' requests
+CALL_SECONDS = 300.0  # for one call of vLLM; a probe waits behind clients' requests
 PROBE_PROMPT = "Question: What is this about? Answer:"
 
 Logprobs = dict[tuple[int, str], float]  # by position and token
@@ -31,7 +32,7 @@ class Engine:
     """vLLM's API server and engine in this process.
 
     Args:
-        vllm: the ASGI application that the guard stands before.
+        vllm: the ASGI application that the guard wraps.
     """
 
     def __init__(self, vllm: ASGIApp) -> None:
@@ -40,10 +41,10 @@ class Engine:
         self._ids: dict[str, int] = {}  # the engine's number of each adapter that was loaded
 
     def attach(self, state: Any) -> None:
-        """To be called when vLLM is up.
+        """Call it when vLLM is up.
 
         Args:
-            state: of vLLM's application, where vLLM keeps its engine and its list of adapters.
+            state: of vLLM's application; it holds the engine and the list of adapters.
         """
         self._state = state
 
@@ -64,7 +65,7 @@ class Engine:
         self._ids[model] = self._state.openai_serving_models.lora_requests[model].lora_int_id
 
     async def remove(self, model: str) -> None:
-        """Free the adapter's slot. No request may use it any more. Without effect if it was never loaded."""
+        """Free the adapter's slot; no request may use it any more. Does nothing if it was never loaded."""
         status, reply = await self._post("/v1/unload_lora_adapter", {"lora_name": model})
         if status not in (200, 404):  # 404: vLLM does not know the name
             raise RuntimeError(f"vLLM does not unload {model}: {reply}")
@@ -74,14 +75,14 @@ class Engine:
             del self._ids[model]
 
     async def logprobs(self, model: str) -> Logprobs:
-        """The log-probabilities of the best tokens after a fixed prompt.
+        """The log-probabilities of the most likely tokens after a fixed prompt.
 
         Raises:
             Refused: with reason `values`, when they are not finite.
-            RuntimeError: when vLLM gives another answer, such as that it is overloaded; a later attempt may succeed.
+            RuntimeError: for any other answer, for example if vLLM is overloaded; a later attempt may succeed.
         """
-        # As a stream: without one, vLLM answers to values that are not finite with a status like that of any other
-        # internal error. In a stream they are null, or -9999 for minus infinity.
+        # As a stream: there, values that are not finite are null, or -9999 for minus infinity. Without a stream, vLLM
+        # answers with the status of any other internal error.
         status, reply = await self._post("/v1/completions", {
             "model": model, "prompt": PROBE_PROMPT, "max_tokens": 4, "temperature": 0, "logprobs": 5, "stream": True})
         try:
@@ -110,7 +111,7 @@ class Engine:
 
 
 def _events(stream: str) -> list[dict[str, Any]]:
-    """The events of a stream that ended as it should."""
+    """The events of a complete stream. Raises `ValueError` for an incomplete one."""
     data = [line.removeprefix("data: ") for line in stream.split("\n") if line.startswith("data: ")]
     if not data or data.pop() != "[DONE]":
         raise ValueError("the stream broke off")

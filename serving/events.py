@@ -1,6 +1,6 @@
-"""What operators see of the aliases: each event is one line in the log, with fields, and one metric on /metrics.
+"""Events of the aliases for operators: each is one line in the log, with fields, and one metric on /metrics.
 
-A line reads as a sentence and ends with its fields, for people and for log search alike:
+A line is a sentence for people, followed by fields for log search:
 
     23:59:07 seville-hotels: serving 81e9dc13a516d878 event=swap alias=seville-hotels adapter=81e9dc13a516d878 …
 
@@ -17,17 +17,17 @@ from prometheus_client import Counter, Gauge, Histogram
 
 log = logging.getLogger("serving")
 
-ADAPTER = Gauge("serving_adapter_info", "1 for the adapter that answers under the alias, by digest.",
+ADAPTER = Gauge("serving_adapter_info", "1 for the adapter that is served under the alias, by digest.",
                 ["alias", "digest"])
 PROMOTIONS = Counter("serving_promotions_seen_total", "Promotions that this server noticed.", ["alias"])
-SWAPS = Counter("serving_swaps_total", "How often another adapter began to answer under the alias.", ["alias"])
+SWAPS = Counter("serving_swaps_total", "Swaps of the alias to another adapter.", ["alias"])
 REFUSALS = Counter("serving_refusals_total", "Adapters, evaluations, promotions and pipeline files that were refused.",
                    ["alias", "reason"])
-# The aim is 2 s, of which half a second is the pause between two looks; a large adapter takes as long as it is read.
+# The aim is 2 s, of which 0.5 s are the poll interval. A large adapter takes as long as reading it takes.
 LIVE = Histogram("serving_promotion_to_live_seconds",
                  "From the promotion, or the pipeline file's change if that came later, to the first request served.",
                  ["alias"], buckets=(0.25, 0.5, 1, 2, 5, 10, 30, 60, 300))
-DRAINING = Gauge("serving_draining", "1 while the server finishes its last requests before it ends.")
+DRAINING = Gauge("serving_draining", "1 while the server drains.")
 
 
 class Fields(logging.Formatter):
@@ -49,7 +49,7 @@ def _value(value: object) -> str:
 
 
 def log_to_stderr() -> None:
-    """Give our loggers a handler of their own: a library that vLLM imports silences the root logger below ERROR."""
+    """Give our loggers their own handler: a library that vLLM imports sets the root logger to ERROR."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Fields())
     for name in ("jobs", "serving"):
@@ -66,7 +66,7 @@ def promotion_seen(alias: str, adapter: str, evaluation: str) -> None:
 
 
 def swapped(alias: str, adapter: str, before: str | None, by: str, seconds: float | None) -> None:
-    """Another adapter answers under the alias; `seconds` since it was promoted, None if that was before the start."""
+    """The alias switched, `seconds` after the promotion; None if the promotion is older than this server."""
     if before:
         ADAPTER.remove(alias, before)
     ADAPTER.labels(alias, adapter).set(1)
@@ -81,19 +81,19 @@ def swapped(alias: str, adapter: str, before: str | None, by: str, seconds: floa
 
 def refused(alias: str, what: str, reason: str, message: str) -> None:
     REFUSALS.labels(alias, reason).inc()
-    # An adapter whose evaluation is still running is the usual course of things.
+    # `not promoted` is normal while the evaluation runs.
     level = logging.WARNING if reason == "not promoted" else logging.ERROR
     _log(level, f"{what} refused ({reason}): {message}", "refusal", alias=alias, reason=reason)
 
 
 def waiting(alias: str, adapter: str | None, why: str) -> None:
-    """What the pipeline file desires is not served, and what is served instead."""
+    """The desired adapter is not served; `adapter` is served instead, if not None."""
     serving = f"still serving {adapter}" if adapter else "not served"
     _log(logging.WARNING, f"{alias}: {serving}: {why}", "waiting", alias=alias, adapter=adapter or "none")
 
 
 def unloaded(alias: str, adapter: str) -> None:
-    _log(logging.INFO, f"{alias}: {adapter} answered its last request and is unloaded", "unload", alias=alias,
+    _log(logging.INFO, f"{alias}: {adapter} finished its last request and is unloaded", "unload", alias=alias,
          adapter=adapter)
 
 

@@ -1,8 +1,8 @@
 """The guard: ASGI middleware inside vLLM's API server (`--middleware serving.guard.Guard`), outermost of all.
 
-It lets only the routes through that clients need, and translates between the alias that clients say (NAME) and the
-version that vLLM knows (NAME@DIGEST): in requests, in replies, in every event of a stream. It bounds what one request
-can take from others. See serving/aliases.py for how an alias comes to point to a version.
+It allows only the routes that clients need, and translates between the alias that clients send (NAME) and the version
+that vLLM knows (NAME@DIGEST): in requests, replies and every event of a stream. It limits what one request can take
+from others. serving/aliases.py decides which version an alias points to.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from serving.merged import MergedAliases
 from serving.replies import RETRY_AFTER_SECONDS, error
 from serving.served import Served
 
-# All that is reachable, compared byte for byte with what was sent. vLLM registers some sixty routes, among them ones
-# that load adapters, pause the engine and run tokens past every check.
+# All reachable routes, compared byte for byte with the request's path. vLLM registers about sixty routes, some of which
+# load adapters, pause the engine or bypass every check.
 ALLOWED = {
     "/health": "GET",  # liveness
     "/ready": "GET",  # readiness; the guard's own
@@ -36,13 +36,13 @@ ALLOWED = {
     "/v1/chat/completions": "POST",
     "/v1/completions": "POST",
 }
-# One request may fill this share (a quarter) of the batch that the engine computes at once (--max-num-seqs), so that
-# three more like it find room. With vLLM's defaults: 32 sequences on a CPU, 64 or 256 on GPUs.
+# One request may fill a quarter of the batch that the engine computes at once (--max-num-seqs), which leaves room for
+# three more like it. With vLLM's defaults: 32 sequences on a CPU, 64 or 256 on GPUs.
 SHARE_OF_BATCH = 4
 
 
 class Guard:
-    """See the module's docstring. vLLM constructs it, perhaps more than once, and serves through the last one."""
+    """See the module's docstring. vLLM may construct it more than once and serves through the last one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -66,11 +66,11 @@ class Guard:
             await _refuse_websocket(receive, send)
 
     async def _call_vllm(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """vLLM as the guard itself calls it. Its handlers find their state through the application in the scope."""
+        """Call vLLM for the guard itself. vLLM's handlers find their state through the application in the scope."""
         await self.app({**self._vllm_scope, **scope}, receive, send)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Looks for adapters from the moment when vLLM is up until it goes down."""
+        """Start the guard's tasks when vLLM is up, and stop them when it shuts down."""
         self._vllm_scope = {"app": scope["app"]} if "app" in scope else {}
 
         async def received() -> Message:
@@ -97,12 +97,12 @@ class Guard:
         if self.drain.reason is not None:
             send = _closing(send)
         if method is None or (scope.get("raw_path") or path.encode()) != path.encode():
-            # The raw path too: %2f and the like must not become an allowed path by being decoded.
+            # The raw path too: an encoded path such as /v1%2fmodels is not an allowed one.
             await error(404, "Not found")(scope, receive, send)
         elif scope["method"] != method:
             await error(405, f"{path} takes {method} only", headers={"Allow": method})(scope, receive, send)
         elif path.startswith("/v1/") and not self._has_key(scope):
-            # vLLM checks it too, but only behind the guard, which has answers of its own to give.
+            # vLLM checks the key too, but only behind the guard, which answers some requests itself.
             await error(401, "The API key is missing or wrong", code="invalid_api_key")(scope, receive, send)
         elif path in ("/health", "/ready"):
             await self._health(scope, receive, send)
@@ -114,12 +114,12 @@ class Guard:
             await self.app(scope, receive, send)
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """/health: whether the server lives, or has to be restarted. /ready: whether it should get requests."""
+        """Answer /health (503: the server must be restarted) and /ready (503: clients should use another server)."""
         ready = scope["path"] == "/ready"
         if ready and self.drain.reason is not None:
             await error(503, f"Draining: {self.drain.reason}")(scope, receive, send)
         elif ready and not self.aliases.first_look_done.is_set():
-            await error(503, "The server still looks for its adapters")(scope, receive, send)
+            await error(503, "The server is still looking for its adapters")(scope, receive, send)
         elif self.heartbeat.hangs:
             await error(503, "vLLM's engine does not answer")(scope, receive, send)
         else:
@@ -134,10 +134,10 @@ class Guard:
         return scheme.lower() == b"bearer" and hmac.compare_digest(hashlib.sha256(key).digest(), self._key)
 
     async def _completion(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A request to a model: to the base model, to an alias under its version's name, to nothing else."""
+        """Pass a request on to the base model or, under its version's name, to an alias. Answer all others."""
         body = await self.bodies.read(scope, receive)
         if body is None:
-            return  # the client went away
+            return  # the client disconnected
         target = self._target(scope["path"], body) if isinstance(body, bytes) else body
         if isinstance(target, Response):
             await target(scope, receive, send)
@@ -151,9 +151,9 @@ class Guard:
                 await self.app(scope, receive, _Renamed(version, send))
 
     def _target(self, path: str, body: bytes) -> tuple[Version | None, bytes] | Response:
-        """Where a request goes: to a version, or the base model as it is (None), with the body for it; or an error.
+        """The version that a request is for (None: the base model itself) and the body for vLLM; or an error reply.
 
-        vLLM gets what was checked here, written anew, never the bytes that came.
+        The body is serialized again from what was checked here; vLLM never gets the client's bytes.
         """
         try:
             request = json.loads(body)
@@ -164,7 +164,7 @@ class Guard:
         if not isinstance(request, dict):
             return error(400, "The body must be a JSON object")
         model = request.get("model")
-        if not model or not isinstance(model, str):  # vLLM would answer from the base model
+        if not model or not isinstance(model, str):  # vLLM would use the base model
             return error(400, "The request must name a model", param="model")
         version = self._version(model)
         if isinstance(version, Response):
@@ -177,7 +177,7 @@ class Guard:
         return refusal or (version, body)
 
     def _version(self, model: str) -> Version | Response | None:
-        """The version that answers for a model name; None for the base model as it is."""
+        """The version for a model name; None for the base model itself; or an error reply."""
         if model == self.served.base_name:
             return self.aliases.base
         alias = self.aliases.current.get(model)
@@ -190,15 +190,15 @@ class Guard:
         return alias.version
 
     def _too_many(self, path: str, request: dict[str, Any]) -> Response | None:
-        """An error reply if the request would leave too little of the engine's batch to others."""
+        """An error reply if the request has too many sequences."""
         if self.max_sequences is None or parameters.sequences(path, request) <= self.max_sequences:
             return None
-        # Without the number that was asked for: it may have thousands of digits, which Python refuses to write.
+        # Without the request's number: Python refuses to format an integer of thousands of digits.
         return error(400, f"This server generates at most {self.max_sequences} sequences (n for each prompt) for one "
                           "request. Send several requests", param="prompt" if request.get("n") in (None, 1) else "n")
 
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """vLLM's list, with the aliases in place of the versions. `root` says which version an alias points to."""
+        """vLLM's list of models, with aliases in place of versions; `root` is the version of an alias."""
         reply = _Kept()
         await self.app(scope, receive, reply)
         if reply.status == 200:
@@ -219,16 +219,16 @@ class Guard:
 
 
 class _Renamed:
-    """Passes a reply on, with the alias where vLLM says the version. Streams are passed on line by line."""
+    """Passes a reply on, with the alias in place of the version. Passes streams on line by line."""
 
     def __init__(self, version: Version, send: Send) -> None:
         self._send = send
         self._version, self._alias = version.model.encode(), version.name.encode()
-        # Only as the value of a key: within generated text these quotes are escaped, so text cannot match.
+        # Only as the value of a key: in generated text the quotes are escaped, so it cannot match.
         self._field = re.compile(rb'("model"\s*:\s*")' + re.escape(self._version) + rb'"')
-        self._usual = b'"model":"' + self._version + b'"', b'"model":"' + self._alias + b'"'  # as vLLM writes it
-        self._kept: _Kept | None = None  # a reply that is no stream, until it is whole
-        self._line = b""  # the last line of a stream, until it is whole
+        self._usual = b'"model":"' + self._version + b'"', b'"model":"' + self._alias + b'"'  # vLLM's formatting
+        self._kept: _Kept | None = None  # a reply that is no stream, until it is complete
+        self._line = b""  # the last line of a stream, until it is complete
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -252,7 +252,7 @@ class _Renamed:
                 if b'data: {"error"' in data:
                     lines = (self._renamed(line, line.startswith(b'data: {"error"')) for line in data.splitlines(True))
                     data = b"".join(lines)
-                else:  # the usual event: at once, because every token of every stream comes along here
+                else:  # the usual case, without a split into lines: this runs for every token of every stream
                     data = self._renamed(data, error=False)
                 await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
@@ -264,7 +264,7 @@ class _Renamed:
 
 
 class _Kept:
-    """A reply kept back until it is whole, so that it can be changed."""
+    """Collects a reply until it is complete, so that it can be changed."""
 
     def __init__(self) -> None:
         self._start: Message = {}
@@ -287,7 +287,7 @@ class _Kept:
 
 
 def _closing(send: Send) -> Send:
-    """Close the connection after the reply, so that the client's next request finds another server."""
+    """Close the connection after the reply, so that the client's next request goes to another server."""
 
     async def closing(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -304,7 +304,7 @@ def _with_length(scope: Scope, body: bytes) -> Scope:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Hands vLLM the body that the guard has read, then whatever the server says next (that the client went away)."""
+    """Give vLLM the body that the guard has read, then the server's next messages (that the client disconnected)."""
     unread = True
 
     async def replayed() -> Message:
@@ -318,9 +318,9 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 async def _refuse_websocket(receive: Receive, send: Send) -> None:
-    """Close it before it opens, to which the server replies with 403.
+    """Close the websocket before it opens; the server answers 403.
 
-    The reply of 404 that ASGI's extension for it allows is sent too, but uvicorn then logs an error each time.
+    ASGI's extension for a 404 would work too, but then uvicorn logs an error each time.
     """
     await receive()
     await send({"type": "websocket.close", "code": 1008})

@@ -1,7 +1,7 @@
 """The checks of an adapter's config and weights: a plain LoRA that fits the base model, with sane values and an effect.
 
-vLLM answers 200 to adapters of all-NaN weights and of layers that do not exist, and an adapter of NaN corrupts the
-replies of others. So nothing reaches vLLM that was not checked here.
+vLLM loads adapters with NaN weights or with weights for layers that do not exist, and NaN weights corrupt the replies
+of other adapters. So vLLM only gets adapters that passed these checks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from serving.untrusted import LARGEST_JSON, read_json
 
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# The options of PEFT that may be set, and to what. Any other may change what the weights mean, and vLLM may not know
-# it; two hold regular expressions, by which vLLM's engine could be kept busy for ever.
+# PEFT's options that may be set, and their allowed values. Any other option may change the meaning of the weights
+# without vLLM's support; two hold regular expressions, which could keep vLLM's engine busy for ever.
 OPTIONS: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda v: v == "LORA",
     "task_type": lambda v: v == "CAUSAL_LM",
@@ -38,14 +38,14 @@ DTYPES = ("F32", "F16", "BF16")
 # Above it a value is infinite in float16; weights of real adapters stay below 10, and a layer's output below 2000 for
 # inputs of 1.
 LARGEST = 65504.0
-SMALLEST = 1e-8  # a change of a layer's output that float32 rounds away beside 1
+SMALLEST = 1e-8  # a change of a layer's output that is lost to rounding in float32 beside 1
 
 Modules = dict[str, tuple[int, int]]  # the base model's linear layers by name: (features out, features in)
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What an adapter's config says of its weights."""
+    """The settings in an adapter's config that give its weights their meaning."""
 
     rank: int
     alpha: float
@@ -75,7 +75,7 @@ def check_config(file: Path, max_rank: int) -> LoraConfig:
 
 
 def _is_unset(value: Any) -> bool:
-    """PEFT's ways to say no; zero can be a layer's number."""
+    """Whether PEFT takes the value as not set. Not so for 0, which can be a layer's number."""
     return value is None or value is False or value == [] or value == {}
 
 
@@ -111,7 +111,7 @@ def check_weights(file: Path, lora: LoraConfig, modules: Modules) -> None:
 
 
 def _pairs(file: Path, weights: Any, lora: LoraConfig, modules: Modules) -> dict[str, tuple[str, str]]:
-    """The names of lora_A and lora_B by layer, after everything was checked that the header tells."""
+    """The names of lora_A and lora_B by layer, after all checks that need only the header."""
     found: dict[str, dict[str, str]] = {}  # layer: side: name
     for key in weights.keys():  # noqa: SIM118 - not a mapping
         match = TENSOR.fullmatch(key)
@@ -124,8 +124,8 @@ def _pairs(file: Path, weights: Any, lora: LoraConfig, modules: Modules) -> dict
         tensor = weights.get_slice(key)
         fitting = [lora.rank, inner] if side == "A" else [outer, lora.rank]
         if list(tensor.get_shape()) != fitting:
-            raise Refused("shape", f"{file.name}: {key} has shape {tensor.get_shape()}, not {fitting}; {CONFIG} says "
-                                   f"{lora.rank}, the base model's layer is {list(modules[module])}")
+            raise Refused("shape", f"{file.name}: {key} has shape {tensor.get_shape()}, not {fitting}; {CONFIG} has "
+                                   f"rank {lora.rank}, the base model's layer is {list(modules[module])}")
         if tensor.get_dtype() not in DTYPES:
             raise Refused("values", f"{file.name}: {key} holds {tensor.get_dtype()}, not {' or '.join(DTYPES)}")
         found.setdefault(module, {})[side] = key
@@ -150,17 +150,17 @@ def _layer(module: str) -> str:
 
 
 def check_desired(lora: LoraConfig, desired: Any, modules: Modules) -> None:
-    """Refuse an adapter that is not what it is named for: the artifact's digest stands for these settings."""
+    """Refuse an adapter whose settings differ from those in its manifest, which its digest covers."""
     try:
         layers = desired["target_modules"]
         every = {_layer(module) for module in modules}
         expected = LoraConfig(desired["r"], desired["alpha"], frozenset(every if layers == "all-linear" else layers))
     except (KeyError, TypeError) as error:
-        raise Refused("damaged", f"{artifacts.MANIFEST} does not say what was asked for ({error!r})") from None
+        raise Refused("damaged", f"{artifacts.MANIFEST} lacks the LoRA settings ({error!r})") from None
     for setting, found, wanted in (("r", lora.rank, expected.rank), ("alpha", lora.alpha, expected.alpha),
                               ("target modules", set(lora.layers), set(expected.layers))):
         if found != wanted:
-            raise Refused("config", f"{CONFIG} says {setting} {found}; the pipeline asked for {setting} {wanted}")
+            raise Refused("config", f"{CONFIG} has {setting} {found}; the pipeline file has {setting} {wanted}")
 
 
 def linear_modules(folder: Path) -> Modules:

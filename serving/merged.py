@@ -1,9 +1,8 @@
 """Mode merged: base model and adapter as one model, for architectures on which vLLM has no LoRA, such as GPT-2.
 
-vLLM runs the merged model as a plain one under NAME@DIGEST, behind the same guard and alias. It runs one model, so
-the base model is not served beside it, and a swap is a restart: when another adapter is to be served and its merged
-model is there and whole, the server drains and ends, to be started again with it. Until the first one is there, it
-runs the base model.
+vLLM runs the merged model as a plain model named NAME@DIGEST, behind the same guard and alias. A server runs one model,
+so the base model is not served beside it, and every swap is a restart: when another merged model may be served, the
+server drains and exits, to be restarted with it. Until there is a merged model, the server runs the base model.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ SUFFIXES = (".safetensors", ".json")
 
 
 def choose(named: base.Named, served: Served) -> Served:
-    """What to run at start: the first merged model of the first alias that may be served; else the base model.
+    """Choose the model to run: the best merged model of the first alias that may be served, else the base model.
 
     Args:
         named: the pipelines by alias. The first decides, since one model runs.
@@ -45,12 +44,12 @@ def choose(named: base.Named, served: Served) -> Served:
     unfit = _unfit(served)
     for candidate in candidates.in_order(name, pipeline, volumes):
         if f"{name}@{candidate.adapter}" in unfit:
-            log.warning("%s@%s: its probabilities were not finite when it ran", name, candidate.adapter)
+            log.warning("%s@%s: it gave probabilities that are not finite", name, candidate.adapter)
             continue
         try:
             evaluation = candidates.evaluation_folder(candidate.evaluation, volumes)
             for folder in (evaluation, folder_of(candidate.adapter, served)):
-                untrusted.signature(folder)  # says so if it is not there yet
+                untrusted.signature(folder)  # raises NotYet if it is not there
             verification.check_gate(candidate, name, volumes)
             verify(candidate.adapter, served)
         except (NotYet, Refused) as reason:
@@ -61,10 +60,10 @@ def choose(named: base.Named, served: Served) -> Served:
 
 
 def _unfit_file(served: Served) -> Path:
-    """Remembers across restarts which merged models ran and gave nothing finite.
+    """A list, kept across restarts, of the merged models that gave probabilities that are not finite.
 
-    Without it the server would restart without end: with the one before, then with the unfit one again, which is
-    the first that is verified. It is in the pod's temporary folder, so a new pod finds out once more.
+    Without it the server would restart in a loop, with the previous model and then with the unfit one, which passes the
+    checks of its files. The list is in the pod's temporary folder, so a new pod tries the model once more.
     """
     folder = Path(served.private_folder)
     return folder.with_name(f"{folder.name}.unfit")
@@ -74,7 +73,7 @@ def _unfit(served: Served) -> set[str]:
     file = _unfit_file(served)
     try:
         with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as stream:  # noqa: PTH123
-            ours = os.fstat(stream.fileno()).st_uid == os.getuid()  # temporary folders are everybody's
+            ours = os.fstat(stream.fileno()).st_uid == os.getuid()  # other users can write to a temporary folder
             return set(stream.read(2**20).split("\n")) if ours else set()
     except (OSError, ValueError):
         return set()
@@ -96,7 +95,7 @@ def folder_of(adapter: str, served: Served) -> Path:
 
 
 def vllm_arguments(served: Served) -> list[str]:
-    """vLLM's flags that say which model to run, and under which name."""
+    """vLLM's flags for the model to run and its name."""
     if served.merged is None:
         return ["--model", served.base_folder, "--served-model-name", served.base_name]
     folder = folder_of(served.merged.partition("@")[2], served)
@@ -104,9 +103,9 @@ def vllm_arguments(served: Served) -> list[str]:
 
 
 def verify(adapter: str, served: Served) -> None:
-    """Return if the adapter's merged model is whole, of the base model's architecture, and finite throughout.
+    """Return if the adapter's merged model is whole, has the base model's architecture, and is finite throughout.
 
-    In place and not as a copy, unlike an adapter: it is as large as the base model, which is read in place too.
+    Unlike an adapter it is not copied: it is as large as the base model, which is read in place too.
 
     Raises:
         Refused: naming the first thing that is wrong.
@@ -143,7 +142,7 @@ def _check_finite(file: Path) -> None:
 
 
 class MergedAliases(Aliases):
-    """The alias of a server in mode merged: it points to the model that runs, or the server restarts with another."""
+    """The alias of a server in mode merged points to the model that runs; another one needs a restart."""
 
     def __init__(self, served: Served, vllm: ASGIApp, restart: Callable[[str], None]) -> None:
         super().__init__(served, vllm, restart)
@@ -152,7 +151,7 @@ class MergedAliases(Aliases):
         self._ran_unfit: str | None = None  # the model that runs, if its probabilities are not finite
 
     async def _prepare_base(self) -> None:
-        """Prove the model that runs, before the alias points to it. To be tried again until vLLM answers."""
+        """Probe the model that runs, before the alias points to it. Raises until vLLM answers."""
         if self.served.merged is None:
             return
         name, _, digest = self.served.merged.partition("@")
@@ -187,8 +186,8 @@ class MergedAliases(Aliases):
             await asyncio.to_thread(verify, version.digest, self.served)
             self._verified.add(version.model)
         self._needs_restart = True
-        self._restart_in_turn("merged", f"{version.model} is there to be served, and in mode merged that is a restart")
+        self._restart_in_turn("merged", f"{version.model} may be served, which needs a restart in mode merged")
         raise NotYet("the server restarts with it")
 
     async def _unload_unused(self) -> None:
-        """Nothing: the model that runs is what the process is there for."""
+        """Do nothing: the process runs one model."""

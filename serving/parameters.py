@@ -1,7 +1,7 @@
-"""What a client's request asks of vLLM's engine.
+"""Reads the parameters of a request that matter to the guard's limits.
 
-Where a value has several spellings (`"true"`, `1`, `"16"`), vLLM's own class for the request reads it, so that the
-guard and vLLM cannot read two things. Most requests have no such value; those are not parsed twice.
+If a value has several spellings (`"true"`, `1`, `"16"`), vLLM's own class parses the request, so that the guard and
+vLLM read the same value. Most requests have no such value and are not parsed twice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ CHAT = "/v1/chat/completions"
 
 @cache
 def _class(path: str) -> Any:
-    """vLLM's class for the requests to `path`. It is loaded long since where vLLM runs."""
+    """vLLM's class for the requests to `path`. vLLM itself has imported it already."""
     if path == CHAT:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
@@ -34,14 +34,14 @@ def parse(path: str, request: dict[str, Any]) -> Any | None:
         return _class(path).model_validate(request)
     except RecursionError:
         raise
-    except Exception:  # of several kinds, also ones that vLLM answers with 500; what is wrong, vLLM says itself
+    except Exception:  # of several types, some of which vLLM answers with 500; vLLM reports the error
         return None
 
 
 def sequences(path: str, request: dict[str, Any]) -> int:
-    """How many sequences the engine generates for the request: `n` (with beam search, the beam width) for each prompt.
+    """The number of sequences that the engine generates: `n` (with beam search, the beam width) for each prompt.
 
-    An upper bound where vLLM will refuse the request anyhow.
+    An upper bound for requests that vLLM refuses, and for token ids that are not JSON integers (`1.0`).
     """
     n = request.get("n")
     if n is not None and type(n) is not int:
@@ -54,18 +54,18 @@ def sequences(path: str, request: dict[str, Any]) -> int:
 def _prompts(value: Any) -> int:
     if value is None:
         return 0
-    if not isinstance(value, list) or all(type(token) is int for token in value):  # a text, or one prompt's tokens
+    if not isinstance(value, list) or all(type(token) is int for token in value):  # a text, or one prompt's token ids
         return 1
     return len(value)
 
 
 def wants_prompt_logprobs(path: str, request: dict[str, Any]) -> bool:
-    """Whether vLLM would compute log-probabilities of the request's prompt."""
+    """Whether vLLM would compute log-probabilities of the prompt."""
     if request.get("echo") is None and request.get("prompt_logprobs") is None:
         return False
     parsed = parse(path, request)
     if parsed is None:
         return False
-    if path == CHAT:  # there `top_logprobs`, which is never unset, is what `echo` takes
+    if path == CHAT:  # in chat, `echo` uses `top_logprobs`, which always has a value
         return parsed.prompt_logprobs is not None or bool(parsed.echo)
     return parsed.prompt_logprobs is not None or bool(parsed.echo and parsed.logprobs is not None)

@@ -1,8 +1,8 @@
-"""Why something is not served: it is not there yet, or it is refused, for one of a few reasons.
+"""The two reasons not to serve something: it is not there yet, or it is refused.
 
 To add a refusal, raise `Refused` in the check that finds the fault (serving/verification.py for adapters as a whole,
-serving/lora.py for their config and weights, serving/base.py for pipeline files). A new reason is one more word in
-`Reason` and one more line of the table in docs/serving.md.
+serving/lora.py for their config and weights, serving/base.py for pipeline files). Add a new reason to
+`Reason` and to the table in docs/serving.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Reason = Literal["damaged", "unreadable", "files", "config", "rank", "module", "
 
 
 class NotYet(Exception):
-    """What is desired is not there yet. Not an error: the server looks again."""
+    """Something is not there yet. Not an error: the server looks again."""
 
 
 class Refused(Exception):
@@ -26,5 +26,5 @@ class Refused(Exception):
 
 
 def one_line(message: str) -> str:
-    """The message as one short line for the log, whatever names and values of a bad artifact it quotes."""
+    """The message as one short printable line: it may quote names and values of a damaged artifact."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message[:1000])

@@ -1,4 +1,4 @@
-"""What this server serves, as decided when it started."""
+"""The settings of a server process, fixed at its start."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class Served:
 
     pipelines: str  # the folder of pipeline folders
     volumes: str
-    base_name: str  # the model name by which clients ask for the base
+    base_name: str  # the model name that clients send for the base model
     base_model: str  # digest
     tokenizer: str  # digest
     base_folder: str
     max_lora_rank: int
-    private_folder: str  # verified copies of adapters, out of everybody else's reach
+    private_folder: str  # for verified copies of adapters; other users cannot write to it
     mode: Mode = "lora"
     merged: str | None = None  # in mode merged: the model that vLLM runs, as NAME@ADAPTER; None: the base model
     cpu_shield: bool = False  # whether vLLM computes LoRA on a CPU (serving/cpu_shield.py)
-    drain_seconds: float = 55.0  # how long the last replies may take when the server ends
-    restart_slot_seconds: float = 0.0  # how long one of several replicas has for a restart (base.next_turn)
-    max_sequences: int | None = None  # for one request; None: a share of what the engine computes at once (guard.py)
+    drain_seconds: float = 55.0  # how long replies in progress may take when the server shuts down
+    restart_slot_seconds: float = 0.0  # the length of a replica's time slot (base.next_turn); 0: none
+    max_sequences: int | None = None  # of one request; None: a share of the engine's batch (guard.SHARE_OF_BATCH)
     body_seconds: float = bodies.SECONDS
     body_memory: int = bodies.MEMORY_BYTES
     hang_seconds: float = heartbeat.SECONDS

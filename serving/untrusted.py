@@ -1,4 +1,4 @@
-"""Reads artifacts that may be damaged or hostile: no link is followed, no pipe is waited for, every size is limited."""
+"""Reads artifacts that may be damaged or hostile: follows no link, waits for no pipe, and limits every size."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from jobs.core.errors import UserError
 from jobs.core.files import read_plain_file
 from serving.refusal import NotYet, Reason, Refused, one_line
 
-# Bytes of a JSON file that is read, and of the weights' header: such files have a few kB, a header 130 bytes a tensor.
+# Bytes of a JSON file, and of the weights' header. Such files have a few kB; a header has 130 bytes for each tensor.
 LARGEST_JSON = 2**20
-# Bytes of an artifact beside the weights (the loss history grows with the steps), and files of an artifact.
+# Bytes of an artifact without its weights (the loss history grows with the steps), and number of its files.
 LARGEST_REST = 64 * 2**20
 MOST_FILES = 100
 
@@ -23,9 +23,9 @@ Signature = tuple[tuple[str, int, int, int, int], ...]
 
 
 def signature(folder: Path) -> Signature:
-    """Name, size, times and inode of everything in an artifact's folder: cheap, and it changes when a file does.
+    """Name, size, times and inode of everything in an artifact's folder. Cheap to read; changes with the files.
 
-    Both times, because a repair may keep the time of modification; nobody can set the time of change.
+    With the time of change, because the time of modification can be set.
 
     Raises:
         NotYet: when the folder is not there.
@@ -53,7 +53,7 @@ def read_artifact(folder: Path, kind: str) -> artifacts.Artifact:
 
 
 def plain_files(folder: Path) -> list[Path]:
-    """The files in an artifact's folder; refused if anything else is there: a pipe, for one, is waited for in vain."""
+    """The files in an artifact's folder. Refuses anything else: opening a pipe, for example, would wait for ever."""
     paths = sorted(islice(folder.iterdir(), MOST_FILES + 1))
     if len(paths) > MOST_FILES:
         raise Refused("files", f"{folder} holds more than {MOST_FILES} files")
@@ -64,7 +64,7 @@ def plain_files(folder: Path) -> list[Path]:
 
 
 def read_json(file: Path, reason: Reason, problem: str) -> dict[str, Any]:
-    """The mapping in a JSON file; refused with `reason` and `problem` if it is none."""
+    """The mapping in a JSON file. Raises `Refused` with `reason` and `problem` if there is none."""
     try:
         # Decoded first, as vLLM does: from bytes, json would take UTF-16 too.
         value = json.loads(read_plain_file(file, LARGEST_JSON).decode())

@@ -1,7 +1,7 @@
-"""Whether a candidate is fit to be served: its evaluation passed the gate, and its files are whole and harmless.
+"""Checks whether a candidate may be served: its evaluation passed the gate, and its files are whole and harmless.
 
-Each function returns, or raises `Refused` with the reason. No state and no vLLM. The adapter's config and weights are
-checked in serving/lora.py.
+Each function returns or raises `Refused`. The module has no state and does not use vLLM. serving/lora.py checks the
+adapter's config and weights.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from serving.refusal import Refused, one_line
 from serving.served import Served
 from serving.untrusted import LARGEST_REST, plain_files, read_artifact, read_json
 
-# What an adapter artifact may hold. Not a list of what is forbidden: a pickle can have any name.
+# The files that an adapter artifact may hold. An allowlist, because a pickle can have any name.
 SUFFIXES = (".safetensors", ".json", ".md")
 FILE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 
 
 def check_gate(candidate: Candidate, name: str, volumes: Path) -> None:
-    """Return if the evaluation artifact says that the gate passed exactly this adapter under this name.
+    """Return if this adapter passed the gate under this name, by its evaluation artifact.
 
     Raises:
-        Refused: with reason `gate` when it did not pass, `damaged` when the evaluation cannot be trusted.
+        Refused: with reason `gate` when it was rejected, `damaged` when the evaluation is not trustworthy.
         OSError: when it cannot be read; a later attempt may succeed.
     """
     folder = evaluation_folder(candidate.evaluation, volumes)
@@ -51,15 +51,15 @@ def check_gate(candidate: Candidate, name: str, volumes: Path) -> None:
 
 
 def private_copy(name: str, digest: str, served: Served) -> Path:
-    """Where the verified copy of an adapter is that is served under `name`."""
+    """The folder of the verified copy of an adapter that is served under `name`."""
     return Path(served.private_folder) / name / digest
 
 
 def copy_verified(name: str, digest: str, served: Served, modules: Callable[[], Modules]) -> Path:
     """Copy an adapter into the private folder, verify the copy, and return its path, fit to be loaded.
 
-    A copy, because vLLM reads the files later, and again after evicting them from memory: what it reads must be what
-    was verified, whatever happens to the volume.
+    A copy, because vLLM reads the files later, and again after it evicted the adapter. It must read what was verified,
+    whatever happens to the volume.
 
     Raises:
         Refused: with the reason.
@@ -72,7 +72,7 @@ def copy_verified(name: str, digest: str, served: Served, modules: Callable[[], 
         largest = sum(4 * served.max_lora_rank * sum(shape) for shape in modules().values())
         _copy(source, copy, largest + LARGEST_REST)
         verify(copy, served, modules)
-    except Refused as refused:  # the copy goes; what the message tells people to look at is the original
+    except Refused as refused:  # the copy is removed, so the message names the original
         shutil.rmtree(copy, ignore_errors=True)
         raise Refused(refused.reason, one_line(str(refused).replace(str(copy), str(source)))) from None
     except BaseException:
@@ -82,7 +82,7 @@ def copy_verified(name: str, digest: str, served: Served, modules: Callable[[], 
 
 
 def _copy(source: Path, target: Path, limit: int) -> None:
-    """Copy the files of an adapter, of `limit` bytes in all; stop at whatever an adapter does not hold."""
+    """Copy the files of an adapter, at most `limit` bytes. Refuses files that an adapter must not hold."""
     paths = plain_files(source)
     target.mkdir(parents=True)
     for path in paths:
@@ -90,23 +90,23 @@ def _copy(source: Path, target: Path, limit: int) -> None:
             raise Refused("files", f"it holds {path.name}; only {', '.join(SUFFIXES)} files are taken, no pickles")
         if path.suffix == ".safetensors" and path.name != WEIGHTS:
             raise Refused("files", f"it holds {path.name}; the only weights are {WEIGHTS}")
-        # If it was replaced just now: no link is followed, and no pipe is waited for.
+        # The file may have been replaced meanwhile: follow no link and wait for no pipe.
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(handle, "rb") as stream, (target / path.name).open("wb") as sink:  # noqa: PTH123 - by its handle
             while chunk := stream.read(2**20):
                 limit -= len(chunk)
-                if limit < 0:  # counted as it comes: the file may say another size, or grow
+                if limit < 0:  # counted while reading: the file may grow
                     raise Refused("files", f"{path.name} is too large: no adapter for this base model is that large")
                 sink.write(chunk)
 
 
 def verify(folder: Path, served: Served, modules: Callable[[], Modules]) -> None:
-    """Return if the adapter artifact in `folder` is whole, made for what is served, and free of harmful weights.
+    """Return if the adapter artifact in `folder` is whole, made for this server's base, and harmless.
 
     Args:
-        modules: gives the base model's linear layers.
+        modules: returns the base model's linear layers.
     Raises:
-        Refused: naming the first thing that is wrong.
+        Refused: naming the first fault.
     """
     manifest = read_artifact(folder, "adapter").manifest
     for key, digest in (("base_model", served.base_model), ("tokenizer", served.tokenizer)):

@@ -803,7 +803,7 @@ def test_a_changed_base_model_is_waited_for_and_then_the_server_drains_and_ends(
     build_adapter.promote(world.volumes, old)
     assert until(world.served) == world.model(old_plan)
     new, new_plan = world.write(base_model={"source": "builtin:tiny-reference"})
-    until(lambda: "is not there yet; until then the server goes on as it is" in caplog.text)
+    until(lambda: "is not there yet; until then the server continues unchanged" in caplog.text)
     time.sleep(0.2)
     assert world.served() == world.model(old_plan)  # while the new base model is on its way
     assert httpx.get(world.url + "/health").status_code == 200

@@ -266,8 +266,8 @@ MADE_WRONG: dict[str, tuple[str, str, Change]] = {
     "alpha true": ("config", "lora_alpha", config(lora_alpha=True)),
     "no alpha": ("config", "lora_alpha", text(lambda t: t.replace("lora_alpha", "lora_alphabet"))),
     "alpha beyond all bounds": ("values", "infinite", config(lora_alpha=1e30)),
-    "another alpha than was asked for": ("config", "pipeline asked for alpha 32", config(lora_alpha=33)),
-    "another rank than was asked for": ("config", "says r 2; the pipeline asked for r 8", both(
+    "another alpha than was asked for": ("config", "pipeline file has alpha 32", config(lora_alpha=33)),
+    "another rank than was asked for": ("config", "has r 2; the pipeline file has r 8", both(
         config(r=2), every("A", lambda t: t[:2].contiguous()), every("B", lambda t: t[:, :2].contiguous()))),
     "another scale": ("config", "use_rslora", config(use_rslora=True)),
     "target modules missing": ("config", "target_modules", config(target_modules=None)),
@@ -277,7 +277,7 @@ MADE_WRONG: dict[str, tuple[str, str, Change]] = {
     "an unknown target module": ("module", "x_proj", config(target_modules=["q_proj", "x_proj"])),
     "a target module that carries no adapter": ("module", "lm_head", config(target_modules=["q_proj", "lm_head"])),
     "weights of a layer that is no target": ("module", "leaves it out", config(target_modules=["q_proj"])),
-    "fewer target modules than were asked for": ("config", "asked for", both(
+    "fewer target modules than were asked for": ("config", "the pipeline file has target modules", both(
         config(target_modules=["q_proj"]), tensors(lambda t: [t.pop(k) for k in list(t) if "q_proj" not in k]))),
     "a layer without weights": ("module", "layers.1.self_attn.v_proj are missing",
                                 tensors(lambda t: [t.pop(k) for k in list(t) if "layers.1.self_attn.v_proj" in k])),
