@@ -7,7 +7,12 @@ import signal
 from collections.abc import Iterator
 
 import huggingface_hub.constants  # noqa: F401 - reads HF_HUB_OFFLINE once, when it is imported: before a stage sets it
+import hypothesis
 import pytest
+
+# How long an example takes says nothing on a machine that runs other tests at the same time.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -116,7 +116,7 @@ def classified(what: str, advice: str) -> Iterator[None]:
 
 
 def classify_error(error: Exception, what: str, advice: str) -> Exception:
-    """What a library's exception means. `advice` is what to do where the source does not let us in."""
+    """What a library's exception means. `advice` is what to do when the source denies access."""
     library = type(error).__module__.partition(".")[0]
     answer = getattr(error, "response", None)  # huggingface_hub's errors carry one; aiohttp's are like one
     status = getattr(error, "status", None) or getattr(answer, "status_code", None) or getattr(error, "code", None)
@@ -142,7 +142,7 @@ def classify_error(error: Exception, what: str, advice: str) -> Exception:
         headers = getattr(error, "headers", None) or getattr(answer, "headers", None) or {}
         return Interrupted(f"the server answers {status}", _retry_after(headers))
     if library in ("builtins", "fsspec") and not isinstance(error, OSError):
-        return error  # a mistake of ours, not the source's
+        return error  # an error in this code, not of the source
     return Interrupted(message)
 
 

@@ -4,7 +4,7 @@
     python -m jobs kind overlays/kind --argocd    installs Argo CD, which follows a repository
 
 Everything is done with docker, kind and kubectl, as a person would. Each kubectl command names the context of the kind
-cluster, so no other cluster is ever touched. Running it again takes up the cluster as it is.
+cluster, so no other cluster is ever touched. A second run reuses the cluster.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="its branch (default: main)")
     parser.add_argument("--name", default="lora-gitops", help="the kind cluster's name (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="where the endpoint answers here (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=60, help="give up after so long (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=60, help="time limit (default: %(default)s)")
     parser.add_argument("--exit", action="store_true", help="exit when the adapter is served")
     parser.add_argument("--check", action="store_true", help="only check whether everything needed is installed")
 

@@ -242,7 +242,7 @@ class Team:
 
 
 def _die_with_launcher() -> None:
-    """Get SIGKILL when the launcher dies, however it does: a worker alone would go on unseen (Linux)."""
+    """Get SIGKILL when the launcher dies, also by SIGKILL, so that no worker keeps running alone (Linux)."""
     if sys.platform == "linux":
         import ctypes
 
