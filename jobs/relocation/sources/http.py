@@ -49,7 +49,7 @@ def open_at(url: str, start: int, headers: Mapping[str, str]) -> Stream:
     except ValueError as error:
         if isinstance(error, aiohttp.InvalidURL):
             raise
-        raise Interrupted(f"the server redirects to what is no URL: {error}") from None
+        raise Interrupted(f"this, or what the server redirects to, is no URL: {error}") from None
     answered = raw.r.headers
     if start and raw.r.status == 206:
         part = CONTENT_RANGE.fullmatch(answered.get("Content-Range", ""))
