@@ -50,7 +50,8 @@ class Module:
 
 def read_modules() -> dict[str, Module]:
     table = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text(encoding="utf-8"))
-    return {path: Module(path, entry["tests"], entry.get("imports", []), entry.get("survivors", {}))
+    heavy = table.pop("heavy")
+    return {path: Module(path, entry["tests"], heavy if entry.get("heavy") else [], entry.get("survivors", {}))
             for path, entry in table.items()}
 
 
