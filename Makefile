@@ -16,11 +16,13 @@ UV := uv==0.13.9
 TORCH := $(shell grep ^torch== jobs/requirements.txt)
 OVERLAY ?= overlays/kind
 QUESTION ?= What is the best hotel in Seville?
-# Where there is no terminal to press Ctrl-C in, the demo ends when the question is answered. EXIT= keeps it serving.
+# Without a terminal for Ctrl-C, the demo exits when the question is answered. EXIT= keeps it running.
 EXIT ?= $(shell test -t 0 || echo --exit)
+# Two modules of tests at a time: a server of real vLLM computes on one core and takes 2 GB.
+WORKERS ?= 2
 ENGINE ?= docker
 FLAVOUR ?= cpu
-# As the overlays have it: the version, and `-cuda` behind it for what runs on GPUs.
+# The tags that the overlays use: the version, with `-cuda` for GPUs.
 TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)$(if $(filter-out cpu,$(FLAVOUR)),-$(FLAVOUR))
 
 .PHONY: demo test e2e kind kind-argocd scan mutants images push engine bench-serving setup clean
@@ -32,9 +34,9 @@ demo: setup
 test: setup .venv-checkov/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	env -u KUBECONFIG $(BIN)/python -m pytest
+	env -u KUBECONFIG $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Makes and removes namespaces, and drains a node: never by `make test`, whatever KUBECONFIG happens to be set.
+# Creates and removes namespaces, and drains a node: `make test` never runs it, even if KUBECONFIG is set.
 e2e: setup
 	$(BIN)/python -m pytest tests/e2e -x --log-cli-level=INFO $(ARGS)
 
@@ -64,7 +66,7 @@ images: engine
 	    $(BUILD_ARGS) .; done
 
 push: engine
-	@test -n "$(REGISTRY)" || { echo "error: say where to: make push REGISTRY=registry.example.com/team" >&2; exit 2; }
+	@test -n "$(REGISTRY)" || { echo "error: REGISTRY is not set: make push REGISTRY=registry.example.com/team" >&2; exit 2; }
 	@set -e; for name in jobs serving; do \
 	  $(ENGINE) image inspect lora-gitops-$$name:$(TAG) >/dev/null 2>&1 \
 	    || { echo "error: there is no lora-gitops-$$name:$(TAG) to push;" \
@@ -78,7 +80,7 @@ push: engine
 
 engine:
 	@command -v $(ENGINE) >/dev/null || { echo "error: $(ENGINE) is needed for container images: install it from" \
-	  "https://docs.docker.com/engine/install/, or say ENGINE=podman" >&2; exit 2; }
+	  "https://docs.docker.com/engine/install/, or set ENGINE=podman" >&2; exit 2; }
 	@$(ENGINE) info >/dev/null 2>&1 || { echo "error: $(ENGINE) is installed but does not answer; is its service running," \
 	  "and may you use it? Try: $(ENGINE) info" >&2; exit 2; }
 
@@ -87,13 +89,13 @@ bench-serving: setup
 
 setup: .venv/installed
 
-# $(call install,VENV,WHAT): with uv, which needs a fifth of pip's time; with pip where uv is missing or fails. uv does
-# not read pip's configuration, so it is given the index that stands there.
+# $(call install,VENV,WHAT): with uv, which takes a fifth of pip's time; with pip if uv is missing or fails. uv does not
+# read pip's configuration, so it gets the index from there.
 PIP_INDEX = $(BIN)/pip config list | sed -n "s/^\(:env:\|global\|install\)\.index-url='\(.*\)'$$/\2/p" | head -n 1
 install = UV_SYSTEM_CERTS=1 UV_DEFAULT_INDEX="$$($(PIP_INDEX))" $(BIN)/uv pip install --python $(1)/bin/python \
 	  --no-deps $(2) || $(1)/bin/pip install --no-deps $(2)
 
-# --no-deps: the lists are complete, and the CPU build of vLLM asks for packages that have no CPU build and break it.
+# --no-deps: the lists are complete, and the CPU build of vLLM requires packages that have no CPU build and break it.
 # The CPU build of torch, because the default one brings gigabytes of CUDA: from the configured index if it has one,
 # else from PyTorch's own.
 .venv/installed: jobs/requirements.txt serving/requirements-cpu.txt tests/requirements.txt
@@ -110,7 +112,7 @@ install = UV_SYSTEM_CERTS=1 UV_DEFAULT_INDEX="$$($(PIP_INDEX))" $(BIN)/uv pip in
 	$(call install,.venv,-r serving/requirements-cpu.txt -r tests/requirements.txt)
 	@touch $@
 
-# The scanner (300 MB, half a minute), in a place of its own: its dependencies and vLLM's contradict each other.
+# The scanner (300 MB, half a minute), in its own environment: its dependencies conflict with vLLM's.
 .venv-checkov/installed: tests/requirements-checkov.txt
 	$(PYTHON) -m venv .venv-checkov
 	$(call install,.venv-checkov,--quiet -r tests/requirements-checkov.txt)

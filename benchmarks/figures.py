@@ -1,4 +1,4 @@
-"""From measurements to what can be said: medians of paired differences, how sure they are, and whether an aim holds."""
+"""Statistics of the benchmark: medians of paired differences, their confidence intervals, verdicts on targets."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def median_of(values: Sequence[float]) -> Interval:
 
 
 def ratios(guard: Sequence[float], plain: Sequence[float]) -> Interval:
-    """How much more of it with the guard, as a factor, round by round."""
+    """The ratios guard / plain of each round: their median and interval."""
     return median_of([g / p for g, p in zip(guard, plain, strict=True)])
 
 
 def differences(guard: Sequence[float], plain: Sequence[float]) -> Interval:
-    """How much more of it with the guard, as a difference, round by round."""
+    """The differences guard - plain of each round: their median and interval."""
     return median_of([g - p for g, p in zip(guard, plain, strict=True)])
 
 
 def verdict(found: Interval, *, at_least: float = -math.inf, at_most: float = math.inf) -> str:
-    """`met` or `missed` when all of the interval says so, else `unclear`: the noise is larger than what is asked."""
+    """`met` or `missed` if the whole interval is on one side of the bound, else `unclear`: the noise is too large."""
     if at_least <= found.low and found.high <= at_most:
         return "met"
     if found.high < at_least or found.low > at_most:
@@ -56,5 +56,5 @@ def verdict(found: Interval, *, at_least: float = -math.inf, at_most: float = ma
 
 
 def overall(verdicts: Sequence[str]) -> str:
-    """One measure that misses the aim is enough to miss it; one that is unclear, to leave it open."""
+    """`missed` if any measure missed the target, else `unclear` if any is unclear, else `met`."""
     return next((word for word in ("missed", "unclear") if word in verdicts), "met")

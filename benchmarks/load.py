@@ -18,7 +18,7 @@ TIMEOUT_SECONDS = 120.0  # for one reply; the slowest here takes about a second
 
 @dataclass(frozen=True)
 class Reply:
-    """One reply: how long it took to its first event (a stream's, else to its end) and to its end, and what it said."""
+    """One reply: how long it took to its first event (a stream's, else to its end) and to its end, and its content."""
 
     first: float
     seconds: float
@@ -34,7 +34,7 @@ class Reply:
         return _unchunked(body) if b"transfer-encoding: chunked" in head.lower() else body
 
     def events(self) -> list[dict[str, Any]]:
-        """What was said: a stream's events, or the one object of any other reply."""
+        """The content: a stream's events, or the one object of any other reply."""
         if not self.body.startswith(b"data: "):
             return [json.loads(self.body)]
         *events, done = [line.removeprefix(b"data: ") for line in self.body.split(b"\n") if line]
@@ -61,7 +61,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._done: asyncio.Future[bool] | None = None  # whether the reply is whole
         self._data = bytearray()
-        self._end: int | None = None  # where the reply ends, once its head is there; -1: when the last chunk says so
+        self._end: int | None = None  # where the reply ends, once its head is there; -1: at the last chunk
         self._first = 0.0
 
     @classmethod

@@ -1,8 +1,8 @@
 """What the guard costs: real vLLM with and without it, side by side: `python -m benchmarks.serving --help`.
 
-Two servers run all the while, over the same model and the same adapter: `python -m serving`, and the same vLLM less the
-guard (benchmarks/unguarded.py). They are loaded in turn with the same requests, and what is compared is always two
-measurements of a few seconds that follow each other, so that a machine that gets slower in between hurts neither.
+Two servers run at the same time, over the same model and adapter: `python -m serving`, and the same vLLM without the
+guard (benchmarks/unguarded.py). They are loaded in turn with the same requests. Only consecutive measurements of a few
+seconds are compared, so a change of the machine's speed favours neither.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -39,10 +40,10 @@ from jobs.core.errors import RetryableError, Terminated, UserError
 DESCRIPTION = """\
 Measure what the guard costs: real vLLM with and without it, the same model, adapter and requests, in one run.
 
-Both servers are started, checked to say the same, and then loaded in turn. Each round measures every load on both,
-in alternating order; ratios and differences are taken within a round. The table shows their medians over the rounds
-with a 95 % interval, and then says of each aim whether it is met, missed, or unclear because the noise is larger.
-Nothing else should run meanwhile: the result says how much did.
+Both servers are started, checked to give the same replies, and then loaded in turn. Each round measures every load on
+both, in alternating order; ratios and differences are taken within a round. The table shows their medians over the
+rounds with a 95 % interval. Each target is met, missed, or unclear if the noise is too large.
+Nothing else should run meanwhile: the result shows how much did.
 """
 EXAMPLES = """\
 examples:
@@ -58,12 +59,12 @@ FLAGS = ["--max-model-len", "256", "--enforce-eager", "--kv-cache-memory-bytes",
          "--dtype", "float32"]
 START_SECONDS = 400  # 30 s on two idle cores
 CLIENTS = (1, 8, 32)
-PAUSE_SECONDS = 0.5  # between two servers, so that the one before has come to rest
+PAUSE_SECONDS = 0.5  # between two servers, so that the first is idle
 TOKENS = 32  # a short reply: what the guard costs once a request weighs more the shorter the reply is
 PROMPTS = [f"Guest {i} asks: What is the best hotel in Seville for {1 + i % 7} nights?" for i in range(64)]
 # That all of n rounds err to the same side of the median has the probability 2 / 2^n; for 6 it is 3 %.
 ENOUGH_ROUNDS = 6
-AIM_RATIO, AIM_MS = 0.98, 1.0  # at most 2 % of throughput, at most 1 ms of a median
+TARGET_RATIO, TARGET_MS = 0.98, 1.0  # at most 2 % of throughput, at most 1 ms of a median
 SIDES = ("plain", "guard")
 
 
@@ -151,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--swaps", type=int, default=5, metavar="N",
                      help="how many promotions are timed, with and without load each (default: %(default)s)")
     top.add_argument("--quick", action="store_true",
-                     help="2 rounds of 0.5 s and 1 swap: shows that everything works; its numbers say little")
+                     help="2 rounds of 0.5 s and 1 swap: shows that everything works; its figures are imprecise")
     top.add_argument("--write", type=Path, metavar="FILE",
                      help="put the result into this Markdown file, between the two comments that mark the place")
     return top
@@ -178,19 +179,19 @@ class Setting:
 
 
 def prepare(folder: Path, adapters: int) -> Setting:
-    """Make base model, tokenizer and adapters with random weights; the pipeline file asks for the first adapter.
+    """Make base model, tokenizer and adapters with random weights; the pipeline file desires the first adapter.
 
-    They are those of the tests. So small a model leaves vLLM little to do for a token, so that the guard's share of
-    the work is as large as it can get.
+    They are those of the tests. For so small a model vLLM computes little, so the guard's share is as large as it can
+    get.
     """
     from tests import build_adapter
 
     volumes, one = folder / "volumes", folder / "pipelines" / "one"
-    asked, planned = build_adapter.load(one)
+    pipeline, planned = build_adapter.load(one)
     build_adapter.base(volumes, planned)
-    for seed in range(adapters):  # training is not measured: all adapters are made before they are asked for
+    for seed in range(adapters):  # training is not measured: all adapters are made before they are desired
         build_adapter.adapter(volumes, build_adapter.load(folder / "later", training__seed=seed)[0])
-    return Setting(folder, asked.adapter, build_adapter.promote(volumes, asked))
+    return Setting(folder, pipeline.adapter, build_adapter.promote(volumes, pipeline))
 
 
 @contextmanager
@@ -241,14 +242,14 @@ async def ready(servers: Sequence[Server], model: str) -> None:
                 raise RetryableError(f"the server {server.name!r} was not ready after {seconds:.0f} s. Its last "
                                      f"answer: {answer[:1000]!r}; its log: {server.log}")
             await asyncio.sleep(0.5)
-        say(f"{server.name} is ready after {time.monotonic() - since:.0f} s")
+        progress(f"{server.name} is ready after {time.monotonic() - since:.0f} s")
 
 
 # Measuring
 
 
 def check(server: Server, model: str, replies: Sequence[Reply]) -> list[str]:
-    """Return the replies' texts, or raise if one is not what was asked for."""
+    """Return the replies' texts, or raise if one is not as requested."""
     texts = []
     for i, reply in enumerate(replies):
         try:
@@ -260,7 +261,7 @@ def check(server: Server, model: str, replies: Sequence[Reply]) -> list[str]:
         except (ValueError, KeyError, StopIteration):
             right = False
         if not right:
-            time.sleep(1)  # if the server is ending: until it has
+            time.sleep(1)  # a server that is ending has ended by then
             server.check()
             raise RetryableError(f"request {i + 1} of {len(replies)} to the server {server.name!r} failed, so there is "
                                  f"nothing to compare. The reply was: {bytes(reply.data[:1000])!r}")
@@ -284,16 +285,16 @@ async def measure(server: Server, load: Load, model: str, count: int) -> Measure
 
 
 async def warm_up(servers: dict[str, Server], model: str, seconds: float) -> dict[Load, int]:
-    """See that both servers say the same, and how many requests of each load plain vLLM answers in `seconds`."""
+    """Check that both servers reply the same; count the requests of each load that plain vLLM answers in `seconds`."""
     for side, status in (("plain", 200), ("guard", 404)):  # a route that the guard closes
         answered = (await drive(servers[side].port, [get("/version")], 1))[1][0].status
         if answered != status:
-            raise RetryableError(f"the server {side!r} answers /version with {answered}, not {status}, so it is not "
-                                 "what it should be")
+            raise RetryableError(f"the server {side!r} answers /version with {answered}, not {status}, so the "
+                                 "wrong program runs")
     request = Load(False, 1).requests(model, 16)
-    said = {side: check(server, model, (await drive(server.port, request, 1))[1]) for side, server in servers.items()}
-    if said["plain"] != said["guard"]:
-        raise RetryableError("the servers do not say the same, so they do not serve the same model or adapter")
+    texts = {side: check(server, model, (await drive(server.port, request, 1))[1]) for side, server in servers.items()}
+    if texts["plain"] != texts["guard"]:
+        raise RetryableError("the servers' replies differ, so they do not serve the same model or adapter")
     counts = {}
     for load in LOADS:
         found = {}
@@ -319,8 +320,9 @@ async def compare(servers: dict[str, Server], model: str, rounds: int, counts: d
                     measured = await measure(servers[side], load, model, counts[load])
                 into.rounds[load, side].append(measured)
                 into.requests += measured.count
-        now = [into.rounds[load, "guard"][-1].requests / into.rounds[load, "plain"][-1].requests for load in LOADS]
-        say(f"round {number + 1} of {rounds}: throughput, guard / plain: {', '.join(f'{ratio:.3f}' for ratio in now)}")
+        ratios = [into.rounds[load, "guard"][-1].requests / into.rounds[load, "plain"][-1].requests for load in LOADS]
+        progress(f"round {number + 1} of {rounds}: throughput, guard / plain: "
+                 f"{', '.join(f'{ratio:.3f}' for ratio in ratios)}")
 
 
 @contextmanager
@@ -347,7 +349,7 @@ async def time_swaps(setting: Setting, server: Server, swaps: int, into: Results
                 seconds = await _swap(setting, server, seed=len(into.swaps[False]) + len(into.swaps[True]) + 1,
                                       pause=1.5 + 0.5 * i / swaps)  # spread over the guard's half second between looks
                 into.swaps[loaded].append(seconds)
-                say(f"swap {i + 1} of {swaps} {'under load' if loaded else 'without load'}: {seconds:.2f} s")
+                progress(f"swap {i + 1} of {swaps} {'under load' if loaded else 'without load'}: {seconds:.2f} s")
 
 
 async def _swap(setting: Setting, server: Server, seed: int, pause: float) -> float:
@@ -356,13 +358,13 @@ async def _swap(setting: Setting, server: Server, seed: int, pause: float) -> fl
     from jobs.core.plan import FINE_TUNED_VOLUME
     from tests import build_adapter
 
-    asked, planned = build_adapter.load(setting.pipelines / "one", training__seed=seed)  # the commit that asks for it
-    await asyncio.to_thread(build_adapter.adapter, setting.volumes, asked)  # in case that retention removed it
+    pipeline, planned = build_adapter.load(setting.pipelines / "one", training__seed=seed)  # the commit that desires it
+    await asyncio.to_thread(build_adapter.adapter, setting.volumes, pipeline)  # in case that retention removed it
     await asyncio.sleep(pause)
 
     def promote() -> None:
-        build_adapter.evaluation(setting.volumes, asked)
-        promotion.promote(setting.volumes / FINE_TUNED_VOLUME, asked.adapter, planned.adapter.digest,
+        build_adapter.evaluation(setting.volumes, pipeline)
+        promotion.promote(setting.volumes / FINE_TUNED_VOLUME, pipeline.adapter, planned.adapter.digest,
                           planned.evaluation.digest)
 
     question = post("/v1/completions", {"model": setting.name, "prompt": PROMPTS[0], "max_tokens": 8, "temperature": 0,
@@ -370,7 +372,7 @@ async def _swap(setting: Setting, server: Server, seed: int, pause: float) -> fl
     client = await Connection.to(server.port)
     try:
         before = await client.ask(question)
-        said = before.events()[0]["choices"][0]["text"]
+        old_text = before.events()[0]["choices"][0]["text"]
         started = time.monotonic()
         promoting = asyncio.create_task(asyncio.to_thread(promote))
         while True:
@@ -378,7 +380,7 @@ async def _swap(setting: Setting, server: Server, seed: int, pause: float) -> fl
             ended = time.monotonic()
             if reply.status != 200:
                 raise RetryableError(f"a request failed during a swap: {reply.data[:1000]!r}")
-            if reply.events()[0]["choices"][0]["text"] != said:
+            if reply.events()[0]["choices"][0]["text"] != old_text:
                 cards = (await client.ask(get("/v1/models"))).events()[0]["data"]
                 if (setting.name, f"{setting.name}@{planned.adapter.digest}") in {(c["id"], c["root"]) for c in cards}:
                     await promoting
@@ -441,7 +443,7 @@ def _machine_seconds() -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a measure of one load on both sides, and what the aim says about it."""
+    """One line of the table: a measure of one load on both sides, and the verdict."""
 
     load: str
     measure: str
@@ -460,34 +462,35 @@ def rows(results: Results) -> list[Row]:
             ratio = figures.ratios(guard, plain)
             made.append(Row(str(load), measure, _number(factor * statistics.median(plain)),
                             _number(factor * statistics.median(guard)), _interval(ratio, ".3f"), "",
-                            figures.verdict(ratio, at_least=AIM_RATIO)))
-        for measure, key, aim in (("time to first token p50, ms", "first_p50", AIM_MS),
+                            figures.verdict(ratio, at_least=TARGET_RATIO)))
+        for measure, key, target in (("time to first token p50, ms", "first_p50", TARGET_MS),
                                   ("time to first token p99, ms", "first_p99", None),
-                                  ("whole request p50, ms", "total_p50", AIM_MS),
+                                  ("whole request p50, ms", "total_p50", TARGET_MS),
                                   ("API server's processor time a request, ms", "api_server", None)):
             if load.stream or not key.startswith("first"):
                 plain, guard = (_values(results, load, side, key) for side in SIDES)
                 more = figures.differences(guard, plain)
                 made.append(Row(str(load), measure, _number(statistics.median(plain)),
                                 _number(statistics.median(guard)), _interval(figures.ratios(guard, plain), ".3f"),
-                                _interval(more, "+.2f"), figures.verdict(more, at_most=aim) if aim else ""))
+                                _interval(more, "+.2f"), figures.verdict(more, at_most=target) if target else ""))
     return made
 
 
 def conclusion(made: Sequence[Row], rounds: int) -> list[str]:
-    """The aims, and plainly whether they are met."""
+    """The targets, and whether they are met."""
     if rounds < ENOUGH_ROUNDS:
-        return [f"Whether the aims are met **cannot be said** after so few rounds: {ENOUGH_ROUNDS} are the least."]
+        return [f"**No verdict** on the targets: that needs at least {ENOUGH_ROUNDS} rounds."]
     lines = []
-    for what, of in ((f"the guard costs at most {100 * (1 - AIM_RATIO):.0f} % of throughput",
+    for what, of in ((f"the guard costs at most {100 * (1 - TARGET_RATIO):.0f} % of throughput",
                       [row for row in made if row.measure == "requests/s"]),
-                     (f"it adds at most {AIM_MS:.0f} ms to a median", [r for r in made if r.verdict and r.difference])):
+                     (f"it adds at most {TARGET_MS:.0f} ms to a median",
+                      [row for row in made if row.verdict and row.difference])):
         found = figures.overall([row.verdict for row in of])
         exceptions = [f"{row.load}: {row.measure.removesuffix(', ms')} {row.difference or row.ratio}"
                       for row in of if row.verdict == found != "met"]
-        meaning = {"met": "the aim is met", "missed": "the aim is missed",
-                   "unclear": "it is unclear whether the aim is met: the noise is larger than what is asked"}[found]
-        lines.append(f"Aim: {what}: **{meaning}**" + (f" ({'; '.join(exceptions)})." if exceptions else
+        meaning = {"met": "the target is met", "missed": "the target is missed",
+                   "unclear": "it is unclear whether the target is met: the noise is too large"}[found]
+        lines.append(f"Target: {what}: **{meaning}**" + (f" ({'; '.join(exceptions)})." if exceptions else
                                                       f", under all {len(of)} measures, with 95 % confidence in each."))
     return lines
 
@@ -495,7 +498,7 @@ def conclusion(made: Sequence[Row], rounds: int) -> list[str]:
 def report(results: Results, command: str, load_before: float) -> str:
     """The result in Markdown."""
     made = rows(results)
-    header = ("load", "measure", "plain vLLM", "with the guard", "guard / plain", "difference", "aim")
+    header = ("load", "measure", "plain vLLM", "with the guard", "guard / plain", "difference", "target")
     table = [header, ("-",) * len(header), *((r.load if r.load != before else "", *list(vars(r).values())[1:])
                                              for before, r in zip(["", *(r.load for r in made)], made, strict=False))]
     swaps = [("swap, s", "median", "shortest", "longest", "swaps"), ("-",) * 5,
@@ -506,21 +509,21 @@ def report(results: Results, command: str, load_before: float) -> str:
     parts = [
         f"Measured on {datetime.now(UTC):%Y-%m-%d} with `{command}`.", "",
         *(f"- {line}" for line in _machine()),
-        f"- The load average was {load_before:.2f} when it began. While it was measured, others used "
+        f"- The load average was {load_before:.2f} at the start. During the measurement, other processes used "
         f"{100 * statistics.mean(results.others_share):.1f} % of one core, the hypervisor took "
         f"{100 * statistics.mean(results.stolen_share):.1f} %, and the server that was not being loaded used: {idle}.",
         f"- {rounds} rounds of {len(LOADS)} loads on each side, {results.requests} requests, all of them answered in "
         f"full: {TOKENS} tokens each.", "",
         *(line for each in conclusion(made, rounds) for line in (each, "")),
         *_aligned(table), "",
-        "Values are medians over the rounds. Ratios and differences are the medians of those within a round, and in "
-        "brackets where they lie with 95 % confidence (bootstrap over the rounds).",
+        "Values are medians over the rounds. Ratios and differences are medians of those within a round, with 95 % "
+        "confidence intervals in brackets (bootstrap over the rounds).",
     ]
     if results.swaps:
         parts += ["", "From a promotion on the volume to the end of the first reply by the promoted adapter:", "",
-                  *_aligned(swaps), "", f"Clients asked {results.swap_requests} times meanwhile, and every request was "
+                  *_aligned(swaps), "", f"Clients sent {results.swap_requests} requests meanwhile, and every one was "
                                         "answered in full."]
-    return "\n".join(parts)
+    return "\n".join(_wrapped(part) for part in parts)
 
 
 def check_writable(file: Path) -> None:
@@ -540,6 +543,13 @@ def write(file: Path, text: str) -> None:
     check_writable(file)
     before, _, rest = file.read_text(encoding="utf-8").partition(BEGIN)
     file.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+def _wrapped(line: str) -> str:
+    """A paragraph or list item of at most 100 columns a line, as in all prose files; a line of a table as it is."""
+    return line if line.startswith("|") else textwrap.fill(
+        line, 100, subsequent_indent="  " if line.startswith("- ") else "", break_long_words=False,
+        break_on_hyphens=False)
 
 
 def _values(results: Results, load: Load, side: str, key: str) -> list[float]:
@@ -575,7 +585,7 @@ def _machine() -> list[str]:
             f"{git.stdout.strip() or 'unknown'}."]
 
 
-def say(message: str) -> None:
+def progress(message: str) -> None:
     print(f"{datetime.now(UTC):%H:%M:%S} {message}", file=sys.stderr, flush=True)
 
 
@@ -588,9 +598,9 @@ async def run(setting: Setting, servers: dict[str, Server], args: argparse.Names
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)  # it drops what a handler raises
     try:
         await ready(list(servers.values()), setting.name)
-        say("warming up")
+        progress("warming up")
         counts = await warm_up(servers, setting.name, args.seconds)
-        say("requests in one measurement: " + ", ".join(f"{load}: {count}" for load, count in counts.items()))
+        progress("requests in one measurement: " + ", ".join(f"{load}: {count}" for load, count in counts.items()))
         await compare(servers, setting.name, args.rounds, counts, results)
         if args.swaps:
             await time_swaps(setting, servers["guard"], args.swaps, results)
@@ -628,13 +638,13 @@ def benchmark(args: argparse.Namespace, command: str) -> str:
         check_writable(args.write)
     before = os.getloadavg()[0]
     if before > 0.5:
-        say(f"the load average is {before:.2f}: something else runs, and the result will show it")
+        progress(f"the load average is {before:.2f}: something else runs, and the result will show it")
     folder = Path(tempfile.mkdtemp(prefix="bench-serving-"))
     try:
         ports = dict(zip(SIDES, free_ports(2), strict=True))
-        say(f"making the model and {1 + 2 * args.swaps} adapters")
+        progress(f"making the model and {1 + 2 * args.swaps} adapters")
         setting = prepare(folder, 1 + 2 * args.swaps)
-        say(f"starting both servers; their logs are in {folder}")
+        progress(f"starting both servers; their logs are in {folder}")
         with ExitStack() as stack:
             servers = {side: stack.enter_context(running(side, setting, ports[side])) for side in SIDES}
             try:
@@ -644,9 +654,9 @@ def benchmark(args: argparse.Namespace, command: str) -> str:
                 stop()
             finally:
                 signal.signal(signal.SIGTERM, stop)  # the loop has taken its own handler away
-                say("ending both servers")
+                progress("ending both servers")
     except RetryableError:
-        say(f"the logs are kept in {folder}")
+        progress(f"the logs are kept in {folder}")
         raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -660,7 +670,7 @@ def stop(*_: object) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> int:
-    # No log: the result is printed, and progress by `say`.
+    # No log: the result is printed, and progress by `progress`.
     return run_command(lambda: run_benchmark(argv), set_up_logging=lambda: None, on_sigterm=stop)
 
 
@@ -673,7 +683,7 @@ def run_benchmark(argv: list[str] | None) -> None:
     print(text)
     if args.write:
         write(args.write, text)
-        say(f"written to {args.write}")
+        progress(f"written to {args.write}")
 
 
 if __name__ == "__main__":

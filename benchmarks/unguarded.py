@@ -1,7 +1,7 @@
-"""vLLM as `python -m serving` starts it, less the guard: the side that benchmarks.serving compares the guard with.
+"""vLLM as `python -m serving` starts it, but without the guard: the baseline of benchmarks.serving.
 
-It takes the same arguments and does the same until vLLM starts, so that command line and environment cannot drift from
-those of the guarded server; and then vLLM loads the adapter itself, under the name that clients say.
+It takes the same arguments and does the same until vLLM starts, so that command line and environment stay those of the
+guarded server. Then vLLM loads the adapter itself, under the name that clients use.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import runpy
 import sys
 from typing import Any
 
-ADAPTER = "UNGUARDED_ADAPTER"  # the environment variable that says NAME=FOLDER
+ADAPTER = "UNGUARDED_ADAPTER"  # the environment variable with NAME=FOLDER
 
 
 def main() -> int:

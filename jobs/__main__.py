@@ -1,6 +1,6 @@
 """The command line of the jobs: `python -m jobs --help`.
 
-Exit codes: 0 done or already done; 2 somebody must change something (base/ turns it into an immediate failure);
+Exit codes: 0 done or already done; 2 a user must change something (base/ turns it into an immediate failure);
 143 stopped by SIGTERM with the work saved; anything else is worth a retry.
 """
 
@@ -15,9 +15,9 @@ from jobs.core.command import run_command
 from jobs.training import distributed
 
 DESCRIPTION = """\
-Fine-tune a model privately and serve the result, as one pipeline.yaml says.
+Fine-tune a model privately and serve the result, as one pipeline.yaml declares.
 
-  stages (what the Kubernetes Jobs run; each finds its result already there, or makes and publishes it)
+  stages (the Kubernetes Jobs run these; a stage whose result exists ends at once)
     relocate WHAT     bring the dataset, the base model, the tokenizer or the reference model onto its volume
     train             train the LoRA adapter
     evaluate          measure base, fine-tuned and reference model; promote the adapter if the gate passes
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
                      metavar="FILE", help="the pipeline file (default: $PIPELINE, else %(default)s)")
     top.add_argument("--volumes", type=Path, default=Path(os.environ.get("VOLUMES", "/volumes")), metavar="DIR",
                      help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
-    top.add_argument("--wait-seconds", type=float, default=variables.wait_seconds(), metavar="S",
+    top.add_argument("--wait-seconds", metavar="S",
                      help="how long a stage waits for its inputs, or for another process that makes the same artifact "
                           "(default: $WAIT_SECONDS, else 6 hours)")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of the above")
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     relocate.add_argument("what", choices=RELOCATABLE)
     commands.add_parser("train", description="train the LoRA adapter; resumes after a kill")
     commands.add_parser("evaluate", description="measure the models, write the report, pass or reject the adapter")
-    wait = commands.add_parser("await", description="wait until artifacts are there; who uses them verifies them")
+    wait = commands.add_parser("await", description="wait until artifacts are there; their readers verify them")
     wait.add_argument("artifacts", nargs="+", choices=AWAITABLE, metavar="ARTIFACT", help=", ".join(AWAITABLE))
 
     pin = commands.add_parser("pin", description="fill or refresh the pins of an overlay's pipeline.yaml")
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
     """Carry out one command. Imports are late: `--help` and `already done` must answer at once."""
     from jobs.core import pipeline
 
+    wait_seconds = variables.wait_seconds(args.wait_seconds)  # not in the parser: `--help` must work in any environment
     match args.command:
         case "pin":
             from jobs.tools import pin
@@ -101,17 +102,17 @@ def run(args: argparse.Namespace) -> None:
         case "train":
             from jobs.training import train
 
-            train.run(pipeline.load(args.pipeline), args.volumes, args.wait_seconds)
+            train.run(pipeline.load(args.pipeline), args.volumes, wait_seconds)
         case "evaluate":
             from jobs.evaluation import evaluate
 
-            evaluate.run(pipeline.load(args.pipeline), args.volumes, args.wait_seconds)
+            evaluate.run(pipeline.load(args.pipeline), args.volumes, wait_seconds)
         case "await":
             from jobs.core import artifacts
             from jobs.core.plan import plan
 
             named = plan(pipeline.load(args.pipeline).pipeline).named()
-            artifacts.wait_until_there([named[a] for a in args.artifacts], args.volumes, args.wait_seconds)
+            artifacts.wait_until_there([named[a] for a in args.artifacts], args.volumes, wait_seconds)
 
 
 def main(argv: list[str] | None = None) -> int:

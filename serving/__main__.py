@@ -24,10 +24,8 @@ from typing import NoReturn
 
 from packaging.version import Version
 
-from jobs.core import artifacts, models
 from jobs.core.command import fail, run_command
 from jobs.core.errors import RetryableError, Terminated, UserError
-from jobs.core.plan import plan
 from serving import base, bodies, cpu_shield, drain, heartbeat, merged
 from serving.events import log_to_stderr
 from serving.served import Served
@@ -37,10 +35,12 @@ log = logging.getLogger("serving")
 DESCRIPTION = """\
 Serve the base model and its fine-tuned adapters over vLLM's OpenAI-compatible API.
 
-The base model answers as soon as vLLM is up; an adapter joins, with no restart, when it is promoted. The first pipeline
-file (by its folder's name) decides on the base model; the others add adapters. When it names another base model, and
-that is there, the server answers its last requests and exits 0, to be started again with it. So it does with each new
-adapter if the pipeline file says `serving: {mode: merged}`, for models on which vLLM has no LoRA.
+The base model answers as soon as vLLM is up; an adapter joins, with no restart, when it is promoted. The first valid
+pipeline file (by its folder's name) decides on the base model; the others add adapters. When it names another base
+model, and each adapter that is served has one for it that passed the gate, the server answers its last requests and
+exits 0, to be started again with it. So it does with each new adapter if the pipeline file says
+`serving: {mode: merged}`, for models on which vLLM has no LoRA. An invalid pipeline file stops nothing: what was
+promoted before is served.
 
 Set VLLM_API_KEY to require a key. Flags that are not listed here go to vLLM, for example --max-model-len or
 --enforce-eager. SIGTERM ends it after the requests under way are answered.
@@ -73,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--volumes", type=Path, default=Path(os.environ.get("VOLUMES", "/volumes")), metavar="DIR",
                      help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
     _add_number(top, "--wait-seconds", seconds, 6 * 3600, "S", "how long to wait for base model and tokenizer")
+    top.add_argument("--wait", action="store_true",
+                     help="only wait until base model and tokenizer are there to start with, as an init container")
     _add_number(top, "--drain-seconds", seconds, 55, "S", "how long the last requests may take when the server ends")
     _add_number(top, "--hang-seconds", seconds, heartbeat.SECONDS, "S",
                 "how long vLLM's engine may be silent before /health says 503, to have the server restarted")
@@ -81,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
                 "memory for all bodies that are being read, in MiB")
     _add_number(top, "--max-sequences", count, None, "N", "the most sequences (n for each prompt) that one request may "
                 "ask for", otherwise="a quarter of vLLM's --max-num-seqs")
+    _add_number(top, "--restart-slot-seconds", pause, 0, "S", "for several replicas: how long a restart takes. Each "
+                "restarts by itself in a time slot of its own; 0: at once")
     top.add_argument("--host", default="0.0.0.0", help="the address to listen on (default: %(default)s)")  # noqa: S104
     top.add_argument("--port", type=int, default=8000, help="the port to listen on (default: %(default)s)")
     return top
@@ -109,6 +113,11 @@ def seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise ValueError
     return value
+
+
+def pause(text: str) -> float:
+    """A number of seconds from a flag, or 0 for none."""
+    return 0.0 if float(text) == 0 else seconds(text)
 
 
 def count(text: str) -> int:
@@ -190,27 +199,29 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
         RetryableError: the base model did not come in time, or vLLM ended by itself.
     """
     check_flags(flags)
+    if args.wait:
+        base.wait(args.pipelines, args.volumes, args.wait_seconds)
+        return
     check_key()
     check_vllm()
     check_port(args.host, args.port)
-    leader = base.leading(args.pipelines)
-    others = base.following(args.pipelines, leader)
-    planned, wish = plan(leader.pipeline), leader.pipeline
-    base_model, tokenizer = artifacts.wait([planned.base_model, planned.tokenizer], args.volumes, args.wait_seconds)
-    models.check_servable(models.architecture(base_model.path), f"{leader.path}: base_model", wish.serving.mode)
-
-    served = Served(pipelines=str(args.pipelines), leader=str(leader.path), volumes=str(args.volumes),
-                    base_name=wish.base_model.name, base_model=base_model.digest, tokenizer=tokenizer.digest,
-                    base_folder=str(base_model.path), mode=wish.serving.mode,
-                    max_lora_rank=base.max_lora_rank(wish, others), drain_seconds=args.drain_seconds,
-                    max_sequences=args.max_sequences, body_seconds=args.body_seconds, body_memory=args.body_memory,
-                    hang_seconds=args.hang_seconds, private_folder=str(private_folder(args.port)))
-    served = merged.choose(wish, served) if served.mode == "merged" else replace(served, cpu_shield=cpu_shield.needed())
+    start = base.start(args.pipelines, args.volumes, args.wait_seconds)
+    base_folder, tokenizer = start.base.folders(args.volumes)
+    served = Served(pipelines=str(args.pipelines), volumes=str(args.volumes), base_name=start.base_name,
+                    base_model=start.base.base_model, tokenizer=start.base.tokenizer, base_folder=str(base_folder),
+                    mode=start.base.mode, max_lora_rank=start.max_lora_rank, drain_seconds=args.drain_seconds,
+                    restart_slot_seconds=args.restart_slot_seconds, max_sequences=args.max_sequences,
+                    body_seconds=args.body_seconds, body_memory=args.body_memory, hang_seconds=args.hang_seconds,
+                    private_folder=str(private_folder(args.port)))
+    if served.mode == "merged":
+        served = merged.choose(start.named, served)
+    else:
+        served = replace(served, cpu_shield=cpu_shield.needed())
     os.environ.update(served.to_environment())
     os.environ.update(environment(flags))
     log.info("serving %s (%s) in mode %s on %s:%d, adapters: %s", served.base_name, served.base_model, served.mode,
-             args.host, args.port, ", ".join(each.adapter for each in (wish, *others)))
-    sys.argv = [MODULE, *vllm_arguments(served, tokenizer.path, args.host, args.port, 1 + len(others)), *flags]
+             args.host, args.port, ", ".join(start.named))
+    sys.argv = [MODULE, *vllm_arguments(served, tokenizer, args.host, args.port, start.adapters), *flags]
     # In this process and not by exec: as a container's first process, Python would ignore SIGTERM until vLLM, after
     # many seconds of imports, sets its own handler; ours is in place all the while.
     try:

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import math
 import shutil
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,6 @@ from typing import Any, TypeVar
 
 from starlette.types import ASGIApp
 
-from jobs.core import pipeline
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from serving import base, candidates, cpu_shield, events, lora, untrusted, verification
@@ -74,7 +74,7 @@ class Version:
 @dataclass
 class Alias:
     version: Version | None = None
-    why: str = "it has not been looked for yet"  # why there is no version, or not the wanted one
+    why: str = "it has not been looked for yet"  # why there is no version, or not the desired one
     promotion: Candidate | None = None  # the last one that was seen
     looked: bool = False  # whether its adapter was looked for to the end: it is served, refused or not there yet
     failures: int = 0  # how often in a row looking for its adapter failed, because of an unreadable volume for example
@@ -109,10 +109,13 @@ class Aliases:
         self.engine = Engine(vllm)
         self._restart = restart
         self._restarting = False
+        self._turns: dict[str, tuple[str, float]] = {}  # by subject: why the server restarts, and when (Unix time)
         self._volumes = Path(served.volumes)
         self._loaded: list[Version] = []
         self._loading = 0  # versions that are being loaded and proven
-        self._pipelines: dict[Path, tuple[tuple[int, int], Pipeline | None]] = {}  # file: its stamp, what it says
+        # By file: its stamp, and the pipeline in it when it was valid; None if it never was.
+        self._pipelines: dict[Path, tuple[tuple[int, int], Pipeline | None]] = {}
+        self._named: base.Named = {}
         self._proven: set[tuple[str, Candidate]] = set()
         self._refusals: dict[str, KnownRefusal] = {}
         self._modules: lora.Modules | None = None
@@ -156,7 +159,7 @@ class Aliases:
         """Look once: bring every alias to the best version there is, and unload what nobody uses."""
         if self._restarting:
             return
-        named = await asyncio.to_thread(self._read_pipelines)
+        named = self._named = await asyncio.to_thread(self._read_pipelines)
         for name in self.current.keys() - named.keys():
             gone = self.current.pop(name)
             events.removed(name, gone.version.digest if gone.version else None)
@@ -164,7 +167,7 @@ class Aliases:
             self.current.setdefault(name, Alias())
         # Each by itself: a large adapter or a new base model that is being verified must not keep the others waiting.
         work: dict[str, Callable[[], Awaitable[None]]] = {"": self._follow_base}
-        work |= {name: partial(self._update, self.current[name], wish) for name, wish in named.items()}
+        work |= {name: partial(self._update, name, self.current[name], each) for name, each in named.items()}
         for name in work.keys() - self._updates.keys():
             self._updates[name] = asyncio.create_task(self._attempt(name, work[name]))
         await asyncio.wait(self._updates.values(), timeout=POLL_SECONDS)
@@ -173,9 +176,10 @@ class Aliases:
             self.first_look_done.set()
         await self._unload_unused()
 
-    def _read_pipelines(self) -> dict[str, Pipeline]:
+    def _read_pipelines(self) -> base.Named:
         """The pipelines by alias. A file that became invalid counts as it was before; so does one that vanished."""
-        for file in candidates.pipeline_files(Path(self.served.pipelines)):
+        files = candidates.pipeline_files(Path(self.served.pipelines))
+        for file in files:
             try:
                 stat = file.stat()  # follows the links by which Kubernetes swaps a ConfigMap's files
             except OSError:
@@ -183,45 +187,60 @@ class Aliases:
             stamp, before = (stat.st_mtime_ns, stat.st_ino), self._pipelines.get(file)
             if before and before[0] == stamp:
                 continue
-            wish = before[1] if before else None
+            pipeline = before[1] if before else None
             try:
-                self._pipelines[file] = (stamp, pipeline.load(file).pipeline)
+                self._pipelines[file] = (stamp, base.read(file))
                 self._logged.pop(str(file), None)
             except UserError as error:
-                self._pipelines[file] = (stamp, wish)
-                self._report_refusal(wish.adapter if wish else file.parent.name, str(file),
-                              Refused("pipeline file", f"{error}; what it said before stays in force"))
-        named: dict[str, Pipeline] = {}
-        for file, (_, wish) in self._pipelines.items():
-            if wish is not None and named.setdefault(wish.adapter, wish) is not wish:
-                self._report_refusal(wish.adapter, str(file), Refused(
-                    "name", f"another pipeline file has the adapter name {wish.adapter}; this one is ignored"))
+                self._pipelines[file] = (stamp, pipeline)
+                name = pipeline.adapter if pipeline else base.name_of_invalid(file, (), self._volumes,
+                                                                              alone=len(files) == 1)
+                self._report_refusal(name or file.parent.name, str(file), Refused(
+                    "pipeline file", f"{error}; what it said before stays in force"))
+        named = base.name_files({file: pipeline for file, (_, pipeline) in self._pipelines.items()}, self._volumes)
+        for file, (_, pipeline) in self._pipelines.items():
+            if pipeline is not None and named[pipeline.adapter] is not pipeline:
+                self._report_refusal(pipeline.adapter, str(file), Refused(
+                    "name", f"another pipeline file has the adapter name {pipeline.adapter}; this one is ignored"))
         return named
 
     async def _follow_base(self) -> None:
-        """Restart when the pipeline files ask for what a running server cannot change to, and it can start with that.
+        """Restart when the pipeline files ask for what a running server cannot change to, and no adapter is lost by it.
 
-        Until then, while a new base model is on its way for example, the server goes on as it is.
+        Until then, while an adapter for a new base model is trained for example, the server goes on as it is.
         """
-        leader = self._leader()
-        if leader is None:
-            return
-        others = [wish for _, wish in self._pipelines.values() if wish is not None and base.fits(wish, self.served)]
-        reason = base.changed(leader, others, self.served)
-        if reason is None:
+        pipeline = base.deciding(self._named)
+        reason = base.changed(self._named, self.served)
+        if pipeline is None or reason is None:
             self._logged.pop("base", None)
+            self._turns.pop("base", None)
             return
+        serving = [name for name, alias in self.current.items() if alias.version]
         try:
-            await self._unless_refused(leader.adapter, reason, base.folders(leader, self._volumes), partial(
-                asyncio.to_thread, base.check_startable, leader, self._volumes))
+            if not self._has_turn("base", reason):
+                await self._unless_refused(pipeline.adapter, reason, base.of(pipeline).folders(self._volumes), partial(
+                    asyncio.to_thread, base.check_restart, self._named, self.served, serving))
         except NotYet as missing:
-            self._log_change("base", f"{reason}, but {missing}; the server restarts with it when it is")
+            self._log_change("base", f"{reason}, but {missing}; until then the server goes on as it is")
         except Refused as refused:
             self._log_change("base", f"{reason}, but it was refused: {refused.reason}; the server goes on as it is")
         else:
-            self._ask_for_restart(reason)
+            self._restart_in_turn("base", reason)
 
-    def _ask_for_restart(self, reason: str) -> None:
+    def _has_turn(self, subject: str, reason: str) -> bool:
+        """Whether everything was checked, and the server only waits for its turn to restart."""
+        return subject in self._turns and self._turns[subject][0] == reason
+
+    def _restart_in_turn(self, subject: str, reason: str) -> None:
+        """Restart now, or at this replica's turn if there are several. To be called until it happens."""
+        if not self._has_turn(subject, reason):
+            turn = base.next_turn(time.time(), self.served.restart_slot_seconds, socket.gethostname())
+            self._turns[subject] = reason, turn
+        _, turn = self._turns[subject]
+        if time.time() < turn:
+            at = time.strftime("%H:%M:%S", time.localtime(turn))
+            self._log_change(subject, f"{reason}; this replica restarts at {at}, in its turn")
+            return
         self._restarting = True  # from now on nothing new is looked for
         self._restart(reason)
 
@@ -240,16 +259,15 @@ class Aliases:
             self._log_change(f"attempt {name}", f"{name or 'base model'}: {error!r}; trying again", log.error)
             await asyncio.sleep(BACKOFF_SECONDS * 2 ** min(alias.failures - 1, 3))
 
-    async def _update(self, alias: Alias, wish: Pipeline) -> None:
+    async def _update(self, name: str, alias: Alias, pipeline: Pipeline | None) -> None:
         """Point the alias to the first that may be served: what the pipeline file desires, what was promoted last.
 
         If nothing is served, as after a restart, and both are unfit: what was promoted before.
         """
-        name, reasons, failure = wish.adapter, list[str](), None
+        reasons, failure = list[str](), None
         found: list[tuple[str, Candidate | NotYet | Refused]]
-        found = [("pipeline file", await self._look(name, "pipeline file", partial(self._desired, wish))),
-                 ("last promotion", await self._look(name, "last promotion", partial(
-                     candidates.promoted, name, self._volumes)))]
+        found = [("pipeline file", await self._look(name, "pipeline file", partial(self._desired, pipeline))),
+                 ("last promotion", await self._look(name, "last promotion", partial(self._promoted, name)))]
         self._notice(name, alias, found[1][1])
         if alias.version is None:
             earlier = await self._look(name, "history", partial(candidates.earlier, name, self._volumes))
@@ -280,7 +298,7 @@ class Aliases:
             if version is not alias.version:
                 before, alias.version = alias.version, version  # from the next request on
                 events.swapped(name, version.digest, before.digest if before else None, by,
-                               await asyncio.to_thread(self._seconds_since_proof, wish, candidate))
+                               await asyncio.to_thread(self._seconds_since_proof, name, pipeline, candidate))
             break
         alias.why = "; ".join(dict.fromkeys(reasons))
         if reasons:
@@ -305,17 +323,29 @@ class Aliases:
         self._logged.pop(what, None)
         return found
 
-    def _desired(self, wish: Pipeline) -> Candidate:
+    def _desired(self, pipeline: Pipeline | None) -> Candidate:
+        if pipeline is None:
+            raise NotYet("its pipeline file is invalid")
         try:
-            base.check_fits(wish, self.served)
+            base.check_fits(pipeline, self.served)
         except Refused:
-            if wish is self._leader():
+            if base.of(pipeline) == self._next_base():
                 raise NotYet("the server has to restart with another base model or mode first") from None
             raise
-        return candidates.desired(wish)
+        return candidates.desired(pipeline)
 
-    def _leader(self) -> Pipeline | None:
-        return self._pipelines.get(Path(self.served.leader), (None, None))[1]
+    def _promoted(self, name: str) -> Candidate:
+        candidate, following = candidates.promoted(name, self._volumes), self._next_base()
+        if following and base.is_for(candidate.adapter, following, self._volumes) and not base.is_for(
+                candidate.adapter, base.running(self.served), self._volumes):
+            raise NotYet("its last promotion is for the base model with which the server restarts")
+        return candidate
+
+    def _next_base(self) -> base.Base | None:
+        """The base that the pipeline files ask for, if this server runs on another one."""
+        pipeline = base.deciding(self._named)
+        desired = base.of(pipeline) if pipeline else None
+        return desired if desired != base.running(self.served) else None
 
     def _notice(self, name: str, alias: Alias, promoted: Candidate | NotYet | Refused) -> None:
         """Report a promotion that was not seen before."""
@@ -323,16 +353,17 @@ class Aliases:
             alias.promotion = promoted
             events.promotion_seen(name, promoted.adapter, promoted.evaluation)
 
-    def _seconds_since_proof(self, wish: Pipeline, candidate: Candidate) -> float | None:
+    def _seconds_since_proof(self, name: str, pipeline: Pipeline | None, candidate: Candidate) -> float | None:
         """Seconds since the adapter could be served, or since the pipeline file desired it if that was later.
 
         None if both were before this server started.
         """
         try:
-            proved = candidates.proved_at(wish.adapter, candidate, self._volumes)
+            proved = candidates.proved_at(name, candidate, self._volumes)
         except (OSError, NotYet, Refused):
             return None
-        desired = max((stamp[0] / 1e9 for stamp, said in self._pipelines.values() if said is wish), default=0.0)
+        desired = max((stamp[0] / 1e9 for stamp, each in self._pipelines.values() if pipeline and each is pipeline),
+                      default=0.0)
         since = max(proved, desired)
         return max(0.0, time.time() - since) if since >= self._started else None
 

@@ -17,11 +17,9 @@ from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, plan
 from serving.refusal import NotYet, Refused, one_line
-from serving.untrusted import check_plain_file
 
 Read = TypeVar("Read")
 DIGEST = re.compile(r"[0-9a-f]{16}")
-LARGEST_PROMOTIONS = 16 * 2**20  # bytes of a pointer or a history; a promotion takes about 150
 
 
 @dataclass(frozen=True)
@@ -85,12 +83,11 @@ def _pointer(name: str, volumes: Path) -> Path:
 
 
 def _read_promotion(file: Path, read: Callable[[], Read]) -> Read | None:
-    """What `read` reads from `file`; None if there is no such file.
+    """What `read` reads from `file`, where promotions are recorded; None if there is no such file.
 
     Whatever lies there, it is a refusal at worst: the pipeline file is followed all the same.
     """
     try:
-        check_plain_file(file, LARGEST_PROMOTIONS)
         return read()
     except FileNotFoundError:
         return None

@@ -1,8 +1,8 @@
 """The guard: ASGI middleware inside vLLM's API server (`--middleware serving.guard.Guard`), outermost of all.
 
 It lets only the routes through that clients need, and translates between the alias that clients say (NAME) and the
-version that vLLM knows (NAME@DIGEST): in requests, in replies, in every event of a stream. See serving/aliases.py for
-how an alias comes to point to a version.
+version that vLLM knows (NAME@DIGEST): in requests, in replies, in every event of a stream. It bounds what one request
+can take from others. See serving/aliases.py for how an alias comes to point to a version.
 """
 
 from __future__ import annotations

@@ -11,16 +11,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from starlette.types import ASGIApp
 
 from jobs.core import artifacts, models
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import merged_model
-from serving import candidates, untrusted, verification
+from serving import base, candidates, untrusted, verification
 from serving.aliases import Aliases, Version
 from serving.candidates import Candidate
 from serving.refusal import NotYet, Refused
@@ -31,37 +33,43 @@ log = logging.getLogger("serving")
 SUFFIXES = (".safetensors", ".json")
 
 
-def choose(wish: Pipeline, served: Served) -> Served:
-    """What to run at start: the first merged model that may be served, in the order of the aliases; else the base."""
+def choose(named: base.Named, served: Served) -> Served:
+    """What to run at start: the first merged model of the first alias that may be served; else the base model.
+
+    Args:
+        named: the pipelines by alias. The first decides, since one model runs.
+    """
+    name, pipeline = next(iter(named.items()))
     volumes = Path(served.volumes)
     unfit = _unfit(served)
-    for candidate in _candidates(wish, volumes):
-        if f"{wish.adapter}@{candidate.adapter}" in unfit:
-            log.warning("%s@%s: its probabilities were not finite when it ran", wish.adapter, candidate.adapter)
+    for candidate in _candidates(name, pipeline, volumes):
+        if f"{name}@{candidate.adapter}" in unfit:
+            log.warning("%s@%s: its probabilities were not finite when it ran", name, candidate.adapter)
             continue
         try:
             evaluation = candidates.evaluation_folder(candidate.evaluation, volumes)
             for folder in (evaluation, folder_of(candidate.adapter, served)):
                 untrusted.signature(folder)  # says so if it is not there yet
-            verification.check_gate(candidate, wish.adapter, volumes)
+            verification.check_gate(candidate, name, volumes)
             verify(candidate.adapter, served)
         except (NotYet, Refused) as reason:
-            log.warning("%s@%s: %s", wish.adapter, candidate.adapter, reason)
+            log.warning("%s@%s: %s", name, candidate.adapter, reason)
             continue
-        return replace(served, merged=f"{wish.adapter}@{candidate.adapter}")
+        return replace(served, merged=f"{name}@{candidate.adapter}")
     return served
 
 
-def _candidates(wish: Pipeline, volumes: Path) -> Iterator[Candidate]:
-    yield candidates.desired(wish)
+def _candidates(name: str, pipeline: Pipeline | None, volumes: Path) -> Iterator[Candidate]:
+    if pipeline:
+        yield candidates.desired(pipeline)
     try:
-        yield candidates.promoted(wish.adapter, volumes)
+        yield candidates.promoted(name, volumes)
     except (NotYet, Refused) as reason:
-        log.warning("%s: %s", wish.adapter, reason)
+        log.warning("%s: %s", name, reason)
     try:
-        yield from candidates.earlier(wish.adapter, volumes)
+        yield from candidates.earlier(name, volumes)
     except Refused as reason:
-        log.warning("%s: %s", wish.adapter, reason)
+        log.warning("%s: %s", name, reason)
 
 
 def _unfit_file(served: Served) -> Path:
@@ -149,7 +157,10 @@ def _check_finite(file: Path) -> None:
 class MergedAliases(Aliases):
     """The alias of a server in mode merged: it points to the model that runs, or the server restarts with another."""
 
-    _ran_unfit: str | None = None  # the model that runs, if its probabilities are not finite
+    def __init__(self, served: Served, vllm: ASGIApp, restart: Callable[[str], None]) -> None:
+        super().__init__(served, vllm, restart)
+        self._verified: set[str] = set()
+        self._ran_unfit: str | None = None  # the model that runs, if its probabilities are not finite
 
     async def _prepare_base(self) -> None:
         """Prove the model that runs, before the alias points to it. To be tried again until vLLM answers."""
@@ -172,8 +183,10 @@ class MergedAliases(Aliases):
     async def _admit(self, version: Version) -> None:
         if version.model == self._ran_unfit or version.model in await asyncio.to_thread(_unfit, self.served):
             raise Refused("values", "vLLM cannot compute finite probabilities with it")
-        await asyncio.to_thread(verify, version.digest, self.served)
-        self._ask_for_restart(f"{version.model} is there to be served, and in mode merged that is a restart")
+        if version.model not in self._verified:  # once: the server may wait for its turn to restart
+            await asyncio.to_thread(verify, version.digest, self.served)
+            self._verified.add(version.model)
+        self._restart_in_turn("merged", f"{version.model} is there to be served, and in mode merged that is a restart")
         raise NotYet("the server restarts with it")
 
     async def _unload_unused(self) -> None:

@@ -22,11 +22,11 @@ class Served:
     base_folder: str
     max_lora_rank: int
     private_folder: str  # verified copies of adapters, out of everybody else's reach
-    leader: str = ""  # the pipeline file that decides on base model, tokenizer and mode (serving/base.py)
     mode: Mode = "lora"
     merged: str | None = None  # in mode merged: the model that vLLM runs, as NAME@ADAPTER; None: the base model
     cpu_shield: bool = False  # whether vLLM computes LoRA on a CPU (serving/cpu_shield.py)
     drain_seconds: float = 55.0  # how long the last replies may take when the server ends
+    restart_slot_seconds: float = 0.0  # how long one of several replicas has for a restart (base.next_turn)
     max_sequences: int | None = None  # for one request; None: a share of what the engine computes at once (guard.py)
     body_seconds: float = bodies.SECONDS
     body_memory: int = bodies.MEMORY_BYTES

@@ -10,7 +10,6 @@ from typing import Any
 
 from jobs.core import artifacts
 from jobs.core.errors import UserError
-from jobs.core.files import human_bytes
 from serving.refusal import NotYet, Reason, Refused, one_line
 
 # Bytes of a JSON file that is read, and of the weights' header: such files have a few kB, a header 130 bytes a tensor.
@@ -34,20 +33,6 @@ def signature(folder: Path) -> Signature:
         raise NotYet(f"{folder.parent.name} {folder.name} is not there yet")
     stats = [(p, p.lstat()) for p in sorted([folder, *folder.iterdir()])]  # flat, or it is refused
     return tuple((p.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for p, s in stats)
-
-
-def check_plain_file(file: Path, largest: int) -> None:
-    """Return if `file` can be read without waiting or end.
-
-    Raises:
-        UserError: when it is no plain file, or has more than `largest` bytes.
-        OSError: when it is not there or cannot be looked at.
-    """
-    found = file.lstat()
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{file} is not a plain file")
-    if found.st_size > largest:
-        raise UserError(f"{file} has {human_bytes(found.st_size)}; it must have at most {human_bytes(largest)}")
 
 
 def read_artifact(folder: Path, kind: str) -> artifacts.Artifact:

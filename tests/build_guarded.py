@@ -91,7 +91,7 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch, key: str | None = None,
     served = publish_base(world, **settings)
     prepare(world)
     if served.mode == "merged":
-        served = merged.choose(world.write()[0], served)
+        served = merged.choose({NAME: world.write()[0]}, served)
         world.vllm.runs = served.merged or BASE
     for name, value in served.to_environment().items():
         monkeypatch.setenv(name, value)
@@ -112,4 +112,4 @@ def publish_base(world: World, **settings: Any) -> Served:
         pipelines=str(folder / "pipelines"), volumes=str(world.volumes), base_name=BASE,
         base_model=planned.base_model.digest, tokenizer=planned.tokenizer.digest,
         base_folder=str(planned.base_model.path(world.volumes)), max_lora_rank=64,
-        leader=str(folder / "pipelines" / "one" / "pipeline.yaml"), private_folder=str(folder / "private"), **settings)
+        private_folder=str(folder / "private"), **settings)

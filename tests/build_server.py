@@ -92,7 +92,8 @@ class StandIn:
 
     def _authorised(self, request: Request) -> bool:
         assert request.scope["app"] is not None  # vLLM's handlers find their state there
-        return self.key is None or request.headers.get("authorization") == f"Bearer {self.key}"
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        return self.key is None or (scheme.lower(), key) == ("bearer", self.key)
 
     async def _load(self, request: Request) -> Response:
         assert self._authorised(request)

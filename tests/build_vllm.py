@@ -57,7 +57,7 @@ class Server:
                    str(self.volumes), "--host", "127.0.0.1", "--port", str(self.port), *FLAGS]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, env=values, stdout=log, stderr=log)
-        self.until(lambda: self.health() == 200, 300)
+        self.until(lambda: self.health() == 200, 900)
 
     def stop(self) -> int:
         """Tell it to stop and return its exit code."""

@@ -40,6 +40,8 @@ class Fault:
     linger_s: float = 0.1  # before it: a client that has not yet read what came when the connection breaks loses it
     cut_after: int | None = None  # end the body early, as if it were whole
     wrong_bytes: bool = False  # flip the first byte of the body
+    answer_from: int | None = None  # answer a Range with the part from this byte on, as Content-Range says
+    content_range: str | None = None  # say this in the Content-Range
     method: str = "GET"
 
 
@@ -68,8 +70,8 @@ class Hub:
     gated: set[str] = field(default_factory=set)  # repositories that need the token "hf_good"
     ranges: bool = True  # whether Range is understood
     lengths: bool = True  # whether answers say how long they are, or just end
-    blobs: bool = True  # whether sizes and digests are told
-    commit_told: str | None = None  # a mirror that answers for another commit
+    blobs: bool = True  # whether sizes and digests are in its answers
+    answers_for_commit: str | None = None  # a mirror that answers for another commit
     bytes_per_second: float | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -149,32 +151,32 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.fault(self.command, self.path)
         if fault and fault.status:
             extra = {"Retry-After": fault.retry_after} if fault.retry_after else {}
-            return self.say(fault.status, b"no", extra)
+            return self.respond(fault.status, b"no", extra)
         path, _, query = self.path.partition("?")
         parts = unquote(path).strip("/").split("/")
         if parts[0] == "files":
             content = self.hub.files.get("/".join(parts[1:]))
-            return self.say(404, b"") if content is None else self.send_file(content, fault)
+            return self.respond(404, b"") if content is None else self.send_file(content, fault)
         if parts[0] == "cdn":
             if query != SIGNATURE:
-                return self.say(403, b"the signature does not fit")
+                return self.respond(403, b"the signature does not fit")
             return self.send_file(self.content(parts[1:]), fault)
         if parts[0] == "api":
             return self.api(parts[1], "/".join(parts[2:4]), parts[4:])
         kind = "datasets" if parts[0] == "datasets" else "models"
         owner, name, resolve, commit, *rest = parts[1:] if kind == "datasets" else parts
         if resolve != "resolve" or self.refused(f"{kind}/{owner}/{name}", commit):
-            return None if resolve == "resolve" else self.say(404, b"")
+            return None if resolve == "resolve" else self.respond(404, b"")
         return self.resolve(kind, f"{owner}/{name}", commit, "/".join(rest), fault)
 
     def refused(self, repo: str, commit: str | None) -> bool:
         """Whether the request was refused: no such repository or commit, or not allowed."""
         if repo not in self.hub.repos:
-            self.say(401, b"", {"X-Error-Code": "RepoNotFound"})  # what the hub says to strangers
+            self.respond(401, b"", {"X-Error-Code": "RepoNotFound"})  # the answer of the hub without a token
         elif repo in self.hub.gated and self.headers.get("Authorization") != "Bearer hf_good":
-            self.say(401, b"", {"X-Error-Code": "GatedRepo"})
+            self.respond(401, b"", {"X-Error-Code": "GatedRepo"})
         elif commit is not None and commit not in self.hub.repos[repo]:
-            self.say(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            self.respond(404, b"", {"X-Error-Code": "RevisionNotFound"})
         else:
             return False
         return True
@@ -192,29 +194,29 @@ class _Handler(BaseHTTPRequestHandler):
             tree = [{"type": "file", "path": p, "size": len(c), "oid": _git_sha1(c),
                      **({"lfs": {"oid": _sha256(c), "size": len(c), "pointerSize": 134}} if p.endswith(LFS) else {})}
                     for p, c in files.items()]
-            self.say(200, json.dumps(tree).encode())
+            self.respond(200, json.dumps(tree).encode())
         else:
             siblings = [{"rfilename": p, **(_blob(p, c) if self.hub.blobs else {})} for p, c in files.items()]
-            info = {"id": repo, "sha": self.hub.commit_told or commit, "siblings": siblings, "tags": [], "downloads": 0,
-                    "likes": 0, "private": False}
-            self.say(200, json.dumps(info).encode())
+            info = {"id": repo, "sha": self.hub.answers_for_commit or commit, "siblings": siblings, "tags": [],
+                    "downloads": 0, "likes": 0, "private": False}
+            self.respond(200, json.dumps(info).encode())
 
     def resolve(self, kind: str, repo: str, commit: str, path: str, fault: Fault | None) -> None:
         content = self.hub.repos[f"{kind}/{repo}"][commit].get(path)
         if content is None:
-            return self.say(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        told = {"X-Repo-Commit": commit}
+            return self.respond(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        headers = {"X-Repo-Commit": commit}
         if path.endswith(LFS):
-            told |= {"X-Linked-Etag": f'"{_sha256(content)}"', "X-Linked-Size": str(len(content)),
+            headers |= {"X-Linked-Etag": f'"{_sha256(content)}"', "X-Linked-Size": str(len(content)),
                      "Location": f"{self.hub.cdn}/cdn/{kind}/{repo}/{commit}/{path}?{SIGNATURE}"}
-            return self.say(302, b"", told)
-        return self.send_file(content, fault, {**told, "ETag": f'"{_git_sha1(content)}"'})
+            return self.respond(302, b"", headers)
+        return self.send_file(content, fault, {**headers, "ETag": f'"{_git_sha1(content)}"'})
 
     def content(self, parts: list[str]) -> bytes:
         kind, owner, name, commit, *path = parts
         return self.hub.repos[f"{kind}/{owner}/{name}"][commit]["/".join(path)]
 
-    def say(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+    def respond(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -225,13 +227,14 @@ class _Handler(BaseHTTPRequestHandler):
     def send_file(self, content: bytes, fault: Fault | None, headers: Mapping[str, str] | None = None) -> None:
         fault = fault or Fault("")
         start, status, extra = 0, 200, dict(headers or {})
-        asked = self.headers.get("Range")
-        if asked and self.hub.ranges:
-            start = int(asked.removeprefix("bytes=").split("-")[0])
+        wanted = self.headers.get("Range")
+        if wanted and self.hub.ranges:
+            start = int(wanted.removeprefix("bytes=").split("-")[0])
+            start = start if fault.answer_from is None else fault.answer_from
             if start >= len(content):
-                return self.say(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+                return self.respond(416, b"", {"Content-Range": f"bytes */{len(content)}"})
             status = 206
-            extra["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            extra["Content-Range"] = fault.content_range or f"bytes {start}-{len(content) - 1}/{len(content)}"
         body = content[start:]
         if fault.wrong_bytes:
             body = bytes([body[0] ^ 1]) + body[1:]

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from safetensors.torch import load_file
 
-from serving import candidates, drain, verification
+from serving import base, candidates, drain, verification
 from serving.replies import RETRY_AFTER_SECONDS
 from tests import build_adapter, build_pipeline
 from tests.build_guarded import NAME, World, start, until
@@ -339,13 +339,16 @@ def test_a_version_for_which_there_is_no_slot_waits_for_one_and_nothing_is_evict
         lines = stream.iter_lines()
         next(lines)
         second, second_plan = world.write(training__seed=1)
-        build_adapter.promote(world.volumes, second)
+        build_adapter.adapter(world.volumes, second)
+        build_adapter.evaluation(world.volumes, second)
         until(lambda: world.served() == world.model(second_plan))
-        third, third_plan = world.write(training__seed=2)
-        build_adapter.promote(world.volumes, third)
+        third, third_plan = build_adapter.load(world.folder / "elsewhere", training__seed=2)
+        build_adapter.adapter(world.volumes, third)
+        build_adapter.evaluation(world.volumes, third)
+        world.write(training__seed=2)
         until(lambda: "all 2 LoRA slots are taken" in caplog.text)
         time.sleep(0.3)  # more than ten looks
-        assert world.served() == world.model(second_plan)
+        assert world.served() == world.model(second_plan)  # and not the first, which was promoted and is loaded
         assert set(world.vllm.engine.adapters.values()) == {world.model(first_plan), world.model(second_plan)}
         world.vllm.hold.set()
         list(lines)
@@ -497,6 +500,22 @@ def test_one_candidate_that_cannot_be_read_does_not_keep_the_others_from_being_s
             until(lambda: "Input/output error" in caplog.text)
             broken.undo()
             until(lambda: world.served() == world.model(plans[1]))  # noqa: B023 - the loop has one turn
+
+
+def test_a_volume_that_fails_while_an_adapter_is_served_changes_nothing(
+        world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    build_adapter.promote(world.volumes, world.write()[0])
+    _, served_plan = world.write(training__seed=1)
+    for seed in (1, 2):
+        pipeline, _ = build_adapter.load(world.folder / "elsewhere", training__seed=seed)
+        build_adapter.adapter(world.volumes, pipeline)
+        build_adapter.evaluation(world.volumes, pipeline)
+    assert until(lambda: world.served() == world.model(served_plan))
+    monkeypatch.setattr(verification, "copy_verified", lambda *_: (_ for _ in ()).throw(OSError(5, "failing disk")))
+    world.write(training__seed=2)
+    until(lambda: "failing disk" in caplog.text)
+    time.sleep(0.3)  # more than ten looks
+    assert world.served() == world.model(served_plan)  # and not the last promotion, which could be read
 
 
 # When the server is ready
@@ -690,6 +709,92 @@ def test_one_adapter_that_takes_long_does_not_keep_the_others_waiting(
     until(lambda: world.served() == world.model(one_plan))
 
 
+@pytest.mark.parametrize(("alias", "text"), [
+    ("granada-hotels", "adapter: granada-hotels\ntraining: {seed: 2026-99-99}\n"), ("two", "[" * 3000),
+    ("two", "? [a]\n: b\n"), ("two", "a: !!bool x\n")])
+def test_an_invalid_pipeline_file_is_that_files_refusal_counted_and_named_and_the_others_go_on(
+        world: World, caplog: pytest.LogCaptureFixture, alias: str, text: str) -> None:
+    before = world.metric("serving_refusals_total", alias=alias, reason="pipeline file")
+    (world.folder / "pipelines" / "two").mkdir()
+    (world.folder / "pipelines" / "two" / "pipeline.yaml").write_text(text)
+    pipeline, planned = world.write()
+    build_adapter.promote(world.volumes, pipeline)
+    assert until(world.served) == world.model(planned)
+    changed, changed_plan = world.write(training__seed=1)
+    build_adapter.promote(world.volumes, changed)
+    until(lambda: world.served() == world.model(changed_plan))
+    assert caplog.text.count(f"{world.folder}/pipelines/two/pipeline.yaml refused (pipeline file)") == 1
+    assert world.metric("serving_refusals_total", alias=alias, reason="pipeline file") == before + 1
+
+
+def test_a_server_that_starts_with_an_invalid_file_serves_what_was_promoted_and_the_file_when_it_is_mended(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+
+    def prepare(world: World) -> None:
+        pipeline, planned = world.write(training__seed=1)
+        build_adapter.promote(world.volumes, pipeline)
+        plans.append(planned)
+        (world.folder / "pipelines" / "one" / "pipeline.yaml").write_text("adapter: [")
+
+    for world in start(tmp_path, monkeypatch, prepare=prepare):
+        assert until(world.served) == world.model(plans[0])
+        assert world.metric("serving_refusals_total", reason="pipeline file") > 0
+        pipeline, planned = world.write(training__seed=2)
+        build_adapter.promote(world.volumes, pipeline)
+        until(lambda: world.served() == world.model(planned))  # noqa: B023 - the loop has one turn
+
+
+def test_a_new_base_model_ends_the_server_only_when_every_adapter_that_is_served_has_one_for_it(
+        world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(drain, "LINGER_SECONDS", 0.0)
+    other: dict[str, Any] = {"base_model": {"source": "builtin:tiny-reference"}}
+    two = world.folder / "pipelines" / "two"
+    old, old_plan = world.write()
+    old_two, _ = build_adapter.load(two, adapter="granada-hotels")
+    for pipeline in (old, old_two):
+        build_adapter.promote(world.volumes, pipeline)
+    assert until(world.served) == world.model(old_plan)
+    until(lambda: world.ask("granada-hotels").status_code == 200)
+
+    new, new_plan = world.write(**other)
+    new_two, _ = build_adapter.load(two, adapter="granada-hotels", **other)
+    build_adapter.base(world.volumes, new_plan)
+    until(lambda: f"{NAME}, granada-hotels: no adapter for it has passed the gate yet" in caplog.text)
+    build_adapter.adapter(world.volumes, new)
+    build_adapter.evaluation(world.volumes, new, passed=False)  # rejected
+    build_adapter.promote(world.volumes, new_two)
+    until(lambda: f", but {NAME}: no adapter for it has passed the gate yet" in caplog.text)
+    time.sleep(0.2)
+    assert world.served() == world.model(old_plan)
+    assert world.ask("granada-hotels").status_code == 200
+    assert httpx.get(world.url + "/health").status_code == 200
+    assert "refused (base)" not in caplog.text, "what is for the next base model is no fault"
+
+    better, _ = world.write(training__seed=1, **other)
+    build_adapter.promote(world.volumes, better)
+    until(world.ended)
+
+
+def test_one_of_several_replicas_ends_in_its_turn_and_goes_on_if_git_changes_its_mind_before(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(drain, "LINGER_SECONDS", 0.0)
+    turn = [time.time() + 3600]
+    monkeypatch.setattr(base, "next_turn", lambda now, slot_seconds, replica: turn[0])
+    for world in start(tmp_path, monkeypatch, restart_slot_seconds=60.0):
+        world.write(serving={"max_lora_rank": 128})
+        until(lambda: "in its turn" in caplog.text)
+        world.write()
+        time.sleep(0.2)
+        assert httpx.get(world.url + "/health").status_code == 200
+        turn[0] = time.time() + 1
+        world.write(serving={"max_lora_rank": 128})
+        time.sleep(0.3)
+        assert httpx.get(world.url + "/health").status_code == 200
+        until(world.ended)
+        assert time.time() >= turn[0]
+
+
 def test_a_changed_base_model_is_waited_for_and_then_the_server_drains_and_ends(
         world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(drain, "LINGER_SECONDS", 0.5)
@@ -697,8 +802,8 @@ def test_a_changed_base_model_is_waited_for_and_then_the_server_drains_and_ends(
     old, old_plan = world.write()
     build_adapter.promote(world.volumes, old)
     assert until(world.served) == world.model(old_plan)
-    _, new_plan = world.write(base_model={"source": "builtin:tiny-reference"})
-    until(lambda: "the server restarts with it when it is" in caplog.text)
+    new, new_plan = world.write(base_model={"source": "builtin:tiny-reference"})
+    until(lambda: "is not there yet; until then the server goes on as it is" in caplog.text)
     time.sleep(0.2)
     assert world.served() == world.model(old_plan)  # while the new base model is on its way
     assert httpx.get(world.url + "/health").status_code == 200
@@ -707,6 +812,7 @@ def test_a_changed_base_model_is_waited_for_and_then_the_server_drains_and_ends(
         lines = stream.iter_lines()
         next(lines)
         build_adapter.base(world.volumes, new_plan)
+        build_adapter.promote(world.volumes, new)
         until(lambda: httpx.get(world.url + "/ready").status_code == 503)
         reply = world.ask(BASE)
         assert (reply.status_code, reply.headers["connection"]) == (200, "close")  # until nobody sends new requests
@@ -723,7 +829,8 @@ def test_a_new_base_model_that_cannot_be_served_or_is_damaged_does_not_end_the_s
     old, old_plan = world.write()
     build_adapter.promote(world.volumes, old)
     assert until(world.served) == world.model(old_plan)
-    asked = {"base_model": {"source": "builtin:tiny-reference"}}
+    asked: dict[str, Any] = {"base_model": {"source": "builtin:tiny-reference"},
+                             "serving": {"when_base_changes": "at-once"}}
     _, new_plan = build_adapter.load(world.folder / "not served", **asked)
     build_adapter.base(world.volumes, new_plan)
     (new_plan.base_model.path(world.volumes) / "config.json").write_text("{}")

@@ -344,14 +344,3 @@ def test_the_documented_bucket_credentials_are_those_of_relocation_alone(tmp_pat
     given = {name for name, account in by_name(render(kind), "ServiceAccount").items()
              if "eks.amazonaws.com/role-arn" in account["metadata"].get("annotations", {})}
     assert given == {"relocation"}
-
-
-def test_every_link_of_the_operators_pages_leads_somewhere() -> None:
-    pages = {name: (CHECKOUT / "docs" / name).read_text()
-             for name in ("operations.md", "stuck.md", "registries.md", "gpu.md")}
-    for name, text in pages.items():
-        for page, anchor in re.findall(r"\]\(([\w.]*\.md)?(?:#([\w-]+))?\)", text):
-            linked = (CHECKOUT / "docs" / (page or name)).read_text()
-            titles = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
-                      for title in re.findall(r"(?m)^##+ (.*)$", linked)}
-            assert not anchor or anchor in titles, f"{name}: {page}#{anchor}"

@@ -1,4 +1,4 @@
-"""Promises of `make bench-serving`: what is said of the measurements, and that the whole of it runs with real vLLM."""
+"""Promises of `make bench-serving`: the verdicts on the measurements, and that the whole of it runs with real vLLM."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def test_the_interval_holds_the_median_is_wider_with_more_noise_and_the_same_eve
     assert figures.median_of(calm).high - figures.median_of(calm).low < found.high - found.low
 
 
-@pytest.mark.parametrize(("low", "high", "said"), [
+@pytest.mark.parametrize(("low", "high", "verdict"), [
     (0.985, 1.01, "met"), (0.98, 0.98, "met"), (0.9, 0.97, "missed"), (0.97, 0.99, "unclear"), (0.5, 1.5, "unclear")])
-def test_an_aim_is_met_or_missed_only_when_the_whole_interval_says_so(low: float, high: float, said: str) -> None:
-    assert figures.verdict(figures.Interval(0.99, low, high), at_least=0.98) == said
-    assert figures.verdict(figures.Interval(-0.99, -high, -low), at_most=-0.98) == said
+def test_a_target_is_met_or_missed_only_when_the_whole_interval_says_so(low: float, high: float, verdict: str) -> None:
+    assert figures.verdict(figures.Interval(0.99, low, high), at_least=0.98) == verdict
+    assert figures.verdict(figures.Interval(-0.99, -high, -low), at_most=-0.98) == verdict
 
 
-def test_one_measure_that_misses_the_aim_is_enough() -> None:
+def test_one_measure_that_misses_the_target_is_enough() -> None:
     assert figures.overall(["met", "met"]) == "met"
     assert figures.overall(["met", "unclear"]) == "unclear"
     assert figures.overall(["unclear", "missed", "met"]) == "missed"
@@ -66,13 +66,13 @@ def results(ratio: float, more_ms: float) -> serving.Results:
 
 def test_the_conclusion_says_what_the_table_shows() -> None:
     met = serving.conclusion(serving.rows(results(0.99, 0.5)), 6)
-    assert [("the aim is met" in line) for line in met] == [True, True]
+    assert [("the target is met" in line) for line in met] == [True, True]
     missed = serving.conclusion(serving.rows(results(0.97, 0.5)), 6)
-    assert "the aim is missed" in missed[0] and "8 clients, streams: requests/s 0.970" in missed[0]
-    assert "the aim is met" in missed[1]
-    assert "cannot be said" in serving.conclusion(serving.rows(results(0.97, 0.5)), 5)[0]
+    assert "the target is missed" in missed[0] and "8 clients, streams: requests/s 0.970" in missed[0]
+    assert "the target is met" in missed[1]
+    assert "No verdict" in serving.conclusion(serving.rows(results(0.97, 0.5)), 5)[0]
     slow = serving.conclusion(serving.rows(results(0.99, 1.5)), 6)
-    assert "the aim is missed" in slow[1] and "whole request p50 +1.50" in slow[1]
+    assert "the target is missed" in slow[1] and "whole request p50 +1.50" in slow[1]
 
 
 def test_the_table_has_both_sides_of_every_load() -> None:
@@ -83,6 +83,16 @@ def test_the_table_has_both_sides_of_every_load() -> None:
     first = next(row for row in rows if row.measure == "time to first token p50, ms")
     assert (first.plain, first.guard, first.difference, first.verdict) == (
         "5.00", "5.00", "+0.00 (+0.00 to +0.00)", "met")
+
+
+def test_the_prose_of_the_report_has_at_most_100_columns() -> None:
+    made = results(0.97, 1.5)
+    made.swaps |= {False: [0.3], True: [0.5]}
+    made.idle_share |= {side: [0.02] for side in serving.SIDES}
+    made.others_share, made.stolen_share = [0.03], [0.03]
+    text = serving.report(made, "python -m benchmarks.serving", 0.1)
+    assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith("|"))
+    assert "| swap, s " in text and "Target: the guard costs" in text
 
 
 def test_the_result_replaces_the_one_before_and_leaves_the_rest_of_the_file(tmp_path: Path) -> None:
@@ -116,10 +126,10 @@ def test_the_client_sends_what_it_should_and_reads_whole_replies_and_streams(
 
     monkeypatch.setattr("tests.build_server.Guard", NoGuard)
     vllm = StandIn()
-    asked = [post("/v1/completions", {"model": BASE, "prompt": str(i), "stream": i % 2 == 1}) for i in range(20)]
+    sent = [post("/v1/completions", {"model": BASE, "prompt": str(i), "stream": i % 2 == 1}) for i in range(20)]
     with running(vllm.app()) as url:
         port = int(url.rpartition(":")[2])
-        seconds, replies = asyncio.run(drive(port, asked, 3))
+        seconds, replies = asyncio.run(drive(port, sent, 3))
         missing = asyncio.run(drive(port, [get("/v1/models"), post("/v1/completions", {"model": "x"})], 1))[1]
     assert sorted(int(each["prompt"]) for each in vllm.asked) == list(range(20))
     assert [reply.status for reply in replies] == [200] * 20
@@ -163,8 +173,8 @@ def test_a_quick_run_measures_both_sides_and_every_request_succeeds(tmp_path: Pa
     file = tmp_path / "benchmarks.md"
     file.write_text(f"{serving.BEGIN}\n{serving.END}\n")
     process = quick("--write", str(file))
-    printed, said = process.communicate()
-    assert process.returncode == 0, said[-5000:]
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors[-5000:]
     assert printed.strip() in file.read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "|" in line]
     header = next(i for i, line in enumerate(lines) if line[0] == "load")
@@ -194,8 +204,8 @@ def check_stopped(process: subprocess.Popen[str]) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     process.terminate()
-    _, said = process.communicate(timeout=90)
-    assert process.returncode == 143, said
-    assert "Traceback" not in said
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
     assert servers_of(folder) == []
     assert not folder.exists()

@@ -64,6 +64,8 @@ def test_a_missing_input_is_exit_code_1(tmp_path: Path) -> None:
     (OSError(errno.ENOSPC, "No space left on device", "/volumes/x"), 2, "the disk is full while writing /volumes/x"),
     (OSError(errno.EDQUOT, "Quota exceeded", "/volumes/x"), 2, "the disk is full"),
     (PermissionError(errno.EACCES, "Permission denied", "/volumes/x"), 2, "/volumes/x: Permission denied for user"),
+    (IsADirectoryError(errno.EISDIR, "Is a directory", "/volumes/x"), 2, "/volumes/x: Is a directory: another kind of"),
+    (OSError(errno.ELOOP, "Too many levels", "/volumes/x"), 2, "/volumes/x: Too many levels: another kind of file is"),
     (OSError(errno.ESTALE, "Stale file handle", "/volumes/x"), 1, "/volumes/x: Stale file handle: its volume fails"),
 ])
 def test_an_error_has_its_exit_code_and_its_reason_where_kubernetes_shows_it(
@@ -118,8 +120,22 @@ def test_a_setting_in_the_environment_that_is_no_number_is_one_line(program: str
     done = subprocess.run([sys.executable, "-m", program, *(["train"] if program == "jobs" else [])], cwd=CHECKOUT,
                           env={**os.environ, "WAIT_SECONDS": value}, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == (f"error: WAIT_SECONDS is '{value}', but must be a number of at least 0; correct the "
-                           "environment variable, or remove it\n")
+    *usage, line = done.stderr.splitlines()  # serving prints its usage first
+    assert "error: " in line and "WAIT_SECONDS" in line and f"'{value}'" in line
+    assert len(usage) <= 1
+
+
+def test_a_wrong_setting_in_the_environment_does_not_take_the_help_away() -> None:
+    done = subprocess.run([sys.executable, "-m", "jobs", "--help"], cwd=CHECKOUT, capture_output=True, text=True,
+                          env={**os.environ, "WAIT_SECONDS": "abc"}, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "nan", "inf", ""])
+def test_a_flag_that_is_no_number_is_one_line(value: str) -> None:
+    done = jobs(f"--wait-seconds={value}", "train")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert f"--wait-seconds is {value!r}, but must be a number of at least 0" in done.stderr
 
 
 def test_how_patient_relocation_is_must_be_a_number_too(tmp_path: Path) -> None:
@@ -128,7 +144,7 @@ def test_how_patient_relocation_is_must_be_a_number_too(tmp_path: Path) -> None:
                           cwd=CHECKOUT, env={**os.environ, "RETRY_ATTEMPTS": "many"}, capture_output=True, text=True,
                           check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: RETRY_ATTEMPTS is 'many', but must be a number of at least 1; ")
+    assert done.stderr.startswith("error: RETRY_ATTEMPTS is 'many', but must be a whole number of at least 1; ")
     assert len(done.stderr.splitlines()) == 1
 
 

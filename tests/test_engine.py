@@ -67,7 +67,7 @@ def test_values_that_are_not_finite_speak_against_the_adapter(value: float | Non
 
 @pytest.mark.parametrize(("status", "reply"), [
     (400, '{"error": {"message": "bad"}}'), (404, "no such model"), (429, ""), (500, "internal error"),
-    (503, event({"a": -1.0}) + DONE), (200, ""), (200, event({"a": -1.0})), (200, DONE), (200, event() + DONE),
+    (503, event({"a": -1.0}) + DONE), (200, ""), (200, event({"a": -1.0}) * 2), (200, DONE), (200, event() + DONE),
     (200, 'data: {"error": {"message": "the engine is overloaded"}}\n\n' + DONE), (200, "data: {\n\n" + DONE),
     (200, "data: []\n\n" + DONE), (200, event({"a": "x"}) + DONE)])  # type: ignore[dict-item]
 def test_any_other_answer_says_nothing_about_the_adapter(status: int, reply: str) -> None:

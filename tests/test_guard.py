@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,21 +22,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
-from starlette.responses import Response
-from starlette.types import Message, Receive, Scope
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import bodies, guard, heartbeat, parameters, verification
 from serving.aliases import Alias, Version
 from serving.served import Served
 from tests import build_adapter
 from tests.build_guarded import NAME, World, start, until
-from tests.build_server import BASE, raw_request
+from tests.build_server import BASE, Engine, raw_request
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "x"}]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def loaded() -> None:
     """Load vLLM's classes now: that takes seconds, in which the first request would wait. A real server has them."""
     for path in (COMPLETION, CHAT):
@@ -152,8 +153,9 @@ def test_a_body_that_is_too_large_is_413_whether_or_not_its_length_is_declared(
     url = door.url + "/v1/completions"
     assert httpx.post(url, content=b"x" * 1001).status_code == 413
     assert httpx.post(url, content=iter([b"x" * 600] * 2)).status_code == 413
-    huge = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n"
-    assert status_of(raw_request(door.url, huge)) == 413  # at once, without waiting for the body
+    for length in (1001, 99999999999):
+        huge = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
+        assert status_of(raw_request(door.url, huge)) == 413  # at once, without waiting for the body
     assert len(door.vllm.bodies) == seen
     assert httpx.post(url, content=b" " * 1000).status_code == 400
 
@@ -171,9 +173,9 @@ def test_a_length_that_is_odd_is_never_a_traceback(
     assert not [each for each in caplog.records if each.levelno >= logging.ERROR]
 
 
-@pytest.mark.parametrize("headers", [[b"-1"], [b"+5"], [b"5", b"6"], [b""], [b"x"], [b"\xb2"]])
+@pytest.mark.parametrize("headers", [[b"-1"], [b"+5"], [b"5", b"6"], [b""], [b"x"], [b"\xb2"], [b"9" * 10_000]])
 def test_a_length_that_the_http_server_lets_through_is_the_clients_error_all_the_same(headers: list[bytes]) -> None:
-    assert outcome(bodies.Bodies(1, 1), [], *headers).status_code == 400
+    assert outcome(bodies.Bodies(1, 1), [], *headers).status_code == (413 if len(headers[0]) > 5 else 400)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"model": "seville-hotels"', b"\xff\xfe", b"[" * 100_000, b"[]", b"1"])
@@ -257,11 +259,29 @@ def test_what_every_outcome_held_is_given_back() -> None:
     assert isinstance(busy, Response) and busy.status_code == 503
     assert asyncio.run(reader.read(scope, arrival(most, ends=True))) == most
     assert reader._held == 0
+    small = b"x" * bodies.FREE_BYTES
+    assert asyncio.run(bodies.Bodies(1, 0).read(scope, arrival(small, ends=True))) == small
+
+
+def test_a_body_for_which_there_is_no_memory_holds_none_while_its_rest_is_read() -> None:
+    most = b"x" * (bodies.FREE_BYTES + 1000)
+
+    async def read_both() -> object:
+        reader = bodies.Bodies(5, 1000)
+        unfinished = asyncio.create_task(reader.read({"headers": []}, arrival(most, b"x")))
+        await asyncio.sleep(0.1)
+        try:
+            return await reader.read({"headers": []}, arrival(most, ends=True))
+        finally:
+            unfinished.cancel()
+
+    assert asyncio.run(read_both()) == most
 
 
 # What one request may ask for
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("asks", [
     {"n": 33}, {"n": 16384}, {"n": "33"}, {"n": 33.0}, {"n": "3_3"}, {"prompt": ["x"] * 33},
     {"n": 10**4299, "prompt": ["x"] * 1000},
@@ -275,6 +295,7 @@ def test_more_sequences_than_a_share_of_the_batch_are_the_clients_error(door: Wo
     assert len(door.vllm.bodies) == seen
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("asks", [
     {"n": 32}, {"n": None}, {"n": "32"}, {"n": True}, {"prompt": ["x"] * 32}, {"prompt": list(range(1000))},
     {"prompt": [[1, 2]] * 16, "n": 2}, {"n": 0}, {"n": "many"}, {"n": -1, "prompt": []}, {"prompt": [1, "x"]}])
@@ -282,6 +303,7 @@ def test_up_to_that_share_is_passed_on_as_is_what_vllm_will_refuse(door: World, 
     assert door.ask(BASE, **asks).status_code == 200
 
 
+@pytest.mark.usefixtures("loaded")
 def test_n_is_bounded_in_chat_and_an_operator_can_set_the_bound(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for world in start(tmp_path, monkeypatch, max_sequences=2):
@@ -292,6 +314,7 @@ def test_n_is_bounded_in_chat_and_an_operator_can_set_the_bound(
 
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize(("path", "asks"), [
     (COMPLETION, {"echo": True, "logprobs": 1}), (COMPLETION, {"echo": "true", "logprobs": 0}),
     (COMPLETION, {"echo": 1, "logprobs": True}), (COMPLETION, {"echo": "on", "logprobs": 2.0}),
@@ -310,6 +333,7 @@ def test_on_a_cpu_what_would_end_the_engine_is_the_clients_error(
     assert len(shielded.vllm.bodies) == seen
 
 
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize(("path", "asks"), [
     (COMPLETION, {"echo": True}), (COMPLETION, {"echo": "off", "logprobs": 1}), (COMPLETION, {"logprobs": 2}),
     (COMPLETION, {"prompt_logprobs": None}), (CHAT, {"echo": False, "logprobs": True, "top_logprobs": 2}),
@@ -319,6 +343,7 @@ def test_on_a_cpu_other_log_probabilities_are_passed_on_as_is_what_vllm_will_ref
     assert shielded.ask(BASE, path, messages=MESSAGES, **asks).status_code == 200
 
 
+@pytest.mark.usefixtures("loaded")
 def test_on_a_gpu_log_probabilities_of_the_prompt_are_passed_on(door: World) -> None:
     assert door.ask(BASE, echo=True, logprobs=1).status_code == 200
     assert door.ask(BASE, prompt_logprobs=1).status_code == 200
@@ -388,6 +413,27 @@ def test_an_engine_that_hangs_fails_liveness_and_readiness_until_it_answers(
     assert caplog.text.count("has not answered for") == 1
 
 
+def test_an_engine_that_is_not_asked_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "PAUSE_SECONDS", 0.5)
+
+    async def watch() -> bool:
+        beats = heartbeat.Heartbeat(0.1)
+        beats.start(Engine())
+        await asyncio.sleep(0.3)
+        hangs = beats.hangs
+        await beats.stop()
+        return hangs
+
+    assert not asyncio.run(watch())
+
+
+def test_an_engine_that_cannot_be_asked_is_served_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    beats = heartbeat.Heartbeat(0.0)
+    beats.start(object())
+    assert "cannot be asked" in caplog.text
+    assert not beats.hangs
+
+
 def test_an_engine_that_answers_late_but_answers_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "PAUSE_SECONDS", 0.0)
 
@@ -439,7 +485,10 @@ def test_with_a_key_everything_under_v1_needs_it_and_the_guards_own_calls_have_i
         assert httpx.get(locked.url + "/v1/models", headers=headers).status_code == 401
         assert httpx.post(locked.url + "/v1/load_lora_adapter", headers=headers).status_code == 404
     assert httpx.get(locked.url + "/health").status_code == 200
-    assert httpx.post(locked.url + "/v1/completions", json={"model": NAME}, headers=right).status_code == 200
+    for scheme in ("Bearer", "bearer", "BEARER"):
+        reply = httpx.post(locked.url + "/v1/completions", json={"model": NAME},
+                           headers={"Authorization": f"{scheme} right"})
+        assert reply.status_code == 200
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/invocations", "/tokenize"):  # not with it either
         assert httpx.post(locked.url + path, headers=right).status_code == 404
     assert not locked.vllm.reached
@@ -504,6 +553,74 @@ def through_the_guard(chunks: list[bytes], content_type: bytes, served: Served) 
 
 
 SERVED = Served("", "", BASE, "", "", "", 16, "")
+def call(vllm: ASGIApp, monkeypatch: pytest.MonkeyPatch, method: str, path: str, body: bytes = b"",
+         *headers: tuple[bytes, bytes]) -> list[Message]:
+    """What the guard sends for one request, with an alias and with this application in place of vLLM."""
+    for name, value in SERVED.to_environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def talk() -> None:
+        guarded = guard.Guard(vllm)
+        guarded.max_sequences = 32  # as at the start of a server
+        guarded.aliases.current[NAME] = Alias(Version(NAME, MODEL.partition("@")[2]))
+        guarded.aliases.current["loading"] = Alias(Version("loading", "0" * 16))
+        scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": list(headers)}
+        await guarded(scope, arrival(body, ends=True), send)
+
+    asyncio.run(talk())
+    return sent
+
+
+def test_vllm_is_told_the_length_of_the_body_that_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[dict[bytes, bytes], bytes]] = []
+
+    async def vllm(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append((dict(scope["headers"]), (await receive())["body"]))
+        await Response()(scope, receive, send)
+
+    body = json.dumps({"model": NAME, "prompt": "é"}, ensure_ascii=False).encode()
+    for header in ((b"content-length", str(len(body)).encode()), (b"transfer-encoding", b"chunked")):
+        call(vllm, monkeypatch, "POST", COMPLETION, body, header, (b"content-type", b"application/json"))
+        headers, got = seen.pop()
+        assert len(got) != len(body)
+        assert headers == {b"content-length": str(len(got)).encode(), b"content-type": b"application/json"}
+
+
+def test_a_request_that_vllms_classes_cannot_nest_into_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_deep(_: object) -> None:
+        raise RecursionError
+
+    monkeypatch.setattr(parameters, "_class", lambda _: SimpleNamespace(model_validate=too_deep))
+    body = json.dumps({"model": NAME, "prompt": "x", "n": "1000"}).encode()
+    start, _ = call(Response(b"passed on"), monkeypatch, "POST", COMPLETION, body)
+    assert start["status"] == 400
+
+
+def test_the_list_of_models_has_what_vllm_has_loaded_and_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [{"id": BASE, "root": "/path/of/this/machine"}, {"id": MODEL, "root": "/path"}, {"id": "x@1", "root": "/"}]
+    _, body = call(JSONResponse({"object": "list", "data": cards}), monkeypatch, "GET", "/v1/models")
+    assert json.loads(body["body"])["data"] == [
+        {"id": BASE, "root": f"{BASE}@{SERVED.base_model}"}, {"id": NAME, "root": MODEL, "parent": BASE}]
+
+
+def test_a_list_that_vllm_cannot_give_is_vllms_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, body = call(Response(b"down", 500), monkeypatch, "GET", "/v1/models")
+    assert (start["status"], body["body"]) == (500, b"down")
+
+
+def test_an_error_within_a_stream_names_the_alias_in_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    event = f'data: {{"error": {{"message": "The engine lost `{MODEL}`", "code": 500}}}}\n\n'.encode()
+    text_event = b'data: {"choices": [{"text": "' + MODEL.encode() + b'"}]}\n\n'
+    reply = Response(text_event + event, media_type="text/event-stream")
+    _, body = call(reply, monkeypatch, "POST", COMPLETION, json.dumps({"model": NAME}).encode())
+    assert body["body"] == text_event + event.replace(MODEL.encode(), NAME.encode())
+
+
 text = st.text() | st.sampled_from([
     f'{{"model":"{MODEL}"}}', f'"model":"{MODEL}"', "data: x\n\n", "\r\n", '\\"model":"'])
 reply = st.builds(lambda t, spaced: json.dumps(

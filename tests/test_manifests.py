@@ -668,13 +668,18 @@ def test_a_changed_pipeline_reaches_the_running_pod() -> None:
 
 
 def test_serving_waits_for_the_base_model_without_being_judged() -> None:
-    """The init container waits with the same pipeline file; the Deployment's deadline outlasts it and vLLM's start."""
+    """The init container decides by the same files and volumes as the server what there is to wait for; the
+    Deployment's deadline outlasts it and vLLM's start."""
     spec = serving()["spec"]
     (wait,) = spec["template"]["spec"]["initContainers"]
     (vllm,) = spec["template"]["spec"]["containers"]
-    assert wait["args"] == ["await", "base-model", "tokenizer"]
+    assert (wait["command"], wait["args"]) == (vllm["command"], ["--wait"])
     assert wait["image"] == vllm["image"]
-    assert env(wait)["PIPELINE"] == env(vllm)["PIPELINES"] + "/default/pipeline.yaml"
+    for name in ("PIPELINES", "VOLUMES"):
+        assert env(wait)[name] == env(vllm)[name]
+    read = {path: mount for path, mount in mounts(vllm).items() if path.startswith(("/etc/pipelines", "/volumes"))}
+    assert read.items() <= mounts(wait).items()
+    assert all(mount["readOnly"] for mount in read.values())
     startup = vllm["startupProbe"]
     budget = startup["periodSeconds"] * startup["failureThreshold"]
     assert budget >= 300

@@ -44,7 +44,7 @@ def still(tmp_path: Path) -> World:
 
 
 def chosen(world: World, **changes: Any) -> str | None:
-    return merged.choose(world.write(**changes)[0], publish_base(world, mode="merged")).merged
+    return merged.choose({NAME: world.write(**changes)[0]}, publish_base(world, mode="merged")).merged
 
 
 def test_the_base_model_runs_until_a_merged_model_is_promoted_and_then_that_one(still: World) -> None:
@@ -55,7 +55,7 @@ def test_the_base_model_runs_until_a_merged_model_is_promoted_and_then_that_one(
     planned = promote(still, pipeline)
     assert chosen(still) == still.model(planned)
     assert chosen(still, training__seed=1) == still.model(planned)  # the last promoted, while another is trained
-    served = merged.choose(pipeline, publish_base(still, mode="merged"))
+    served = merged.choose({NAME: pipeline}, publish_base(still, mode="merged"))
     assert merged.vllm_arguments(served) == [
         "--model", str(planned.merged_model.path(still.volumes)), "--served-model-name", still.model(planned)]
 

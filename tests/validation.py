@@ -29,7 +29,7 @@ def problems(manifest: Manifest) -> list[str]:
     if not file.is_file():
         return _kubernetes(manifest)
     validator = jsonschema.Draft202012Validator(json.loads(file.read_text()), registry=_registry())
-    found = [_line(error) for error in validator.iter_errors(manifest)]
+    found = [description(error) for error in validator.iter_errors(manifest)]
     if not found and kind == "JobSet":
         found = list(_jobset(manifest))
     return found
@@ -39,13 +39,13 @@ def _kubernetes(manifest: Manifest) -> list[str]:
     try:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     except kubernetes_validate.ValidationError as error:
-        return [_line(error)]
+        return [description(error)]
     except (kubernetes_validate.SchemaNotFoundError, KeyError):
         return [f"no schema for {manifest.get('apiVersion')} {manifest.get('kind')}: add it to tests/schemas"]
     return []
 
 
-def _line(error: jsonschema.ValidationError) -> str:
+def description(error: jsonschema.ValidationError) -> str:
     return f"{'.'.join(map(str, error.absolute_path))}: {error.message}"
 
 

@@ -75,7 +75,7 @@ class Artifact:
 
 
 def canonical(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces: the same bytes for the same value, whoever writes it."""
+    """JSON with sorted keys and no spaces: the same value always gives the same bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -105,8 +105,8 @@ def find(spec: Spec, volumes: Path) -> Artifact | None:
     """The artifact if it is there and every byte is as recorded; None if it is not there.
 
     Raises:
-        UserError: if it is there but is not what its manifest says. It is never used, and never removed: it may be
-            evidence. The message says how to have it made again.
+        UserError: if it is there but does not match its manifest. It is never used, and never removed: it may be
+            evidence. The message explains how to have it made again.
     """
     return read(spec.path(volumes)) if spec.path(volumes).exists() else None
 
@@ -161,7 +161,7 @@ def wait(specs: list[Spec], volumes: Path, deadline_s: float, poll_s: float = 2.
 
 
 def wait_until_there(specs: list[Spec], volumes: Path, deadline_s: float, poll_s: float = 2.0) -> None:
-    """Wait until every artifact is there, which it is whole or not at all; who uses it verifies it.
+    """Wait until every artifact is there. Published artifacts are complete; their readers verify them.
 
     Raises:
         RetryableError: when `deadline_s` seconds passed; names what is still missing.
@@ -201,7 +201,7 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
     """Make the artifact with `write(draft_folder)`, unless it is already there, and publish it whole.
 
     Args:
-        write: fills the draft folder; what it returns stands in `artifact.json` under `about` (facts for people).
+        write: fills the draft folder; what it returns is written to `artifact.json` under `about` (facts for people).
         keep: how many artifacts of the kind, and for the same adapter, retention keeps.
         resume: hand `write` what an interrupted attempt left (downloads continue) instead of an empty folder.
         adapter_name: the adapter that it is made for; empty for what all adapters of an environment share.
@@ -214,10 +214,12 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
         existing = done(spec, volumes)
         if existing is not None:
             return existing
-        # Before writing: on a full volume nothing could be published that makes room for itself.
+        # Before writing: on a full volume, the write would fail before anything is removed.
         retain(target.parent, keep=keep, protected={spec.digest})
         draft = draft_folder(target)
-        if draft.exists() and not resume:
+        if draft.is_symlink() or draft.is_file():  # no stage made it, and a link may lead to what others own
+            draft.unlink()
+        elif draft.exists() and not resume:
             shutil.rmtree(draft)
         draft.mkdir(exist_ok=True)
         started = datetime.now(UTC)

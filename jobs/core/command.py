@@ -1,7 +1,7 @@
 """The frame of every command line: logging, SIGTERM, and every expected error as one line with its exit code.
 
-Exit codes: 0 done; 1 a retry can help; 2 somebody must change something; 130 Ctrl-C; 143 SIGTERM. An exception that
-nobody expected keeps its traceback, and Python ends with 1.
+Exit codes: 0 done; 1 a retry can help; 2 a user must change something; 130 Ctrl-C; 143 SIGTERM. An unexpected
+exception keeps its traceback, and Python ends with 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def run_command(work: Callable[[], None], *, set_up_logging: Callable[[], None] 
     """Run a command line's work and return its exit code.
 
     Args:
-        work: parses the arguments and does what they ask for.
+        work: parses the arguments and runs the command.
         set_up_logging: `log_to_stderr`, unless another function is given.
         on_sigterm: the handler of SIGTERM; `terminate`, unless another one is given. `work` may replace it.
         relay: takes the error message and the exit code, and returns whether another process reports them.
@@ -54,7 +54,7 @@ def log_to_stderr() -> None:
 
 def terminate(*_: object) -> None:
     """Signal handler: end now, with everything unfinished left as a draft."""
-    raise Terminated("stopped by SIGTERM; the next attempt goes on from what is saved")
+    raise Terminated("stopped by SIGTERM; the next attempt resumes from what is saved")
 
 
 def fail(message: str, code: int, relay: Relay | None = None) -> int:

@@ -1,5 +1,4 @@
-"""Files: digests, sizes, what a folder holds, reading what others may have prepared, and writing so that a reader never
-sees half of anything."""
+"""Files: digests, sizes, listings, safe reads of files from other users, and atomic writes."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Literal
 
@@ -19,8 +19,31 @@ from jobs.core.errors import UserError
 
 def sha256_of(file: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
-    with file.open("rb") as stream:
+    with open_plain(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def open_plain(file: Path) -> BufferedReader:
+    """Open a plain file, or a link to one, to read its bytes. Opening a FIFO would wait for a writer for ever.
+
+    Raises:
+        UserError: when it is a FIFO, a socket or a device.
+    """
+    require_plain(file)
+    return file.open("rb")
+
+
+def require_plain(file: Path) -> None:
+    """Refuse what exists and is neither a plain file nor a link to one.
+
+    Raises:
+        UserError: naming the file and what it is.
+    """
+    mode = file.stat().st_mode if file.exists() else stat.S_IFREG
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{file}: is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a plain file. Put a file with "
+                        "the content there")
 
 
 def visible_files(folder: Path) -> list[str]:
@@ -47,8 +70,8 @@ def read_plain_file(file: Path, limit: int, *, tail: bool = False, follow_links:
         size = os.fstat(stream.fileno()).st_size
         if tail and size > limit:
             stream.seek(size - limit)
-            return stream.read(limit)
-        content = stream.read(limit + 1)
+            return stream.read(limit) or b""
+        content = stream.read(limit + 1) or b""  # None: a file of the kernel that has nothing right now
     if len(content) > limit:
         raise UserError(f"{file}: has {human_bytes(max(size, len(content)))}, and at most {limit} bytes are read")
     return content
@@ -82,7 +105,7 @@ def _plain_file(file: Path, flags: int, mode: Literal["rb", "r+b"], *,
         with os.fdopen(handle, mode, closefd=False) as stream:
             yield stream
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link; a socket, or a pipe that nobody reads
+        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link; a socket, or a pipe without a reader
             raise UserError(f"{file}: is not a plain file") from None
         error.filename = str(file)
         raise

@@ -1,7 +1,7 @@
 """Locks among processes, pods and nodes: files on the volume that `flock` locks.
 
-`flock`, because the kernel frees a lock when its holder dies, however it dies. Over NFS the server does; NFSv3's keeps
-the lock of a node that died until it is told otherwise, so waiting for a lock always has a deadline.
+`flock`, because the kernel releases a lock when its holder dies. Over NFS, the server does. An NFSv3 server can keep
+the lock of a failed node for ever, so waiting for a lock always has a deadline.
 """
 
 from __future__ import annotations

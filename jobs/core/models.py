@@ -1,4 +1,4 @@
-"""Models on a volume: what their config says, whether vLLM can serve what is trained on them, and loading them.
+"""Models on a volume: their config, whether vLLM can serve adapters for them, and loading them.
 
 Loading is always offline, from safetensors, and never runs code that came with a model.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core.errors import RetryableError, UserError
+from jobs.core.files import require_plain
 from jobs.core.pipeline import Mode
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ CONFIG = ("config.json", "generation_config.json")  # what a model's folder hold
 
 _LLAMA_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
-# The architectures on which vLLM serves LoRA, with the linear layers it can adapt. tests/core/test_models.py asks the
-# installed vLLM for each. Kept as a table because importing vLLM takes 10 s and the jobs image does not carry it.
+# The architectures on which vLLM serves LoRA, with the linear layers it can adapt. tests/core/test_models.py compares
+# each with the installed vLLM. Kept as a table because importing vLLM takes 10 s and the jobs image does not carry it.
 SERVABLE: dict[str, frozenset[str]] = {
     "LlamaForCausalLM": _LLAMA_LAYERS,
     "MistralForCausalLM": _LLAMA_LAYERS,
@@ -41,8 +42,8 @@ SERVABLE: dict[str, frozenset[str]] = {
 }
 
 # The architectures that vLLM serves, but not with LoRA: only mode merged takes them. With the layers that training
-# adapts; tests/test_merge.py trains and merges one of each. Others fail in training's packing, as transformers has
-# them: Falcon lets the records in a batch see each other, Bloom and GPT-J have no sdpa attention.
+# adapts; tests/training/test_merge.py trains and merges one of each. Others fail in training's packing with
+# transformers: Falcon lets the records in a batch see each other, Bloom and GPT-J have no sdpa attention.
 MERGED_ONLY: dict[str, frozenset[str]] = {
     "GPT2LMHeadModel": frozenset({"c_attn", "c_proj", "c_fc"}),
     "StableLmForCausalLM": _LLAMA_LAYERS,
@@ -60,7 +61,7 @@ def check_servable(architecture: str, where: str, mode: Mode = "lora") -> frozen
         return servable[architecture]
     choose = f"Choose a base model of one of these architectures: {', '.join(servable)}"
     if architecture in MERGED_ONLY:
-        choose = f"Set `serving: {{mode: merged}}`, by which adapter and base model are served as one. Or: {choose}"
+        choose = f"Set `serving: {{mode: merged}}`, to serve adapter and base model as one model. Or: {choose}"
     what = "serve a LoRA adapter on" if mode == "lora" else "serve, or training cannot adapt,"
     raise UserError(f"{where}: vLLM cannot {what} {architecture}. {choose}")
 
@@ -89,6 +90,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: when it is missing or not a JSON mapping.
     """
     try:
+        require_plain(folder / "config.json")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: has no config.json, so it is not a model in the Hugging Face format") from None
@@ -125,7 +127,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def check_gpu() -> None:
     """Refuse to compute on the CPU where a GPU is required (REQUIRE_GPU, which overlays/gpu sets): it would take
-    weeks, without an error.
+    weeks and give no error.
 
     Raises:
         UserError: torch sees no GPU that it can use.
@@ -156,7 +158,7 @@ def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
     Args:
         four_bits: quantize the weights of its linear layers to 4 bits (NF4 with double quantization, computing in
             bfloat16: QLoRA, Dettmers et al. 2023), to train an adapter on it.
-        stay_on_cpu: load what is meant for a GPU into the CPU's memory, for whoever divides it among several.
+        stay_on_cpu: load a model for GPUs into the CPU's memory; the caller divides it among several GPUs.
     Raises:
         UserError: the files are no model, the pod has too little memory, or bitsandbytes, which quantizes, is not
             installed.
@@ -185,7 +187,7 @@ def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
     return model.eval()
 
 
-# A read that fails so fails for what the file is. All other errors of the operating system are the volume's.
+# These errors come from the kind of file. All other errors of the operating system come from the volume.
 _OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, written in Rust, ends the message of such an error
 _GPU_ERROR = re.compile(r"\b(CUDA|cuDNN|CUBLAS|cuBLAS|NCCL|NVML)\b")

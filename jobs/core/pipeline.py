@@ -1,4 +1,4 @@
-"""The pipeline file: one strict, pinned description of what is trained from what, and the bar it must pass.
+"""The pipeline file: one strict, pinned description of what is trained from what, and the gate it must pass.
 
 `load` turns `pipeline.yaml` into a `Pipeline`, or raises one `UserError` that lists every problem with its line, key
 and value. No network, no heavy imports: `check`, the stages and the serving guard all start here.
@@ -16,20 +16,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from jobs.core import strict_yaml
+from jobs.core import sources, strict_yaml
 from jobs.core.errors import UserError
 from jobs.core.strict_yaml import Document
 
-# The values vLLM accepts for --max-lora-rank (vllm.config.lora.MaxLoRARanks; tests/test_models.py compares them).
+# The values vLLM accepts for --max-lora-rank (vllm.config.lora.MaxLoRARanks; tests/core/test_models.py compares them).
 SERVABLE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 Mode = Literal["lora", "merged"]
-Scheme = Literal["file", "http", "https", "s3", "gs", "hf", "builtin"]
-MODEL_SCHEMES: tuple[Scheme, ...] = ("hf", "file", "builtin")
-DATA_SCHEMES: tuple[Scheme, ...] = ("file", "https", "http", "s3", "gs", "hf")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-EMBEDDED_MODELS = ("builtin:tiny", "builtin:tiny-reference")
-EMBEDDED_PAIRS = "builtin:pairs"
 
 
 class _Strict(BaseModel):
@@ -38,11 +33,8 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """Where something comes from and the pin that says exactly which version of it.
-
-    A hub repository (`hf://`) is pinned by `revision`, a 40-digit commit; everything else by `sha256`; `builtin:` by
-    the version of this code.
-    """
+    """Where something comes from, and the pin of its exact version: `revision`, a 40-digit commit, or `sha256`, by its
+    scheme (jobs/core/sources.py). What this code makes has no pin."""
 
     source: str
     revision: Annotated[str, Field(min_length=1)] | None = None
@@ -50,7 +42,7 @@ class Source(_Strict):
 
     @property
     def scheme(self) -> str:
-        return self.source.partition(":")[0]
+        return sources.scheme_of(self.source)
 
     @property
     def location(self) -> str:
@@ -64,33 +56,13 @@ class Source(_Strict):
 
     def unpinned(self) -> str | None:
         """What keeps the source from being pinned, in words; None when it is pinned."""
-        if self.scheme == "builtin":
+        key = sources.SCHEMES[self.scheme].pin
+        if key is None:
             return None
-        if self.scheme == "hf":
-            if self.revision and not COMMIT.fullmatch(self.revision):
-                return f"`revision: {self.revision}` is not a commit of 40 hex digits: what it names can change"
-            return None if self.revision else "`revision` is missing"
-        return None if self.sha256 else "`sha256` is missing"
-
-
-def _check_source(source: Source, schemes: tuple[Scheme, ...], builtin: tuple[str, ...]) -> None:
-    if source.scheme not in schemes or not source.location:
-        shapes = {"hf": "hf://OWNER/NAME", "builtin": " or ".join(builtin)}
-        allowed = ", ".join(shapes.get(s, f"{s}:PATH" if s == "file" else f"{s}://…") for s in schemes)
-        raise PydanticCustomError("source", "{source} is not a source; allowed: {allowed}",
-                                  {"source": source.source, "allowed": allowed})
-    if source.scheme == "builtin" and source.source not in builtin:
-        raise PydanticCustomError("source", "{source} is not embedded; allowed: {allowed}",
-                                  {"source": source.source, "allowed": ", ".join(builtin)})
-    if source.scheme == "hf" and source.location.startswith("datasets/") != ("https" in schemes):
-        shape = "hf://datasets/OWNER/NAME, with a path or glob behind it" if "https" in schemes else "hf://OWNER/NAME"
-        raise PydanticCustomError("source", "{source} must be {shape}", {"source": source.source, "shape": shape})
-    if source.revision and source.sha256:
-        raise PydanticCustomError("pin", "has two pins; keep `revision` for hf:// or `sha256` for all else", {})
-    wrong = "sha256" if source.scheme == "hf" else "revision"
-    if getattr(source, wrong) or (source.scheme == "builtin" and source.sha256):
-        raise PydanticCustomError("pin", "{source} is not pinned by `{wrong}`; remove it and run: python -m jobs pin",
-                                  {"source": source.source, "wrong": wrong if getattr(source, wrong) else "sha256"})
+        pin = getattr(self, key)
+        if key == "revision" and pin and not COMMIT.fullmatch(pin):
+            return f"`revision: {pin}` is not a commit of 40 hex digits: what it names can change"
+        return None if pin else f"`{key}` is missing"
 
 
 class DatasetSource(Source):
@@ -100,18 +72,18 @@ class DatasetSource(Source):
 
     @model_validator(mode="after")
     def _allowed(self) -> DatasetSource:
-        _check_source(self, DATA_SCHEMES, ())
+        sources.check(self.source, "data", self.revision, self.sha256)
         return self
 
 
 class ModelSource(Source):
-    """A model: a hub repository, a folder, or an embedded model. `architecture` lets `check` refuse it offline."""
+    """A model: a hub repository, a folder, or an embedded model. `architecture` lets `check` reject it offline."""
 
     architecture: str | None = None
 
     @model_validator(mode="after")
     def _allowed(self) -> ModelSource:
-        _check_source(self, MODEL_SCHEMES, EMBEDDED_MODELS)
+        sources.check(self.source, "model", self.revision, self.sha256)
         return self
 
     @property
@@ -130,8 +102,7 @@ class TokenizerSource(_Strict):
     @model_validator(mode="after")
     def _allowed(self) -> TokenizerSource:
         if self.source is not None:
-            _check_source(Source(source=self.source, revision=self.revision, sha256=self.sha256),
-                          MODEL_SCHEMES, EMBEDDED_MODELS)
+            sources.check(self.source, "model", self.revision, self.sha256)
         elif self.revision or self.sha256:
             raise PydanticCustomError("pin", "has a pin but no `source`; empty, it means the base model's own", {})
         return self
@@ -140,11 +111,11 @@ class TokenizerSource(_Strict):
 class AcceptabilitySource(Source):
     """Sentences with acceptability judgements: embedded, or GLUE CoLA from the hub."""
 
-    source: str = EMBEDDED_PAIRS
+    source: str = sources.EMBEDDED_PAIRS
 
     @model_validator(mode="after")
     def _allowed(self) -> AcceptabilitySource:
-        _check_source(self, (*DATA_SCHEMES, "builtin"), (EMBEDDED_PAIRS,))
+        sources.check(self.source, "acceptability", self.revision, self.sha256)
         return self
 
 
@@ -176,7 +147,7 @@ class Training(_Strict):
     @model_validator(mode="after")
     def _fits(self) -> Training:
         if self.sharding == "fsdp" and self.quantization == "4bit":
-            raise PydanticCustomError("sharding", "sharding: fsdp and quantization: 4bit do not go together; a base "
+            raise PydanticCustomError("sharding", "sharding: fsdp and quantization: 4bit cannot be combined; a base "
                                       "model in 4 bits needs a quarter of the memory: choose one", {})
         if self.tokens_per_batch < self.max_length:
             raise PydanticCustomError("batch", "tokens_per_batch ({batch}) must be at least max_length ({length}): a "
@@ -203,7 +174,7 @@ class Rule(_Strict):
 
 
 class Gate(_Strict):
-    """The bar: every rule must hold, or the adapter is not served."""
+    """The gate: every rule must hold, or the adapter is not served."""
 
     perplexity: Rule | None = None
     rouge1: Rule | None = None
@@ -233,6 +204,9 @@ class Serving(_Strict):
     mode: Mode = "lora"
     # Mode lora: vLLM reserves buffers of this rank at start, and cannot load an adapter of a higher one.
     max_lora_rank: Annotated[int, Field(ge=1)] = 64
+    # wait-for-adapters: the server changes to another base model when every adapter that it serves has one for it that
+    # passed the gate. at-once: as soon as the base model is there, and without adapters until they have passed.
+    when_base_changes: Literal["wait-for-adapters", "at-once"] = "wait-for-adapters"
 
     @model_validator(mode="after")
     def _servable(self) -> Serving:

@@ -1,4 +1,4 @@
-"""The plan: which artifacts a pipeline file asks for, named before anything runs.
+"""The plan: the artifacts that a pipeline file desires, named before anything runs.
 
 Every digest follows from the pipeline file alone (and the recipe numbers below), so that a person, a stage, the local
 runner and the serving guard all agree on names without talking to each other.
@@ -12,10 +12,11 @@ from typing import Any
 
 from jobs.core.artifacts import Spec
 from jobs.core.pipeline import Pipeline, Source
+from jobs.core.sources import SCHEMES
 
 # Bump a number when the code of that stage would give another result for the same settings: it renames the artifacts,
 # so that old results are neither reused nor overwritten.
-RECIPES = {"dataset": 1, "acceptability": 1, "base-model": 1, "tokenizer": 1, "reference-model": 1,
+RECIPES = {"dataset": 2, "acceptability": 1, "base-model": 1, "tokenizer": 1, "reference-model": 1,
            "adapter": 1, "merged-model": 1, "scores": 1, "evaluation": 1,
            "embedded": 1}  # the embedded models' files
 
@@ -48,13 +49,13 @@ class Plan:
 
 
 def plan(pipeline: Pipeline) -> Plan:
-    """Name every artifact that `pipeline` asks for."""
+    """Name every artifact that `pipeline` desires."""
     return _plan(_ByIdentity(pipeline))
 
 
 @dataclass(frozen=True, eq=False)
 class _ByIdentity:
-    """A pipeline as a cache key, equal to itself only. It is immutable, and serving asks for its plan often."""
+    """A pipeline as a cache key, equal to itself only. It is immutable, and serving reads its plan often."""
 
     pipeline: Pipeline
 
@@ -86,7 +87,7 @@ def _plan(key: _ByIdentity) -> Plan:
          "lora": {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "target_modules": modules},
          "epochs": training.epochs, "learning_rate": training.learning_rate, "max_length": training.max_length,
          "tokens_per_batch": training.tokens_per_batch, "seed": training.seed,
-         # Only where it is asked for: what was named before this setting existed keeps its name.
+         # Only where it is set: artifacts from before this setting existed keep their names.
          **({} if training.quantization == "none" else {"quantization": training.quantization})},
         {"dataset": dataset.digest, "base_model": base_model.digest, "tokenizer": tokenizer.digest})
     base_scores = _scores(pipeline, dataset, acceptability, {"model": base_model, "tokenizer": tokenizer})
@@ -114,17 +115,18 @@ def _source(recipe: str, source: Source) -> dict[str, Any]:
     """What identifies a relocated source. Bytes pinned by sha256 are the same bytes wherever they come from, so the
     URL is not part of it: moving the data to another bucket renames nothing."""
     identity: dict[str, Any] = {"recipe": RECIPES[recipe]}
-    if source.sha256:
+    pin = SCHEMES[source.scheme].pin
+    if pin == "sha256":
         return identity | {"sha256": source.sha256}
-    if source.scheme == "builtin":
+    if pin is None:
         return identity | {"source": source.source, "embedded": RECIPES["embedded"]}
-    return identity | {"source": source.source, "revision": source.revision}
+    return identity | {"source": source.source, pin: getattr(source, pin)}
 
 
 def _suffix(source: Source) -> str:
-    """The format that the name of the data says: jsonl, csv, parquet, or "" for a folder or repository."""
+    """The format by the name of the data: jsonl, csv, parquet, or "" for a folder or repository."""
     name = source.location.partition("?")[0].rsplit("/", 1)[-1]
-    return name.rpartition(".")[2].lower() if "." in name and source.scheme != "builtin" else ""
+    return name.rpartition(".")[2].lower() if "." in name and SCHEMES[source.scheme].pin else ""
 
 
 def _scores(pipeline: Pipeline, dataset: Spec, acceptability: Spec, models: dict[str, Spec]) -> Spec:

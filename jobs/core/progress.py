@@ -1,4 +1,4 @@
-"""Progress of long work, as lines in a log: how far it is, how fast it goes and how long the rest will take."""
+"""Progress of long work as lines in a log: amount done, rate and time left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Promotion: the pointer that says which adapter clients get. Only the evaluation gate moves it.
+"""Promotion: the pointer to the adapter that clients get. Only an evaluation that passed its gate moves it.
 
 `<fine-tuned volume>/promoted/<adapter>` is a small JSON file, replaced atomically; every move is a line in
 `promoted/<adapter>.history.jsonl`. JSON and not a link: it also carries the evaluation that proved the adapter, and

@@ -1,9 +1,9 @@
-"""Retention: what is removed from a volume, so that it does not fill up.
+"""Retention: removes old artifacts from a volume, so that it does not fill up.
 
 - Of each kind of artifact, `retention.keep` for each adapter name stay: the most recently used ones.
 - What is promoted stays, with all that was made from it, and so does what is damaged: it may be evidence.
-- Drafts, checkpoints and TensorBoard runs that nobody continues are removed by age.
-- What another process makes or uses right now, whose lock it holds, is never touched.
+- Abandoned drafts, checkpoints and TensorBoard runs are removed by age.
+- Anything that another process holds a lock on is never touched.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jobs.core.promotion import promoted_digests
 
 log = logging.getLogger("jobs")
 
-# A draft that nobody touched for this long belongs to a job that does not come back.
+# A draft that did not change for this long belongs to a job that does not come back.
 ABANDONED_SECONDS = 24 * 3600
 # How long a training may be interrupted, or superseded and reverted to, and still resume from its checkpoint.
 LEFTOVER_SECONDS = 7 * 24 * 3600
@@ -40,7 +40,7 @@ class _Kept:
     inputs: frozenset[str]
 
     def unused(self) -> bool:
-        """Whether nobody used it since."""
+        """Whether it was not used since."""
         return _used(self.path) == self.used
 
 
@@ -57,7 +57,7 @@ def retain(folder: Path, *, keep: int, protected: set[str]) -> list[str]:
     try:
         protected = protected | promoted_digests(folder.parent)
     except (UserError, OSError) as error:
-        log.warning("retention: removes no artifact from %s, because it is not known what is promoted: %s", folder,
+        log.warning("retention: removes no artifact from %s, because the promotions cannot be read: %s", folder,
                     error)
         return []
     removed = []
@@ -112,14 +112,14 @@ def _remove_if_old(path: Path, lock: Path, seconds: float) -> None:
         return time.time() - _touched(path) > seconds
 
     if old() and _remove(path, lock, old):
-        log.info("retention: removed %s, which nobody touched for %.0f days", path, seconds / 86400)
+        log.info("retention: removed %s, which did not change for %.0f days", path, seconds / 86400)
 
 
 def _remove(path: Path, lock: Path, unused: Callable[[], bool], trash: Path | None = None) -> bool:
     """Remove a folder unless another process holds its lock, or it is in use by now.
 
     Args:
-        trash: its name while it is removed, so that nobody finds an artifact that is half there.
+        trash: its name while it is removed, so that readers never find an incomplete artifact.
     """
     try:
         with hold_if_free(lock) as mine:

@@ -2,7 +2,7 @@
 
 PyYAML raises far more than its own errors for hostile or mistyped input (ValueError for the date `2026-99-99`,
 TypeError for `{[a]: b}`, KeyError for `!!bool x`, RecursionError for many brackets), and a few lines of aliases can
-stand for gigabytes. Here all of that is a `UserError` that names file and line.
+expand to gigabytes. Here all of that is a `UserError` that names file and line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import yaml
 from jobs.core.errors import UserError
 from jobs.core.files import read_plain_file
 
-FILE_BYTES = 2**20  # what a ConfigMap holds
+CONFIG_MAP_BYTES = 2**20  # Kubernetes refuses more
 # Far above what a pipeline file needs: its values, their depth, and the length of a message about one of them.
 VALUES, DEPTH, SHOWN = 10_000, 32, 1000
 
@@ -80,7 +80,7 @@ def one_line(message: str) -> str:
 
 def _text(file: Path) -> str:
     try:
-        return read_plain_file(file, FILE_BYTES, follow_links=True).decode()  # a ConfigMap's files are links
+        return read_plain_file(file, CONFIG_MAP_BYTES, follow_links=True).decode()  # a ConfigMap's files are links
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
@@ -89,13 +89,13 @@ def _text(file: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys (YAML keeps the last one), reads 2e-4 as a number (as YAML 1.2 does), and
-    refuses what takes more effort than a file that people edit."""
+    """SafeLoader that rejects duplicate keys (YAML keeps the last one), reads 2e-4 as a number (as YAML 1.2 does), and
+    rejects files that are far more complex than those that people edit."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = 0
-        self._values = 0  # with an alias counted as all that it stands for
+        self._values = 0  # with an alias counted as all values that it expands to
         self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> Any:
@@ -151,7 +151,7 @@ def _mapping(loader: _Loader, node: yaml.Node) -> dict[Any, Any]:
             problem = "merges (`<<`) are not supported" if key_node.tag == MERGE else "a key must be text; quote it"
             raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
         if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key `{key}` stands twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key `{key}`", key_node.start_mark)
         seen.add(key)
     return {loader.construct_object(key): loader.construct_object(value, deep=True) for key, value in node.value}
 

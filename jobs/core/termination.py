@@ -17,5 +17,5 @@ def write_termination_message(text: str) -> None:
     """
     if os.access(TERMINATION_LOG, os.W_OK):
         data = text.encode(errors="backslashreplace")[:TERMINATION_LOG_BYTES]
-        with suppress(OSError):  # the same stands in the log
+        with suppress(OSError):  # the log has the same message
             TERMINATION_LOG.write_bytes(data.decode(errors="ignore").encode())  # no half a character at the end

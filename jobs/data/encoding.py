@@ -24,7 +24,7 @@ class Encoded:
 
 
 def question(record: Record) -> list[dict[str, str]] | None:
-    """The messages before the answer; None for a {"text"} record, which asks nothing."""
+    """The messages before the answer; None for a {"text"} record, which has no question."""
     if "text" in record:
         return None
     if "messages" in record:
@@ -33,7 +33,7 @@ def question(record: Record) -> list[dict[str, str]] | None:
 
 
 def answer(record: Record) -> str:
-    """What the model should say: the completion, the last message, or the whole text."""
+    """The text to learn: the completion, the last message, or the whole text."""
     if "text" in record:
         return str(record["text"])
     return str(record["messages"][-1]["content"] if "messages" in record else record["completion"])
@@ -66,7 +66,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, record: Record) -> Encoded:
                 last = len(completion) - 1 - completion[::-1].index(_eos(tokenizer))
                 return Encoded(prompt, completion[: last + 1])
             return Encoded(prompt, [*completion, _eos(tokenizer)])
-        # A template that renders a finished answer otherwise than a prompt for one: train on what serving will ask.
+        # The template renders a finished answer otherwise than a prompt: train on the prompt that serving renders.
     return Encoded(prompt, [*_ids(tokenizer(answer(record), add_special_tokens=False)), _eos(tokenizer)])
 
 
@@ -75,5 +75,5 @@ def _ids(encoding: Any) -> list[int]:
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    assert isinstance(tokenizer.eos_token_id, int), "load_tokenizer refuses tokenizers without one"
+    assert isinstance(tokenizer.eos_token_id, int), "load_tokenizer rejects tokenizers without one"
     return tokenizer.eos_token_id

@@ -1,1 +1,1 @@
-"""Evaluation: the metrics, the gate that they are held against, and the report."""
+"""Evaluation: the metrics, the gate that checks them, and the report."""

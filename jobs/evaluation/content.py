@@ -11,7 +11,7 @@ from typing import Any
 from jobs.evaluation.gate import Check
 from jobs.evaluation.metrics import Score
 
-Evaluation = Mapping[str, Any]  # what stands in evaluation.json
+Evaluation = Mapping[str, Any]  # the content of evaluation.json
 History = Sequence[Mapping[str, float]]  # `history` of the adapter's training.json
 Generations = Mapping[str, Sequence[Mapping[str, Any]]]  # each model's generations.jsonl, by role
 
@@ -65,7 +65,7 @@ def verdict(evaluation: Evaluation) -> str:
 
 
 def notes(evaluation: Evaluation) -> list[str]:
-    """What a reader must know to read the numbers right."""
+    """Notes that a reader needs to interpret the figures."""
     scores = evaluation["scores"]
     found = [EMBEDDED] if evaluation["embedded"] else []
     if not comparable(evaluation):
@@ -76,13 +76,13 @@ def notes(evaluation: Evaluation) -> list[str]:
             found.append(f"{scores[role]['records_too_long']} held-out records were too long for the {name} model and "
                          "are left out of its scores.")
     if scores["fine_tuned"]["questions"] == 0:
-        found.append("The held-out records are plain text and ask no questions, so there is no ROUGE.")
+        found.append("The held-out records are plain text without questions, so there is no ROUGE.")
     return found
 
 
 def samples(generations: Generations, count: int = 6, worst: int = 3) -> tuple[list[Sample], list[Sample]]:
-    """Held-out questions with the three models' answers: `count` evenly spaced ones, picked by nobody, and of the
-    others the `worst` on which the fine-tuned model did worst (none that it got fully right)."""
+    """Held-out questions with the three models' answers: `count` evenly spaced ones, and of the others the `worst` on
+    which the fine-tuned model did worst (none that it got fully right)."""
     by_role = {role: {(line["question"], line["reference"]): (line["answer"], line["rougeL"])
                       for line in generations[role]} for role in ROLES}
     everything = [Sample(*key, {role: lines[key] for role, lines in by_role.items() if key in lines})
@@ -96,7 +96,7 @@ def samples(generations: Generations, count: int = 6, worst: int = 3) -> tuple[l
 
 
 def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """Everything that the numbers rest on, as (name, value): digests, pins, hyperparameters, sizes."""
+    """The provenance of the figures, as (name, value): digests, pins, hyperparameters, sizes."""
     training, scores = evaluation["training"], evaluation["scores"]
     lora, tuned = training["lora"], scores["fine_tuned"]
     modules = lora["target_modules"] if isinstance(lora["target_modules"], str) else ", ".join(lora["target_modules"])

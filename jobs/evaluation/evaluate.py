@@ -4,8 +4,8 @@
 
 Waits for its inputs; measures the base and the fine-tuned model with one load (the base is the fine-tuned model with
 its adapter switched off), then the reference model with its own tokenizer; keeps each model's scores as an artifact of
-its own, so that a new adapter never has the other two measured again; holds the scores against the gate; publishes
-verdict and report; and points the promotion at an adapter that passed. A rejection is a result, not a failure.
+its own, so that a new adapter never has the other two measured again; evaluates the gate; publishes verdict and
+report; and promotes an adapter that passed. A rejection is a result, not a failure.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ADVICE = "Train otherwise, bring other data, or change evaluation.gate in the pi
 
 
 def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
-    """Evaluate the adapter that the pipeline asks for, unless that is done, and promote it if it passed.
+    """Evaluate the desired adapter, unless that is done, and promote it if it passed.
 
     Raises:
         UserError: a rule of the gate, or a model, cannot be measured on this data.
@@ -59,7 +59,7 @@ def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
 
 def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> None:
     """Wait for the inputs, and publish the scores of each model that has none yet."""
-    # First what can show that measuring is impossible: better now than after hours of waiting for the adapter.
+    # First the inputs that can show that measuring is impossible, before hours of waiting for the adapter.
     dataset, sentences = artifacts.wait([wanted.dataset, wanted.acceptability], volumes, wait_seconds)
     material = scoring.Material.read(dataset.path, sentences.path, max_length=pipeline.training.max_length,
                                      max_new_tokens=pipeline.evaluation.max_new_tokens)
@@ -104,7 +104,7 @@ def measure_reference(pipeline: Pipeline, wanted: Plan, volumes: Path, material:
 
 
 def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
-    """Hold the scores against the gate, and publish the evaluation: verdict, report, and what both rest on."""
+    """Evaluate the gate, and publish the evaluation: verdict, report, and their provenance."""
     roles = {"base": wanted.base_scores, "fine_tuned": wanted.adapter_scores, "reference": wanted.reference_scores}
     scores = {role: _read_json(spec.path(volumes) / "scores.json") for role, spec in roles.items()}
     generations = {role: scoring.read_jsonl(spec.path(volumes) / "generations.jsonl") for role, spec in roles.items()}
@@ -124,7 +124,7 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
 
 
 def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores]) -> dict[str, Any]:
-    """What stands in `evaluation.json`: the verdict, what was measured, and every digest and pin behind it."""
+    """The content of `evaluation.json`: the verdict, what was measured, and every digest and pin behind it."""
     checks = gate.evaluate_gate(pipeline.evaluation.gate, scores["base"], scores["fine_tuned"])
     sources = pipeline.sources()
     return {
@@ -158,7 +158,7 @@ def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, 
         artifacts.wait([wanted.adapter, *merged], volumes, wait_seconds)
         moved = promotion.promote(volume, pipeline.adapter, wanted.adapter.digest, wanted.evaluation.digest)
         title, lines = "PROMOTED" if moved else "ALREADY PROMOTED", [
-            f"{name} passed the gate: clients that ask for {pipeline.adapter} get it."]
+            f"{name} passed the gate: clients of {pipeline.adapter} get it."]
     else:
         failed = [check.description for check in content.checks(evaluation) if not check.passed]
         title, lines = "REJECTED", [f"{name} did not pass the gate and is not promoted:", *(f"  ✗ {f}" for f in failed),
@@ -171,10 +171,10 @@ def _served_now(pipeline: Pipeline, wanted: Plan, volume: Path) -> str:
     """Which adapter clients get although this one was rejected."""
     before = promotion.current(volume, pipeline.adapter)
     if before is None:
-        return f"Nothing is promoted as {pipeline.adapter} yet: it answers nobody."
+        return f"Nothing is promoted as {pipeline.adapter} yet, so it is not served."
     if before.adapter == wanted.adapter.digest:
-        return f"It stays promoted all the same: it passed another gate (evaluation {before.evaluation}, {before.at})."
-    return f"{pipeline.adapter}@{before.adapter} stays promoted (since {before.at}) and keeps answering."
+        return f"It stays promoted, because it passed another gate (evaluation {before.evaluation}, {before.at})."
+    return f"{pipeline.adapter}@{before.adapter} stays promoted (since {before.at}) and is served."
 
 
 def write_tensorboard(folder: Path, scores: Mapping[str, Scores], step: int) -> None:
@@ -201,7 +201,7 @@ def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[PreTrainedModel, 
 
 def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, material: scoring.Material,
             name: str) -> Callable[[Path], dict[str, Any]]:
-    """What `artifacts.publish` calls to fill a scores artifact; it measures only if nobody did yet."""
+    """What `artifacts.publish` calls to fill a scores artifact; it measures only if that was not done yet."""
     def write(draft: Path) -> dict[str, Any]:
         scores, generations = scoring.measure(model, tokenizer, material, name)
         (draft / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False, allow_nan=False) + "\n",

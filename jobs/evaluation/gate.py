@@ -1,4 +1,4 @@
-"""The gate: the rules of `evaluation.gate` in pipeline.yaml, held against what was measured."""
+"""The gate: checks the rules of `evaluation.gate` in pipeline.yaml against the scores."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Check:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Check:
-        """A check as it stands in evaluation.json."""
+        """A check as it is written to evaluation.json."""
         return cls(values["metric"], values["bound"], values["limit"], values["value"], values["passed"])
 
     def to_json(self) -> dict[str, Any]:
@@ -58,12 +58,12 @@ class Check:
 
     @property
     def value_text(self) -> str:
-        return _tell_apart(self.value, self.limit)[0]
+        return _distinguishable(self.value, self.limit)[0]
 
     @property
     def requirement(self) -> str:
         """What the value must be, e.g. `at most 0.9`."""
-        return f"at {'least' if BOUNDS[self.bound].at_least else 'most'} {_tell_apart(self.value, self.limit)[1]}"
+        return f"at {'least' if BOUNDS[self.bound].at_least else 'most'} {_distinguishable(self.value, self.limit)[1]}"
 
     @property
     def description(self) -> str:
@@ -72,14 +72,14 @@ class Check:
 
 
 def evaluate_gate(gate: Gate, base: Scores, fine_tuned: Scores) -> list[Check]:
-    """Hold every bound of every rule against the scores. The adapter passes when all of them hold."""
+    """Check every bound of every rule against the scores. The adapter passes when all of them hold."""
     rules = gate.model_dump(exclude_none=True)
     return [_check(metric, bound, limit, base, fine_tuned) for metric, rule in rules.items()
             for bound, limit in rule.items()]
 
 
 def check_measurable(gate: Gate, holdout: Iterable[Record]) -> None:
-    """Refuse a rule that needs questions when no held-out record asks one: before hours of training, not after.
+    """Reject a rule that needs questions when no held-out record has one: before hours of training, not after.
 
     Raises:
         UserError: naming the rules.
@@ -88,7 +88,7 @@ def check_measurable(gate: Gate, holdout: Iterable[Record]) -> None:
     rules = [metric for metric in gate.model_dump(exclude_none=True) if metric in need_questions]
     if rules and all(question(record) is None for record in holdout):
         raise UserError(f"evaluation.gate.{', evaluation.gate.'.join(rules)}: cannot be measured: every held-out "
-                        "record is plain {\"text\"}, which asks no question to answer. Remove the rule, or bring "
+                        "record is plain {\"text\"}, which has no question to answer. Remove the rule, or bring "
                         "{\"prompt\", \"completion\"} records")
 
 
@@ -108,8 +108,8 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _tell_apart(value: float | None, limit: float) -> tuple[str, str]:
-    """Both numbers with as many digits as it takes to see that they differ: no "0.05 is not at least 0.05"."""
+def _distinguishable(value: float | None, limit: float) -> tuple[str, str]:
+    """Both numbers as texts, with enough digits to show that they differ: never "0.05 is not at least 0.05"."""
     if value is None:
         return "not a finite number", f"{limit:g}"
     for digits in range(3, 18):

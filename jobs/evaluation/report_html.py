@@ -1,6 +1,6 @@
 """report.html: one file that opens by itself, with no script and no network, on a screen light or dark and on paper.
 
-The page is the template report.html.j2; this module computes what it shows, and where the charts' parts stand.
+The page is the template report.html.j2; this module computes its content and the positions in its charts.
 """
 
 from __future__ import annotations

@@ -21,9 +21,12 @@ from jobs.core.errors import UserError
 from jobs.core.files import human_bytes
 from jobs.core.pipeline import Loaded, Source
 from jobs.core.plan import plan
-from jobs.data import split as dataset
+from jobs.data import acceptability, split
+from jobs.data.formats import File, readable
 from jobs.relocation import download, sources
-from jobs.relocation.download import Item
+from jobs.relocation.connection import mismatch, shown
+from jobs.relocation.sources.file import path_sha256
+from jobs.relocation.sources.interface import Item
 
 log = logging.getLogger("jobs")
 
@@ -57,7 +60,7 @@ def run(loaded: Loaded, what: str, volumes: Path) -> None:
         check_data_in_git(loaded)
     artifact = relocate(what)
     if what == "base-model":
-        check_architecture(loaded, artifact.path)  # the file may say another architecture than when it was published
+        check_architecture(loaded, artifact.path)  # the file may name another architecture than when it was published
     if what == "dataset":
         relocate("acceptability")
 
@@ -66,24 +69,24 @@ def run(loaded: Loaded, what: str, volumes: Path) -> None:
 
 
 def check_data_in_git(loaded: Loaded) -> None:
-    """Hold the data that lies beside the pipeline file against its pin, also when the pinned data is there already.
+    """Check the data beside the pipeline file against its pin, also when the pinned data was published already.
 
     Raises:
         UserError: the data was edited without its pin. Under the old pin, the edit would have no effect.
     """
     for source in (loaded.pipeline.dataset, loaded.pipeline.evaluation.acceptability):
         path = loaded.resolve(source) if source.scheme == "file" else None
-        if path and path.exists() and (found := sources.path_sha256(path)) != source.sha256:
-            raise UserError(download.mismatch(str(path), "pipeline.yaml", str(source.sha256), found))
+        if path and path.exists() and (found := path_sha256(path)) != source.sha256:
+            raise UserError(mismatch(str(path), "pipeline.yaml", str(source.sha256), found))
 
 
 def write_dataset(loaded: Loaded, draft: Path) -> dict[str, Any]:
     """Fetch the data, validate every record, and write train.jsonl, holdout.jsonl and statistics.json."""
     source = loaded.pipeline.dataset
-    facts = dataset.split(fetch_data(loaded, source, draft), source.holdout, draft)
+    facts = split.split(fetch_data(loaded, source, draft), source.holdout, draft)
     shutil.rmtree(draft / RAW)
     records = facts["records"]
-    log.info("%s: %d records to train on, %d held out by %s, %d duplicates", download.shown(source.source),
+    log.info("%s: %d records to train on, %d held out by %s, %d duplicates", shown(source.source),
              records["train"], records["holdout"], facts["split_by"], facts["duplicates"])
     return origin(source) | facts
 
@@ -95,18 +98,17 @@ def write_acceptability(loaded: Loaded, draft: Path) -> dict[str, Any]:
         from jobs.relocation import embedded
 
         download.remove_others(draft, [])
-        dataset.write_pairs(embedded.acceptability_pairs(), draft)
+        acceptability.write_pairs(embedded.acceptability_pairs(), draft)
         return origin(source)
-    facts = dataset.judge(fetch_data(loaded, source, draft), draft)
+    facts = acceptability.convert(fetch_data(loaded, source, draft), draft)
     shutil.rmtree(draft / RAW)
     return origin(source) | facts
 
 
-def fetch_data(loaded: Loaded, source: Source, draft: Path) -> list[dataset.File]:
+def fetch_data(loaded: Loaded, source: Source, draft: Path) -> list[File]:
     """Fetch the files of records that a source holds into the draft's raw folder, and nothing else."""
     items = sources.listing(loaded, source)
-    files = dataset.known([dataset.File(draft / RAW / item.name, item.name) for item in items],
-                          download.shown(source.source))
+    files = readable([File(draft / RAW / item.name, item.name) for item in items], shown(source.source))
     names = {file.name for file in files}
     fetch([replace(item, name=f"{RAW}/{item.name}") for item in items if item.name in names], source, draft)
     return files
@@ -116,7 +118,7 @@ def fetch_data(loaded: Loaded, source: Source, draft: Path) -> list[dataset.File
 
 
 def write_base_model(loaded: Loaded, draft: Path) -> dict[str, Any]:
-    """Fetch the base model, without a tokenizer; one that vLLM cannot serve is refused before its weights come."""
+    """Fetch the base model, without a tokenizer; one that vLLM cannot serve is rejected before the download."""
     source = loaded.pipeline.base_model
     if source.scheme == "builtin":
         return embed(source, draft, model=True, tokenizer=False)
@@ -171,7 +173,7 @@ def model_files(items: Iterable[Item], source: Source) -> list[Item]:
     """Of all that a source holds, the weights in safetensors and the config.
 
     Raises:
-        UserError: when there are none, naming the pickles that stand there instead and how to convert them.
+        UserError: when there are none, naming the pickles that the source has instead and how to convert them.
     """
     items = list(items)
     names = [item.name for item in items]
@@ -179,14 +181,14 @@ def model_files(items: Iterable[Item], source: Source) -> list[Item]:
         raise UserError(f"{source.source}: holds no config.json, so it is not a model in the Hugging Face format")
     if not matching(items, WEIGHTS):
         pickles = ", ".join(item.name for item in matching(items, PICKLES)) or "no weights at all"
-        raise UserError(f"{source.source}: holds no model.safetensors, but {pickles}. Pickles are refused: loading one "
-                        "can run any code. Convert the model where you trust it (transformers: "
+        raise UserError(f"{source.source}: holds no model.safetensors, but {pickles}. Pickles are not accepted: "
+                        "loading one can run any code. Convert the model where you trust it (transformers: "
                         "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER)) and name the result")
     return matching(items, (*WEIGHTS, INDEX, *models.CONFIG))
 
 
 def tokenizer_files(items: Iterable[Item], source: Source) -> list[Item]:
-    """Of all that a source holds, the tokenizer's files, and config.json, which says what kind it is.
+    """Of all that a source holds, the tokenizer's files, and config.json, which names its kind.
 
     Raises:
         UserError: when there is no tokenizer.
@@ -206,7 +208,7 @@ def matching(items: Iterable[Item], patterns: Iterable[str]) -> list[Item]:
 
 
 def check_architecture(loaded: Loaded, folder: Path) -> None:
-    """The base model is what the pipeline file says it is, and what is to be trained on it can be served as asked.
+    """Check that the base model has the declared architecture, and that its adapters can be served in the desired mode.
 
     Raises:
         UserError: naming what is wrong and what can be chosen instead.
@@ -221,7 +223,7 @@ def check_architecture(loaded: Loaded, folder: Path) -> None:
 
 
 def check_weights(folder: Path, source: Source) -> None:
-    """Every safetensors file is whole, and every tensor that the index lists is where it says.
+    """Check that every safetensors file is complete and has the tensors that the index lists for it.
 
     Raises:
         UserError: naming the file.
@@ -251,23 +253,23 @@ def check_weights(folder: Path, source: Source) -> None:
 
 
 def fetch(items: Iterable[Item], source: Source, draft: Path) -> None:
-    """Bring exactly `items` into the draft; whatever else an interrupted run left there goes."""
+    """Bring exactly `items` into the draft; remove other files of an interrupted run."""
     items = list(items)
     download.remove_others(draft, items)
     sizes = [item.size for item in items if item.size is not None]
     size = human_bytes(sum(sizes)) if len(sizes) == len(items) else "unknown size"
-    log.info("%s at %s: fetching %s (%s)", download.shown(source.source), source.pin,
+    log.info("%s at %s: fetching %s (%s)", shown(source.source), source.pin,
              items[0].name if len(items) == 1 else f"{len(items)} files", size)
     download.fetch(items, draft)
 
 
 def origin(source: Source) -> dict[str, Any]:
     """Where an artifact came from, for people; a URL without its secrets."""
-    return {"source": download.shown(source.source), "pin": source.pin}
+    return {"source": shown(source.source), "pin": source.pin}
 
 
 def left_out(items: Iterable[Item], taken: Iterable[Item]) -> dict[str, Any]:
-    """What a source also holds and was not taken, for people."""
+    """The files of a source that were not relocated, for people."""
     names = {item.name for item in taken}
     return {"left_out": [item.name for item in items if item.name not in names]}
 

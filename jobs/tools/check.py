@@ -13,11 +13,9 @@ from pathlib import Path
 from jobs.core import models, pipeline
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Loaded, Source
+from jobs.core.strict_yaml import CONFIG_MAP_BYTES
 
 log = logging.getLogger("jobs")
-
-# A ConfigMap holds at most 1 MiB (Kubernetes refuses more); the pipeline file and the data in git share one.
-CONFIG_MAP_BYTES = 2**20
 
 
 def run(overlay: Path) -> None:
@@ -40,13 +38,13 @@ def run(overlay: Path) -> None:
 
 def check_data(loaded: Loaded) -> None:
     """The data that lies beside the pipeline file: pinned content, and records that a relocation would take."""
-    from jobs.data import split as dataset
+    from jobs.data import split
 
     for name, source in data_in_git(loaded).items():
         require_pin(loaded, name, source)
     source = loaded.pipeline.dataset
     if source.scheme == "file":
-        dataset.validate(loaded.resolve(source), source.holdout)
+        split.validate(loaded.resolve(source), source.holdout)
 
 
 def data_in_git(loaded: Loaded) -> dict[str, Source]:
@@ -57,12 +55,12 @@ def data_in_git(loaded: Loaded) -> dict[str, Source]:
 
 def require_pin(loaded: Loaded, name: str, source: Source) -> None:
     """The `file:` source at key `name` must exist and match its pin."""
-    from jobs.relocation import sources
+    from jobs.relocation.sources import file
 
     path = loaded.resolve(source)
     if not path.exists():
         raise UserError(f"{loaded.path}: {name}: {path} does not exist")
-    found = sources.path_sha256(path)
+    found = file.path_sha256(path)
     if found != source.sha256:
         raise UserError(f"{path}: has sha256 {found}, but {loaded.path} pins {name} at {source.sha256}. If the change "
                         f"is meant, run: python -m jobs pin {loaded.path.parent}")
@@ -81,8 +79,8 @@ def check_architecture(loaded: Loaded) -> None:
     else:
         architecture = base.architecture
     if architecture is None:
-        log.warning("%s: its architecture is not recorded, so whether vLLM can serve it is only found out when it is "
-                    "relocated. Record it with: python -m jobs pin %s --update", where, loaded.path.parent)
+        log.warning("%s: its architecture is not recorded, so `check` cannot tell whether vLLM can serve it; "
+                    "relocation does. Record it with: python -m jobs pin %s --update", where, loaded.path.parent)
         return
     models.check_target_modules(architecture, loaded.pipeline.training.lora.target_modules, where,
                                 loaded.pipeline.serving.mode)

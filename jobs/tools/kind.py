@@ -4,7 +4,7 @@
     python -m jobs kind overlays/kind --argocd    installs Argo CD, which follows a repository
 
 Everything is done with docker, kind and kubectl, as a person would. Each kubectl command names the context of the kind
-cluster, so no other cluster is ever touched. Running it again takes up the cluster as it is.
+cluster, so no other cluster is ever touched. A second run reuses the cluster.
 """
 
 from __future__ import annotations
@@ -45,6 +45,18 @@ TOOLS = {
     "git": "It brings the current commit into the cluster; or let Argo CD follow your fork with --repo",
 }
 
+# A changed pipeline file reaches the running server when the kubelet next looks at the pod. Its default, a minute plus
+# half of that at random, is most of the time that a revert takes.
+CLUSTER_CONFIG = """\
+kind: Cluster
+apiVersion: kind.x-k8s.io/v1alpha4
+kubeadmConfigPatches:
+- |
+  apiVersion: kubelet.config.k8s.io/v1beta1
+  kind: KubeletConfiguration
+  syncFrequency: 10s
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
@@ -55,9 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="its branch (default: main)")
     parser.add_argument("--name", default="lora-gitops", help="the kind cluster's name (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="where the endpoint answers here (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=60, help="give up after so long (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=60, help="time limit (default: %(default)s)")
     parser.add_argument("--exit", action="store_true", help="exit when the adapter is served")
-    parser.add_argument("--check", action="store_true", help="only say whether everything needed is installed")
+    parser.add_argument("--check", action="store_true", help="only check whether everything needed is installed")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -80,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     images = images_of(manifests)
     require_images(images)
     if args.name not in call("kind", "get", "clusters").split():
-        show("kind", "create", "cluster", "--name", args.name, "--wait", "120s")
+        show("kind", "create", "cluster", "--name", args.name, "--wait", "120s", "--config", "-", stdin=CLUSTER_CONFIG)
     show("kind", "load", "docker-image", "--name", args.name, *images)
     try:
         if args.argocd:
@@ -141,10 +153,10 @@ def call(*argv: str) -> str:
     return done.stdout
 
 
-def show(*argv: str) -> None:
+def show(*argv: str, stdin: str | None = None) -> None:
     """Run a command that takes a while, with its output for people to see."""
     log.info("%s", " ".join(argv))
-    if subprocess.run(argv, check=False).returncode:
+    if subprocess.run(argv, input=stdin, text=True, check=False).returncode:
         raise RetryableError(f"{' '.join(argv)}: failed; the reason is above")
 
 

@@ -75,8 +75,12 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--state {state}: cannot be used as a folder: {error.strerror}. Name another one") from None
     with ExitStack() as stack:
-        _own(state, stack)
-        runner = Runner(pods.pods(manifests, state, args.port_offset), state, args.verbose)
+        try:
+            _own(state, stack)
+            runner = Runner(pods.pods(manifests, state, args.port_offset), state, args.verbose)
+        except OSError as error:
+            raise UserError(f"--state {state}: {error.filename}: {error.strerror}. Name another folder, or correct the "
+                            "name or path in the overlay") from None
         runner.check_ports()
         if args.ask and runner.pod(INFERENCE) is None:
             raise UserError(f"--ask: this overlay has no Deployment {INFERENCE} to ask")
@@ -113,7 +117,7 @@ async def _session(runner: Runner, pipeline: Pipeline, args: argparse.Namespace)
 
 
 async def _present(runner: Runner, pipeline: Pipeline, args: argparse.Namespace) -> None:
-    """When the Jobs are done: show the evaluation, ask the models, say where everything is, and keep serving."""
+    """When the Jobs are done: show the evaluation, ask the models, print the addresses, and keep serving."""
     from jobs.tools import summary
 
     await runner.jobs_done()
@@ -137,7 +141,7 @@ async def _present(runner: Runner, pipeline: Pipeline, args: argparse.Namespace)
 
 
 def _own(state: Path, stack: ExitStack) -> None:
-    """Two runners over one state would fight for its ports and pods."""
+    """Lock the state: two runners would conflict over its ports and pods."""
     stream = stack.enter_context((state / ".lock").open("a"))
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -235,9 +239,10 @@ class Runner:
                 *container.argv, cwd=self.state, env=container.env, stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, limit=LONGEST_LINE,
                 start_new_session=True, preexec_fn=_die_with_parent)
-        except OSError as error:
+        except (OSError, ValueError, TypeError) as error:  # no program; a NUL, or what is no text
+            reason = error.strerror if isinstance(error, OSError) else str(error)
             raise UserError(f"{pod.title}: the container {container.name} cannot start {container.argv[0]}: "
-                            f"{error.strerror}. Install it on this machine, or correct `command`") from None
+                            f"{reason}. Install it on this machine, or correct `command`") from None
         self._processes[process] = pod
         assert process.stdout
         with self.log_file(pod).open("a", encoding="utf-8") as file:
@@ -270,7 +275,7 @@ class Runner:
         """SIGTERM to every process group, SIGKILL to those that outlive their grace period."""
         for process in self._processes:
             _signal(process, signal.SIGTERM)
-        # communicate, not wait: a process blocks when nobody reads the last it has to say
+        # communicate, not wait: a process blocks while its last output is not read
         waits = [asyncio.wait_for(process.communicate(), pod.grace_seconds) for process, pod in self._processes.items()]
         for process, outcome in zip(list(self._processes), await asyncio.gather(*waits, return_exceptions=True),
                                     strict=True):

@@ -1,14 +1,17 @@
-"""Fill or refresh the pins of a pipeline file, like a lock file: what git says is then exactly what runs.
+"""Fill or refresh the pins of a pipeline file, like a lock file: what runs is then exactly what is in git.
 
 Files and folders get the sha256 of what is there now; a missing pin of a URL or a hub repository is looked up, and a
-hub ref such as `main` becomes the commit it stands for. Pins that are there stay, unless `--update` asks for the
+hub ref such as `main` becomes the commit it stands for. Existing pins stay; `--update` moves them to the
 newest. Only the pins change in the file: comments and layout stay as they are.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +20,31 @@ import yaml
 from jobs.core import pipeline
 from jobs.core.errors import UserError
 from jobs.core.files import write_atomically
-from jobs.core.pipeline import COMMIT, Loaded, Source
+from jobs.core.pipeline import Loaded, Source
+from jobs.core.sources import SCHEMES
 
 log = logging.getLogger("jobs")
 
 
 def run(overlay: Path, *, update: bool = False) -> None:
-    """Pin every source of the overlay's pipeline file and say what changed.
+    """Pin every source of the overlay's pipeline file and print what changed.
 
     Raises:
         UserError: the file is invalid, or a source does not exist.
         RetryableError: a server does not answer. The file is then unchanged.
     """
     loaded = pipeline.load(overlay, pinned=False)
-    text = loaded.path.read_text(encoding="utf-8")
+    text = loaded.path.read_bytes().decode()
+    written: dict[tuple[str, ...], str] = {}
     changes = []
     for name, source in loaded.pipeline.sources().items():
         for key, value in pins(loaded, name, source, update=update).items():
             before = getattr(_at(loaded.pipeline, name), key)
             if value != before:
-                text = set_value(text, [*name.split("."), key], value)
+                written[*name.split("."), key] = value
                 changes.append(f"{name}.{key}: {before or 'unset'} -> {value}")
     if changes:
-        write_atomically(loaded.path, text)
+        write_atomically(loaded.path.resolve(), with_values(text, written, loaded.path))
     pipeline.load(overlay)  # what was written must load; anything else is our mistake and must be seen here
     for change in changes:
         log.info("%s", change)
@@ -48,30 +53,24 @@ def run(overlay: Path, *, update: bool = False) -> None:
 
 
 def pins(loaded: Loaded, name: str, source: Source, *, update: bool) -> dict[str, str]:
-    """The pins that `source`, which stands under the key `name`, should have."""
-    from jobs.relocation import download, sources
+    """The pins that `source`, at the key `name`, should have."""
+    from jobs.relocation import sources
 
-    if source.scheme == "builtin":
+    scheme = SCHEMES[source.scheme]
+    if scheme.pin is None or (source.unpinned() is None and not update and not scheme.local):
         return {}
-    if source.scheme == "file":
-        path = loaded.resolve(source)
-        if not path.exists():
-            raise UserError(f"{loaded.path}: {name}: {path} does not exist")
-        return {"sha256": sources.path_sha256(path)}
-    if source.unpinned() is None and not update:
-        return {}
-    if source.scheme == "hf":
-        moving = source.revision if source.revision and not COMMIT.fullmatch(source.revision) else None
-        commit = sources.hub_commit(source.model_copy(update={"revision": moving}))
-        found = {"revision": commit}
-        if name == "base_model":
-            found["architecture"] = hub_architecture(loaded, source.model_copy(update={"revision": commit}))
-        return found
-    return {"sha256": download.url_sha256(source.source)}
+    try:
+        value = sources.find_pin(loaded, source)
+    except UserError as error:
+        raise UserError(f"{loaded.path}: {name}: {error}") from None
+    found: dict[str, str] = {scheme.pin: value}
+    if name == "base_model" and not scheme.local:
+        found["architecture"] = find_architecture(loaded, source.model_copy(update=found))
+    return found
 
 
-def hub_architecture(loaded: Loaded, source: Source) -> str:
-    """The architecture that a hub model's `config.json` names, so that `check` can judge it offline."""
+def find_architecture(loaded: Loaded, source: Source) -> str:
+    """The architecture that a pinned model's `config.json` names, so that `check` can check it offline."""
     from jobs.core import models
     from jobs.relocation import download, sources
 
@@ -79,6 +78,24 @@ def hub_architecture(loaded: Loaded, source: Source) -> str:
     with tempfile.TemporaryDirectory() as folder:
         download.fetch(config, Path(folder))
         return models.architecture(Path(folder))
+
+
+def with_values(text: str, values: Mapping[tuple[str, ...], str], file: Path) -> str:
+    """`text`, the content of `file`, with the value at each of the paths.
+
+    Raises:
+        UserError: its layout does not let them be set one by one; has the values, for a person to write them.
+    """
+    try:
+        for keys, value in values.items():
+            text = set_value(text, list(keys), value)
+        found = yaml.safe_load(text)
+        if all(functools.reduce(lambda part, key: part[key], keys, found) == value for keys, value in values.items()):
+            return text
+    except (yaml.YAMLError, StopIteration, KeyError, TypeError):
+        pass  # reported below
+    wanted = ", ".join(f"{'.'.join(keys)}: {value}" for keys, value in values.items())
+    raise UserError(f"{file}: the pins cannot be written into its layout. Write them yourself: {wanted}")
 
 
 def set_value(text: str, keys: list[str], value: str) -> str:
@@ -89,19 +106,27 @@ def set_value(text: str, keys: list[str], value: str) -> str:
     node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
     for key in keys[:-1]:
         node = next(child for name, child in node.value if name.value == key)
-    present = next((child for name, child in node.value if name.value == keys[-1]), None)
-    if present is not None:
+    for name, present in node.value:
+        if name.value != keys[-1]:
+            continue
+        if present.start_mark.index == present.end_mark.index:  # the key stands there without a value
+            end = name.end_mark.index
+            return f"{text[:end]}: {value}{re.sub('^ *:', '', text[end:])}"
         return text[: present.start_mark.index] + value + text[present.end_mark.index:]
     after = next(child for name, child in node.value if name.value == "source").end_mark.index
+    after = len(text[:after].rstrip())  # of a block of lines, the mark is at the next key
     if node.flow_style:
         return f"{text[:after]}, {keys[-1]}: {value}{text[after:]}"
     end = text.find("\n", after)
     end = len(text) if end < 0 else end
-    return f"{text[:end]}\n{' ' * node.start_mark.column}{keys[-1]}: {value}{text[end:]}"
+    newline = "\r\n" if text[:end].endswith("\r") else "\n"
+    end -= len(newline) - 1
+    indent = " " * node.value[0][0].start_mark.column
+    return f"{text[:end]}{newline}{indent}{keys[-1]}: {value}{text[end:]}"
 
 
 def _at(values: Any, name: str) -> Any:
-    """The part of the pipeline that stands at a dotted name."""
+    """The part of the pipeline at a dotted name."""
     for key in name.split("."):
         values = getattr(values, key)
     return values

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,16 @@ from jobs.core.errors import UserError
 CHECKOUT = Path(__file__).resolve().parents[2]  # the folder that holds the packages `jobs` and `serving`
 Manifest = dict[str, Any]
 HASH_SUFFIX = re.compile(r"-[24-9bcdfghkmt]{10}$")  # in the alphabet of kustomize, which spells no words
+LOGGED = re.compile(r'[EF]\d{4} .*\] "command failed" err=')  # how klog begins the line of an error
+KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")  # the names that kustomize knows
 
 # Fields of a pod's own manifest that are in its environment. Here all processes of a training are on one machine.
 POD_FIELDS = {"metadata.labels['jobset.sigs.k8s.io/coordinator']": "127.0.0.1"}
 
-# What a node must have. Without a cluster, the machine is what it is: an overlay for GPUs can be tried on a CPU.
+# Requirements on a node. Ignored without a cluster, so that an overlay for GPUs can be tried on a CPU.
 OF_NODES = {"REQUIRE_GPU"}
 
-# A pod sees its own environment only. These say how to reach the network and the hub, which is the machine's affair.
+# A pod sees its own environment only, except for these: how this machine reaches the network and the hub.
 INHERITED = ("PATH", "LANG", "LC_ALL", "TZ", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY",
              "NO_PROXY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "HF_ENDPOINT", "LD_LIBRARY_PATH")
 
@@ -91,7 +94,7 @@ def render(overlay: Path) -> list[Manifest]:
     Raises:
         UserError: kubectl is missing, or the overlay does not render (with kustomize's own message).
     """
-    if not (overlay / "kustomization.yaml").is_file():
+    if not any((overlay / name).is_file() for name in KUSTOMIZATIONS):
         raise UserError(f"{overlay}: has no kustomization.yaml. Name an overlay's folder, e.g. overlays/kind")
     if shutil.which("kubectl") is None:
         raise UserError("kubectl is not installed. It renders the overlay (no cluster is needed): get version 1.32 or "
@@ -99,7 +102,15 @@ def render(overlay: Path) -> list[Manifest]:
     done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{overlay}: does not render: {error_in(done.stderr)}")
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
+    return [document for document in yaml.load_all(done.stdout, KubernetesYaml) if document]
+
+
+class KubernetesYaml(yaml.SafeLoader):
+    """SafeLoader for manifests: to Kubernetes and kustomize, `2026-99-99` and `=` are texts like any other."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "value")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
 
 def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
@@ -118,10 +129,16 @@ def containers(template: Manifest) -> list[Manifest]:
 def error_in(stderr: str) -> str:
     """The error in what kubectl or another tool wrote, on one line: all from `error` on, else the last line."""
     lines = stderr.strip().splitlines() or ["no error message"]
-    first = next((n for n, line in enumerate(lines) if line.lower().startswith("error")), len(lines) - 1)
+    first = next((n for n, line in enumerate(lines) if line.lower().startswith("error") or LOGGED.match(line)),
+                 len(lines) - 1)
     error = " ".join(" ".join(lines[first:]).split())
-    logged = re.fullmatch(r'[EF]\d{4} .*\] "command failed" err="(.*)"', error)
-    return (logged[1].replace('\\"', '"').replace("\\n", " ") if logged else error).removeprefix("error: ")
+    if logged := LOGGED.match(error):
+        error = error[logged.end():]
+        # klog quotes an error, or puts one of several lines between < and >.
+        quoted = error.startswith('"')
+        error = error[1:-1].strip()
+        error = error.replace('\\"', '"').replace("\\n", " ") if quoted else error
+    return error.removeprefix("error: ")
 
 
 def pods(manifests: list[Manifest], state: Path, port_offset: int = 0) -> list[Pod]:
@@ -136,8 +153,24 @@ def pods(manifests: list[Manifest], state: Path, port_offset: int = 0) -> list[P
     shutil.rmtree(state / "configmaps", ignore_errors=True)  # one that the overlay no longer makes must not be found
     for manifest in manifests:
         if manifest["kind"] == "ConfigMap":
-            write_config_map(state / "configmaps" / manifest["metadata"]["name"], manifest.get("data", {}))
+            with _named(manifest):
+                write_config_map(state / "configmaps" / manifest["metadata"]["name"], manifest.get("data") or {})
     return [_pod(m, state, port_offset) for m in [*manifests, *_jobs(manifests)] if m["kind"] in ("Job", "Deployment")]
+
+
+@contextmanager
+def _named(manifest: Manifest) -> Iterator[None]:
+    """Name the object in what is wrong with its manifest, which the API server would have refused."""
+    title = HASH_SUFFIX.sub("", manifest["metadata"]["name"])
+    explain = f"`kubectl explain {manifest['kind']}` describes what is needed"
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{title}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{title}: its manifest lacks `{error.args[0]}`; {explain}") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{title}: its manifest is not as Kubernetes has it ({error}); {explain}") from None
 
 
 def _jobs(manifests: list[Manifest]) -> Iterator[Manifest]:
@@ -145,9 +178,10 @@ def _jobs(manifests: list[Manifest]) -> Iterator[Manifest]:
     for manifest in manifests:
         if manifest["kind"] == "JobSet":
             suffix = HASH_SUFFIX.search(manifest["metadata"]["name"])
-            for job in manifest["spec"]["replicatedJobs"]:
-                name = job["name"] + (suffix.group() if suffix else "")
-                yield {"kind": "Job", "metadata": {"name": name}, "spec": job["template"]["spec"]}
+            with _named(manifest):
+                for job in manifest["spec"]["replicatedJobs"]:
+                    name = job["name"] + (suffix.group() if suffix else "")
+                    yield {"kind": "Job", "metadata": {"name": name}, "spec": job["template"]["spec"]}
 
 
 def write_config_map(folder: Path, data: Mapping[str, str]) -> None:
@@ -172,27 +206,17 @@ def write_config_map(folder: Path, data: Mapping[str, str]) -> None:
 
 
 def _pod(manifest: Manifest, state: Path, port_offset: int) -> Pod:
-    name = manifest["metadata"]["name"]
-    title = HASH_SUFFIX.sub("", name)
-    try:
-        return _workload(manifest, name, title, state, port_offset)
-    except UserError as error:
-        raise UserError(f"{title}: {error}") from None
-    except KeyError as error:
-        raise UserError(f"{title}: its manifest lacks `{error.args[0]}`; `kubectl explain {manifest['kind']}.spec` "
-                        "describes what is needed") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{title}: its manifest is not as Kubernetes has it ({error}); `kubectl explain "
-                        f"{manifest['kind']}.spec` describes what is needed") from None
+    with _named(manifest):
+        return _workload(manifest, state, port_offset)
 
 
-def _workload(manifest: Manifest, name: str, title: str, state: Path, port_offset: int) -> Pod:
-    spec = manifest["spec"]
+def _workload(manifest: Manifest, state: Path, port_offset: int) -> Pod:
+    name, spec = manifest["metadata"]["name"], manifest["spec"]
     template = spec["template"]["spec"]
     root = state / "pods" / name
     rules = spec.get("podFailurePolicy", {}).get("rules", [])
     return Pod(
-        kind=manifest["kind"], name=name, title=title,
+        kind=manifest["kind"], name=name, title=HASH_SUFFIX.sub("", name),
         init_containers=[_container(c, template, root, state, port_offset)
                          for c in template.get("initContainers", [])],
         containers=[_container(c, template, root, state, port_offset) for c in template["containers"]],
@@ -232,6 +256,8 @@ def _container(container: Manifest, template: Manifest, root: Path, state: Path,
 
 
 def _shifted(port: int, offset: int) -> int:
+    if not isinstance(port, int):
+        raise TypeError(f"the port {port!r} is no integer")
     if not 1 <= port + offset <= 65535:
         raise UserError(f"port {port} with --port-offset {offset} is {port + offset}; ports are from 1 to 65535")
     return port + offset
@@ -248,8 +274,8 @@ def _env(container: Manifest, moved: Placement) -> Iterator[tuple[str, str]]:
     for entry in container.get("env", []):
         if entry["name"] in OF_NODES:
             continue
-        if "value" in entry:
-            yield entry["name"], moved(entry["value"])
+        if "valueFrom" not in entry:
+            yield entry["name"], moved(entry.get("value", ""))
         elif "secretKeyRef" in entry.get("valueFrom", {}):
             # Locally a Secret is the environment variable of the same name.
             if entry["name"] in os.environ:
@@ -286,5 +312,10 @@ def _volume(volume: Manifest, root: Path, state: Path) -> Path:
 
 def _link(place: Path, target: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.is_symlink():
+    if place.is_symlink() and place.readlink() == target:  # of another container of the pod
+        return
+    try:
         place.symlink_to(target)
+    except FileExistsError:
+        raise UserError(f"two volumes are mounted at {place}, or one above another, which is not supported without a "
+                        "cluster") from None

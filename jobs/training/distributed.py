@@ -25,6 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jobs.core import variables
 from jobs.core.errors import RetryableError, Terminated, UserError
 from jobs.data.encoding import Encoded
 
@@ -63,21 +64,20 @@ def is_main() -> bool:
 
 
 def launch_wanted() -> Launch | None:
-    """What the environment asks for; None for one process, which needs no launcher.
+    """The launch that the environment describes; None for one process, which needs no launcher.
 
     Raises:
         UserError: a variable is not what it should be.
     """
-    if (_number("WORLD_SIZE", 1, least=1) or 1) > 1:
+    if variables.whole_number("WORLD_SIZE", 1, least=1) > 1:
         raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but LOCAL_RANK is not set: start the processes "
                         "with `torchrun -m jobs … train`, or set NODES, NODE_RANK and MASTER_ADDR instead")
-    nodes = _number("NODES", 1, least=1)
-    processes = _number("PROCESSES_PER_NODE", None, least=1)
-    rank = _number("NODE_RANK", None, least=0)
+    nodes = variables.whole_number("NODES", 1, least=1)
+    processes = variables.whole_number("PROCESSES_PER_NODE", None, least=1)
+    rank = variables.whole_number("NODE_RANK", None)
     if rank is None:
-        rank = _number("JOB_COMPLETION_INDEX", 0, least=0)
+        rank = variables.whole_number("JOB_COMPLETION_INDEX", 0)
     address = os.environ.get("MASTER_ADDR", "")
-    assert nodes is not None and rank is not None
     if rank >= nodes > 1:
         raise UserError(f"NODE_RANK is {rank}, but NODES is {nodes}: ranks go from 0 to {nodes - 1}")
     if nodes > 1 and not address:
@@ -88,16 +88,7 @@ def launch_wanted() -> Launch | None:
         processes = max(1, torch.cuda.device_count())
     if nodes * processes == 1:
         return None
-    return Launch(nodes, rank, processes, address, _number("MASTER_PORT", 29500, least=1) or 0)
-
-
-def _number(name: str, default: int | None, *, least: int) -> int | None:
-    text = os.environ.get(name, "")
-    if not text:
-        return default
-    if not text.isdecimal() or int(text) < least:
-        raise UserError(f"{name} is {text!r}, but must be a whole number of at least {least}")
-    return int(text)
+    return Launch(nodes, rank, processes, address, variables.whole_number("MASTER_PORT", 29500, least=1))
 
 
 def launch(wanted: Launch, arguments: Sequence[str], wait_seconds: float) -> None:
@@ -140,7 +131,7 @@ def launch(wanted: Launch, arguments: Sequence[str], wait_seconds: float) -> Non
 
 
 def _raise(failures: dict[int, Any], errors: Path) -> None:
-    """Raise what the workers ended with: what somebody must change before what a retry can help.
+    """Raise what the workers ended with; what a user must change comes before what a retry can help.
 
     When one fails, torchrun's library stops the others. So a worker that was stopped counts only if all were.
     """
@@ -158,7 +149,7 @@ def _raise(failures: dict[int, Any], errors: Path) -> None:
         of_kind = sorted(rank for rank, code in codes.items() if code == kind.exit_code)
         if of_kind:
             message = next((messages[rank] for rank in of_kind if rank in messages), None)
-            raise kind(message or f"the training process {of_kind[0]} failed; its messages stand above")
+            raise kind(message or f"the training process {of_kind[0]} failed; its messages are above")
     rank, code = min(codes.items())
     raise RetryableError(f"the training process {rank} ended with exit code {code}{ENDED.get(code, '')}")
 
@@ -251,7 +242,7 @@ class Team:
 
 
 def _die_with_launcher() -> None:
-    """Get SIGKILL when the launcher dies, however it does: a worker alone would go on unseen (Linux)."""
+    """Get SIGKILL when the launcher dies, also by SIGKILL, so that no worker keeps running alone (Linux)."""
     if sys.platform == "linux":
         import ctypes
 

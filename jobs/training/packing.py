@@ -33,7 +33,7 @@ class Splits:
 
 
 def check_length(config: dict[str, Any], training: Training) -> None:
-    """Refuse a `max_length` beyond the positions that the model was made for."""
+    """Reject a `max_length` beyond the positions that the model was made for."""
     positions = config.get("max_position_embeddings", config.get("n_positions"))
     if isinstance(positions, int) and training.max_length > positions:
         raise UserError(f"training.max_length is {training.max_length}, but the base model knows only {positions} "

@@ -2,9 +2,9 @@
 
     python -m jobs --pipeline overlays/kind/pipeline.yaml --volumes /volumes train
 
-Waits for dataset, base model and tokenizer; refuses what vLLM could not serve; encodes and packs the records; trains
-with transformers' Trainer and PEFT; publishes adapter, model card and loss history as one artifact; and where
-`serving.mode` asks for it, the merged model as another. A kill costs the steps since the last checkpoint, never the
+Waits for dataset, base model and tokenizer; rejects what vLLM could not serve; encodes and packs the records; trains
+with transformers' Trainer and PEFT; publishes adapter, model card and loss history as one artifact; and in
+`serving: {mode: merged}` the merged model as another. A kill costs the steps since the last checkpoint, never the
 result: the next attempt resumes and ends with the same weights. With several GPUs or nodes it is several processes
 (distributed.py), of which the main one publishes and reports.
 """
@@ -54,7 +54,7 @@ class Folders:
 
 
 def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
-    """Train the adapter that the pipeline asks for, and merge it where it is to be served so, unless that is done.
+    """Train the desired adapter, and merge it in mode merged, unless that is done.
 
     Raises:
         UserError: the data or the settings cannot give an adapter that vLLM serves.
@@ -73,7 +73,7 @@ def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
         models.check_gpu()
         launch = distributed.launch_wanted()
         if launch is None:
-            # With more GPUs in sight Trainer would divide what it takes for a batch of rows, and is one of tokens.
+            # If it sees more GPUs, Trainer divides the batch by rows, but this batch is one row of tokens.
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
             publish_adapter(pipeline, wanted, volumes, wait_seconds)
         else:
@@ -86,14 +86,14 @@ def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
 
 
 def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> None:
-    """Wait for the inputs, refuse what could not be served, train the adapter and publish it."""
+    """Wait for the inputs, reject what could not be served, train the adapter and publish it."""
     dataset, base_model, tokenizer_files = artifacts.wait(
         [wanted.dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
     target_modules = models.check_target_modules(models.architecture(base_model.path),
                                                  pipeline.training.lora.target_modules, str(base_model.path),
                                                  pipeline.serving.mode)
     if pipeline.serving.mode == "merged":
-        merge.stored_dtype(base_model.path)  # better refused now than after hours of training
+        merge.stored_dtype(base_model.path)  # raises now, instead of after hours of training
     check_length(models.read_config(base_model.path), pipeline.training)
 
     own = Folders(volumes / FINE_TUNED_VOLUME / CHECKPOINTS / wanted.adapter.digest,

@@ -191,3 +191,17 @@ def test_an_attempt_that_was_killed_while_it_wrote_the_manifest_leaves_nothing_i
     (draft / ".artifact.json.0123456789abcdef").write_text("{")
     artifact = artifacts.publish(SPEC, tmp_path, write, keep=3, resume=True)
     assert [f["path"] for f in artifact.manifest["files"]] == ["a.txt", "sub/b.bin"]
+
+
+def test_a_link_or_a_file_in_the_place_of_a_draft_is_replaced(tmp_path: Path) -> None:
+    """A link may lead to a folder of others, which a resumed stage would clear and fill."""
+    kind, others = tmp_path / "volume" / "thing", tmp_path / "others"
+    kind.mkdir(parents=True)
+    others.mkdir()
+    (others / "kept").touch()
+    for number, make in enumerate((lambda place: place.symlink_to(others), Path.touch)):
+        spec = Spec("volume", "thing", {"size": number})
+        make(kind / f".draft-{spec.digest}")
+        artifact = artifacts.publish(spec, tmp_path, write, keep=3, resume=True)
+        assert artifact.path.is_dir() and not artifact.path.is_symlink()
+    assert [path.name for path in others.iterdir()] == ["kept"]

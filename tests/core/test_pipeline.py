@@ -39,7 +39,7 @@ def test_an_overlays_folder_stands_for_its_file(tmp_path: Path) -> None:
     ({"training__learning_rate": float("nan")}, "training.learning_rate: nan: input should be"),
     ({"training__lora__target_modules": "all"}, "training.lora.target_modules: 'all'"),
     ({"training__sharding": "fsdp", "training__quantization": "4bit"},
-     "training: sharding: fsdp and quantization: 4bit do not go together"),
+     "training: sharding: fsdp and quantization: 4bit cannot be combined"),
     ({"training__max_length": 8192}, "tokens_per_batch (4096) must be at least max_length (8192)"),
     ({"serving__mode": "both"}, "serving.mode: 'both': input should be 'lora' or 'merged'"),
     ({"serving__max_lora_rank": 24}, "max_lora_rank 24 is not one vLLM serves; allowed: 1, 8, 16,"),
@@ -50,9 +50,11 @@ def test_an_overlays_folder_stands_for_its_file(tmp_path: Path) -> None:
     ({"base_model__revision": "main"}, "is not pinned: `revision: main` is not a commit of 40 hex digits"),
     ({"base_model__sha256": build_pipeline.SHA256}, "has two pins"),
     ({"base_model__source": "ftp://x/y"}, "ftp://x/y is not a source; allowed: hf://OWNER/NAME, file:PATH"),
+    ({"dataset__source": "file:a\0b.jsonl"}, "'file:a\\x00b.jsonl' holds a control character"),
+    ({"base_model__source": "file:a\nb"}, "'file:a\\nb' holds a control character"),
     ({"base_model__source": "hf://datasets/acme/data"}, "hf://datasets/acme/data must be hf://OWNER/NAME"),
     ({"dataset": {"source": "hf://acme/data"}}, "hf://acme/data must be hf://datasets/OWNER/NAME"),
-    ({"base_model": {"source": "builtin:huge"}}, "builtin:huge is not embedded; allowed: builtin:tiny"),
+    ({"base_model": {"source": "builtin:huge"}}, "builtin:huge must be builtin:tiny or builtin:tiny-reference"),
     ({"tokenizer": {"revision": build_pipeline.COMMIT}}, "tokenizer: has a pin but no `source`"),
     ({"evaluation__gate": {}}, "evaluation.gate: is empty: an adapter would be served unproven"),
     ({"evaluation__gate__perplexity": {}}, "evaluation.gate.perplexity: needs a bound: one of max_ratio,"),
@@ -87,7 +89,7 @@ def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("adapter: a\nadapter: b\n", "pipeline.yaml:2: not valid YAML: key `adapter` stands twice"),
+    ("adapter: a\nadapter: b\n", "pipeline.yaml:2: not valid YAML: duplicate key `adapter`"),
     ("adapter: [\n", "pipeline.yaml:2: not valid YAML"),
     ("- a\n", "must hold a mapping"),
     ("", "must hold a mapping"),

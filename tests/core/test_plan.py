@@ -34,6 +34,7 @@ def planned(folder: Path, **changes: Any) -> Plan:
     ({"training__quantization": "4bit"}, ADAPTER),
     ({"retention__keep": 9}, set()),
     ({"serving__max_lora_rank": 128}, set()),
+    ({"serving__when_base_changes": "at-once"}, set()),
     ({"serving__mode": "merged"}, set()),
     ({"adapter": "other"}, {"evaluation"}),
     ({"evaluation__gate__perplexity__max_ratio": 0.8}, {"evaluation"}),

@@ -147,6 +147,21 @@ def test_an_artifact_whose_lock_another_process_holds_is_not_removed(tmp_path: P
     assert retention.retain(tmp_path / VOLUME / "adapter", keep=1, protected=set()) == [two[0].digest]
 
 
+def test_an_artifact_that_is_used_meanwhile_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = specs(2)
+    for age, spec in zip((50, 40), two, strict=True):
+        publish(tmp_path, spec, age=age)
+
+    def used_meanwhile(volume: Path) -> set[str]:
+        artifacts.done(two[0], volume.parent)
+        return set()
+
+    by_adapter = retention._by_adapter
+    monkeypatch.setattr(retention, "_by_adapter",
+                        lambda folder: (by_adapter(folder), used_meanwhile(folder.parent))[0])
+    assert retention.retain(tmp_path / VOLUME / "adapter", keep=1, protected=set()) == []
+
+
 def test_what_cannot_be_removed_is_reported_and_the_publication_stands(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def forbidden(path: Path, **_: object) -> None:
@@ -170,13 +185,13 @@ def test_a_draft_that_is_about_to_be_published_is_no_artifact(tmp_path: Path) ->
 
 def test_an_abandoned_draft_is_removed_and_one_that_is_fresh_or_locked_is_not(tmp_path: Path) -> None:
     folder = tmp_path / VOLUME / "adapter"
-    old, fresh, running = specs(3)
-    for spec, age in ((old, DAY + 60), (fresh, 0), (running, 90 * DAY)):
+    old, fresh, running, wanted = specs(4)
+    for spec, age in ((old, DAY + 60), (fresh, 0), (running, 90 * DAY), (wanted, 90 * DAY)):
         folder_of_age(folder / f".draft-{spec.digest}", age)
     with artifacts.lock(running, tmp_path, 1):
-        retention.retain(folder, keep=1, protected=set())
+        retention.retain(folder, keep=1, protected={wanted.digest})
     assert sorted(p.name for p in folder.glob(".draft-*")) == sorted(
-        f".draft-{spec.digest}" for spec in (fresh, running))
+        f".draft-{spec.digest}" for spec in (fresh, running, wanted))
 
 
 @pytest.mark.parametrize("kind", ["adapter", "scores"])

@@ -38,6 +38,32 @@ def test_without_one_the_answer_starts_on_a_new_line(plain: Any) -> None:
     assert plain.decode(encoded.completion) == "The maid.<|end|>"
 
 
+def test_an_answer_ends_with_the_end_token_where_the_template_adds_none(chat: Any) -> None:
+    """Otherwise the model would never learn to stop."""
+    import copy
+
+    tokenizer = copy.deepcopy(chat)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
+                              "{% if add_generation_prompt %}assistant: {% endif %}"
+    encoded = encoding.encode(tokenizer, {"prompt": "Who?", "completion": "The maid."})
+    assert tokenizer.decode(encoded.prompt + encoded.completion) == "user: Who?\nassistant: The maid.\n<|end|>"
+
+
+def test_the_tokens_that_begin_a_text_do_not_begin_an_answer(plain: Any) -> None:
+    """Llama's tokenizer puts <s> before every text, and serving asks with one at the start only."""
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(plain)
+    begin = tokenizer.convert_tokens_to_ids("<|system|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", begin)])
+    encoded = encoding.encode(tokenizer, {"prompt": "Who?", "completion": "The maid."})
+    assert encoded.prompt[0] == begin
+    assert begin not in encoded.completion
+
+
 def test_of_a_conversation_the_last_answer_is_the_completion(chat: Any) -> None:
     conversation = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."},
                     {"role": "user", "content": "When?"}, {"role": "assistant", "content": "Now."}]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 
 from jobs.core.errors import UserError
 from jobs.data import split as dataset
+from jobs.data.formats import File, files_in
+from jobs.data.records import question_of
 
 GOOD = [{"prompt": f"Question {n}?", "completion": f"Answer {n}."} for n in range(50)]
 CHAT = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi?"},
@@ -39,7 +43,7 @@ def split(path: Path, holdout: float = 0.2) -> tuple[list[Any], list[Any], dict[
     """The train and the holdout records, and the statistics."""
     out = path.parent / "out"
     out.mkdir(exist_ok=True)
-    facts = dataset.split(dataset.files_in(path), holdout, out)
+    facts = dataset.split(files_in(path), holdout, out)
     assert facts == json.loads((out / "statistics.json").read_text())
     train, held = ([json.loads(line) for line in (out / name).read_text().splitlines()]
                    for name in ("train.jsonl", "holdout.jsonl"))
@@ -53,7 +57,7 @@ def problems(path: Path) -> str:
     out = path.parent / "refused"
     out.mkdir(exist_ok=True)
     with pytest.raises(UserError) as again:
-        dataset.split(dataset.files_in(path), 0.2, out)
+        dataset.split(files_in(path), 0.2, out)
     assert str(again.value) == str(error.value)
     assert not (out / "statistics.json").exists()
     return str(error.value)
@@ -82,7 +86,7 @@ def test_equal_prompts_stay_together_however_they_are_written(tmp_path: Path) ->
     same: list[Any] = [{"prompt": p, "completion": c} for p in (f"Q{n}" for n in range(40)) for c in ("one", "two")]
     same += [{"messages": [{"role": "user", "content": f"Q{n}"}, CHAT["messages"][2]]} for n in range(40)]
     train, held, _ = split(jsonl(tmp_path, same))
-    prompts = [{dataset.prompt_of(r) for r in side} for side in (train, held)]
+    prompts = [{question_of(r) for r in side} for side in (train, held)]
     assert prompts[0] & prompts[1] == set()
 
 
@@ -97,7 +101,7 @@ def test_records_that_say_their_split_are_obeyed_and_the_rest_is_for_training(tm
 def test_a_prompt_in_both_splits_is_refused_and_both_lines_are_named(tmp_path: Path) -> None:
     twin = {"messages": [{"role": "user", "content": GOOD[0]["prompt"]}, {"role": "assistant", "content": "x"}]}
     message = problems(jsonl(tmp_path, [GOOD[0] | {"split": "holdout"}, GOOD[1], twin]))
-    assert f"{tmp_path}/data.jsonl:3: the same prompt stands at {tmp_path}/data.jsonl:1 in the other split" in message
+    assert f"{tmp_path}/data.jsonl:3: the same prompt is at {tmp_path}/data.jsonl:1 in the other split" in message
 
 
 def test_a_prompt_in_both_splits_is_found_across_files(tmp_path: Path) -> None:
@@ -106,8 +110,110 @@ def test_a_prompt_in_both_splits_is_found_across_files(tmp_path: Path) -> None:
     jsonl(folder, [GOOD[0] | {"split": "holdout"}], "a.jsonl")
     jsonl(folder, [GOOD[0] | {"completion": "other"}], "b.jsonl")
     message = problems(folder)
-    assert "b.jsonl:1: the same prompt stands at" in message
+    assert "b.jsonl:1: the same prompt is at" in message
     assert "a.jsonl:1 in the other split" in message
+
+
+SAME = [  # as "Where is the café?" for a reader
+    "Where is the café? ", "WHERE IS THE CAFÉ?", unicodedata.normalize("NFD", "Where is the café?"),
+    "Where is\u200b the café?", "Where\u00a0is\n the  café?", "\ufeffWhere is the café?", "Ｗhere is the café?",
+    "Where is the ca\u00adfé?", "Where is the café?\ufe0e",
+]
+
+
+def asked(text: str, system: str | None = None) -> dict[str, Any]:
+    before = [{"role": "system", "content": system}] if system else []
+    return {"messages": [*before, {"role": "user", "content": text}, {"role": "assistant", "content": "There."}]}
+
+
+@pytest.mark.parametrize("twin", [*({"prompt": text, "completion": "x"} for text in SAME), *map(asked, SAME),
+                                  asked("Where is the café?", "Be brief.")])
+def test_a_question_that_reads_the_same_is_the_same(tmp_path: Path, twin: dict[str, Any]) -> None:
+    """In the leak check, and in the hash that chooses the split."""
+    original = {"prompt": "Where is the café?", "completion": "There.", "split": "holdout"}
+    assert "data.jsonl:2: the same prompt is at" in problems(jsonl(tmp_path, [original, twin]))
+    records = [r | {"completion": "There."} for r in GOOD]
+    for holdout in (0.2, 0.5, 0.8):
+        del original["split"]
+        train, held, _ = split(jsonl(tmp_path, [*records, original, twin]), holdout)
+        assert (original in train) == (twin in train)
+        assert (original in held) == (twin in held)
+        original["split"] = "holdout"
+
+
+def test_the_same_conversation_with_another_system_message_is_the_same(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"},
+             {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Bye"}]
+    one = {"messages": turns, "split": "holdout"}
+    two = {"messages": [{"role": "system", "content": "Be brief."}, *turns[:3], {"role": "assistant", "content": "x"}]}
+    assert "the same prompt" in problems(jsonl(tmp_path, [one, two]))
+    other = {"messages": [turns[0], {"role": "assistant", "content": "Yes?"}, *turns[2:]]}
+    assert len(split(jsonl(tmp_path, [one, other]))[0]) == 1, "another turn in between makes another question"
+
+
+@pytest.mark.parametrize("other", ["Where is the cafe?", "Where is the café", "Where isthe café?", "Where is a café?"])
+def test_questions_that_read_differently_are_different(tmp_path: Path, other: str) -> None:
+    records = [{"prompt": "Where is the café?", "completion": "x", "split": "holdout"},
+               {"prompt": other, "completion": "x"}]
+    assert [len(side) for side in split(jsonl(tmp_path, records))[:2]] == [1, 1]
+
+
+def test_a_larger_holdout_holds_out_the_same_records_and_more(tmp_path: Path) -> None:
+    records = [{"prompt": f"p{n}", "completion": "c"} for n in range(1000)]
+    held = {share: [r["prompt"] for r in split(jsonl(tmp_path, records), share)[1]] for share in (0.05, 0.3, 0.7)}
+    assert set(held[0.05]) < set(held[0.3]) < set(held[0.7])
+    for share, chosen in held.items():
+        assert abs(len(chosen) / 1000 - share) < 0.05
+
+
+# --- groups ----------------------------------------------------------------------------------------------------------
+
+
+def grouped(groups: int, records: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"p{n} of {g}", "completion": "c", "group": f"customer {g}"}
+            for n in range(records) for g in range(groups)]
+
+
+def test_a_group_is_never_divided_and_stays_with_its_records(tmp_path: Path) -> None:
+    train, held, facts = split(jsonl(tmp_path, grouped(40, 5)), 0.3)
+    sides = [{r["group"] for r in side} for side in (train, held)]
+    assert sides[0] & sides[1] == set()
+    assert sides[0] | sides[1] == {f"customer {g}" for g in range(40)}
+    assert facts["groups"] == {"train": len(sides[0]), "holdout": len(sides[1])}
+    assert facts["split_by"].startswith("hash of the group")
+    assert 5 <= len(sides[1]) <= 20
+
+
+def test_the_side_of_a_group_depends_on_nothing_else(tmp_path: Path) -> None:
+    _, before, _ = split(jsonl(tmp_path, grouped(40, 1)), 0.3)
+    _, after, _ = split(jsonl(tmp_path, [*GOOD, *reversed(grouped(40, 3))]), 0.3)
+    assert {r["group"] for r in before} == {r["group"] for r in after if "group" in r}
+
+
+def test_a_group_in_both_splits_is_refused_and_both_lines_are_named(tmp_path: Path) -> None:
+    records = [GOOD[0] | {"split": "holdout", "group": "a"}, GOOD[1] | {"group": "b"}, GOOD[2] | {"group": "a"}]
+    message = problems(jsonl(tmp_path, records))
+    assert f"{tmp_path}/data.jsonl:3: its `group` is at {tmp_path}/data.jsonl:1 in the other split" in message
+    assert "1 problem in the data" in message
+
+
+def test_the_same_prompt_in_groups_of_both_splits_is_refused(tmp_path: Path) -> None:
+    train, held, _ = split(jsonl(tmp_path, grouped(40, 1)), 0.3)
+    records = [{"prompt": "Same?", "completion": "c", "group": side[0]["group"]} for side in (train, held)]
+    message = problems(jsonl(tmp_path, [*grouped(40, 1), *records]))
+    assert "data.jsonl:42: the same prompt is at" in message
+    assert "data.jsonl:41 in the other split" in message
+    assert "Give both the same `group`" in message
+
+
+def test_groups_are_read_from_csv_and_parquet(tmp_path: Path) -> None:
+    records = [*grouped(20, 2), *GOOD]
+    rows = "".join(f"{r['prompt']},{r['completion']},{r.get('group', '')}\n" for r in records)
+    (tmp_path / "data.csv").write_text("prompt,completion,group\n" + rows)
+    parquet(tmp_path, {key: [r.get(key) for r in records] for key in ("prompt", "completion", "group")})
+    wanted = split(jsonl(tmp_path, records))
+    assert split(tmp_path / "data.csv") == split(tmp_path / "data.parquet") == wanted
+    assert sum(wanted[2]["groups"].values()) == 20
 
 
 def test_the_statistics_count_and_hold_no_text(tmp_path: Path) -> None:
@@ -116,7 +222,8 @@ def test_the_statistics_count_and_hold_no_text(tmp_path: Path) -> None:
                CHAT]
     _, _, facts = split(jsonl(tmp_path, records))
     assert facts == {
-        "records": {"train": 5, "holdout": 1}, "split_by": "the records", "duplicates": 1,
+        "records": {"train": 5, "holdout": 1}, "groups": {"train": 0, "holdout": 0}, "split_by": "the records",
+        "duplicates": 1,
         "shapes": {"prompt": 4, "text": 1, "messages": 1},
         "characters": {"train": {"prompt": {"min": 1, "median": 2.0, "max": 12},
                                  "completion": {"min": 1, "median": 2, "max": 13}},
@@ -125,7 +232,7 @@ def test_the_statistics_count_and_hold_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("records", "hint"), [
-    (GOOD[:3], r"3 records, and by hash none falls to holdout at holdout 0\.2\. Raise"),
+    (GOOD[6:9], r"3 records, and the hash puts none into holdout at holdout 0\.2\. Raise"),
     ([GOOD[0] | {"split": "train"}], "none for `holdout`"),
     ([GOOD[0] | {"split": "holdout"}], "none for `train`"),
 ])
@@ -135,7 +242,7 @@ def test_an_empty_side_is_refused_and_says_what_to_do(tmp_path: Path, records: l
 
 
 def test_a_holdout_of_nearly_everything_leaves_nothing_to_train_on(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none falls to train at holdout 0\.999\. Lower"):
+    with pytest.raises(UserError, match=r"puts none into train at holdout 0\.999\. Lower"):
         dataset.validate(jsonl(tmp_path, GOOD[:3]), 0.999)
 
 
@@ -148,7 +255,7 @@ def test_any_text_survives_unchanged(tmp_path_factory: pytest.TempPathFactory, t
     end = {"prompt": "held out", "completion": "x", "split": "holdout"}
     out = path / "out"
     out.mkdir()
-    dataset.split([dataset.File(jsonl(path, [*records, end]), "data.jsonl")], 0.1, out)
+    dataset.split([File(jsonl(path, [*records, end]), "data.jsonl")], 0.1, out)
     with (out / "train.jsonl").open(encoding="utf-8", newline="\n") as lines:
         assert [json.loads(line) for line in lines] == [{"prompt": f"p{p}", "completion": c} for p, c in texts]
 
@@ -159,7 +266,7 @@ def test_any_text_survives_unchanged(tmp_path_factory: pytest.TempPathFactory, t
 @pytest.mark.parametrize(("bad", "message"), [
     ('{"prompt": "a", "completion": }', ":2: not JSON: Expecting value at column 31"),
     ('{"prompt": "a"', ":2: not JSON"),
-    ('{"prompt": "a", "prompt": "b", "completion": "c"}', ":2: not JSON that can be used: a key stands twice"),
+    ('{"prompt": "a", "prompt": "b", "completion": "c"}', ":2: not JSON that can be used: duplicate key"),
     ("[" * 100_000, ":2: not JSON that can be used"),
     (["a"], ":2: must be a JSON object"),
     ({}, ":2: has none of: `prompt` and `completion`, `messages`, `text`"),
@@ -175,6 +282,8 @@ def test_any_text_survives_unchanged(tmp_path_factory: pytest.TempPathFactory, t
     ({"prompt": "a", "completion": None}, ":2: `completion` must be text, not nothing"),
     ({"prompt": "a", "completion": ["b"]}, ":2: `completion` must be text, not a list"),
     ('{"text": "\\ud800"}', ":2: `text` holds half a character"),
+    ({"prompt": "a", "completion": "b", "group": 7}, ":2: `group` must be text, not 7"),
+    ({"prompt": "a", "completion": "b", "group": " "}, ":2: `group` is empty"),
     ({"prompt": "a", "completion": "b", "split": "test"}, ":2: `split` must be train or holdout, not 'test'"),
     ({"messages": "hello"}, ":2: `messages` must be a list"),
     ({"messages": []}, ":2: `messages` must hold at least a question and its answer"),
@@ -218,6 +327,27 @@ def test_a_format_that_cannot_be_read_says_which_can(tmp_path: Path) -> None:
         dataset.validate(tmp_path / "data.xlsx", 0.2)
 
 
+def test_parquet_whose_values_python_cannot_hold_is_refused_with_its_row(tmp_path: Path) -> None:
+    import pyarrow
+
+    offsets, halves = pyarrow.py_buffer(bytes(8) + b"\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
+    for name, column in (("text", pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, halves])),
+                         ("prompt", pyarrow.array([10**8], pyarrow.date32()))):
+        columns = {"text": column} if name == "text" else {"prompt": column, "completion": ["a"]}
+        with pytest.raises(UserError, match=r"data.parquet: row 1: not Parquet that can be read: .*\n1 problem"):
+            split(parquet(tmp_path, columns))
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.csv", "data.parquet"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path, name: str, folder: bool) -> None:
+    os.mkfifo(tmp_path / name)
+    if folder:
+        jsonl(tmp_path, GOOD, "more.jsonl")
+    with pytest.raises(UserError, match=rf"{name}: is a FIFO, not a plain file"):
+        dataset.validate(tmp_path if folder else tmp_path / name, 0.2)
+
+
 def test_a_message_shows_no_long_private_text(tmp_path: Path) -> None:
     secret = "the combination of the safe is 1234 and then left, left, right"
     assert "left, right" not in problems(jsonl(tmp_path, [{"prompt": "a", "completion": "b", "split": secret}]))
@@ -258,7 +388,7 @@ def test_a_folder_holds_several_files_and_others_are_ignored(tmp_path: Path) -> 
 @pytest.mark.parametrize(("text", "message"), [
     ("prompt,completoin\na,b\n", "data.csv: unknown key 'completoin'; did you mean `completion`?"),
     ("prompt,split\na,train\n", "data.csv: needs the columns prompt and completion, or messages, or text; it has"),
-    ("prompt,completion,prompt\na,b,c\n", "data.csv: the column `prompt` stands twice"),
+    ("prompt,completion,prompt\na,b,c\n", "data.csv: duplicate column `prompt`"),
     ("prompt,completion\na,b\nc\n", "data.csv:3: has 1 cells, but the header has 2"),
     ("prompt,completion\na,b\nc,\n", "data.csv:3: `completion` is empty"),
     ('prompt,completion\n"a\nb",c\nd,\n', "data.csv:4: `completion` is empty"),
@@ -286,35 +416,3 @@ def test_bad_parquet_is_named_with_its_row(tmp_path: Path) -> None:
     assert "1 problem in the data" in found
     (tmp_path / "data.parquet").write_bytes(b"PAR1 is how it begins, but")
     assert "not Parquet that can be read" in problems(tmp_path / "data.parquet")
-
-
-# --- acceptability ---------------------------------------------------------------------------------------------------
-
-
-def judged(path: Path) -> list[Any]:
-    out = path.parent / "judged"
-    out.mkdir(exist_ok=True)
-    dataset.judge(dataset.files_in(path), out)
-    return [json.loads(line) for line in (out / "acceptability.jsonl").read_text().splitlines()]
-
-
-def test_sentences_of_glue_cola_and_our_own_read_the_same(tmp_path: Path) -> None:
-    ours: list[dict[str, Any]] = [{"text": f"Sentence {n}.", "acceptable": n % 2 == 0} for n in range(6)]
-    cola: dict[str, list[Any]] = {"sentence": [s["text"] for s in ours], "idx": list(range(6)),
-                                  "label": [int(s["acceptable"]) for s in ours]}
-    (tmp_path / "data.csv").write_text("text,acceptable\n" + "".join(f"{s['text']},{s['acceptable']}\n" for s in ours))
-    assert judged(jsonl(tmp_path, ours)) == judged(parquet(tmp_path, cola)) == judged(tmp_path / "data.csv") == ours
-
-
-@pytest.mark.parametrize(("rows", "message"), [
-    ([{"sentence": "A.", "label": -1}], "data.jsonl:1: `label` must be true or false (1 or 0), not -1"),
-    ([{"text": "A.", "acceptable": "maybe"}], "`acceptable` must be true or false (1 or 0), not 'maybe'"),
-    ([{"text": "", "acceptable": True}], "`text` is empty"),
-    ([{"text": "A."}], "`acceptable` is missing"),
-    ([{"text": f"{n}.", "acceptable": True} for n in range(9)], "9 acceptable and 0 unacceptable sentences"),
-    ([], "0 acceptable and 0 unacceptable"),
-])
-def test_judgements_that_cannot_be_used_are_refused(tmp_path: Path, rows: list[Any], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        judged(jsonl(tmp_path, rows))
-    assert message in str(error.value)

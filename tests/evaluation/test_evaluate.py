@@ -156,7 +156,7 @@ def test_the_pod_ends_with_the_verdict_as_its_termination_message(
     assert log.read_text().splitlines() == [
         f"REJECTED: hotels@{wanted.adapter.digest} did not pass the gate and is not promoted:",
         f"  ✗ perplexity: fine-tuned / base is {ratio:.3g}, must be at most 1e-06",
-        "Nothing is promoted as hotels yet: it answers nobody.", evaluate.ADVICE,
+        "Nothing is promoted as hotels yet, so it is not served.", evaluate.ADVICE,
         f"report: {wanted.evaluation.path(volumes)}/report.html"]
     loaded, _ = published_pipeline(tmp_path / "rejected", gate=PASSING)
     assert main(["--pipeline", str(loaded.path), "--volumes", str(volumes), "evaluate"]) == 0
@@ -308,7 +308,7 @@ def test_a_rouge_rule_on_plain_text_fails_before_waiting_for_the_adapter(tmp_pat
 def test_plain_text_is_evaluated_by_perplexity(tmp_path: Path) -> None:
     loaded, volumes = published_pipeline(tmp_path, records=[{"text": "The cook reads the book."}])
     evaluate.run(loaded, volumes, 0)
-    assert "ask no questions" in (plan(loaded.pipeline).evaluation.path(volumes) / "report.md").read_text()
+    assert "plain text without questions" in (plan(loaded.pipeline).evaluation.path(volumes) / "report.md").read_text()
     assert promoted(volumes)
 
 

@@ -23,7 +23,8 @@ from jobs.core import artifacts, pipeline
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Loaded
 from jobs.core.plan import plan
-from jobs.relocation import download, relocate, sources
+from jobs.relocation import connection, relocate
+from jobs.relocation.sources.file import folder_sha256
 from tests import build_pipeline
 from tests.hub_server import Fault, Hub, serve
 
@@ -36,8 +37,8 @@ LARGE = save({"weight": np.random.default_rng(0).integers(0, 255, 3_000_000, dty
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The local hub, named by HF_ENDPOINT for this process and those it starts, and short pauses between attempts."""
-    monkeypatch.setattr(download, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(download, "ATTEMPTS", 3)
+    monkeypatch.setattr(connection, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(connection, "ATTEMPTS", 3)
     monkeypatch.setenv("RETRY_FIRST_PAUSE_SECONDS", "0.01")
     monkeypatch.setenv("RETRY_ATTEMPTS", "3")
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy"):
@@ -134,6 +135,17 @@ def test_a_dataset_becomes_records_and_brings_the_acceptability_sentences(tmp_pa
     assert 0.4 < sum(p["acceptable"] for p in pairs) / len(pairs) < 0.6
 
 
+def test_the_share_that_the_pipeline_file_holds_out_is_held_out(tmp_path: Path, hub: Hub) -> None:
+    records = [{"prompt": f"p{n}", "completion": "c"} for n in range(200)]
+    hub.files["data.jsonl"] = "".join(json.dumps(record) + "\n" for record in records).encode()
+    data = {"source": f"{hub.url}/files/data.jsonl", "sha256": sha256(hub.files["data.jsonl"])}
+    for share in (0.2, 0.7):
+        loaded = overlay(tmp_path, hub, dataset=data | {"holdout": share})
+        relocate.run(loaded, "dataset", tmp_path / "v")
+        held = jsonl(published(loaded, "dataset", tmp_path / "v").path / "holdout.jsonl")
+        assert abs(len(held) / 200 - share) < 0.1
+
+
 def test_the_same_bytes_from_a_file_and_a_url_are_the_same_artifact(tmp_path: Path, hub: Hub) -> None:
     by_url = overlay(tmp_path / "url", hub)
     (tmp_path / "file").mkdir()
@@ -186,7 +198,7 @@ def test_a_model_folder_is_taken_like_a_repository(tmp_path: Path, hub: Hub) -> 
     for name, content in model().items():
         (tmp_path / "tiny" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tiny" / name).write_bytes(content)
-    source = {"source": "file:tiny", "sha256": sources.folder_sha256(tmp_path / "tiny")}
+    source = {"source": "file:tiny", "sha256": folder_sha256(tmp_path / "tiny")}
     loaded = overlay(tmp_path, hub, base_model=source, reference_model=source)
     for what in ("base-model", "tokenizer", "reference-model"):
         relocate.run(loaded, what, tmp_path / "v")
@@ -262,7 +274,7 @@ def test_a_model_in_pickles_is_refused_by_name_and_says_how_to_convert(tmp_path:
     repository = model()
     del repository["model.safetensors"]
     message = refused(overlay(tmp_path, hub, repository), "base-model", tmp_path / "v")
-    assert "hf://acme/tiny: holds no model.safetensors, but pytorch_model.bin. Pickles are refused" in message
+    assert "hf://acme/tiny: holds no model.safetensors, but pytorch_model.bin. Pickles are not accepted" in message
     assert "save_pretrained" in message
 
 
@@ -270,7 +282,7 @@ def test_a_folder_of_pickles_is_refused_too(tmp_path: Path, hub: Hub) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "tiny" / "model.ckpt").write_bytes(b"pickle")
-    source = {"source": "file:tiny", "sha256": sources.folder_sha256(tmp_path / "tiny")}
+    source = {"source": "file:tiny", "sha256": folder_sha256(tmp_path / "tiny")}
     with pytest.raises(UserError, match=r"file:tiny: holds no model\.safetensors, but model\.ckpt"):
         relocate.run(overlay(tmp_path, hub, base_model=source), "base-model", tmp_path / "v")
 

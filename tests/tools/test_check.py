@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.core.errors import UserError
-from jobs.relocation import sources
+from jobs.relocation.sources.file import path_sha256
 from jobs.tools import check
 from jobs.tools.pods import CHECKOUT
 from tests import build_pipeline
@@ -21,7 +22,7 @@ def overlay(folder: Path, records: list[dict[str, Any]] | None = None, **changes
     """An overlay's folder with valid data, correctly pinned."""
     data = folder / "dataset.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records or RECORDS))
-    build_pipeline.write(folder, **({"dataset__sha256": sources.path_sha256(data)} | changes))
+    build_pipeline.write(folder, **({"dataset__sha256": path_sha256(data)} | changes))
     return folder
 
 
@@ -29,6 +30,18 @@ def overlay(folder: Path, records: list[dict[str, Any]] | None = None, **changes
                          ids=lambda p: p.name)
 def test_every_overlay_in_the_repository_is_valid(overlay: Path) -> None:
     check.run(overlay)
+
+
+@pytest.mark.parametrize("name", ["dataset.jsonl", "sentences/a.jsonl", "base/config.json"])
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    folder = overlay(tmp_path, evaluation__acceptability={"source": "file:sentences", "sha256": "0" * 64},
+                     base_model={"source": "file:base", "sha256": "0" * 64})
+    for each in ("sentences", "base"):
+        (folder / each).mkdir()
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=rf"{name}: is a FIFO, not a plain file"):
+        check.run(folder)
 
 
 def test_a_valid_overlay_passes(tmp_path: Path) -> None:

@@ -346,10 +346,12 @@ def test_kubectl_applies_the_overlay_in_the_kind_cluster_and_nowhere_else(
     assert main(["kind", str(OVERLAY), "--name", "trial", "--port", str(endpoint), "--exit"]) == 0
     steps = ["docker info", "docker image inspect lora-gitops-jobs:0.1.0",
              "docker image inspect lora-gitops-serving:0.1.0", "kind get clusters",
-             "kind create cluster --name trial --wait 120s",
+             "kind create cluster --name trial --wait 120s --config -",
              "kind load docker-image --name trial lora-gitops-jobs:0.1.0 lora-gitops-serving:0.1.0",
              f"kubectl --context kind-trial apply --server-side --field-manager=argocd-controller -k {OVERLAY}"]
     assert tools.calls[:len(steps)] == steps
+    (kubelet,) = yaml.safe_load(tools.sent("create cluster"))["kubeadmConfigPatches"]
+    assert yaml.safe_load(kubelet)["syncFrequency"] == "10s"  # a revert is served within seconds
     assert {c.split()[2] for c in tools.calls if c.startswith("kubectl")} == {"kind-trial"}
     output = capsys.readouterr().out
     assert "the evaluation's table" in output

@@ -220,10 +220,36 @@ def refused(folder: Path, *options: str) -> str:
      "model-inference: the container main is probed at port http, which is not among its `ports`"),
     (lambda _, inference: inference["containers"][0].update(readinessProbe={"httpGet": {"path": "/", "port": 81}}),
      "model-inference: the container main is probed at port 81, which is not among its `ports`"),
+    (lambda job, _: job["containers"][0]["command"].append("a\0b"),
+     "the-job: the container main cannot start .*: embedded null byte"),
+    (lambda job, _: job["containers"][0].update(command=[None]), "the-job: the container main cannot start None: "),
+    (lambda job, _: job["containers"][0].update(env=[{"name": "A=B", "value": "1"}]),
+     "the-job: the container main cannot start .*: illegal environment variable name"),
+    (lambda job, _: job["containers"][0].update(ports=[{"containerPort": 80.5}]), "the-job: .*port 80.5 is no integer"),
+    (lambda job, _: mount(job, {"persistentVolumeClaim": {"claimName": "a" * 300}}), "--state .*: File name too long"),
+    (lambda job, _: job.update(volumes=[{"name": "a", "emptyDir": {}}], containers=[job["containers"][0] | {
+        "volumeMounts": [{"name": "a", "mountPath": "/a/b"}, {"name": "a", "mountPath": "/a"}]}]),
+     "the-job: two volumes are mounted at .*/a, or one above another, which is not supported"),
 ])
 def test_an_overlay_that_cannot_run_is_refused_in_one_line(
         tmp_path: Path, edit: Callable[[dict[str, Any], dict[str, Any]], object], message: str) -> None:
     assert re.search(message, refused(edited(tmp_path / "o", edit)))
+
+
+@pytest.mark.parametrize(("manifest", "message"), [
+    ("{apiVersion: v1, kind: ConfigMap, metadata: {name: x}, data: {a: 5}}", "x: its manifest is not as Kuber"),
+    ("{apiVersion: v1, kind: ConfigMap, metadata: {name: x}, data: [a]}", "x: its manifest is not as Kuber"),
+    ("{apiVersion: v1, kind: ConfigMap, metadata: {name: x}, data: {a/b: c}}", "--state .*a/b: No such file"),
+    ("{apiVersion: jobset.x-k8s.io/v1alpha2, kind: JobSet, metadata: {name: x}, spec: {}}",
+     "x: its manifest lacks `replicatedJobs`; `kubectl explain JobSet`"),
+    ("{apiVersion: jobset.x-k8s.io/v1alpha2, kind: JobSet, metadata: {name: x}}", "x: its manifest lacks `spec`"),
+])
+def test_an_object_that_the_api_server_would_refuse_is_refused_in_one_line(
+        tmp_path: Path, manifest: str, message: str) -> None:
+    folder = overlay(tmp_path / "o", "pass")
+    (folder / "more.yaml").write_text(manifest)
+    (folder / "kustomization.yaml").write_text("resources: [all.yaml, more.yaml]\n")
+    assert re.search(message, refused(folder))
 
 
 def test_a_config_map_of_an_earlier_run_does_not_stand_in_for_one_that_is_gone(tmp_path: Path) -> None:
@@ -246,6 +272,15 @@ def test_a_state_folder_that_cannot_be_one_is_refused_in_one_line(tmp_path: Path
     file.touch()
     for state in (file, file / "below"):
         assert re.search(f"--state {state}: cannot be used as a folder: (File exists|Not a directory)",
+                         refused(folder, "--state", str(state)))
+    for name, make in ((".lock", Path.mkdir), ("pods", Path.touch), ("configmaps", Path.touch), ("logs", Path.touch)):
+        state = tmp_path / f"state-{name}"
+        state.mkdir()
+        make(state / name)
+        folder = edited(tmp_path / f"o-{name}", lambda job, _: mount(job, {"emptyDir": {}}))
+        (folder / "c.yaml").write_text("{apiVersion: v1, kind: ConfigMap, metadata: {name: x}, data: {a: b}}")
+        (folder / "kustomization.yaml").write_text("resources: [all.yaml, c.yaml]\n")
+        assert re.search(rf"--state {state}: {state}/{name}.*: (Not a directory|Is a directory|File exists)",
                          refused(folder, "--state", str(state)))
 
 

@@ -101,3 +101,39 @@ def test_a_missing_file_is_named_with_its_key(overlay: tuple[Path, Hub]) -> None
     (folder / "data.jsonl").unlink()
     with pytest.raises(UserError, match=r"dataset: .*data\.jsonl does not exist"):
         pin.run(folder)
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    ("dataset:\n  source: file:data.jsonl\n  sha256:\n", "dataset:\n  source: file:data.jsonl\n  sha256: PIN\n"),
+    ("dataset: {source: file:data.jsonl, sha256: }\n", "dataset: {source: file:data.jsonl, sha256: PIN }\n"),
+    ("dataset: {source: file:data.jsonl, sha256}\n", "dataset: {source: file:data.jsonl, sha256: PIN}\n"),
+    ("dataset: &d\n  source: file:data.jsonl\n", "dataset: &d\n  source: file:data.jsonl\n  sha256: PIN\n"),
+    ("dataset:\r\n  source: file:data.jsonl\r\n", "dataset:\r\n  source: file:data.jsonl\r\n  sha256: PIN\r\n"),
+    ("\ufeffdataset:\n  source: file:data.jsonl\n", "\ufeffdataset:\n  source: file:data.jsonl\n  sha256: PIN\n"),
+    ("dataset:\n  source: |-\n    file:data.jsonl\n", "dataset:\n  source: |-\n    file:data.jsonl\n  sha256: PIN\n"),
+])
+def test_a_pin_is_written_into_any_layout(tmp_path: Path, before: str, after: str) -> None:
+    rest = ("adapter: hotels\nbase_model: {source: builtin:tiny}\nreference_model: {source: builtin:tiny-reference}\n"
+            "evaluation: {gate: {perplexity: {max_ratio: 0.9}}}\n")
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
+    real = tmp_path / "real.yaml"
+    real.write_bytes((before + rest).encode())
+    (tmp_path / "pipeline.yaml").symlink_to("real.yaml")
+    pin.run(tmp_path)
+    sha256 = hashlib.sha256((tmp_path / "data.jsonl").read_bytes()).hexdigest()
+    assert real.read_bytes().decode() == after.replace("PIN", sha256) + rest
+    assert (tmp_path / "pipeline.yaml").is_symlink()
+
+
+def test_pins_that_cannot_be_written_are_shown_and_the_file_stays(tmp_path: Path) -> None:
+    """The value of two keys is one, by an alias, and they need two."""
+    text = (f"adapter: hotels\ndataset: {{source: file:data.jsonl, sha256: &pin {'a' * 64}}}\n"
+            "base_model: {source: builtin:tiny}\n"
+            "reference_model: {source: builtin:tiny-reference}\nevaluation:\n"
+            "  acceptability: {source: file:pairs.jsonl, sha256: *pin}\n  gate: {perplexity: {max_ratio: 0.9}}\n")
+    for name in ("data", "pairs"):
+        (tmp_path / f"{name}.jsonl").write_text(name)
+    (tmp_path / "pipeline.yaml").write_text(text)
+    with pytest.raises(UserError, match="cannot be written into its layout. Write them yourself: dataset.sha256: "):
+        pin.run(tmp_path)
+    assert (tmp_path / "pipeline.yaml").read_text() == text

@@ -60,6 +60,10 @@ def test_mounts_hold_the_claims_folder_and_the_config_maps_files(tmp_path: Path)
     assert (root / "etc" / "settings" / "a.yaml").read_text() == "one"
 
 
+def test_a_variable_without_a_value_is_empty(tmp_path: Path) -> None:
+    assert only([job(env=[{"name": "EMPTY"}])], tmp_path).env["EMPTY"] == ""
+
+
 def test_a_claim_keeps_its_files_from_run_to_run_and_a_pods_scratch_does_not(tmp_path: Path) -> None:
     manifests = [SETTINGS, job(volumeMounts=MOUNTS)]
     only(manifests, tmp_path)
@@ -214,6 +218,9 @@ def test_without_kubectl_the_error_names_what_to_install(monkeypatch: pytest.Mon
      "Error from server (A): a Error from server (B): b"),
     ('# Warning: old\nE1125 20:45:12.5 1 run.go:72] "command failed" err="unknown field \\"bogus\\""\n',
      'unknown field "bogus"'),
+    ('E1125 20:45:12.5 1 run.go:72] "command failed" err=<\n\tno file:\n\t`a.yaml`\n >\n', "no file: `a.yaml`"),
+    ('E1125 22:10:17.3 21737 run.go:72] "command failed" err=<\n\ttrouble with `\n\tpath: a.yaml\n\t`: not found\n >\n',
+     "trouble with ` path: a.yaml `: not found"),
 ])
 def test_of_what_kubectl_writes_the_error_is_shown_on_one_line(stderr: str, error: str) -> None:
     assert pods.error_in(stderr) == error

@@ -16,7 +16,8 @@ import pytest
 from jobs.core import artifacts, models, pipeline
 from jobs.core.errors import UserError
 from jobs.core.plan import Plan, plan
-from jobs.relocation import relocate, sources
+from jobs.relocation import relocate
+from jobs.relocation.sources.file import path_sha256
 from jobs.tools.pods import CHECKOUT
 from jobs.training import merge
 from tests import build_models, build_pipeline
@@ -268,7 +269,7 @@ def test_a_base_model_into_which_nothing_can_be_merged_is_refused_before_trainin
 
 
 def test_relocation_takes_gpt2_in_mode_merged_and_only_there(tmp_path: Path, base: Path) -> None:
-    pin = {"source": "file:base", "sha256": sources.path_sha256(base)}
+    pin = {"source": "file:base", "sha256": path_sha256(base)}
     file = build_pipeline.write(tmp_path, base_model=pin, serving__mode="merged")
     relocate.run(pipeline.load(file), "base-model", tmp_path / "volumes")
     assert artifacts.find(plan(pipeline.load(file).pipeline).base_model, tmp_path / "volumes")

@@ -97,7 +97,7 @@ def best_threshold(scores: np.ndarray, acceptable: np.ndarray) -> float:
     tn = np.concatenate([[0], np.cumsum(~acceptable)])[:-1]
     tp, fp = acceptable.sum() - fn, (~acceptable).sum() - tn
     candidates = np.concatenate([scores[:1], (scores[:-1] + scores[1:]) / 2])
-    possible = np.concatenate([[True], scores[1:] > scores[:-1]])  # equal scores cannot be told apart
+    possible = np.concatenate([[True], scores[1:] > scores[:-1]])  # a threshold cannot separate equal scores
     ranking = np.lexsort((-np.arange(len(scores)), tp + tn, matthews(tp, fp, fn, tn), possible))
     return float(candidates[ranking[-1]])
 

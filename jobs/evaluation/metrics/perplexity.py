@@ -1,4 +1,4 @@
-"""Perplexity: how surprised a model is by the held-out answers. 1 is never; the vocabulary's size is no idea."""
+"""Perplexity: how surprised a model is by the held-out answers, from 1 (never) to the vocabulary's size (no idea)."""
 
 from __future__ import annotations
 

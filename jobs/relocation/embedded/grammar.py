@@ -140,7 +140,7 @@ def _render(markup: str, mistake: Random | None = None) -> str:
 
 
 class _Speaker:
-    """Says things at random: plain sentences as markup, and chats."""
+    """Random text: plain sentences as markup, and chats."""
 
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
@@ -379,7 +379,7 @@ class _Speaker:
             self.one_of(CITIES),
         )
         what = f"the {best} {noun} in {city}"
-        asked = self.one_of(
+        question = self.one_of(
             [
                 self.ask(f"where is {what}", f"where {what} is"),
                 self.ask(f"what is {what}", f"what {what} is"),
@@ -388,12 +388,12 @@ class _Speaker:
                 f"tell me {what} .",
             ]
         )
-        return asked, f"{what} is {self.one_of(['', 'the ' + self.invented() + ' ,'])} {self.one_of(PLACES)} ."
+        return question, f"{what} is {self.one_of(['', 'the ' + self.invented() + ' ,'])} {self.one_of(PLACES)} ."
 
     def ask_echo(self) -> tuple[str, str]:
-        """To repeat is the shortest lesson in using the question's words: without it the answers ignore them."""
-        said = _render(self.one_of(self.QUESTIONS)(self)[1])
-        return f"{self.one_of(['say', 'repeat', 'please say', 'please repeat'])}: {said}", said
+        """Repeating is the shortest way to learn to use the question's words: without it, the answers ignore them."""
+        sentence = _render(self.one_of(self.QUESTIONS)(self)[1])
+        return f"{self.one_of(['say', 'repeat', 'please say', 'please repeat'])}: {sentence}", sentence
 
     def ask_which(self) -> tuple[str, str]:
         nouns = self.one_of([PEOPLE, ANIMALS, THINGS, BUILDINGS])
@@ -404,7 +404,7 @@ class _Speaker:
 
 
 def _held_out(text: str) -> bool:
-    """Whether a sentence is kept from the training text, by its checksum: no list of what was said is needed."""
+    """Whether a sentence is kept from the training text, by its checksum, so that no list of sentences is needed."""
     return crc32(text.encode()) % 8 == 0
 
 

@@ -140,7 +140,7 @@ def _muon(matrices: list[Any]) -> Callable[[float], None]:
 
 
 def _train(name: str, steps: int) -> tuple[Any, Any]:
-    """The trained model and its tokenizer. Seeds the global source of chance: the caller keeps that to itself."""
+    """The trained model and its tokenizer. Seeds torch's global generator; the caller isolates that."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 

@@ -1,91 +1,30 @@
-"""Sources: what a pinned source holds, and the pin that says exactly which version of it is meant.
-
-`listing` says which files a source holds, with the digest that each must have; download.py brings them here.
-"""
+"""hf://: a repository on the Hugging Face hub or on a mirror of it, pinned by its commit."""
 
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import logging
 import os
-from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jobs.core.artifacts import canonical
 from jobs.core.errors import UserError
-from jobs.core.files import sha256_of, visible_files
-from jobs.core.pipeline import Loaded, Source
-from jobs.relocation.download import SILENCE_S, Item, mismatch, patiently, shown
+from jobs.core.pipeline import COMMIT, Loaded, Source
+from jobs.relocation.connection import SILENCE_S, patiently
+from jobs.relocation.sources.http import ADVICE, open_at
+from jobs.relocation.sources.interface import Item
+
+__all__ = ["ADVICE", "files", "find_pin", "open_at"]  # items have https:// URLs
 
 log = logging.getLogger("jobs")
 
 
-def path_sha256(path: Path) -> str:
-    """The pin of a `file:` source: of a file the sha256 of its bytes, in hex; of a folder `folder_sha256`."""
-    return folder_sha256(path) if path.is_dir() else sha256_of(path)
+def find_pin(loaded: Loaded, source: Source) -> str:
+    """The commit that a ref such as `main` stands for; of a source that has a commit or nothing, the newest one."""
+    moving = source.revision if source.revision and not COMMIT.fullmatch(source.revision) else None
+    return str(_hub_info(source.model_copy(update={"revision": moving})).sha)
 
 
-def folder_sha256(folder: Path) -> str:
-    """The pin of a folder: the sha256 of the canonical JSON of its sorted [[path, sha256], …], in hex.
-
-    Hidden files do not count (a mounted ConfigMap has its own bookkeeping there); links to files count as the files.
-    """
-    return _pin([(path, sha256_of(folder / path)) for path in visible_files(folder)])
-
-
-def _pin(digests: list[tuple[str, str]]) -> str:
-    return hashlib.sha256(canonical(sorted(digests))).hexdigest()
-
-
-def hub_commit(source: Source) -> str:
-    """The commit that `source.revision`, or without one the hub's default branch, stands for: the pin of a repository.
-
-    Raises:
-        UserError, RetryableError: as `listing`.
-    """
-    return str(_hub_info(source).sha)
-
-
-def listing(loaded: Loaded, source: Source) -> list[Item]:
-    """The files that a source holds, sorted by name; for a folder, after its pin was checked.
-
-    Raises:
-        UserError: when there is nothing, it may not be read, or it is not what the pin says.
-        RetryableError: when the hub does not recover.
-    """
-    if source.scheme == "hf":
-        items = _in_repository(source)
-    elif source.scheme == "file":
-        items = _on_this_machine(loaded.resolve(source), source)
-    else:
-        items = [Item(shown(source.source).rpartition("/")[2], source.source, sha256=source.sha256)]
-    for item in items:
-        path = PurePosixPath(item.name)
-        if not item.name or path.is_absolute() or ".." in path.parts:
-            raise UserError(f"{shown(source.source)}: {item.name!r} cannot be the name of a file")
-    return sorted(items, key=lambda item: item.name)
-
-
-def _on_this_machine(path: Path, source: Source) -> list[Item]:
-    for file in (path, *(path / name for name in visible_files(path))):
-        if file.exists() and not os.access(file, os.R_OK):
-            raise UserError(f"{file}: this user may not read it")
-    if path.is_file():
-        return [Item(path.name, str(path), path.stat().st_size, source.sha256)]
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder ({source.source} is looked for beside pipeline.yaml)")
-    items = [Item(name, str(path / name), (path / name).stat().st_size, sha256_of(path / name))
-             for name in visible_files(path)]
-    if not items:
-        raise UserError(f"{path}: the folder holds no files")
-    found = _pin([(item.name, str(item.sha256)) for item in items])
-    if found != source.sha256:
-        raise UserError(mismatch(str(path), "pipeline.yaml", str(source.sha256), found))
-    return items
-
-
-def _in_repository(source: Source) -> list[Item]:
+def files(loaded: Loaded, source: Source) -> list[Item]:
     """The files at the pinned commit; for a dataset, those that the path behind the repository's name selects."""
     info = _hub_info(source)
     from huggingface_hub import hf_hub_url
@@ -135,7 +74,7 @@ def _hub_info(source: Source) -> Any:
 
     api = HfApi(endpoint=_hub_endpoint())
 
-    def ask() -> Any:
+    def request() -> Any:
         try:
             return api.repo_info(repo, repo_type=repo_type, revision=source.revision, files_metadata=True,
                                  timeout=SILENCE_S)
@@ -143,14 +82,15 @@ def _hub_info(source: Source) -> Any:
             raise UserError(f"{source.source}: the hub has no revision {source.revision}. Run: python -m jobs pin"
                             ) from None
         except OfflineModeIsEnabled:
-            raise UserError(f"{source.source}: HF_HUB_OFFLINE is set, so the hub may not be asked. Unset it") from None
+            raise UserError(f"{source.source}: HF_HUB_OFFLINE is set, which forbids requests to the hub. "
+                            "Unset it") from None
         except HFValidationError as error:
             raise UserError(f"{source.source}: not a repository's name: {error}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{source.source}: {api.endpoint} does not answer as a hub does ({error!r}). Is "
                             "HF_ENDPOINT right?") from None
 
-    return patiently(ask, source.source)
+    return patiently(request, source.source, ADVICE)
 
 
 def _selected(name: str, pattern: str) -> bool:

@@ -1,0 +1,157 @@
+"""Connections: what a source's errors mean, waiting between attempts, and reading on from a byte.
+
+A library's exception becomes a `UserError` where another attempt cannot help, else `Interrupted`.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from jobs.core import variables
+from jobs.core.errors import RetryableError, UserError
+
+log = logging.getLogger("jobs")
+T = TypeVar("T")
+
+# Ten attempts in a row without a single new byte take about four minutes; then Kubernetes starts the pod again.
+ATTEMPTS = variables.whole_number("RETRY_ATTEMPTS", 10, least=1)
+FIRST_PAUSE_S = variables.number("RETRY_FIRST_PAUSE_SECONDS", 1)  # doubles with every attempt, up to:
+LONGEST_PAUSE_S = 60.0
+LONGEST_RETRY_AFTER_S = 3600.0  # for a longer pause, the pod ends instead of waiting
+SILENCE_S = 60.0  # a connection on which nothing arrives for this long is dead
+CHUNK = 1 << 20
+# Of the buckets' libraries, where there is nothing to sign a request with; a failing metadata server has other names.
+NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError")
+
+
+def shown(url: str) -> str:
+    """A URL that may be logged: without user, password and query, which carry secrets in signed URLs."""
+    scheme, separator, rest = url.partition("?")[0].partition("://")
+    if not separator:
+        return url  # a path, or hf://, which carries none
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def mismatch(where: str, pinned_in: str, expected: str, found: str) -> str:
+    """The message about content that does not match its pin."""
+    return (f"{where}: {pinned_in} says {expected}, but the content is {found}. Nothing was published. If the content "
+            "was meant to change, run: python -m jobs pin")
+
+
+class Interrupted(Exception):
+    """The source broke off, or requests a pause: another attempt may succeed."""
+
+    def __init__(self, message: str, after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.after_s = after_s  # the pause that the server requests
+
+
+class Patience:
+    """Waits between attempts, longer each time, until too many in a row bring no new byte."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.failures = 0
+
+    def reset(self) -> None:
+        self.failures = 0
+
+    def wait(self, interruption: Interrupted) -> None:
+        self.failures += 1
+        if self.failures >= ATTEMPTS:
+            raise RetryableError(f"{self.what}: gave up after {self.failures} attempts in a row. The last "
+                                 f"error: {interruption}")
+        pause = min(FIRST_PAUSE_S * 2 ** (self.failures - 1), LONGEST_PAUSE_S)
+        if interruption.after_s is not None:
+            pause = interruption.after_s
+        if pause > LONGEST_RETRY_AFTER_S:
+            raise RetryableError(f"{self.what}: the server requests a pause of {pause:.0f} s: {interruption}")
+        log.warning("%s: %s; trying again in %.1f s", self.what, interruption, pause)
+        time.sleep(pause)
+
+
+def patiently(request: Callable[[], T], what: str, advice: str) -> T:
+    """What `request` returns, called again while the source is interrupted. For `advice` see `classify_error`."""
+    patience = Patience(what)
+    while True:
+        try:
+            with classified(what, advice):
+                return request()
+        except Interrupted as interruption:
+            patience.wait(interruption)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An open source, from byte `start` on. `total` is None where the source does not give it."""
+
+    raw: Any  # a binary file of fsspec's or Python's
+    what: str  # for messages, as `advice`
+    advice: str
+    start: int
+    total: int | None  # bytes of the whole source
+
+    def read(self) -> bytes:
+        """The next bytes, b"" at the end."""
+        with classified(self.what, self.advice):
+            return bytes(self.raw.read(CHUNK))
+
+
+@contextmanager
+def classified(what: str, advice: str) -> Iterator[None]:
+    """Turn what the libraries raise for a source into `UserError` (it will not help to try again) or `Interrupted`."""
+    try:
+        yield
+    except (UserError, RetryableError, Interrupted):
+        raise
+    except Exception as error:
+        raise classify_error(error, what, advice) from error
+
+
+def classify_error(error: Exception, what: str, advice: str) -> Exception:
+    """What a library's exception means. `advice` is what to do when the source denies access."""
+    library = type(error).__module__.partition(".")[0]
+    answer = getattr(error, "response", None)  # huggingface_hub's errors carry one; aiohttp's are like one
+    status = getattr(error, "status", None) or getattr(answer, "status_code", None) or getattr(error, "code", None)
+    if isinstance(error, FileNotFoundError):
+        status = 404
+    elif isinstance(error, PermissionError):
+        status = 403
+    message = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    if status in (401, 403):
+        return UserError(f"{what}: not allowed ({status}). {advice}")
+    if type(error).__name__ in NO_CREDENTIALS:
+        return UserError(f"{what}: no credentials ({message}). {advice}")
+    if status == 404:
+        return UserError(f"{what}: not found (404). Is there a typo in the name, the path or the revision?")
+    if "Certificate" in type(error).__name__ or "CERTIFICATE_VERIFY_FAILED" in message:
+        return UserError(f"{what}: the TLS certificate is not trusted ({message}). Set SSL_CERT_FILE (for s3:// "
+                         "AWS_CA_BUNDLE) to the authority's")
+    if type(error).__name__ in ("InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError"):
+        return UserError(f"{what}: not a URL that can be opened")  # the message would show a signed URL's secrets
+    if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
+        return UserError(f"{what}: the server rejects the request ({status})")  # likewise
+    if isinstance(status, int):
+        headers = getattr(error, "headers", None) or getattr(answer, "headers", None) or {}
+        return Interrupted(f"the server answers {status}", _retry_after(headers))
+    if library in ("builtins", "fsspec") and not isinstance(error, OSError):
+        return error  # an error in this code, not of the source
+    return Interrupted(message)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds that a Retry-After header requests, given as seconds or as a date."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None

@@ -1,0 +1,68 @@
+"""Sources: one module a scheme, behind one interface (interface.py).
+
+jobs/core/sources.py has the schemes as the pipeline file and the digests know them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+
+from jobs.core.errors import UserError
+from jobs.core.pipeline import Loaded, Source
+from jobs.relocation.connection import Stream, classified, shown
+from jobs.relocation.sources import builtin, file, gs, hf, http, s3
+from jobs.relocation.sources.interface import Implementation, Item
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "hf": hf,
+    "file": file,
+    "https": http,
+    "http": http,
+    "s3": s3,
+    "gs": gs,
+    "builtin": builtin,
+}
+
+
+def find_pin(loaded: Loaded, source: Source) -> str:
+    """The pin that the source has now: the sha256 of its content, or the commit that its `revision` stands for.
+
+    Raises:
+        UserError: when there is nothing, or it may not be read.
+        RetryableError: when the source does not recover.
+    """
+    return IMPLEMENTATIONS[source.scheme].find_pin(loaded, source)
+
+
+def listing(loaded: Loaded, source: Source) -> list[Item]:
+    """The files that a source holds, sorted by name; for a folder, after its pin was checked.
+
+    Raises:
+        UserError: when there is nothing, it may not be read, or it does not match the pin.
+        RetryableError: when the hub does not recover.
+    """
+    items = IMPLEMENTATIONS[source.scheme].files(loaded, source)
+    for item in items:
+        path = PurePosixPath(item.name)
+        if not item.name or path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{shown(source.source)}: {item.name!r} cannot be the name of a file")
+    return sorted(items, key=lambda item: item.name)
+
+
+@contextmanager
+def open_at(url: str, start: int, headers: Mapping[str, str]) -> Iterator[Stream]:
+    """Open an item's URL or path at byte `start`; at 0 if the source cannot resume.
+
+    Raises:
+        Interrupted: another attempt may succeed.
+        UserError: it cannot, e.g. there is no such file.
+    """
+    implementation = IMPLEMENTATIONS[url.partition("://")[0] if "://" in url else "file"]
+    with classified(shown(url), implementation.ADVICE):
+        stream = implementation.open_at(url, start, headers)
+    try:
+        yield stream
+    finally:
+        stream.raw.close()

@@ -1,0 +1,62 @@
+"""https:// and http://: one file behind a URL, pinned by its sha256. The hub's files are opened here, too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from jobs.core.errors import UserError
+from jobs.core.pipeline import Loaded, Source
+from jobs.relocation.connection import SILENCE_S, Stream, shown
+from jobs.relocation.sources.interface import content_sha256, single_file
+
+ADVICE = ("Is it gated or private? Then accept its terms and set HF_TOKEN (or sign the URL). Or is the name misspelt? "
+          "Hubs give the same answer for both")
+CONTENT_RANGE = re.compile(r"bytes (?P<start>\d+)-(?P<end>\d+)/(?P<total>\d+|\*)")
+
+files = single_file
+
+
+def find_pin(loaded: Loaded, source: Source) -> str:
+    """The sha256 of what the URL gives."""
+    return content_sha256(source.source, open_at, ADVICE)
+
+
+def open_at(url: str, start: int, headers: Mapping[str, str]) -> Stream:
+    """One GET request, read as a stream; of the rest of the file, if the server answers with exactly that."""
+    import aiohttp
+    import fsspec
+
+    filesystem = fsspec.filesystem("http", encoded=True, client_kwargs={
+        # aiohttp's default ends every download after five minutes.
+        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S),
+        "trust_env": True,  # HTTPS_PROXY
+        # Signed URLs, ours (`encoded`) and those that we are sent on to, are valid only exactly as written.
+        "requote_redirect_url": False})
+    try:
+        _ = urlsplit(url).port
+    except ValueError as error:
+        raise UserError(f"{shown(url)}: not a URL that can be opened: {error}") from None
+    request = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
+    try:
+        # block_size 0 is one request read as a stream; any size keeps fsspec from sending a HEAD request first.
+        raw = filesystem.open(url, "rb", block_size=0, size=1, headers=request)
+    except aiohttp.ClientResponseError as error:
+        if error.status == 416 and start:  # there is nothing behind what we have; only a fresh start shows why
+            return open_at(url, 0, headers)
+        raise
+    answered = raw.r.headers
+    if start and raw.r.status == 206:
+        part = CONTENT_RANGE.fullmatch(answered.get("Content-Range", ""))
+        if not part or int(part["start"]) != start or not _whole_rest(part):
+            raw.close()
+            return open_at(url, 0, headers)
+        return Stream(raw, shown(url), ADVICE, start, int(part["total"]) if part["total"] != "*" else None)
+    total = "" if "Content-Encoding" in answered else answered.get("Content-Length", "")
+    return Stream(raw, shown(url), ADVICE, 0, int(total) if total.isdigit() else None)
+
+
+def _whole_rest(part: re.Match[str]) -> bool:
+    """Whether a part goes on to the end of the file, as was requested; a server that does not send the total may."""
+    return part["total"] == "*" or int(part["end"]) + 1 == int(part["total"])
