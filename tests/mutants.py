@@ -41,7 +41,7 @@ class Module:
     path: str
     tests: Sequence[str]
     imports: Sequence[str]
-    survivors: dict[str, str]  # the changed line -> why it may survive
+    survivors: dict[str, str]  # the changed line, or the function -> why it may survive
 
     @property
     def folder(self) -> Path:
@@ -186,7 +186,8 @@ def _report(module: Module) -> None:
             continue
         diff = get_diff_for_mutant(name, path=data.path)
         changed = [line for line in diff.splitlines() if line[:1] in "+-" and not line.startswith(("+++", "---"))]
-        why = module.survivors.get(changed[-1][1:].strip())
+        function = name.rpartition(".")[2].partition("__mutmut_")[0].removeprefix("x_")
+        why = module.survivors.get(changed[-1][1:].strip()) or module.survivors.get(function)
         counts["explained" if why else "survived"] += 1
         if not why:
             print(f"{name}: {status}", *changed, sep="\n")

@@ -48,7 +48,7 @@ def test_a_step_takes_one_pack_whatever_the_number_of_gpus() -> None:
 
 
 @pytest.mark.parametrize(("steps", "warmup", "between_evaluations"), [
-    (9, 0, 1), (10, 1, 1), (350, 35, 35), (5000, 100, 500)])
+    (9, 0, 1), (10, 1, 1), (355, 35, 35), (5000, 100, 500)])
 def test_a_tenth_of_the_steps_warms_up_a_hundred_at_most_and_ten_measure_the_holdout(
         steps: int, warmup: int, between_evaluations: int) -> None:
     found = arguments(steps)
@@ -117,7 +117,9 @@ def test_several_processes_divide_the_model_only_where_that_is_asked_for() -> No
     divided = trainer._sharding(Training(**(TRAINING | {"sharding": "fsdp"})), team_of(2))
     assert one == {}
     assert whole == {"ddp_find_unused_parameters": False}
-    assert divided["fsdp"] is True
+    assert divided == {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    found = trainer.training_arguments(Training(**TRAINING), Path("/checkpoints"), 350, team_of(2))
+    assert found.ddp_find_unused_parameters is False
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------
