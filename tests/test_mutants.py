@@ -1,4 +1,4 @@
-"""What `make mutants` lists is there. The run itself takes hours and is no part of `make test`."""
+"""What `make mutants` lists is there. The run itself is slow and no part of `make test`."""
 
 from __future__ import annotations
 
