@@ -5,7 +5,8 @@
     make mutants ARGS="jobs/core/plan.py --fresh" # again from the start
 
 mutmut makes and runs the mutants, each module in a copy of the tree below .local/mutants. A run that was interrupted
-continues; what was not killed is tried again. Mutants that change only the words of a message are not made.
+continues; what was not killed is tried again, with new tests too. An old test that reaches further than before needs
+--fresh. Mutants that change only the words of a message are not made.
 """
 
 from __future__ import annotations
