@@ -228,7 +228,7 @@ def test_an_embedded_model_is_made_on_the_spot(tmp_path: Path, hub: Hub, caplog:
         relocate.run(loaded, what, tmp_path / "v")
     assert {"config.json", "model.safetensors"} <= set(files(published(loaded, "base-model", tmp_path / "v")))
     assert "tokenizer.json" in files(published(loaded, "tokenizer", tmp_path / "v"))
-    assert "builtin:tiny: step " in caplog.text
+    assert "builtin:tiny: training steps: " in caplog.text
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
