@@ -43,7 +43,7 @@ e2e: setup
 scan: setup .venv-checkov/installed
 	$(BIN)/python -m pytest tests/test_scan.py
 
-# Hours; a run that was interrupted continues. docs/README.md says more.
+# Slow; a run that was interrupted continues. docs/README.md says more.
 mutants: setup .venv-mutants/installed
 	$(BIN)/python tests/mutants.py $(ARGS)
 

@@ -36,6 +36,7 @@ class Fault:
     times: int = 1
     status: int | None = None  # answer this
     retry_after: str | None = None
+    location: str | None = None  # with a status that redirects
     drop_after: int | None = None  # close the connection after this many bytes of the body
     linger_s: float = 0.1  # before it: a client that has not yet read what came when the connection breaks loses it
     cut_after: int | None = None  # end the body early, as if it were whole
@@ -151,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.fault(self.command, self.path)
         if fault and fault.status:
             extra = {"Retry-After": fault.retry_after} if fault.retry_after else {}
-            return self.respond(fault.status, b"no", extra)
+            return self.respond(fault.status, b"no", extra | ({"Location": fault.location} if fault.location else {}))
         path, _, query = self.path.partition("?")
         parts = unquote(path).strip("/").split("/")
         if parts[0] == "files":

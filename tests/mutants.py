@@ -5,7 +5,8 @@
     make mutants ARGS="jobs/core/plan.py --fresh" # again from the start
 
 mutmut makes and runs the mutants, each module in a copy of the tree below .local/mutants. A run that was interrupted
-continues; what was not killed is tried again. Mutants that change only the words of a message are not made.
+continues; what was not killed is tried again, with new tests too. An old test that reaches further than before needs
+--fresh. Mutants that change only the words of a message are not made.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Module:
     path: str
     tests: Sequence[str]
     imports: Sequence[str]
-    survivors: dict[str, str]  # the changed line -> why it may survive
+    survivors: dict[str, str]  # the changed line, or the function -> why it may survive
 
     @property
     def folder(self) -> Path:
@@ -50,7 +51,8 @@ class Module:
 
 def read_modules() -> dict[str, Module]:
     table = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text(encoding="utf-8"))
-    return {path: Module(path, entry["tests"], entry.get("imports", []), entry.get("survivors", {}))
+    heavy = table.pop("heavy")
+    return {path: Module(path, entry["tests"], heavy if entry.get("heavy") else [], entry.get("survivors", {}))
             for path, entry in table.items()}
 
 
@@ -185,7 +187,8 @@ def _report(module: Module) -> None:
             continue
         diff = get_diff_for_mutant(name, path=data.path)
         changed = [line for line in diff.splitlines() if line[:1] in "+-" and not line.startswith(("+++", "---"))]
-        why = module.survivors.get(changed[-1][1:].strip())
+        function = name.rpartition(".")[2].partition("__mutmut_")[0].removeprefix("x_")
+        why = module.survivors.get(changed[-1][1:].strip()) or module.survivors.get(function)
         counts["explained" if why else "survived"] += 1
         if not why:
             print(f"{name}: {status}", *changed, sep="\n")

@@ -53,7 +53,7 @@ def test_the_adapters_that_were_promoted_before_come_newest_first_and_once(tmp_p
 @pytest.mark.parametrize(("damage", "reason", "message"), [
     (lambda file: file.write_text("{"), "damaged", "the promotion is damaged"),
     (Path.mkdir, "damaged", "is not a plain file"),
-    (lambda file: os.truncate(file, 2**24 + 1), "damaged", "has 16.8 MB, and at most 65536 bytes are read"),
+    (lambda file: os.truncate(file, 2**24 + 1), "damaged", "at most 65536 bytes are read"),
 ])
 def test_a_pointer_that_cannot_be_read_is_refused_with_the_files_name(
         tmp_path: Path, damage: Callable[[Path], object], reason: str, message: str) -> None:
@@ -64,7 +64,8 @@ def test_a_pointer_that_cannot_be_read_is_refused_with_the_files_name(
     with pytest.raises(Refused, match=message) as caught:
         candidates.promoted(NAME, tmp_path)
     assert caught.value.reason == reason
-    assert str(pointer) in str(caught.value)
+    assert str(caught.value).startswith(str(pointer))
+    assert "UserError(" not in str(caught.value)
 
 
 @pytest.mark.parametrize("which", ["current", "history"])

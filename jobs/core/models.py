@@ -94,7 +94,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: has no config.json, so it is not a model in the Hugging Face format") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise loading_error(f"{folder / 'config.json'}: cannot be read", error) from None
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.json'}: must hold a JSON mapping")
@@ -221,7 +221,7 @@ def loading_error(what: str, error: Exception) -> UserError | RetryableError:
                                  "(docs/registries.md)")
             return RetryableError(f"{what}: {first}: the GPU fails or is taken; `nvidia-smi` on the node shows its "
                                   "state")
-    return UserError(f"{what}: {error}")
+    return UserError(f"{what}: {' '.join(str(error).split())}")  # of some errors the reason is on the second line
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

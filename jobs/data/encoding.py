@@ -58,8 +58,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, record: Record) -> Encoded:
         return Encoded([], [*_ids(tokenizer(answer(record))), _eos(tokenizer)])
     prompt = encode_question(tokenizer, messages)
     if tokenizer.chat_template:
-        whole = _ids(tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": answer(record)}],
-                                                   tokenize=True))
+        finished = [*messages, {"role": "assistant", "content": answer(record)}]
+        whole = _ids(tokenizer.apply_chat_template(finished, tokenize=True))
         if whole[: len(prompt)] == prompt:
             completion = whole[len(prompt):]
             if _eos(tokenizer) in completion:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs.core.errors import UserError
+from jobs.core.errors import RetryableError, UserError, of_volume
 from jobs.core.files import open_plain, require_plain, visible_files
 from jobs.data.records import OPTIONAL, Schema, Values, unknown_key
 
@@ -189,4 +189,6 @@ def _parquet(file: File, columns: Callable[[list[str]], bool], problems: Problem
                     number += 1
                     yield number, {k: v for k, v in row.items() if v is not None}  # null is how Parquet leaves out
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # text not UTF-8; a date out of range
+        if isinstance(error, OSError) and isinstance(of_volume(error), RetryableError):
+            raise
         problems.add(file.place(number + 1), f"not Parquet that can be read: {str(error).splitlines()[0]}")

@@ -131,6 +131,8 @@ def classify_error(error: Exception, what: str, advice: str) -> Exception:
         return UserError(f"{what}: no credentials ({message}). {advice}")
     if status == 404:
         return UserError(f"{what}: not found (404). Is there a typo in the name, the path or the revision?")
+    if type(error).__name__ == "ParamValidationError":  # of the client of s3://, before it sends anything
+        return UserError(f"{what}: not the name of an object ({' '.join(str(error).split())})")
     if "Certificate" in type(error).__name__ or "CERTIFICATE_VERIFY_FAILED" in message:
         return UserError(f"{what}: the TLS certificate is not trusted ({message}). Set SSL_CERT_FILE (for s3:// "
                          "AWS_CA_BUNDLE) to the authority's")

@@ -87,14 +87,15 @@ def _wrong(item: Item, file: Path) -> str | None:
 
 
 def _fetch(item: Item, file: Path, progress: Progress) -> None:
-    """Download, verify and name one file. A file from several answers is downloaded once more on a mismatch: the
-    content behind the URL may have changed between the pieces, or a power cut may have torn the partial file."""
+    """Download, verify and name one file. A file that may not be whole is downloaded once more on a mismatch:
+    the content behind the URL may have changed between the pieces, a power cut may have torn the partial file, or a
+    connection have ended early where no server gave the size."""
     partial = _partial(file)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    resumed = _download(item, partial, progress)
+    uncertain = _download(item, partial, progress)
     wrong = _wrong(item, partial)
-    if wrong and resumed:
-        log.warning("%s: its pieces do not fit together: starting over", item.name)
+    if wrong and uncertain:
+        log.warning("%s: is not whole, or its pieces do not fit together: starting over", item.name)
         progress.skip(-_size(partial))
         partial.unlink()
         _download(item, partial, progress)
@@ -106,7 +107,7 @@ def _fetch(item: Item, file: Path, progress: Progress) -> None:
 
 
 def _download(item: Item, partial: Path, progress: Progress) -> bool:
-    """Append to `partial` until it is whole. Returns whether it came in more than one answer."""
+    """Append to `partial` until it is whole. Returns whether it came in more than one answer, or without its size."""
     patience = Patience(shown(item.url))
     partial.touch()
     have = furthest = _size(partial)
@@ -139,7 +140,7 @@ def _download(item: Item, partial: Path, progress: Progress) -> bool:
                         return resumed  # more than there should be: the digest will not match
             if total is not None and have < total:
                 raise Interrupted(f"the connection ended after {have} of {total} bytes")
-            return resumed
+            return resumed or total is None
         except Interrupted as interruption:
             if have > furthest:
                 furthest = have

@@ -17,7 +17,7 @@ from typing import Any
 
 from jobs.core import models
 from jobs.core.artifacts import Artifact, publish
-from jobs.core.errors import UserError
+from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import human_bytes
 from jobs.core.pipeline import Loaded, Source
 from jobs.core.plan import plan
@@ -227,6 +227,7 @@ def check_weights(folder: Path, source: Source) -> None:
 
     Raises:
         UserError: naming the file.
+        RetryableError: the volume failed.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -235,7 +236,10 @@ def check_weights(folder: Path, source: Source) -> None:
         try:
             with safe_open(file, framework="numpy") as weights:
                 tensors[file.name] = set(weights.keys())
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
+            meaning = models.loading_error(f"{source.source}: {file.name} cannot be read", error)
+            if isinstance(meaning, RetryableError):
+                raise meaning from None
             raise UserError(f"{source.source}: {file.name} is damaged or cut off: {error}") from None
     if not (folder / INDEX).exists():
         return

@@ -76,6 +76,15 @@ def test_removing_the_file_ends_a_lock_that_hangs(held: Path, monkeypatch: pytes
         assert not mine, "those who come later meet the new lock"
 
 
+def test_a_lock_is_a_plain_file_of_its_own_and_no_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("elsewhere")
+    with pytest.raises(OSError, match="link"), locks.hold(tmp_path / "link", 1, "works"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+    with locks.hold(tmp_path / "lock", 1, "works"):
+        assert (tmp_path / "lock").stat().st_mode & 0o111 == 0
+
+
 def test_a_volume_that_cannot_lock_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: Any) -> None:
         raise OSError(37, "No locks available")

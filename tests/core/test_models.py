@@ -61,6 +61,7 @@ def test_all_linear_means_every_layer_that_can_be_served() -> None:
 @pytest.mark.parametrize(("content", "message"), [
     (None, "has no config.json"),
     ("{", "cannot be read"),
+    ("[" * 100_000, "cannot be read"),
     ("[]", "must hold a JSON mapping"),
     ("{}", "`architectures` must name one class"),
     ('{"architectures": ["A", "B"]}', "`architectures` must name one class"),
@@ -153,6 +154,7 @@ def safetensors_error(text: str) -> Exception:
     (lambda: safetensors_error("Error while deserializing header: header too large"), UserError, "header too large"),
     (lambda: ValueError("Unrecognized model"), UserError, "Unrecognized model"),
     (lambda: RuntimeError("size mismatch for lm_head.weight"), UserError, "size mismatch"),
+    (lambda: ValueError("Validation error of 'vocab_size':\n    expected int"), UserError, "size': expected int$"),
 ])
 def test_only_what_somebody_must_change_ends_without_a_retry(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -325,6 +326,19 @@ def test_a_format_that_cannot_be_read_says_which_can(tmp_path: Path) -> None:
     (tmp_path / "data.xlsx").write_bytes(b"x")
     with pytest.raises(UserError, match=r"must end in \.jsonl, \.csv, \.parquet, and there is data\.xlsx"):
         dataset.validate(tmp_path / "data.xlsx", 0.2)
+
+
+def test_a_volume_that_fails_while_parquet_is_read_is_no_problem_of_the_data(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyarrow import parquet as reader
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Error reading bytes from file")
+
+    file = parquet(tmp_path, {"text": ["a", "b"]})
+    monkeypatch.setattr(reader, "ParquetFile", fail)
+    with pytest.raises(OSError, match="Error reading bytes"):
+        split(file)
 
 
 def test_parquet_whose_values_python_cannot_hold_is_refused_with_its_row(tmp_path: Path) -> None:

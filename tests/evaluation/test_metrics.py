@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs.core.errors import UserError
 from jobs.core.pipeline import Gate
 from jobs.evaluation import metrics
 from jobs.evaluation.metrics import acceptability
@@ -36,6 +37,18 @@ def test_every_metric_computes_the_scores_that_its_entry_names() -> None:
         assert {score.key for score in metric.scores} <= values.keys()
         assert None not in values.values()
     assert len({score.key for score in metrics.SCORES}) == len(metrics.SCORES)
+
+
+def test_a_sentences_score_is_the_mean_log_probability_of_a_token() -> None:
+    """Not of the whole sentence: long sentences would be called broken."""
+    sentences = [(f"sentence {i}", i % 2 == 0) for i in range(8)]
+    long, short = (10.0, 10), (6.0, 2)  # -1 and -3 a token
+    measurements = metrics.Measurements([], [], [], [], sentences, [long if good else short for _, good in sentences])
+    assert acceptability.measure(measurements) == {
+        "acceptability_mcc": 1.0, "acceptability_accuracy": 1.0, "acceptability_threshold": -2.0}
+    few = metrics.Measurements([], [], [], [], sentences[:3], [long] * 3)
+    with pytest.raises(UserError, match=r"evaluation\.acceptability: needs at least two .* of two tokens or more"):
+        acceptability.measure(few)
 
 
 def test_the_registry_is_read_without_the_libraries_that_compute() -> None:
@@ -163,7 +176,8 @@ def test_too_few_sentences_of_a_class_is_said_not_guessed() -> None:
 def test_a_score_that_is_not_a_number_judges_nothing() -> None:
     got = metrics.compute(Acceptability, texts=list("abcd"), predictions=[math.nan, 1.0, 2.0, 3.0],
                           references=[True, False, True, False])
-    assert math.isnan(got["acceptability_mcc"]) and math.isnan(got["acceptability_accuracy"])
+    assert got.keys() == {"acceptability_mcc", "acceptability_accuracy", "acceptability_threshold"}
+    assert all(math.isnan(value) for value in got.values())
 
 
 @pytest.mark.slow

@@ -137,6 +137,22 @@ def test_a_file_cut_off_at_the_source_is_refused(hub: Hub, draft: Path) -> None:
     assert names(draft) == []
 
 
+def test_a_file_cut_off_where_no_size_is_given_is_fetched_once_more(hub: Hub, draft: Path) -> None:
+    """It looks like a whole file with another content, and is a broken connection."""
+    hub.lengths = False
+    hub.faults.append(Fault("data.bin", cut_after=1000))
+    download.fetch([url_item(hub)], draft)
+    assert (draft / "data.bin").read_bytes() == CONTENT
+    assert ranges(hub) == [None, None]
+
+
+@pytest.mark.parametrize("location", ["http://127.0.0.1:99999/x", "http://[bad", "file:///etc/passwd", "http:///x"])
+def test_a_redirect_to_what_is_no_url_is_tried_again(hub: Hub, draft: Path, location: str) -> None:
+    hub.faults.append(Fault("data.bin", status=302, location=location))
+    download.fetch([url_item(hub)], draft)
+    assert (draft / "data.bin").read_bytes() == CONTENT
+
+
 @pytest.mark.parametrize("what", ["half", "whole", "torn", "too long"])
 def test_what_an_earlier_run_left_is_continued_or_replaced(hub: Hub, draft: Path, what: str) -> None:
     left = {"half": CONTENT[:150_000], "whole": CONTENT, "torn": bytes(150_000), "too long": CONTENT + b"!"}[what]

@@ -20,8 +20,8 @@ import pytest
 from safetensors.numpy import save
 
 from jobs.core import artifacts, pipeline
-from jobs.core.errors import UserError
-from jobs.core.pipeline import Loaded
+from jobs.core.errors import RetryableError, UserError
+from jobs.core.pipeline import Loaded, Source
 from jobs.core.plan import plan
 from jobs.relocation import connection, relocate
 from jobs.relocation.sources.file import folder_sha256
@@ -228,7 +228,7 @@ def test_an_embedded_model_is_made_on_the_spot(tmp_path: Path, hub: Hub, caplog:
         relocate.run(loaded, what, tmp_path / "v")
     assert {"config.json", "model.safetensors"} <= set(files(published(loaded, "base-model", tmp_path / "v")))
     assert "tokenizer.json" in files(published(loaded, "tokenizer", tmp_path / "v"))
-    assert "builtin:tiny: step " in caplog.text
+    assert "builtin:tiny: training steps: " in caplog.text
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -298,6 +298,19 @@ def test_a_repository_without_what_is_needed_says_so(tmp_path: Path, hub: Hub, w
     with pytest.raises(UserError, match=f"hf://acme/tiny: {message}"):
         relocate.run(overlay(tmp_path, hub, repository), what, tmp_path / "v")
     assert hub.gets("model.safetensors") == []
+
+
+def test_a_volume_that_fails_while_weights_are_checked_is_worth_a_retry(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors
+
+    def fail(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("I/O error: Input/output error (os error 5)")
+
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(safetensors, "safe_open", fail)
+    with pytest.raises(RetryableError, match=r"model.safetensors cannot be read: Input/output error: its volume fails"):
+        relocate.check_weights(tmp_path, Source(source="hf://acme/tiny"))
 
 
 def test_weights_that_were_uploaded_cut_off_are_refused(tmp_path: Path, hub: Hub) -> None:

@@ -59,6 +59,17 @@ def test_an_object_that_is_not_there_is_named(s3: S3, here: Loaded, draft: Path,
         download.fetch(sources.listing(here, source(key)), draft)
 
 
+@pytest.mark.parametrize("name", ["n" * 241, "..", "é" * 121])
+def test_an_object_whose_name_no_file_can_have_is_refused(here: Loaded, name: str) -> None:
+    with pytest.raises(UserError, match="cannot be the name of a file"):
+        sources.listing(here, source(f"private/{name}"))
+
+
+def test_a_bucket_with_a_name_that_there_cannot_be_is_refused(s3: S3, here: Loaded, draft: Path) -> None:
+    with pytest.raises(UserError, match=r"s3://B B/data.jsonl: not the name of an object \(Parameter valid"):
+        download.fetch(sources.listing(here, Source(source="s3://B B/data.jsonl", sha256=SHA256)), draft)
+
+
 def test_missing_credentials_say_where_they_come_from(s3: S3, here: Loaded, draft: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")

@@ -48,7 +48,7 @@ def test_a_step_takes_one_pack_whatever_the_number_of_gpus() -> None:
 
 
 @pytest.mark.parametrize(("steps", "warmup", "between_evaluations"), [
-    (9, 0, 1), (10, 1, 1), (350, 35, 35), (5000, 100, 500)])
+    (9, 0, 1), (10, 1, 1), (355, 35, 35), (5000, 100, 500)])
 def test_a_tenth_of_the_steps_warms_up_a_hundred_at_most_and_ten_measure_the_holdout(
         steps: int, warmup: int, between_evaluations: int) -> None:
     found = arguments(steps)
@@ -79,13 +79,47 @@ def test_every_step_is_logged_and_nothing_is_sent_anywhere() -> None:
     assert (found.logging_steps, found.report_to, found.use_cache) == (1, [], False)
 
 
+def test_what_the_packs_and_the_machine_ask_of_trainer() -> None:
+    import torch
+
+    found = arguments()
+    assert (found.remove_unused_columns, found.label_names) == (False, ["labels"]), "or Trainer drops the positions"
+    assert found.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert (found.bf16, found.use_cpu) == (torch.cuda.is_available(), not torch.cuda.is_available())
+    assert (found.save_total_limit, found.disable_tqdm, found.dataloader_pin_memory) == (2, True, False)
+
+
+def test_of_a_divided_model_the_adapter_is_gathered_and_nothing_else() -> None:
+    import torch
+
+    class Divided:
+        requires_grad = True
+
+        def detach(self) -> Divided:
+            return self
+
+        def full_tensor(self) -> Any:
+            return torch.ones(3)
+
+    class Model:
+        def named_parameters(self) -> list[tuple[str, Any]]:
+            return [("lora_A", Divided()), ("lora_B", torch.nn.Parameter(torch.zeros(2))),
+                    ("base", torch.nn.Parameter(torch.zeros(2), requires_grad=False))]
+
+    found = trainer.whole_adapter(Model())
+    assert {name: values.tolist() for name, values in found.items()} == {"lora_A": [1, 1, 1], "lora_B": [0, 0]}
+    assert not any(values.requires_grad for values in found.values())
+
+
 def test_several_processes_divide_the_model_only_where_that_is_asked_for() -> None:
     one = trainer._sharding(Training(**(TRAINING | {"sharding": "fsdp"})), team_of(1))
     whole = trainer._sharding(Training(**TRAINING), team_of(2))
     divided = trainer._sharding(Training(**(TRAINING | {"sharding": "fsdp"})), team_of(2))
     assert one == {}
     assert whole == {"ddp_find_unused_parameters": False}
-    assert divided["fsdp"] is True
+    assert divided == {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+    found = trainer.training_arguments(Training(**TRAINING), Path("/checkpoints"), 350, team_of(2))
+    assert found.ddp_find_unused_parameters is False
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------
@@ -123,6 +157,7 @@ def test_packs_are_filled_to_the_last_token() -> None:
     records = [Encoded([1] * 10, [2] * 15) for _ in range(6)]
     assert [len(pack) for pack in packing.pack(records, 50, 0)] == [2, 2, 2]
     assert [len(pack) for pack in packing.pack(records, 49, 0)] == [1] * 6
+    assert [len(pack) for pack in packing.pack([Encoded([], [1])], 50, 0)] == [1]
 
 
 def test_the_seed_decides_which_records_come_together() -> None:
@@ -134,6 +169,13 @@ def test_the_seed_decides_which_records_come_together() -> None:
     assert order(1) == order(1)
     assert order(1) != order(2)
     assert order(1) != sorted(order(1)), "shuffled"
+
+
+def test_a_pack_is_one_row_in_which_positions_restart_and_only_completions_are_learned() -> None:
+    batch = packing.flatten([[Encoded([5, 6], [7, 8]), Encoded([], [9, 10])]])
+    assert {name: values.tolist() for name, values in batch.items() if name in ("input_ids", "labels", "position_ids")
+            } == {"input_ids": [[5, 6, 7, 8, 9, 10]], "labels": [[-100, -100, 7, 8, -100, 10]],
+                  "position_ids": [[0, 1, 2, 3, 0, 1]]}
 
 
 def splits_folder(folder: Path) -> Any:
@@ -152,13 +194,17 @@ def test_a_record_of_exactly_max_length_is_learned(tmp_path: Path) -> None:
     assert (len(less.train), len(less.holdout), less.too_long) == (1, 2, 4)
     with pytest.raises(UserError, match=f"all 2 train records are longer than .*the shortest has {short}"):
         packing.encode_splits(tmp_path, tokenizer, short - 1)
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(UserError, match="all 0 train records are longer than .*the shortest has 0"):
+        packing.encode_splits(tmp_path, tokenizer, long)
 
 
 def test_max_length_may_be_all_the_positions_that_the_model_has() -> None:
     packing.check_length({"max_position_embeddings": 40}, Training(**TRAINING))
     packing.check_length({}, Training(**TRAINING))
-    with pytest.raises(UserError, match="max_length is 40, but the base model knows only 39"):
-        packing.check_length({"n_positions": 39}, Training(**TRAINING))
+    for key in ("max_position_embeddings", "n_positions"):
+        with pytest.raises(UserError, match="max_length is 40, but the base model knows only 39"):
+            packing.check_length({key: 39}, Training(**TRAINING))
 
 
 # --- the whole stage -------------------------------------------------------------------------------------------------

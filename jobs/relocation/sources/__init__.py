@@ -15,6 +15,8 @@ from jobs.relocation.connection import Stream, classified, shown
 from jobs.relocation.sources import builtin, file, gs, hf, http, s3
 from jobs.relocation.sources.interface import Implementation, Item
 
+NAME_BYTES = 240  # a file system takes 255, and an unfinished download has a longer name
+
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "hf": hf,
     "file": file,
@@ -46,7 +48,8 @@ def listing(loaded: Loaded, source: Source) -> list[Item]:
     items = IMPLEMENTATIONS[source.scheme].files(loaded, source)
     for item in items:
         path = PurePosixPath(item.name)
-        if not item.name or path.is_absolute() or ".." in path.parts:
+        long = any(len(part.encode()) > NAME_BYTES for part in path.parts)
+        if not item.name or path.is_absolute() or ".." in path.parts or long:
             raise UserError(f"{shown(source.source)}: {item.name!r} cannot be the name of a file")
     return sorted(items, key=lambda item: item.name)
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Loaded, Source
-from jobs.relocation.connection import SILENCE_S, Stream, shown
+from jobs.relocation.connection import SILENCE_S, Interrupted, Stream, shown
 from jobs.relocation.sources.interface import content_sha256, single_file
 
 ADVICE = ("Is it gated or private? Then accept its terms and set HF_TOKEN (or sign the URL). Or is the name misspelt? "
@@ -46,6 +46,10 @@ def open_at(url: str, start: int, headers: Mapping[str, str]) -> Stream:
         if error.status == 416 and start:  # there is nothing behind what we have; only a fresh start shows why
             return open_at(url, 0, headers)
         raise
+    except ValueError as error:
+        if isinstance(error, aiohttp.InvalidURL):
+            raise
+        raise Interrupted(f"this, or what the server redirects to, is no URL: {error}") from None
     answered = raw.r.headers
     if start and raw.r.status == 206:
         part = CONTENT_RANGE.fullmatch(answered.get("Content-Range", ""))
