@@ -75,10 +75,10 @@ class Version:
 @dataclass
 class Alias:
     version: Version | None = None
-    why: str = "it has not been looked for yet"  # why there is no version, or not the desired one
+    why: str = "the server has not looked for its adapter yet"  # why there is no version, or not the desired one
     promotion: Candidate | None = None  # the last one that was seen
-    looked: bool = False  # whether its adapter was looked for to the end: it is served, refused or not there yet
-    failures: int = 0  # how often in a row looking for its adapter failed, because of an unreadable volume for example
+    looked: bool = False  # whether one look was completed: the adapter is served, refused or not there yet
+    failures: int = 0  # failed looks in a row, for example because of an unreadable volume
 
 
 class NoSlot(NotYet):
