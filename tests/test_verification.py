@@ -230,7 +230,7 @@ MADE_WRONG: dict[str, tuple[str, str, Change]] = {
     "one module's rank above the server's": ("rank", "rank 32", config(rank_pattern={"q_proj": 32})),
     "rank zero": ("config", "r is 0", config(r=0)),
     "a rank that is no number": ("config", "r is '8'", config(r="8")),
-    "a rank other than the weights'": ("shape", "adapter_config.json says 4", config(r=4)),
+    "a rank other than the weights'": ("shape", "adapter_config.json has rank 4", config(r=4)),
     "NaN": ("values", "NaN", filled(float("nan"))),
     "infinity": ("values", "NaN, infinite", filled(float("-inf"), "A")),
     "infinite in float16": ("values", "huge", filled(1e6)),
