@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,12 +45,14 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         (folder / "bin").mkdir()  # a PATH without a C++ compiler, as in a small image; vLLM on a CPU does need lscpu
         (folder / "bin" / "lscpu").symlink_to(str(shutil.which("lscpu")))
+        # The path of a Unix socket has at most 107 characters, and a test's folder can take most of them.
+        self._sockets = tempfile.TemporaryDirectory(prefix="vllm-")
 
     def start(self) -> None:
         """Start it and wait until it is healthy."""
         values = {**os.environ, **OPENED, "OMP_NUM_THREADS": "1", "PATH": f"{self.folder}/bin", "HANG_SECONDS": "15",
                   "TMPDIR": str(self.folder), "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
-                  "VLLM_CACHE_ROOT": str(self.folder / "cache")}
+                  "VLLM_CACHE_ROOT": str(self.folder / "cache"), "VLLM_RPC_BASE_PATH": self._sockets.name}
         values.pop("VLLM_API_KEY", None)
         if self.key:
             values["VLLM_API_KEY"] = self.key
@@ -57,7 +60,7 @@ class Server:
                    str(self.volumes), "--host", "127.0.0.1", "--port", str(self.port), *FLAGS]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, env=values, stdout=log, stderr=log)
-        self.until(lambda: self.health() == 200, 900)
+        self.until(lambda: self.health() == 200, 600)
 
     def stop(self) -> int:
         """Tell it to stop and return its exit code."""
@@ -76,6 +79,7 @@ class Server:
             for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
                 process.kill()
             self.process.wait()
+        self._sockets.cleanup()
 
     def health(self, path: str = "/health") -> int:
         """The status of /health, or of /ready; 0 while nothing listens."""
