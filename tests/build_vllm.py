@@ -45,7 +45,8 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         (folder / "bin").mkdir()  # a PATH without a C++ compiler, as in a small image; vLLM on a CPU does need lscpu
         (folder / "bin" / "lscpu").symlink_to(str(shutil.which("lscpu")))
-        # The path of a Unix socket has at most 107 characters, and a test's folder can take most of them.
+        # The path of a Unix socket has at most 107 characters, and a test's folder can take most of them. Removed with
+        # this object: a server that was killed is started again.
         self._sockets = tempfile.TemporaryDirectory(prefix="vllm-")
 
     def start(self) -> None:
@@ -79,7 +80,6 @@ class Server:
             for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
                 process.kill()
             self.process.wait()
-        self._sockets.cleanup()
 
     def health(self, path: str = "/health") -> int:
         """The status of /health, or of /ready; 0 while nothing listens."""

@@ -223,7 +223,7 @@ def test_an_engine_that_hangs_fails_liveness_and_a_busy_one_does_not(server: Ser
         server.until(lambda: server.health() == 200, 30)
         assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
     assert server.health("/ready") == 200
-    assert "vLLM's engine runs again" in server.log.read_text()
+    assert "vLLM's engine answers again" in server.log.read_text()
 
     with contextlib.ExitStack() as stack:  # more than twice what the engine computes at once, for longer than that
         clients = [stack.enter_context(streaming(server)) for _ in range(300)]
