@@ -89,8 +89,8 @@ bench-serving: setup
 
 setup: .venv/installed
 
-# $(call install,VENV,WHAT): with uv, which takes a fifth of pip's time; with pip if uv is missing or fails. uv does not
-# read pip's configuration, so it gets the index from there.
+# $(call install,VENV,WHAT): with uv, which is faster; with pip if uv is missing or fails. uv does not read pip's
+# configuration, so it gets the index from there.
 PIP_INDEX = $(BIN)/pip config list | sed -n "s/^\(:env:\|global\|install\)\.index-url='\(.*\)'$$/\2/p" | head -n 1
 install = UV_SYSTEM_CERTS=1 UV_DEFAULT_INDEX="$$($(PIP_INDEX))" $(BIN)/uv pip install --python $(1)/bin/python \
 	  --no-deps $(2) || $(1)/bin/pip install --no-deps $(2)

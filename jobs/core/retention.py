@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shutil
 import time
 from collections import defaultdict
@@ -20,7 +19,7 @@ from pathlib import Path
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.layout import CHECKPOINTS, DRAFT, MANIFEST, TENSORBOARD, draft_folder, lock_file, read_manifest
 from jobs.core.locks import hold_if_free
-from jobs.core.promotion import promoted_digests
+from jobs.core.promotion import DIGEST, promoted_digests
 
 log = logging.getLogger("jobs")
 
@@ -28,7 +27,6 @@ log = logging.getLogger("jobs")
 ABANDONED_SECONDS = 24 * 3600
 # How long a training may be interrupted, or superseded and reverted to, and still resume from its checkpoint.
 LEFTOVER_SECONDS = 7 * 24 * 3600
-DIGEST = re.compile("[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
