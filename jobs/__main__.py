@@ -15,7 +15,7 @@ from jobs.core.command import run_command
 from jobs.training import distributed
 
 DESCRIPTION = """\
-Fine-tune a model privately and serve the result, as one pipeline.yaml declares.
+Fine-tune a model privately and serve the result, as its files in git declare.
 
   stages (the Kubernetes Jobs run these; a stage whose result exists ends at once)
     relocate WHAT     bring the dataset, the base model, the tokenizer or the reference model onto its volume
@@ -24,8 +24,10 @@ Fine-tune a model privately and serve the result, as one pipeline.yaml declares.
     await ARTIFACT…   wait until artifacts are there (init containers)
 
   for people
-    pin OVERLAY       fill or refresh the pins in an overlay's pipeline.yaml, like a lock file
+    new OVERLAY NAME  add an adapter to an overlay: its folder and its entries in kustomization.yaml
+    pin OVERLAY       fill or refresh the pins in an overlay's files, like a lock file
     check OVERLAY     validate an overlay with no network and no cluster: for a pre-commit hook or CI
+    plan OVERLAY      show what a push would run again, and why
     local OVERLAY     run the whole overlay, as rendered by kustomize, as local processes
     kind OVERLAY      run it in a cluster on this machine, with kubectl or with Argo CD
 """
@@ -33,7 +35,7 @@ EPILOG = """\
 examples
   python -m jobs check overlays/kind
   python -m jobs local overlays/kind --ask "What is the best hotel in Seville?"
-  python -m jobs --pipeline overlays/kind/pipeline.yaml --volumes /tmp/volumes relocate dataset
+  python -m jobs --pipeline overlays/kind/adapters/seville-hotels/pipeline.yaml --volumes /tmp/volumes relocate dataset
 """
 RELOCATABLE = ("dataset", "base-model", "tokenizer", "reference-model")
 AWAITABLE = (*RELOCATABLE, "acceptability", "adapter", "merged-model", "evaluation")
@@ -44,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m jobs", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     top.add_argument("--pipeline", type=Path, default=Path(os.environ.get("PIPELINE", "/etc/pipeline/pipeline.yaml")),
                      metavar="FILE", help="the pipeline file (default: $PIPELINE, else %(default)s)")
+    top.add_argument("--environment", type=Path, default=os.environ.get("ENVIRONMENT_FILE"), metavar="FILE",
+                     help="the environment file (default: $ENVIRONMENT_FILE, else environment.yaml of the overlay to "
+                          "which the pipeline file belongs)")
     top.add_argument("--volumes", type=Path, default=Path(os.environ.get("VOLUMES", "/volumes")), metavar="DIR",
                      help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
     top.add_argument("--wait-seconds", metavar="S",
@@ -75,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Carry out one command. Imports are late: `--help` and `already done` must answer at once."""
-    from jobs.core import pipeline
+    from jobs.core import environment, pipeline
 
     wait_seconds = variables.wait_seconds(args.wait_seconds)  # not in the parser: `--help` must work in any environment
     match args.command:
@@ -98,21 +103,34 @@ def run(args: argparse.Namespace) -> None:
         case "relocate":
             from jobs.relocation import relocate
 
-            relocate.run(pipeline.load(args.pipeline), args.what, args.volumes)
+            if args.what == "dataset":
+                relocate.run_dataset(pipeline.load(args.pipeline, args.environment), args.volumes)
+            else:
+                relocate.run_model(environment.load(_environment_file(args)), args.what, args.volumes)
         case "train":
             from jobs.training import train
 
-            train.run(pipeline.load(args.pipeline), args.volumes, wait_seconds)
+            train.run(pipeline.load(args.pipeline, args.environment), args.volumes, wait_seconds)
         case "evaluate":
             from jobs.evaluation import evaluate
 
-            evaluate.run(pipeline.load(args.pipeline), args.volumes, wait_seconds)
+            evaluate.run(pipeline.load(args.pipeline, args.environment), args.volumes, wait_seconds)
         case "await":
             from jobs.core import artifacts
-            from jobs.core.plan import plan
+            from jobs.core.plan import plan, plan_environment
 
-            named = plan(pipeline.load(args.pipeline).pipeline).named()
+            if set(args.artifacts) <= set(RELOCATABLE) - {"dataset"}:
+                named = plan_environment(environment.load(_environment_file(args)).environment).named()
+            else:
+                named = plan(pipeline.load(args.pipeline, args.environment).pipeline).named()
             artifacts.wait_until_there([named[a] for a in args.artifacts], args.volumes, wait_seconds)
+
+
+def _environment_file(args: argparse.Namespace) -> Path:
+    """The environment file of a stage that has no pipeline file, such as the relocation of the base model."""
+    from jobs.core import pipeline
+
+    return args.environment or pipeline.find_environment(args.pipeline)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Builds pipeline files for tests: a valid one, with single values replaced."""
+"""Builds the files that people edit, for tests: a valid environment and pipeline, with single values replaced."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from typing import Any
 
 import yaml
 
+from jobs.core.environment import Environment
 from jobs.core.files import write_atomically
+from jobs.core.pipeline import Pipeline
 
 COMMIT = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
 SHA256 = "5b1f" * 16
 
 
 def values(**changes: Any) -> dict[str, Any]:
-    """A valid pipeline; `changes` are dotted keys with `__` for the dots. The value None removes a key."""
-    pipeline: dict[str, Any] = {
+    """A valid environment and pipeline in one mapping; `changes` are dotted keys with `__` for the dots. The value None
+    removes a key."""
+    both: dict[str, Any] = {
         "adapter": "seville-hotels",
         "dataset": {"source": "file:dataset.jsonl", "sha256": SHA256},
         "base_model": {"source": "hf://HuggingFaceTB/SmolLM2-135M-Instruct", "revision": COMMIT},
@@ -25,19 +28,38 @@ def values(**changes: Any) -> dict[str, Any]:
     }
     for dotted, value in changes.items():
         *parents, key = dotted.split("__")
-        at = pipeline
+        at = both
         for parent in parents:
             at = at.setdefault(parent, {})
         if value is None:
             at.pop(key, None)
         else:
             at[key] = value
-    return pipeline
+    return both
+
+
+def environment(**changes: Any) -> dict[str, Any]:
+    """The part of `values(**changes)` that an environment file holds."""
+    return {key: value for key, value in values(**changes).items() if key in Environment.model_fields}
+
+
+def pipeline(**changes: Any) -> dict[str, Any]:
+    """The part of `values(**changes)` that a pipeline file holds; unknown keys belong to it."""
+    return {key: value for key, value in values(**changes).items() if key not in Environment.model_fields}
+
+
+def build(**changes: Any) -> Pipeline:
+    """The pipeline in its environment, as `jobs.core.pipeline.load` returns it."""
+    return Pipeline(**pipeline(**changes), environment=Environment(**environment(**changes)))
 
 
 def write(folder: Path, **changes: Any) -> Path:
-    """Write `values(**changes)` as `folder/pipeline.yaml` and return the file. Like a ConfigMap's, it changes at once:
-    a server that watches it would report an empty one."""
-    file = folder / "pipeline.yaml"
-    write_atomically(file, yaml.safe_dump(values(**changes), sort_keys=False))
-    return file
+    """Write `folder/pipeline.yaml`, and `folder/environment.yaml` beside it, and return the pipeline file. Like a
+    ConfigMap's, they change at once: a server that watches one would report an empty one."""
+    write_yaml(folder / "environment.yaml", environment(**changes))
+    write_yaml(folder / "pipeline.yaml", pipeline(**changes))
+    return folder / "pipeline.yaml"
+
+
+def write_yaml(file: Path, content: dict[str, Any]) -> None:
+    write_atomically(file, yaml.safe_dump(content, sort_keys=False))

@@ -148,7 +148,7 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(f"{folder}: {human_bytes(needed)} are needed, but {human_bytes(free)} are free on this volume. "
-                        "Enlarge it, or lower `retention.keep` in pipeline.yaml. Nothing was published")
+                        "Enlarge it, or lower `retention.keep` in environment.yaml. Nothing was published")
 
 
 def human_bytes(count: float) -> str:

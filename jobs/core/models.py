@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.core.environment import Mode
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import require_plain
-from jobs.core.pipeline import Mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.core.artifacts import Spec
-from jobs.core.pipeline import Pipeline, Source
+from jobs.core.declarations import Source
+from jobs.core.environment import Environment
+from jobs.core.pipeline import Pipeline
 from jobs.core.sources import SCHEMES
 
 # Bump a number when the code of that stage would give another result for the same settings: it renames the artifacts,
@@ -28,14 +30,24 @@ FINE_TUNED_VOLUME = "fine-tuned-model"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Every artifact of one pipeline, in the order of the stages."""
+class EnvironmentPlan:
+    """Every artifact of one environment."""
 
-    dataset: Spec
-    acceptability: Spec
     base_model: Spec
     tokenizer: Spec
     reference_model: Spec
+
+    def named(self) -> dict[str, Spec]:
+        """The artifacts by the names that people type: `python -m jobs await base-model tokenizer`."""
+        return {name.replace("_", "-"): spec for name, spec in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Plan(EnvironmentPlan):
+    """Every artifact of one pipeline, with those of its environment."""
+
+    dataset: Spec
+    acceptability: Spec
     adapter: Spec
     merged_model: Spec  # always named; made only in `serving: {mode: merged}`
     base_scores: Spec
@@ -43,9 +55,13 @@ class Plan:
     reference_scores: Spec
     evaluation: Spec
 
-    def named(self) -> dict[str, Spec]:
-        """The artifacts by the names that people type: `python -m jobs await base-model tokenizer`."""
-        return {name.replace("_", "-"): spec for name, spec in vars(self).items()}
+
+def plan_environment(environment: Environment) -> EnvironmentPlan:
+    """Name every artifact that `environment` desires."""
+    return EnvironmentPlan(
+        Spec(BASE_MODEL_VOLUME, "base-model", _source("base-model", environment.base_model)),
+        Spec(TOKENIZER_VOLUME, "tokenizer", _source("tokenizer", environment.tokenizer_source)),
+        Spec(REFERENCE_VOLUME, "reference-model", _source("reference-model", environment.reference_model)))
 
 
 def plan(pipeline: Pipeline) -> Plan:
@@ -76,9 +92,8 @@ def _plan(key: _ByIdentity) -> Plan:
     acceptability = Spec(DATASET_VOLUME, "acceptability",
                          {**_source("acceptability", pipeline.evaluation.acceptability),
                           "format": _suffix(pipeline.evaluation.acceptability)})
-    base_model = Spec(BASE_MODEL_VOLUME, "base-model", _source("base-model", pipeline.base_model))
-    tokenizer = Spec(TOKENIZER_VOLUME, "tokenizer", _source("tokenizer", pipeline.tokenizer_source))
-    reference_model = Spec(REFERENCE_VOLUME, "reference-model", _source("reference-model", pipeline.reference_model))
+    shared = plan_environment(pipeline.environment)
+    base_model, tokenizer, reference_model = shared.base_model, shared.tokenizer, shared.reference_model
     lora = training.lora
     modules = lora.target_modules if isinstance(lora.target_modules, str) else sorted(set(lora.target_modules))
     adapter = Spec(
@@ -100,7 +115,7 @@ def _plan(key: _ByIdentity) -> Plan:
          "gate": pipeline.evaluation.gate.model_dump(exclude_none=True)},
         {"adapter": adapter.digest, "base_scores": base_scores.digest, "adapter_scores": adapter_scores.digest,
          "reference_scores": reference_scores.digest})
-    return Plan(dataset, acceptability, base_model, tokenizer, reference_model, adapter,
+    return Plan(base_model, tokenizer, reference_model, dataset, acceptability, adapter,
                 merged_model(adapter.digest, base_model.digest), base_scores, adapter_scores, reference_scores,
                 evaluation)
 

@@ -1,6 +1,6 @@
 """The evaluation job: measure base, fine-tuned and reference model, and promote the adapter if it passes the gate.
 
-    python -m jobs --pipeline overlays/kind/pipeline.yaml --volumes /volumes evaluate
+    python -m jobs --pipeline overlays/kind/adapters/seville-hotels/pipeline.yaml --volumes /volumes evaluate
 
 Waits for its inputs; measures the base and the fine-tuned model with one load (the base is the fine-tuned model with
 its adapter switched off), then the reference model with its own tokenizer; keeps each model's scores as an artifact of
@@ -31,7 +31,7 @@ from jobs.evaluation.metrics import SCORES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from jobs.core.pipeline import Loaded
+    from jobs.core.pipeline import LoadedPipeline
 
 log = logging.getLogger("jobs")
 
@@ -40,7 +40,7 @@ Scores = Mapping[str, Any]
 ADVICE = "Train otherwise, bring other data, or change evaluation.gate in the pipeline file."
 
 
-def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
+def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
     """Evaluate the desired adapter, unless that is done, and promote it if it passed.
 
     Raises:
@@ -88,7 +88,8 @@ def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, ma
     adapted = PeftModel.from_pretrained(model, str(wanted.adapter.path(volumes))).eval()
     name = _versioned(pipeline, wanted)
     with adapted.disable_adapter():
-        artifacts.publish(wanted.base_scores, volumes, _scores(adapted, tokenizer, material, pipeline.base_model.name),
+        artifacts.publish(wanted.base_scores, volumes,
+                          _scores(adapted, tokenizer, material, pipeline.environment.base_model.name),
                           keep=_keep(pipeline), adapter_name=pipeline.adapter)
     artifacts.publish(wanted.adapter_scores, volumes, _scores(adapted, tokenizer, material, name),
                       keep=_keep(pipeline), adapter_name=pipeline.adapter)
@@ -99,8 +100,8 @@ def measure_reference(pipeline: Pipeline, wanted: Plan, volumes: Path, material:
     folder = wanted.reference_model.path(volumes)
     model, tokenizer = _load(folder, folder)
     artifacts.publish(wanted.reference_scores, volumes,
-                      _scores(model, tokenizer, material, pipeline.reference_model.name), keep=_keep(pipeline),
-                      adapter_name=pipeline.adapter)
+                      _scores(model, tokenizer, material, pipeline.environment.reference_model.name),
+                      keep=_keep(pipeline), adapter_name=pipeline.adapter)
 
 
 def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
@@ -119,22 +120,23 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
 
     write_tensorboard(volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest
                       / "evaluation", scores, step=training["steps"])
-    return artifacts.publish(wanted.evaluation, volumes, write, keep=pipeline.retention.keep,
+    return artifacts.publish(wanted.evaluation, volumes, write, keep=pipeline.environment.retention.keep,
                              adapter_name=pipeline.adapter)
 
 
 def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores]) -> dict[str, Any]:
     """The content of `evaluation.json`: the verdict, what was measured, and every digest and pin behind it."""
     checks = gate.evaluate_gate(pipeline.evaluation.gate, scores["base"], scores["fine_tuned"])
-    sources = pipeline.sources()
+    base_model, reference_model = pipeline.environment.base_model, pipeline.environment.reference_model
+    sources = pipeline.environment.sources() | pipeline.sources()
     return {
         "passed": all(check.passed for check in checks),
         "adapter": {"name": pipeline.adapter, "digest": wanted.adapter.digest},
-        "base_model": {"name": pipeline.base_model.name, "digest": wanted.base_model.digest},
-        "reference_model": {"name": pipeline.reference_model.name, "digest": wanted.reference_model.digest},
+        "base_model": {"name": base_model.name, "digest": wanted.base_model.digest},
+        "reference_model": {"name": reference_model.name, "digest": wanted.reference_model.digest},
         "dataset": {"digest": wanted.dataset.digest,
                     "holdout_records": scores["base"]["records"] + scores["base"]["records_too_long"]},
-        "embedded": any(model.scheme == "builtin" for model in (pipeline.base_model, pipeline.reference_model)),
+        "embedded": any(model.scheme == "builtin" for model in (base_model, reference_model)),
         "scores": dict(scores),
         "gate": [check.to_json() for check in checks],
         "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
@@ -154,7 +156,7 @@ def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, 
     if evaluation["passed"]:
         # Retention may have removed an old adapter while its evaluation was kept; its training job makes it again.
         # In mode merged clients get the merged model, which training makes after the adapter.
-        merged = [wanted.merged_model] if pipeline.serving.mode == "merged" else []
+        merged = [wanted.merged_model] if pipeline.environment.serving.mode == "merged" else []
         artifacts.wait([wanted.adapter, *merged], volumes, wait_seconds)
         moved = promotion.promote(volume, pipeline.adapter, wanted.adapter.digest, wanted.evaluation.digest)
         title, lines = "PROMOTED" if moved else "ALREADY PROMOTED", [
@@ -215,7 +217,7 @@ def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, material: scoring.Ma
 
 def _keep(pipeline: Pipeline) -> int:
     """Three models share the scores' folder: with `keep: 1`, the third's must not push out the first's."""
-    return 3 * pipeline.retention.keep
+    return 3 * pipeline.environment.retention.keep
 
 
 def _versioned(pipeline: Pipeline, wanted: Plan) -> str:

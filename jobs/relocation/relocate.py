@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from jobs.core import models
-from jobs.core.artifacts import Artifact, publish
+from jobs.core.artifacts import publish
+from jobs.core.declarations import Loaded, Source
+from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import human_bytes
-from jobs.core.pipeline import Loaded, Source
-from jobs.core.plan import plan
+from jobs.core.pipeline import LoadedPipeline
+from jobs.core.plan import plan, plan_environment
 from jobs.data import acceptability, split
 from jobs.data.formats import File, readable
 from jobs.relocation import download, sources
@@ -40,35 +42,37 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", 
 RAW = "raw"  # where a draft keeps the downloaded data until its records are written
 
 
-def run(loaded: Loaded, what: str, volumes: Path) -> None:
-    """Publish what the pipeline file names under `what`: dataset, base-model, tokenizer or reference-model.
-
-    `dataset` publishes the acceptability sentences too: they are data, and lie on the same volume.
+def run_model(loaded: LoadedEnvironment, what: str, volumes: Path) -> None:
+    """Publish what the environment file names under `what`: base-model, tokenizer or reference-model.
 
     Raises:
         UserError: the source, its pin or its content is not as it must be.
         RetryableError: the source does not recover.
     """
-    specs = plan(loaded.pipeline).named()
-
-    def relocate(name: str) -> Artifact:
-        return publish(specs[name], volumes, lambda draft: WRITERS[name](loaded, draft),
-                       keep=loaded.pipeline.retention.keep, resume=True,
-                       adapter_name=loaded.pipeline.adapter if name == "dataset" else "")
-
-    if what == "dataset":
-        check_data_in_git(loaded)
-    artifact = relocate(what)
+    artifact = publish(plan_environment(loaded.environment).named()[what], volumes,
+                       lambda draft: MODELS[what](loaded, draft), keep=loaded.environment.retention.keep, resume=True)
     if what == "base-model":
         check_architecture(loaded, artifact.path)  # the file may name another architecture than when it was published
-    if what == "dataset":
-        relocate("acceptability")
+
+
+def run_dataset(loaded: LoadedPipeline, volumes: Path) -> None:
+    """Publish the dataset of the pipeline file, and the acceptability sentences: they are data, on the same volume.
+
+    Raises:
+        UserError: the source, its pin or its content is not as it must be.
+        RetryableError: the source does not recover.
+    """
+    check_data_in_git(loaded)
+    wanted, keep = plan(loaded.pipeline), loaded.pipeline.environment.retention.keep
+    publish(wanted.dataset, volumes, lambda draft: write_dataset(loaded, draft), keep=keep, resume=True,
+            adapter_name=loaded.pipeline.adapter)
+    publish(wanted.acceptability, volumes, lambda draft: write_acceptability(loaded, draft), keep=keep, resume=True)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def check_data_in_git(loaded: Loaded) -> None:
+def check_data_in_git(loaded: LoadedPipeline) -> None:
     """Check the data beside the pipeline file against its pin, also when the pinned data was published already.
 
     Raises:
@@ -77,10 +81,10 @@ def check_data_in_git(loaded: Loaded) -> None:
     for source in (loaded.pipeline.dataset, loaded.pipeline.evaluation.acceptability):
         path = loaded.resolve(source) if source.scheme == "file" else None
         if path and path.exists() and (found := path_sha256(path)) != source.sha256:
-            raise UserError(mismatch(str(path), "pipeline.yaml", str(source.sha256), found))
+            raise UserError(mismatch(str(path), loaded.path.name, str(source.sha256), found))
 
 
-def write_dataset(loaded: Loaded, draft: Path) -> dict[str, Any]:
+def write_dataset(loaded: LoadedPipeline, draft: Path) -> dict[str, Any]:
     """Fetch the data, validate every record, and write train.jsonl, holdout.jsonl and statistics.json."""
     source = loaded.pipeline.dataset
     facts = split.split(fetch_data(loaded, source, draft), source.holdout, draft)
@@ -91,7 +95,7 @@ def write_dataset(loaded: Loaded, draft: Path) -> dict[str, Any]:
     return origin(source) | facts
 
 
-def write_acceptability(loaded: Loaded, draft: Path) -> dict[str, Any]:
+def write_acceptability(loaded: LoadedPipeline, draft: Path) -> dict[str, Any]:
     """Write acceptability.jsonl: sentences from the embedded grammar, or fetched ones."""
     source = loaded.pipeline.evaluation.acceptability
     if source.scheme == "builtin":
@@ -117,9 +121,9 @@ def fetch_data(loaded: Loaded, source: Source, draft: Path) -> list[File]:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def write_base_model(loaded: Loaded, draft: Path) -> dict[str, Any]:
+def write_base_model(loaded: LoadedEnvironment, draft: Path) -> dict[str, Any]:
     """Fetch the base model, without a tokenizer; one that vLLM cannot serve is rejected before the download."""
-    source = loaded.pipeline.base_model
+    source = loaded.environment.base_model
     if source.scheme == "builtin":
         return embed(source, draft, model=True, tokenizer=False)
     items = sources.listing(loaded, source)
@@ -132,9 +136,9 @@ def write_base_model(loaded: Loaded, draft: Path) -> dict[str, Any]:
     return origin(source) | left_out(items, wanted)
 
 
-def write_reference_model(loaded: Loaded, draft: Path) -> dict[str, Any]:
+def write_reference_model(loaded: LoadedEnvironment, draft: Path) -> dict[str, Any]:
     """Fetch the reference model and the tokenizer that belongs to it."""
-    source = loaded.pipeline.reference_model
+    source = loaded.environment.reference_model
     if source.scheme == "builtin":
         return embed(source, draft, model=True, tokenizer=True)
     items = sources.listing(loaded, source)
@@ -145,9 +149,9 @@ def write_reference_model(loaded: Loaded, draft: Path) -> dict[str, Any]:
     return origin(source) | left_out(items, wanted.values())
 
 
-def write_tokenizer(loaded: Loaded, draft: Path) -> dict[str, Any]:
-    """Fetch the tokenizer: the base model's, or the one that the pipeline file names."""
-    source = loaded.pipeline.tokenizer_source
+def write_tokenizer(loaded: LoadedEnvironment, draft: Path) -> dict[str, Any]:
+    """Fetch the tokenizer: the base model's, or the one that the environment file names."""
+    source = loaded.environment.tokenizer_source
     if source.scheme == "builtin":
         return embed(source, draft, model=False, tokenizer=True)
     fetch(tokenizer_files(sources.listing(loaded, source), source), source, draft)
@@ -207,19 +211,18 @@ def matching(items: Iterable[Item], patterns: Iterable[str]) -> list[Item]:
             if "/" not in item.name and any(fnmatch.fnmatchcase(item.name, pattern) for pattern in patterns)]
 
 
-def check_architecture(loaded: Loaded, folder: Path) -> None:
+def check_architecture(loaded: LoadedEnvironment, folder: Path) -> None:
     """Check that the base model has the declared architecture, and that its adapters can be served in the desired mode.
 
     Raises:
         UserError: naming what is wrong and what can be chosen instead.
     """
-    base = loaded.pipeline.base_model
+    base = loaded.environment.base_model
     found = models.architecture(folder)
     if base.architecture and base.architecture != found:
         raise UserError(f"{loaded.path}: base_model.architecture is {base.architecture}, but {base.source} at "
                         f"{base.pin} is a {found}. Correct the key, or run: python -m jobs pin {loaded.path.parent}")
-    models.check_target_modules(found, loaded.pipeline.training.lora.target_modules, f"{loaded.path}: base_model",
-                                loaded.pipeline.serving.mode)
+    models.check_servable(found, f"{loaded.path}: base_model", loaded.environment.serving.mode)
 
 
 def check_weights(folder: Path, source: Source) -> None:
@@ -278,9 +281,7 @@ def left_out(items: Iterable[Item], taken: Iterable[Item]) -> dict[str, Any]:
     return {"left_out": [item.name for item in items if item.name not in names]}
 
 
-WRITERS: dict[str, Callable[[Loaded, Path], dict[str, Any]]] = {
-    "dataset": write_dataset,
-    "acceptability": write_acceptability,
+MODELS: dict[str, Callable[[LoadedEnvironment, Path], dict[str, Any]]] = {
     "base-model": write_base_model,
     "tokenizer": write_tokenizer,
     "reference-model": write_reference_model,

@@ -75,8 +75,8 @@ def ask(pipeline: Pipeline, volumes: Path, endpoint: str, question: str) -> str:
 def _answers(client: Any, pipeline: Pipeline, question: str, *, chats: bool) -> str:
     answers = {}
     models = [(f"fine-tuned ({pipeline.adapter})", pipeline.adapter)]
-    if pipeline.serving.mode == "lora":
-        models.insert(0, (f"base model ({pipeline.base_model.name})", pipeline.base_model.name))
+    if pipeline.environment.serving.mode == "lora":
+        models.insert(0, (f"base model ({pipeline.environment.base_model.name})", pipeline.environment.base_model.name))
     for title, model in models:
         options: Any = {"model": model, "temperature": 0, "max_tokens": pipeline.evaluation.max_new_tokens}
         if chats:
@@ -109,7 +109,8 @@ def places(pipeline: Pipeline, volumes: Path, endpoint: str | None, tensorboard:
         chat = chats(pipeline, volumes)
         request: dict[str, Any] = {"model": pipeline.adapter, "temperature": 0}  # the answer above, not a sample
         request |= {"messages": [{"role": "user", "content": question}]} if chat else {"prompt": f"{question}\n"}
-        models = [pipeline.adapter, *([pipeline.base_model.name] if pipeline.serving.mode == "lora" else [])]
+        shared = pipeline.environment
+        models = [pipeline.adapter, *([shared.base_model.name] if shared.serving.mode == "lora" else [])]
         url = f"{endpoint}/v1/{'chat/completions' if chat else 'completions'}"
         lines += [f"  Endpoint     {endpoint}/v1  (models: {', '.join(models)})",
                   "", f"  curl {url} -H 'content-type: application/json' \\",

@@ -16,7 +16,8 @@ def finish_adapter(folder: Path, pipeline: Pipeline, splits: Splits, history: li
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
     # PEFT records the folder the base model was loaded from (a mount path) and a set in random order.
-    config |= {"base_model_name_or_path": pipeline.base_model.name, "revision": pipeline.base_model.revision,
+    base = pipeline.environment.base_model
+    config |= {"base_model_name_or_path": base.name, "revision": base.revision,
                "target_modules": target_modules}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     steps = int(max(entry["step"] for entry in history))
@@ -29,7 +30,7 @@ def finish_adapter(folder: Path, pipeline: Pipeline, splits: Splits, history: li
 def model_card(pipeline: Pipeline, splits: Splits, history: list[dict[str, float]], target_modules: list[str],
                dataset: str) -> str:
     """The model card: what this adapter is, what it was made from, and how well it fit."""
-    training, base = pipeline.training, pipeline.base_model
+    training, base = pipeline.training, pipeline.environment.base_model
     last: Callable[[str], float] = lambda key: [e[key] for e in history if key in e][-1]  # noqa: E731
     rows = {"base model": f"{base.name} ({base.pin})", "dataset": f"{dataset} ({pipeline.dataset.pin})",
             "records": f"{len(splits.train)} train, {len(splits.holdout)} held out, {splits.too_long} too long",

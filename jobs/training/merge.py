@@ -41,11 +41,11 @@ def publish(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
     base_model, adapter = artifacts.wait([wanted.base_model, wanted.adapter], volumes, wait_seconds)
 
     def write(draft: Path) -> dict[str, Any]:
-        log.info("merging %s into %s", wanted.adapter, pipeline.base_model.name)
+        log.info("merging %s into %s", wanted.adapter, pipeline.environment.base_model.name)
         dtype = write_merged(base_model.path, adapter.path, draft)
-        return {"base_model": pipeline.base_model.name, "adapter": adapter.digest, "dtype": dtype}
+        return {"base_model": pipeline.environment.base_model.name, "adapter": adapter.digest, "dtype": dtype}
 
-    merged = artifacts.publish(wanted.merged_model, volumes, write, keep=pipeline.retention.keep,
+    merged = artifacts.publish(wanted.merged_model, volumes, write, keep=pipeline.environment.retention.keep,
                                adapter_name=pipeline.adapter, wait_seconds=wait_seconds)
     log.info("merged: %s", merged.path)
 

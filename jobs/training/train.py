@@ -1,6 +1,6 @@
 """The training job: a LoRA adapter for the base model, from the dataset's train split.
 
-    python -m jobs --pipeline overlays/kind/pipeline.yaml --volumes /volumes train
+    python -m jobs --pipeline overlays/kind/adapters/seville-hotels/pipeline.yaml --volumes /volumes train
 
 Waits for dataset, base model and tokenizer; rejects what vLLM could not serve; encodes and packs the records; trains
 with transformers' Trainer and PEFT; publishes adapter, model card and loss history as one artifact; and in
@@ -37,7 +37,7 @@ from jobs.training.trainer import lora_config, team_trainer, training_arguments,
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from jobs.core.pipeline import Loaded
+    from jobs.core.pipeline import LoadedPipeline
 
 log = logging.getLogger("jobs")
 
@@ -53,7 +53,7 @@ class Folders:
     tensorboard: Path
 
 
-def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
+def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
     """Train the desired adapter, and merge it in mode merged, unless that is done.
 
     Raises:
@@ -81,7 +81,7 @@ def run(loaded: Loaded, volumes: Path, wait_seconds: float) -> None:
                                         "--wait-seconds", str(wait_seconds), "train"], wait_seconds)
     if not distributed.is_main():
         return
-    if pipeline.serving.mode == "merged" and not artifacts.done(wanted.merged_model, volumes):
+    if pipeline.environment.serving.mode == "merged" and not artifacts.done(wanted.merged_model, volumes):
         merge.publish(pipeline, wanted, volumes, wait_seconds)
 
 
@@ -91,8 +91,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         [wanted.dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
     target_modules = models.check_target_modules(models.architecture(base_model.path),
                                                  pipeline.training.lora.target_modules, str(base_model.path),
-                                                 pipeline.serving.mode)
-    if pipeline.serving.mode == "merged":
+                                                 pipeline.environment.serving.mode)
+    if pipeline.environment.serving.mode == "merged":
         merge.stored_dtype(base_model.path)  # raises now, instead of after hours of training
     check_length(models.read_config(base_model.path), pipeline.training)
 
@@ -103,7 +103,7 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
 
     def train_adapter(output: Path) -> tuple[Splits, list[dict[str, float]]]:
         """What every process of the team does."""
-        log.info("training %s on %s: loading model and data", wanted.adapter, pipeline.base_model.name)
+        log.info("training %s on %s: loading model and data", wanted.adapter, pipeline.environment.base_model.name)
         tokenizer = models.load_tokenizer(tokenizer_files.path)
         model = models.load_model(base_model.path, four_bits=pipeline.training.quantization == "4bit",
                                   stay_on_cpu=pipeline.training.sharding == "fsdp" and team.size > 1)
@@ -117,10 +117,10 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         with models.gpu_memory(LESS_MEMORY):
             splits, history = train_adapter(draft)
         finish_adapter(draft, pipeline, splits, history, target_modules, dataset.digest)
-        return {"base_model": pipeline.base_model.name, "dataset": dataset.digest}
+        return {"base_model": pipeline.environment.base_model.name, "dataset": dataset.digest}
 
     if team.main:
-        adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.retention.keep,
+        adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.environment.retention.keep,
                                     adapter_name=pipeline.adapter, wait_seconds=wait_seconds)
         if not started:  # another job published it in the meantime: the other processes need not train
             team.broadcast(False)

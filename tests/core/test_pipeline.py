@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from jobs.core import pipeline
+from jobs.core.declarations import Source
 from jobs.core.errors import UserError
 from tests import build_pipeline
 
@@ -15,12 +16,12 @@ from tests import build_pipeline
 def test_a_valid_file_loads_with_its_defaults(tmp_path: Path) -> None:
     loaded = pipeline.load(build_pipeline.write(tmp_path))
     assert loaded.pipeline.dataset.holdout == 0.1
-    assert loaded.pipeline.tokenizer_source == pipeline.Source(
+    assert loaded.pipeline.environment.tokenizer_source == Source(
         source="hf://HuggingFaceTB/SmolLM2-135M-Instruct", revision=build_pipeline.COMMIT)
     assert loaded.resolve(loaded.pipeline.dataset) == tmp_path / "dataset.jsonl"
 
 
-def test_an_overlays_folder_stands_for_its_file(tmp_path: Path) -> None:
+def test_an_adapters_folder_stands_for_its_file(tmp_path: Path) -> None:
     build_pipeline.write(tmp_path)
     assert pipeline.load(tmp_path).path == tmp_path / "pipeline.yaml"
 
@@ -68,13 +69,13 @@ def test_what_is_wrong_is_named_with_its_key(tmp_path: Path, changes: dict[str, 
     with pytest.raises(UserError) as raised:
         pipeline.load(file)
     assert message in str(raised.value)
-    assert str(raised.value).startswith(f"{file}:")
+    assert str(raised.value).startswith((f"{file}:", f"{file.with_name('environment.yaml')}:"))
     assert len(str(raised.value).splitlines()) <= 2, "one mistake, one line (a union may need two)"
 
 
 def test_in_mode_merged_vllm_loads_no_adapter_so_its_rank_is_free(tmp_path: Path) -> None:
     loaded = pipeline.load(build_pipeline.write(tmp_path, training__lora__r=128, serving__mode="merged"))
-    assert loaded.pipeline.training.lora.r > loaded.pipeline.serving.max_lora_rank
+    assert loaded.pipeline.training.lora.r > loaded.pipeline.environment.serving.max_lora_rank
 
 
 def test_the_error_names_the_line(tmp_path: Path) -> None:
@@ -120,3 +121,61 @@ def test_a_learning_rate_may_be_written_without_a_dot(tmp_path: Path) -> None:
     file = build_pipeline.write(tmp_path)
     file.write_text(file.read_text().replace("epochs: 1", "learning_rate: 2e-4"))
     assert pipeline.load(file).pipeline.training.learning_rate == 2e-4
+
+
+# --- the environment that a pipeline belongs to -----------------------------------------------------------------------
+
+
+def test_an_adapter_of_an_overlay_belongs_to_the_overlays_environment(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "mine" / "adapters" / "seville-hotels"
+    folder.mkdir(parents=True)
+    build_pipeline.write(folder)
+    (folder / "environment.yaml").rename(tmp_path / "mine" / "environment.yaml")
+    assert pipeline.load(folder).environment.path == tmp_path / "mine" / "environment.yaml"
+    monkeypatch.chdir(folder)
+    assert pipeline.load(Path("pipeline.yaml")).environment.path == tmp_path / "mine" / "environment.yaml"
+
+
+def test_sources_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        build_pipeline.write(tmp_path / name, base_model={"source": "file:model", "sha256": build_pipeline.SHA256})
+    loaded = pipeline.load(tmp_path / "one", tmp_path / "two" / "environment.yaml")
+    assert loaded.resolve(loaded.pipeline.dataset) == tmp_path / "one" / "dataset.jsonl"
+    shared = loaded.environment
+    assert shared.resolve(shared.environment.base_model) == tmp_path / "two" / "model"
+
+
+def test_a_missing_environment_file_is_named(tmp_path: Path) -> None:
+    build_pipeline.write(tmp_path)
+    (tmp_path / "environment.yaml").unlink()
+    with pytest.raises(UserError, match=r"environment\.yaml: no such file"):
+        pipeline.load(tmp_path)
+
+
+def test_a_key_of_the_environment_in_a_pipeline_file_says_where_it_belongs_and_what_converts_it(tmp_path: Path) -> None:
+    file = build_pipeline.write(tmp_path)
+    build_pipeline.write_yaml(file, build_pipeline.values())
+    with pytest.raises(UserError) as raised:
+        pipeline.load(file)
+    line = next(n for n, text in enumerate(file.read_text().splitlines(), 1) if "base_model" in text)
+    assert str(raised.value) == (
+        f"{file}:{line}: base_model, reference_model: what all adapters share is in environment.yaml now. To convert "
+        f"this file, run: python -m jobs new OVERLAY NAME --from {file}")
+
+
+def test_an_environment_cannot_be_written_into_a_pipeline_file(tmp_path: Path) -> None:
+    file = build_pipeline.write(tmp_path)
+    build_pipeline.write_yaml(file, build_pipeline.pipeline(environment=build_pipeline.environment()))
+    with pytest.raises(UserError, match=r"environment: unknown key; allowed: adapter, dataset, training, evaluation$"):
+        pipeline.load(file)
+
+
+@pytest.mark.parametrize("key", ["adapter", "training"])
+def test_a_key_of_the_pipeline_in_an_environment_file_is_unknown(tmp_path: Path, key: str) -> None:
+    file = build_pipeline.write(tmp_path)
+    shared = file.with_name("environment.yaml")
+    build_pipeline.write_yaml(shared, build_pipeline.environment() | {key: "x"})
+    with pytest.raises(UserError, match=rf"environment\.yaml:\d+: {key}: unknown key"):
+        pipeline.load(file)

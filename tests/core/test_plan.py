@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from jobs.core import pipeline
 from jobs.core.artifacts import Spec
+from jobs.core.environment import SERVABLE_RANKS, Environment
 from jobs.core.plan import RECIPES, Plan, merged_model, plan
 from tests import build_pipeline
 
@@ -123,7 +124,7 @@ def test_serving_names_the_merged_model_of_an_earlier_adapter_by_two_digests(tmp
     assert wanted.merged_model.inputs == {"adapter": wanted.adapter.digest, "base_model": wanted.base_model.digest}
 
 
-# --- every key of the pipeline file ---------------------------------------------------------------------------------
+# --- every key of the environment file and the pipeline file --------------------------------------------------------
 
 SHA256, COMMIT = (st.text("0123456789abcdef", min_size=digits, max_size=digits) for digits in (64, 40))
 MODELS = st.sampled_from(["hf://acme/one", "hf://acme/two", "hf://other/one"])
@@ -134,7 +135,7 @@ PINNED = {"revision": build_pipeline.COMMIT}
 
 
 class Key(NamedTuple):
-    """A key of the pipeline file: the artifacts that it renames, values for it, and what else the file then says."""
+    """A key of a file: the artifacts that it renames, values for it, and what else the file then says."""
 
     renames: set[str]
     values: st.SearchStrategy[Any]
@@ -182,7 +183,7 @@ KEYS = {
     "evaluation.max_new_tokens": Key(SCORES, st.integers(1, 4096)),
     "evaluation.gate.*": Key({"evaluation"}, st.floats(0.001, 100)),
     "serving.mode": Key(set(), st.sampled_from(["lora", "merged"])),
-    "serving.max_lora_rank": Key(set(), st.sampled_from(pipeline.SERVABLE_RANKS[2:])),
+    "serving.max_lora_rank": Key(set(), st.sampled_from(SERVABLE_RANKS[2:])),
     "serving.when_base_changes": Key(set(), st.sampled_from(["wait-for-adapters", "at-once"])),
     "retention.keep": Key(set(), st.integers(1, 100)),
 }
@@ -199,7 +200,7 @@ def keys_of(model: type[BaseModel], before: str = "") -> Iterator[str]:
             yield before + name
 
 
-@pytest.mark.parametrize("name", list(keys_of(pipeline.Pipeline)))
+@pytest.mark.parametrize("name", [*keys_of(Environment), *keys_of(pipeline.PipelineFile)])
 def test_every_key_renames_exactly_the_artifacts_that_it_should(name: str) -> None:
     """A key that is missing in a digest serves an old result as a new one; one too many trains for nothing."""
     listed = [key for pattern, key in KEYS.items() if fnmatch(name, pattern)]
@@ -218,5 +219,4 @@ def test_every_key_renames_exactly_the_artifacts_that_it_should(name: str) -> No
 def _validated(name: str, value: Any, beside: dict[str, Any]) -> pipeline.Pipeline:
     """A valid pipeline with a value at a dotted name; None leaves the key out."""
     copies = {key: dict(entry) for key, entry in beside.items()}
-    values = build_pipeline.values(**copies, **{name.replace(".", "__"): value})
-    return pipeline.Pipeline.model_validate(values)
+    return build_pipeline.build(**copies, **{name.replace(".", "__"): value})

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 
+from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import UserError
-from jobs.core.pipeline import Loaded, Source
 from jobs.relocation.connection import Stream, classified, shown
 from jobs.relocation.sources import builtin, file, gs, hf, http, s3
 from jobs.relocation.sources.interface import Implementation, Item

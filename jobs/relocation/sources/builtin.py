@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import UserError
-from jobs.core.pipeline import Loaded, Source
 from jobs.relocation.connection import Stream
 from jobs.relocation.sources.interface import Item
 

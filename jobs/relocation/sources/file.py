@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.core.artifacts import canonical
+from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import UserError
 from jobs.core.files import open_plain, require_plain, sha256_of, visible_files
-from jobs.core.pipeline import Loaded, Source
 from jobs.relocation.connection import Stream, mismatch
 from jobs.relocation.sources.interface import Item
 
@@ -51,16 +51,16 @@ def files(loaded: Loaded, source: Source) -> list[Item]:
         if file.exists() and (file != path or not path.is_dir()):
             require_plain(file)
     if path.is_file():
-        return [Item(path.name, str(path), path.stat().st_size, source.sha256)]
+        return [Item(path.name, str(path), path.stat().st_size, source.sha256, pinned_in=loaded.path.name)]
     if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder ({source.source} is looked for beside pipeline.yaml)")
+        raise UserError(f"{path}: no such file or folder ({source.source} is looked for beside {loaded.path.name})")
     items = [Item(name, str(path / name), (path / name).stat().st_size, sha256_of(path / name))
              for name in visible_files(path)]
     if not items:
         raise UserError(f"{path}: the folder holds no files")
     found = _pin([(item.name, str(item.sha256)) for item in items])
     if found != source.sha256:
-        raise UserError(mismatch(str(path), "pipeline.yaml", str(source.sha256), found))
+        raise UserError(mismatch(str(path), loaded.path.name, str(source.sha256), found))
     return items
 
 

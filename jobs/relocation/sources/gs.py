@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from jobs.core.pipeline import Loaded, Source
+from jobs.core.declarations import Loaded, Source
 from jobs.relocation.connection import Stream
 from jobs.relocation.sources.buckets import open_object
 from jobs.relocation.sources.interface import content_sha256, single_file

@@ -7,8 +7,8 @@ import logging
 import os
 from typing import Any
 
+from jobs.core.declarations import COMMIT, Loaded, Source
 from jobs.core.errors import UserError
-from jobs.core.pipeline import COMMIT, Loaded, Source
 from jobs.relocation.connection import SILENCE_S, patiently
 from jobs.relocation.sources.http import ADVICE, open_at
 from jobs.relocation.sources.interface import Item

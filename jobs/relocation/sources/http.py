@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
+from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import UserError
-from jobs.core.pipeline import Loaded, Source
 from jobs.relocation.connection import SILENCE_S, Interrupted, Stream, shown
 from jobs.relocation.sources.interface import content_sha256, single_file
 

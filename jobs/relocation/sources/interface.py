@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from jobs.core.pipeline import Loaded, Source
+from jobs.core.declarations import Loaded, Source
 from jobs.relocation.connection import Stream, classified, patiently, shown
 
 
@@ -42,7 +42,8 @@ class Implementation(Protocol):
 
 def single_file(loaded: Loaded, source: Source) -> list[Item]:
     """The files of a source that is one URL."""
-    return [Item(shown(source.source).rpartition("/")[2], source.source, sha256=source.sha256)]
+    return [Item(shown(source.source).rpartition("/")[2], source.source, sha256=source.sha256,
+                 pinned_in=loaded.path.name)]
 
 
 def content_sha256(url: str, open_at: Callable[[str, int, Mapping[str, str]], Stream], advice: str) -> str:

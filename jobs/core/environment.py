@@ -1,0 +1,100 @@
+"""The environment file: the base model, the reference model and the settings of the server, for all its adapters.
+
+`load` turns `environment.yaml` into an `Environment`, or raises one `UserError` that lists every problem with its
+line, key and value. No network, no heavy imports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from jobs.core import declarations
+from jobs.core.declarations import Loaded, ModelSource, Source, Strict, TokenizerSource
+from jobs.core.errors import UserError
+
+FILE = "environment.yaml"
+# The values vLLM accepts for --max-lora-rank (vllm.config.lora.MaxLoRARanks; tests/core/test_models.py compares them).
+SERVABLE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+Mode = Literal["lora", "merged"]
+
+
+class Serving(Strict):
+    # lora: vLLM loads the adapter beside the base model, and swaps it without a restart. merged: training also makes
+    # one model of both, for base models on which vLLM has no LoRA (GPT-2), and vLLM restarts for a new one.
+    mode: Mode = "lora"
+    # Mode lora: vLLM reserves buffers of this rank at start, and cannot load an adapter of a higher one.
+    max_lora_rank: Annotated[int, Field(ge=1)] = 64
+    # wait-for-adapters: the server changes to another base model when every adapter that it serves has one for it that
+    # passed the gate. at-once: as soon as the base model is there, and without adapters until they have passed.
+    when_base_changes: Literal["wait-for-adapters", "at-once"] = "wait-for-adapters"
+
+    @model_validator(mode="after")
+    def _servable(self) -> Serving:
+        if self.max_lora_rank not in SERVABLE_RANKS:
+            raise PydanticCustomError("rank", "max_lora_rank {rank} is not one vLLM serves; allowed: {allowed}",
+                                      {"rank": self.max_lora_rank, "allowed": ", ".join(map(str, SERVABLE_RANKS))})
+        return self
+
+
+class Retention(Strict):
+    keep: Annotated[int, Field(ge=1)] = 5
+
+
+class Environment(Strict):
+    """What all adapters of an environment share. `overlays/kind/environment.yaml` explains every key in comments."""
+
+    base_model: ModelSource
+    tokenizer: TokenizerSource = TokenizerSource()
+    reference_model: ModelSource
+    serving: Serving = Serving()
+    retention: Retention = Retention()
+
+    @property
+    def tokenizer_source(self) -> Source:
+        """The tokenizer's source: its own, or the base model's."""
+        named = self.tokenizer if self.tokenizer.source else self.base_model
+        return Source(source=str(named.source), revision=named.revision, sha256=named.sha256)
+
+    def sources(self) -> dict[str, Source]:
+        """Every source by its key in the file, in the order in which people read it."""
+        named: dict[str, Source] = {"base_model": self.base_model}
+        if self.tokenizer.source:
+            named["tokenizer"] = self.tokenizer_source
+        return named | {"reference_model": self.reference_model}
+
+
+@dataclass(frozen=True)
+class LoadedEnvironment(Loaded):
+    """A valid environment and the file it came from."""
+
+    environment: Environment
+
+
+def load(path: Path, *, pinned: bool = True) -> LoadedEnvironment:
+    """Read and validate an environment file.
+
+    Args:
+        path: the file, or the folder of an overlay.
+        pinned: also require that every source is pinned (`pin` itself reads unpinned files).
+    Raises:
+        UserError: with one line for each problem: file, line, key, what is wrong, what is allowed. Nothing else,
+            whatever the file holds.
+    """
+    try:
+        file = path / FILE if path.is_dir() else path
+        there = file.exists()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not there:
+        raise UserError(f"{file}: no such file. Name an overlay's folder, or its {FILE}")
+    document = declarations.read(file, "base_model")
+    environment = declarations.validate(document, Environment, document.values)
+    if pinned:
+        declarations.require_pins(document, environment.sources())
+    return LoadedEnvironment(file, environment)

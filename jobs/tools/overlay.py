@@ -1,0 +1,69 @@
+"""The files of an overlay that people edit: its environment.yaml, and a pipeline.yaml in the folder of each adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.core import environment, pipeline
+from jobs.core.environment import LoadedEnvironment
+from jobs.core.errors import UserError
+from jobs.core.pipeline import ADAPTERS, LoadedPipeline
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the files are. `pipelines` are those that were named: all, or that of one adapter."""
+
+    folder: Path
+    environment: Path
+    pipelines: list[Path]
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """The valid files of an overlay; `adapters` by the name of their folder."""
+
+    folder: Path
+    environment: LoadedEnvironment
+    adapters: dict[str, LoadedPipeline]
+
+
+def find(path: Path) -> Files:
+    """The files that a person means by an overlay's folder, or by the folder of one of its adapters.
+
+    Raises:
+        UserError: there are none.
+    """
+    try:
+        if path.is_file():
+            path = path.parent
+        if (path / pipeline.FILE).exists():
+            file = path / pipeline.FILE
+            shared = pipeline.find_environment(file)
+            return Files(shared.parent, shared, [file])
+        if not (path / environment.FILE).exists():
+            raise UserError(f"{path}: has neither {environment.FILE} nor {pipeline.FILE}. Name an overlay's folder, e.g. "
+                            f"overlays/kind, or the folder of an adapter, overlays/kind/{ADAPTERS}/NAME")
+        return Files(path, path / environment.FILE, sorted((path / ADAPTERS).glob(f"*/{pipeline.FILE}")))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def load(path: Path, *, pinned: bool = True) -> Overlay:
+    """Read and validate the files of `find(path)`.
+
+    Raises:
+        UserError: with every problem of every file, a line each.
+    """
+    files = find(path)
+    shared = environment.load(files.environment, pinned=pinned)
+    adapters, problems = dict[str, LoadedPipeline](), list[str]()
+    for file in files.pipelines:
+        try:
+            adapters[file.parent.name] = pipeline.load(file, files.environment, pinned=pinned)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    return Overlay(files.folder, shared, adapters)
