@@ -43,7 +43,7 @@ def find(path: Path) -> Files:
             shared = pipeline.find_environment(file)
             return Files(shared.parent, shared, [file])
         if not (path / environment.FILE).exists():
-            raise UserError(f"{path}: has neither {environment.FILE} nor {pipeline.FILE}. Name an overlay's folder, e.g. "
+            raise UserError(f"{path}: has neither {environment.FILE} nor {pipeline.FILE}. Name an overlay, e.g. "
                             f"overlays/kind, or the folder of an adapter, overlays/kind/{ADAPTERS}/NAME")
         return Files(path, path / environment.FILE, sorted((path / ADAPTERS).glob(f"*/{pipeline.FILE}")))
     except OSError as error:
