@@ -174,13 +174,16 @@ def _named(manifest: Manifest) -> Iterator[None]:
 
 
 def _jobs(manifests: list[Manifest]) -> Iterator[Manifest]:
-    """The Jobs of every JobSet. What one depends on it waits for by itself, so all start at once here."""
+    """The Jobs of every JobSet, named by their pods' labels as the Jobs of other overlays are. What one depends on it
+    waits for by itself, so all start at once here."""
     for manifest in manifests:
         if manifest["kind"] == "JobSet":
             suffix = HASH_SUFFIX.search(manifest["metadata"]["name"])
             with _named(manifest):
                 for job in manifest["spec"]["replicatedJobs"]:
-                    name = job["name"] + (suffix.group() if suffix else "")
+                    labels = job["template"]["spec"]["template"].get("metadata", {}).get("labels", {})
+                    parts = (labels.get("app.kubernetes.io/name", job["name"]), labels.get("app.kubernetes.io/instance"))
+                    name = "-".join(part for part in parts if part) + (suffix.group() if suffix else "")
                     yield {"kind": "Job", "metadata": {"name": name}, "spec": job["template"]["spec"]}
 
 
