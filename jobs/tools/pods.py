@@ -105,8 +105,9 @@ def render(overlay: Path) -> list[Manifest]:
     return [document for document in yaml.load_all(done.stdout, KubernetesYaml) if document]
 
 
-class KubernetesYaml(yaml.SafeLoader):
-    """SafeLoader for manifests: to Kubernetes and kustomize, `2026-99-99` and `=` are texts like any other."""
+class KubernetesYaml(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
+    """SafeLoader for manifests: to Kubernetes and kustomize, `2026-99-99` and `=` are texts like any other. In C it is
+    six times as fast."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "value")]
