@@ -296,12 +296,14 @@ def _reasons(before: Spec | None, after: Spec, name: str, settings: Sequence[Set
     yield from own
     if before is None:
         return
-    numbers = [key for key in ("recipe", "embedded") if before.spec.get(key) != after.spec.get(key)]
+    numbers = [key for key in ("recipe", "embedded") if key in before.spec and key in after.spec
+               and before.spec[key] != after.spec[key]]
     for key in numbers:
-        yield f"{key}: {before.spec.get(key)} -> {after.spec.get(key)} (RECIPES in jobs/core/plan.py)"
+        yield f"{key}: {before.spec[key]} -> {after.spec[key]} (RECIPES in jobs/core/plan.py)"
     if before.spec != after.spec and not own and not numbers:
         yield "its settings changed"
-    inputs = [names.get(digest, _typed(key)) for key, digest in after.inputs.items() if before.inputs.get(key) != digest]
+    inputs = [names.get(digest, _typed(key)) for key, digest in after.inputs.items()
+              if before.inputs.get(key) != digest]
     if inputs:
         yield f"new input: {', '.join(inputs)}"
 

@@ -61,9 +61,12 @@ def _running(changes: Changes) -> str:
     new = [run for run in changes.runs if run.new]
     numbers = {kind: sum(run.workload.kind == kind for run in new) for kind in ("Job", "JobSet")}
     counted = " and ".join(f"{number} {kind}{'' if number == 1 else 's'}" for kind, number in numbers.items() if number)
-    idle = sum(not run.makes for run in new)
-    found = f", {idle} of which only find{'s' if idle == 1 else ''} what is there" if idle else ""
-    return f"{counted} run{'s' if len(new) == 1 else ''}{found}" if new else "no Job runs"
+    if not new:
+        return "no Job runs"
+    idle, s = sum(not run.makes for run in new), "s" if len(new) == 1 else ""
+    if idle == len(new):
+        return f"{counted} run{s} for nothing new"
+    return f"{counted} run{s}" + (f", {idle} for nothing new" if idle else "")
 
 
 def work(part: Part) -> str:
@@ -151,7 +154,8 @@ def table(report: Report) -> str:
     lines = [row if isinstance(row, str) else
              "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     rule = "─" * max(len(line) for line, row in zip(lines, rows, strict=True) if isinstance(row, list))
-    lines = [heading(report), *_wrapped([f"note: {note}" for note in report.notes]), rule, lines[0], rule, *lines[1:], rule]
+    notes = _wrapped(f"note: {note}" for note in report.notes)
+    lines = [heading(report), *notes, rule, lines[0], rule, *lines[1:], rule]
     return "\n".join([*lines, *_listed(changes), *_wrapped(details(changes)), summary(changes)]) + "\n"
 
 
@@ -192,12 +196,11 @@ def _listed(changes: Changes) -> Iterator[str]:
 
 
 def _hashes(run: Run) -> str:
-    before = run.before.rpartition("-")[2] if run.before else "new"
-    return f"{before:>10} -> {run.workload.hash}"
+    return f"{run.before.rpartition('-')[2] if run.before else 'new':>10} -> {run.workload.hash}"
 
 
 def _makes(run: Run) -> str:
-    return "" if run.makes else "finds what is there"
+    return "" if run.makes else "nothing new"
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
