@@ -27,6 +27,7 @@ REFUSALS = Counter("serving_refusals_total", "Adapters, evaluations, promotions 
 LIVE = Histogram("serving_promotion_to_live_seconds",
                  "From the promotion, or the pipeline file's change if that came later, to the first request served.",
                  ["alias"], buckets=(0.25, 0.5, 1, 2, 5, 10, 30, 60, 300))
+KEYS_REFUSED = Counter("serving_keys_refusals_total", "Invalid contents of the file of keys.")
 DRAINING = Gauge("serving_draining", "1 while the server drains.")
 
 
@@ -103,6 +104,12 @@ def removed(alias: str, adapter: str | None) -> None:
         ADAPTER.remove(alias, adapter)
     _log(logging.INFO, f"{alias}: no pipeline file names it any more", "removal", alias=alias,
          adapter=adapter or "none")
+
+
+def keys_refused(message: str, consequence: str) -> None:
+    """The file of keys is invalid."""
+    KEYS_REFUSED.inc()
+    _log(logging.ERROR, f"keys refused: {message}; {consequence}", "keys_refusal")
 
 
 def draining(reason: str) -> None:
