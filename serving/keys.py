@@ -186,17 +186,20 @@ class Keys:
             return self._single
         return self._by_digest.get(digest)
 
-    def salt(self, key: Key, own: str | None) -> str | None:
+    @property
+    def separate(self) -> bool:
+        """Whether keys must not share vLLM's prefix cache. Without a file, all clients have the same rights."""
+        return self._followed
+
+    def salt(self, key: Key, own: str) -> str:
         """The salt of vLLM's prefix cache for a request, so that no key can learn from the time of a reply what was
-        asked with another. None without a file: then all clients have the same rights.
+        asked with another.
 
         Args:
-            own: the client's own salt; it separates requests of one key from each other.
+            own: the client's own salt, which separates requests of one key from each other; empty for none.
         """
-        if not self._followed:
-            return own
         # By the hash of the key and not by its name, which another team may get later.
-        return hmac.digest(self._secret, key.digest + (own or "").encode("utf-8", "surrogatepass"), "sha256").hex()
+        return hmac.digest(self._secret, key.digest + own.encode("utf-8", "surrogatepass"), "sha256").hex()
 
     def start(self) -> None:
         """Follow the file from now on."""

@@ -270,7 +270,7 @@ def test_every_key_has_a_salt_of_its_own_which_differs_between_processes(tmp_pat
     file = write(tmp_path, entry("team-a", "one"), entry("team-b", "two"))
     held, again = Keys(file, "single"), Keys(file, "single")
     found = [held.find(key) for key in (b"one", b"two", b"single")]
-    salts = {each.salt(key, own) for each in (held, again) for key in found if key for own in (None, "x", "y")}
+    salts = {each.salt(key, own) for each in (held, again) for key in found if key for own in ("", "x", "y")}
     assert len(salts) == 2 * 3 * 3
     assert all(salt and re.fullmatch("[0-9a-f]{64}", salt) for salt in salts)
     assert found[0] and held.salt(found[0], "x") == held.salt(found[0], "x") and held.salt(found[0], "\ud800")
@@ -283,15 +283,15 @@ def test_the_next_holder_of_a_name_gets_another_salt(tmp_path: Path) -> None:
     held.read()
     second = held.find(b"two")
     assert first and second and first.name == second.name
-    assert held.salt(first, None) != held.salt(second, None)
+    assert held.salt(first, "") != held.salt(second, "")
 
 
-def test_without_a_file_a_clients_own_salt_is_passed_on(tmp_path: Path) -> None:
+def test_keys_need_no_separate_caches_unless_there_is_a_file(tmp_path: Path) -> None:
     held = Keys(tmp_path / "keys.yaml", "single")
-    key = held.find(b"single")
-    assert key
-    assert held.salt(key, None) is None
-    assert held.salt(key, "x") == "x"
+    assert not held.separate
+    write(tmp_path, entry("team-a", "one"))
+    held.read()
+    assert held.separate
 
 
 # The command line
