@@ -108,8 +108,8 @@ class Guard:
             await error(405, f"{path} takes {method} only", headers={"Allow": method})(scope, receive, send)
         elif path in ("/health", "/ready"):
             await self._health(scope, receive, send)
-        elif not path.startswith("/v1/"):
-            await self.app(scope, receive, send)
+        elif path == "/metrics":
+            await (self._metrics_refusal(scope) or self.app)(scope, receive, send)
         elif isinstance(key := self._key(scope), Response):
             await key(scope, receive, send)
         elif path == "/v1/models":
@@ -144,6 +144,15 @@ class Guard:
             return error(503, "The server cannot read its keys", code="keys_not_ready",
                          headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
         return error(401, "The API key is missing or wrong", code="invalid_api_key")
+
+    def _metrics_refusal(self, scope: Scope) -> Response | None:
+        """An error reply if the client may not read the metrics, which show what all teams do."""
+        if not self.keys.metrics_need_key:
+            return None
+        key = self._key(scope)
+        if isinstance(key, Response):
+            return key
+        return None if key.metrics else error(403, "This key may not read the metrics", code="metrics_not_allowed")
 
     def _with_vllm_key(self, scope: Scope) -> Scope:
         """The request's scope with the key that vLLM itself expects, if any, in place of the client's."""

@@ -53,18 +53,22 @@ class Entry(Strict):
 
     name: str  # for people and metrics
     sha256: str  # of the key, in hex
-    models: Literal["*"] | list[str]  # aliases, and the base model's name; `*`: all of them
+    models: Literal["*"] | list[str] = []  # aliases, and the base model's name; `*`: all of them
+    # Whether it may read /metrics, which shows what all teams do. Without such a key, everybody may.
+    metrics: bool = False
 
     @model_validator(mode="before")
     @classmethod
-    def _check_hash(cls, values: Any) -> Any:
-        """Here and not in a validator of `sha256`, whose message would quote the value: it may be the key itself."""
+    def _check_entry(cls, values: Any) -> Any:
+        # Here and not in a validator of `sha256`, whose message would quote the value: it may be the key itself.
         found = values.get("sha256") if isinstance(values, dict) else None
         if found is not None and not (isinstance(found, str) and re.fullmatch(r"[0-9a-fA-F]{64}", found)):
             raise PydanticCustomError("sha256", "`sha256` must be 64 hex digits in quotes: the hash of the key, never "
                                                 "the key itself", {})
         if isinstance(found, str) and found.lower() == OF_NOTHING:
             raise PydanticCustomError("sha256", "`sha256` is the hash of an empty key", {})
+        if isinstance(values, dict) and "models" not in values and values.get("metrics") is not True:
+            raise PydanticCustomError("models", "`models` is missing", {})
         return values
 
     @field_validator("name")
@@ -101,11 +105,13 @@ class Key:
     Args:
         digest: sha256 of the key; empty if no key is needed.
         models: what it may use; None: everything.
+        metrics: whether it may read /metrics where that needs a key.
     """
 
     name: str
     digest: bytes
     models: frozenset[str] | None = None
+    metrics: bool = False
 
     def may_use(self, model: str) -> bool:
         """Whether the key opens the model. The name must be equal byte for byte; nothing is normalized."""
@@ -135,8 +141,8 @@ def load(file: Path) -> dict[bytes, Key]:
                 earlier = document.line_of(["keys", str(first[value]), what])
                 problems.append(f"{file}:{where}: keys.{i}.{what}: is the same as in line {earlier}")
     declarations.refuse(problems)
-    keys = [Key(each.name, bytes.fromhex(each.sha256), None if each.models == EVERYTHING else frozenset(each.models))
-            for each in entries]
+    keys = [Key(each.name, bytes.fromhex(each.sha256),
+                None if each.models == EVERYTHING else frozenset(each.models), each.metrics) for each in entries]
     return {key.digest: key for key in keys}
 
 
@@ -154,12 +160,13 @@ class Keys:
 
     def __init__(self, file: Path, single: str | None) -> None:
         self._file = file
-        self._single = Key(SINGLE, hashlib.sha256(single.encode()).digest()) if single else None
+        self._single = Key(SINGLE, hashlib.sha256(single.encode()).digest(), metrics=True) if single else None
         self._by_digest: dict[bytes, Key] = {}
         self._followed = False  # whether there ever was a file
         self._last: bytes | str | None = None  # its content, or why it could not be read; None: there is no file
         self._secret = secrets.token_bytes(32)  # of this process, for `salt`
         self._task: asyncio.Task[None] | None = None
+        self.metrics_need_key = False
         self.problem: str | None = None  # why no key of the file is valid, if it never was
         self.read()
         if not self._followed and self._single is None:
@@ -241,11 +248,12 @@ class Keys:
             from serving import events  # not for the command line, which has no metrics
 
             if not before or self.problem:
-                self.problem = str(error)
+                self.problem, self.metrics_need_key = str(error), True
             events.keys_refused(str(error), "no key of it is valid" if self.problem else
                                 "its last valid keys stay valid")
             return
         self._by_digest, self.problem = keys, None
+        self.metrics_need_key = any(key.metrics for key in keys.values())
         log.info("%d keys: %s", len(keys), ", ".join(sorted(key.name for key in keys.values())) or "none")
 
 
@@ -274,8 +282,8 @@ def new(name: str, models: str) -> str:
 
 def check(file: Path) -> str:
     """What a valid file says, as text for people. Raises `UserError` otherwise."""
-    lines = [f"{key.name}: {'every model' if key.models is None else ', '.join(sorted(key.models))}"
-             for key in load(file).values()]
+    lines = [f"{key.name}: " + ", ".join([*(["every model"] if key.models is None else sorted(key.models)),
+                                          *(["/metrics"] if key.metrics else [])]) for key in load(file).values()]
     return "\n".join(lines) or "no keys: only the holder of VLLM_API_KEY gets in"
 
 

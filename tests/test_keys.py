@@ -72,7 +72,10 @@ START = f'keys:\n- name: a\n  sha256: "{HASH}"\n'
     ("{}", "1: keys: is missing"),
     ("keys: []\nkey: 1\n", "2: key: unknown key; did you mean `keys`?"),
     ("keys:\n- name: a\n", "2: keys.0.sha256: is missing"),
-    (START, "2: keys.0.models: is missing"),
+    (START, "2: keys.0: `models` is missing"),
+    (START + "  metrics: false\n", "2: keys.0: `models` is missing"),
+    (START + "  metrics: 1\n", "2: keys.0: `models` is missing"),
+    (START + "  models: [x]\n  metrics: maybe\n", "5: keys.0.metrics: 'maybe': input should be a valid boolean"),
     (START + '  models: [x]\n  model: x\n', "5: keys.0.model: unknown key; did you mean"),
     (START + '  models: []\n', "4: keys.0.models: a list: must be a list of model names"),
     (START + '  models: x\n', '4: keys.0.models: \'x\': must be a list of model names, or "*"'),
@@ -166,6 +169,17 @@ def test_only_the_very_key_is_found(tmp_path: Path, token: bytes) -> None:
     assert held.find(token) is None
 
 
+def test_a_wrong_key_is_refused_however_much_its_hash_is_alike(tmp_path: Path) -> None:
+    """Keys are compared by all bytes of their hashes, not by some of them."""
+    right = [hashlib.sha256(key).digest() for key in (b"single", b"one")]
+    wrong = [f"wrong{i}".encode() for i in range(200_000)]
+    alike = [key for key in wrong if any(hashlib.sha256(key).digest()[part] == digest[part] for digest in right
+                                         for part in (slice(2), slice(-2, None)))]
+    assert len(alike) > 5
+    held = Keys(write(tmp_path, entry("team-a", "one")), "single")
+    assert not [key for key in alike if held.find(key)]
+
+
 def test_changes_are_followed_and_a_removed_key_is_not_valid_any_more(tmp_path: Path) -> None:
     """As the kubelet changes a Secret: the link `..data` is switched from one folder to the next."""
     folder = tmp_path / "serving-keys"
@@ -190,6 +204,25 @@ def test_a_change_that_keeps_size_and_times_is_followed(tmp_path: Path) -> None:
     assert (name_of(held, "one"), name_of(held, "two")) == (None, "team-a")
 
 
+def test_metrics_need_a_key_once_an_entry_has_them_also_when_the_file_is_gone(tmp_path: Path) -> None:
+    file = write(tmp_path, entry("team-a", "one"))
+    held = Keys(file, "single")
+    assert not held.metrics_need_key
+    write(tmp_path, entry("team-a", "one"), f'- {{name: prometheus, sha256: "{sha256("two")}", metrics: true}}\n')
+    held.read()
+    assert held.metrics_need_key
+    found = {key: held.find(key) for key in (b"one", b"two", b"single")}
+    assert {key: value.metrics for key, value in found.items() if value} == {
+        b"one": False, b"two": True, b"single": True}
+    assert found[b"two"] and not found[b"two"].may_use("seville-hotels")
+    file.unlink()
+    held.read()
+    assert held.metrics_need_key
+    write(tmp_path, entry("team-a", "one"))
+    held.read()
+    assert not held.metrics_need_key
+
+
 @pytest.mark.parametrize("content", [b"", b"keys:\n- name: te", b"\xff", b"keys: [{}]", b"#" * (2**20 + 1)])
 def test_an_invalid_change_keeps_the_last_valid_keys_and_is_logged_and_counted_once(
         tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
@@ -211,7 +244,7 @@ def test_a_file_that_is_invalid_from_the_start_lets_only_the_holder_of_the_singl
     file = tmp_path / "keys.yaml"
     file.write_text("keys: [")
     closed, single = Keys(file, None), Keys(file, "single")
-    assert closed.required and closed.locked
+    assert closed.required and closed.locked and closed.metrics_need_key
     assert "no key of it is valid" in caplog.text
     assert single.required and not single.locked
     assert (name_of(single, "single"), name_of(closed, "single")) == ("VLLM_API_KEY", None)
