@@ -53,7 +53,7 @@ class Entry(Strict):
 
     name: str  # for people and metrics
     sha256: str  # of the key, in hex
-    models: Literal["*"] | list[str] = []  # aliases, and the base model's name; `*`: all of them
+    models: Literal["*"] | list[str] | None = None  # aliases, and the base model's name; `*`: all of them
     # Whether it may read /metrics, which shows what all teams do. Without such a key, everybody may.
     metrics: bool = False
 
@@ -67,7 +67,7 @@ class Entry(Strict):
                                                 "the key itself", {})
         if isinstance(found, str) and found.lower() == OF_NOTHING:
             raise PydanticCustomError("sha256", "`sha256` is the hash of an empty key", {})
-        if isinstance(values, dict) and "models" not in values and values.get("metrics") is not True:
+        if isinstance(values, dict) and values.get("models") is None and values.get("metrics") is not True:
             raise PydanticCustomError("models", "`models` is missing", {})
         return values
 
@@ -81,7 +81,7 @@ class Entry(Strict):
     @field_validator("models", mode="plain")
     @classmethod
     def _check_models(cls, models: Any) -> Any:
-        if models == EVERYTHING or (isinstance(models, list) and models and all(map(_is_model, models))):
+        if models in (None, EVERYTHING) or (isinstance(models, list) and models and all(map(_is_model, models))):
             return models
         raise PydanticCustomError("models", 'must be a list of model names, or "*" for all models', {})
 
@@ -142,7 +142,7 @@ def load(file: Path) -> dict[bytes, Key]:
                 problems.append(f"{file}:{where}: keys.{i}.{what}: is the same as in line {earlier}")
     declarations.refuse(problems)
     keys = [Key(each.name, bytes.fromhex(each.sha256),
-                None if each.models == EVERYTHING else frozenset(each.models), each.metrics) for each in entries]
+                None if each.models == EVERYTHING else frozenset(each.models or ()), each.metrics) for each in entries]
     return {key.digest: key for key in keys}
 
 
