@@ -710,8 +710,9 @@ def test_the_prefix_cache_is_salted_by_key_and_a_clients_own_salt_never_passes_a
     raw = salts["key-admin", None]
     assert ask(teams, "key-a", NAME, cache_salt=raw).status_code == 200
     assert teams.vllm.asked[-1]["cache_salt"] != raw
-    for odd in (1, [], {}, "", True):
-        reply = ask(teams, "key-a", NAME, cache_salt=odd)
+    values: list[object] = [1, [], {}, "", True]
+    for value in values:
+        reply = ask(teams, "key-a", NAME, cache_salt=value)
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "cache_salt")
 
 
@@ -809,7 +810,7 @@ def test_of_a_request_in_progress_each_prompt_counts_once_each_sequence_and_no_o
     engine = SimpleNamespace(output_processor=processor)
     assert usage._in_progress(engine, "cmpl-1") == (30, 6)
     assert usage._in_progress(engine, "cmpl-2") == (1000, 1000)
-    assert usage._in_progress(engine, "cmpl-3") == usage._in_progress(engine, "cmpl") == (0, 0)
+    assert usage._in_progress(engine, "cmpl-3") == usage._in_progress(engine, "cmp") == (0, 0)
     for other in (None, object(), SimpleNamespace(output_processor=None)):  # of another version of vLLM
         assert usage._in_progress(other, "cmpl-1") == (0, 0)
 
