@@ -144,7 +144,7 @@ def error_in(stderr: str) -> str:
 def pods(manifests: list[Manifest], state: Path, port_offset: int = 0) -> list[Pod]:
     """Lay out volumes, ConfigMaps and pod roots below `state`, and return every pod to run.
 
-    Layout: `volumes/<claim>/` (kept), `configmaps/<name>/` (replaced), `pods/<name>/` (made anew).
+    Layout: `volumes/<claim>/` and `secrets/<name>/` (kept), `configmaps/<name>/` (replaced), `pods/<name>/` (new).
 
     Raises:
         UserError: a pod cannot run without a cluster; names the workload and what it lacks.
@@ -303,12 +303,14 @@ def _volume(volume: Manifest, root: Path, state: Path) -> Path:
         if not folder.is_dir():
             raise UserError(f"the volume {volume['name']} is the ConfigMap {volume['configMap']['name']}, which the "
                             "overlay does not make; add it to `configMapGenerator` in its kustomization.yaml")
+    elif volume.get("secret", {}).get("optional"):
+        folder = state / "secrets" / volume["secret"]["secretName"]  # its files are put there by hand; never replaced
     elif "emptyDir" in volume:
         folder = root / ".emptydir" / volume["name"]
     else:
         kind = ", ".join(volume.keys() - {"name"}) or "volume of no type"
         raise UserError(f"the volume {volume['name']} is a {kind}, which has no meaning without a cluster; "
-                        "possible: persistentVolumeClaim, configMap, emptyDir")
+                        "possible: persistentVolumeClaim, configMap, optional secret, emptyDir")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
