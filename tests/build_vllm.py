@@ -96,8 +96,8 @@ class Server:
         return max(psutil.Process(self.process.pid).children(recursive=True), key=lambda p: p.memory_info().rss)
 
     def write(self, seed: int = 0, **changes: Any) -> Pipeline:
-        """Write the pipeline file; adapters differ by `seed`."""
-        return build_adapter.load(self.folder / "pipelines" / "one", training__seed=seed, **changes)[0]
+        """Write the environment file and an adapter's; adapters differ by `seed`."""
+        return build_adapter.declare(self.folder / "pipelines", training__seed=seed, **changes)[0]
 
     def promote(self, seed: int) -> Path:
         """Promote an adapter and wait until it is served; returns its folder."""

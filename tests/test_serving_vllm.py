@@ -50,7 +50,7 @@ print("ROUTES", json.dumps(list(walk(app.routes))))
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serving")
-    _, planned = build_adapter.load(folder / "pipelines" / "one")
+    _, planned = build_adapter.declare(folder / "pipelines")
     build_adapter.base(folder / "volumes", planned)
     server = Server(folder)
     try:
@@ -145,7 +145,7 @@ def test_the_openai_client_chats_streams_and_lists_models_under_the_alias(server
 
 @pytest.mark.slow
 def test_the_openai_client_waits_by_itself_for_an_adapter_that_is_not_ready(server: Server) -> None:
-    asked, _ = build_adapter.load(server.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=4)
+    asked, _ = build_adapter.declare(server.folder / "pipelines", adapter="granada-hotels", training__seed=4)
     server.until(lambda: "granada-hotels: not served" in server.log.read_text(), 10)
     threading.Timer(1, build_adapter.promote, (server.volumes, asked)).start()
     client = server.client.with_options(max_retries=2)
@@ -323,7 +323,7 @@ def test_under_load_no_swap_fails_a_request_or_mixes_adapters_and_old_versions_g
 def test_twenty_swaps_of_one_adapter_leave_an_idle_one_in_its_slot(tmp_path: Path) -> None:
     """An adapter that is evicted is read from its private copy when the next request comes: without one, that fails."""
     server, idle, busy = Server(tmp_path), "granada-hotels", "cordoba-hotels"
-    aliases = {name: build_adapter.load(tmp_path / "pipelines" / name, adapter=name, training__seed=seed)
+    aliases = {name: build_adapter.declare(tmp_path / "pipelines", adapter=name, training__seed=seed)
                for seed, name in enumerate((NAME, idle, busy), start=20)}
     build_adapter.base(server.volumes, aliases[NAME][1])
     for pipeline, _ in aliases.values():
@@ -337,7 +337,7 @@ def test_twenty_swaps_of_one_adapter_leave_an_idle_one_in_its_slot(tmp_path: Pat
         assert len(set(map(tuple, said.values()))) == 3
         shutil.rmtree(tmp_path / f"serving-adapters-{server.port}" / idle)
         for swap in range(20):
-            pipeline, planned = build_adapter.load(tmp_path / "pipelines" / NAME, training__seed=30 + swap % 4)
+            pipeline, planned = build_adapter.declare(tmp_path / "pipelines", training__seed=30 + swap % 4)
             path = build_adapter.promote(server.volumes, pipeline)
             server.until(lambda path=path: server.serves(path), 60)  # type: ignore[misc]
             server.greedy(NAME)
@@ -351,7 +351,7 @@ def test_twenty_swaps_of_one_adapter_leave_an_idle_one_in_its_slot(tmp_path: Pat
 @pytest.mark.slow
 def test_it_drains_comes_back_with_the_same_adapter_follows_the_base_model_and_notices_a_dead_engine(
         tmp_path: Path) -> None:
-    _, planned = build_adapter.load(tmp_path / "pipelines" / "one")
+    _, planned = build_adapter.declare(tmp_path / "pipelines")
     build_adapter.base(tmp_path / "volumes", planned)
     server = Server(tmp_path, key="right")
     try:
@@ -383,7 +383,7 @@ def test_it_drains_comes_back_with_the_same_adapter_follows_the_base_model_and_n
 
         # Killed, and started again with an invalid pipeline file: the same.
         server.kill()
-        (tmp_path / "pipelines" / "one" / "pipeline.yaml").write_text("adapter: [")
+        (tmp_path / "pipelines" / f"{NAME}.yaml").write_text("adapter: [")
         server.start()
         server.until(lambda: server.serves(path), 60)
         assert server.greedy(NAME) == said
