@@ -135,6 +135,11 @@ def test_matthews_correlation_agrees_with_scikit_learn(tp: int, fp: int, fn: int
     assert float(matthews(tp, fp, fn, tn)) == pytest.approx(matthews_corrcoef(truth, judged), abs=1e-12)
 
 
+@pytest.mark.parametrize("count", [1, 100_000])  # whose product is more than 64 bits hold
+def test_matthews_correlation_of_a_perfect_judge_is_one_whatever_the_size_of_the_set(count: int) -> None:
+    assert float(matthews(count, 0, 0, count)) == 1.0
+
+
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from([-3.5, -3.0, -2.0, -1.5, -1.0, 0.25]), st.booleans()), min_size=1,
                 max_size=30))
