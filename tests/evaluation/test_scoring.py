@@ -183,6 +183,8 @@ def test_the_scores_of_a_model_are_complete_and_follow_their_definitions(loaded:
     assert scores["rougeL"] == pytest.approx(sum(line["rougeL"] for line in generations) / 4)
     assert [line["question"] for line in generations][1:] == [
         "When is breakfast?", "May I bring my dog?", "system: Be brief.\nuser: How many rooms are there?"]
+    answers = scoring.generate(model, tokenizer, [e.prompt for e in encoded], 8, 96, Progress("test", 4))
+    assert [line["answer"] for line in generations] == answers
     assert (scores["vocabulary"], scores["records_too_long"]) == (scoring.vocabulary(tokenizer), 0)
     assert {score.key for score in SCORES} <= scores.keys()
 
@@ -248,9 +250,9 @@ def test_what_the_model_cannot_read_or_has_nothing_to_score_is_left_out(loaded: 
 
 def test_a_sentence_beyond_the_positions_of_the_model_is_scored_as_far_as_they_go(loaded: tuple[Any, Any]) -> None:
     """GPT-2 would end in an index error; and a sentence of one token has nothing that could be scored."""
-    odd = [*SENTENCES, ("The cook reads the book. " * 40, True), ("x", True)]
+    odd = [*SENTENCES, ("The cook reads the book. " * 40, True), ("x", True), ("xq", True)]
     scores, _ = scoring.measure(*loaded, Material(RECORDS, odd, 90, 4), "tiny")
-    assert scores["sentences"] == len(SENTENCES) + 1
+    assert scores["sentences"] == len(SENTENCES) + 2
 
 
 def test_too_few_judged_sentences_is_an_error_that_names_the_setting(loaded: tuple[Any, Any]) -> None:
