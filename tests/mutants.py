@@ -53,7 +53,8 @@ class Module:
 def read_modules() -> dict[str, Module]:
     table = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text(encoding="utf-8"))
     heavy = table.pop("heavy")
-    return {path: Module(path, entry["tests"], heavy if entry.get("heavy") else [], entry.get("survivors", {}))
+    return {path: Module(path, entry["tests"], [*(heavy if entry.get("heavy") else []), *entry.get("imports", [])],
+                         entry.get("survivors", {}))
             for path, entry in table.items()}
 
 

@@ -290,6 +290,13 @@ def test_the_reply_to_a_refused_body_names_the_limit(monkeypatch: pytest.MonkeyP
         assert words in json.loads(bytes(reply.body))["error"]["message"]
 
 
+def test_a_body_of_the_largest_size_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "MAX_BODY_BYTES", 1000)
+    scope: Scope = {"headers": [(b"content-length", b"1000")]}
+    largest = b"x" * 1000
+    assert asyncio.run(bodies.Bodies(1, 0).read(scope, arrival(largest[:1], largest[1:], ends=True))) == largest
+
+
 def test_a_body_in_the_shortest_form_of_its_message_is_empty() -> None:
     async def receive() -> Message:
         return {"type": "http.request"}  # ASGI: no bytes, and nothing follows
