@@ -345,6 +345,12 @@ def test_up_to_that_share_is_passed_on_as_is_what_vllm_will_refuse(door: World, 
     assert door.ask(BASE, **asks).status_code == 200
 
 
+@pytest.mark.parametrize(("path", "what"), [(COMPLETION, {"prompt": "x"}), (CHAT, {"messages": MESSAGES})])
+def test_a_number_in_words_is_read_as_vllm_reads_requests_to_that_route(path: str, what: dict[str, Any]) -> None:
+    parameters._class.cache_clear()
+    assert parameters.sequences(path, {**what, "n": "3"}) == 3
+
+
 @pytest.mark.usefixtures("loaded")
 def test_n_is_bounded_in_chat_and_an_operator_can_set_the_bound(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -654,8 +660,8 @@ def test_a_request_that_vllms_classes_cannot_nest_into_is_not_passed_on(monkeypa
 def test_the_list_of_models_has_what_vllm_has_loaded_and_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [{"id": BASE, "root": "/path/of/this/machine"}, {"id": MODEL, "root": "/path"}, {"id": "x@1", "root": "/"}]
     _, body = call(JSONResponse({"object": "list", "data": cards}), monkeypatch, "GET", "/v1/models")
-    assert json.loads(body["body"])["data"] == [
-        {"id": BASE, "root": f"{BASE}@{SERVED.base_model}"}, {"id": NAME, "root": MODEL, "parent": BASE}]
+    assert json.loads(body["body"]) == {"object": "list", "data": [
+        {"id": BASE, "root": f"{BASE}@{SERVED.base_model}"}, {"id": NAME, "root": MODEL, "parent": BASE}]}
 
 
 def test_a_list_that_vllm_cannot_give_is_vllms_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -698,6 +704,22 @@ def test_a_refusal_says_what_is_wrong_with_what(
     assert start["status"] == status
     assert words in error["message"]
     assert (error["param"], error["code"]) == (param, code)
+    if code == "model_not_ready":
+        assert dict(start["headers"])[b"retry-after"] == b"5"
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize(("shield", "asks", "status"), [
+    (True, {"echo": True}, 400), (False, {"echo": True}, 200), (True, {}, 200),
+    (True, {"n": 32}, 200), (True, {"n": 33}, 400), (True, {"prompt": ["x"] * 33}, 200)])  # no prompts in a chat
+def test_a_request_is_passed_on_if_it_can_hurt_nobody(
+        monkeypatch: pytest.MonkeyPatch, shield: bool, asks: dict[str, Any], status: int) -> None:
+    def prepare(guarded: Any) -> None:
+        guarded.served = replace(SERVED, cpu_shield=shield)
+
+    body = json.dumps({"model": NAME, "messages": MESSAGES, **asks}).encode()
+    start, _ = call(Response(b"passed on"), monkeypatch, "POST", CHAT, body, prepare=prepare)
+    assert start["status"] == status
 
 
 def test_a_missing_key_is_said_to_be_the_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -761,6 +783,17 @@ def test_a_stream_may_end_in_the_shortest_form_and_what_is_no_part_of_its_body_i
 
     _, body, passed = call(vllm, monkeypatch, "POST", COMPLETION, json.dumps({"model": NAME}).encode())
     assert (body["body"], body["more_body"], passed) == (b"data: half", False, trailers)
+
+
+def test_all_events_that_are_whole_are_passed_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def vllm(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"data: 1\n\ndata: 2\n\nda", "more_body": True})
+        await send({"type": "http.response.body", "body": b"ta: 3\n\n"})
+
+    _, first, second = call(vllm, monkeypatch, "POST", COMPLETION, json.dumps({"model": NAME}).encode())
+    assert (first["body"], second["body"]) == (b"data: 1\n\ndata: 2\n\n", b"data: 3\n\n")
 
 
 @pytest.mark.parametrize(("status", "shown"), [(400, NAME), (500, NAME), (200, MODEL)])
