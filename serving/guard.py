@@ -23,6 +23,7 @@ from serving.bodies import Bodies
 from serving.drain import Drain
 from serving.heartbeat import Heartbeat
 from serving.merged import MergedAliases
+from serving.refusal import NotYet, Refused
 from serving.replies import RETRY_AFTER_SECONDS, error
 from serving.served import Served
 
@@ -144,11 +145,13 @@ class Guard:
             return
         version, body = target
         scope, receive = _with_length(scope, body), _replay(body, receive)
-        if version is None:
-            await self.app(scope, receive, send)
-        else:
-            with version.request():
-                await self.app(scope, receive, _Renamed(version, send))
+        try:
+            async with self.aliases.request(version):
+                await self.app(scope, receive, _Renamed(version, send) if version else send)
+        except (NotYet, Refused) as reason:  # before vLLM got the request
+            why = reason if isinstance(reason, NotYet) else "its adapter could not be loaded; the server tries again"
+            await error(503, f"The model `{version.name if version else ''}` is not ready: {why}",
+                        code="model_not_ready", headers={"Retry-After": str(RETRY_AFTER_SECONDS)})(scope, receive, send)
 
     def _target(self, path: str, body: bytes) -> tuple[Version | None, bytes] | Response:
         """The version that a request is for (None: the base model itself) and the body for vLLM; or an error reply.
