@@ -246,8 +246,8 @@ def test_every_service_reaches_the_port_of_one_deployment(overlay: Path) -> None
 
 @every_overlay
 def test_the_files_that_people_edit_are_where_the_programs_look(overlay: Path) -> None:
-    """Each variable leads into a mounted ConfigMap. All Jobs have the environment, those of an adapter also its pipeline
-    with the data beside it, and the server has all of them by name."""
+    """Each variable leads into a mounted ConfigMap. All Jobs have the environment, an adapter's also its pipeline with
+    the data beside it, and the server has all of them by name."""
     manifests = rendered(overlay)
     config = by_name(manifests, "ConfigMap")
     environment = (overlay / "environment.yaml").read_text()

@@ -124,8 +124,8 @@ UNRELATED = [
     Place("base/environment/network-policies.yaml", r'matchLabels: {tensorboard-client: "(\w+)"}', WORDS, NONE),
 ]
 REMARKS = [comment(file, NONE) for part in ("base", "serving", KIND)
-           for file in sorted((CHECKOUT / part).rglob("*.yaml")) if file.name not in ("pipeline.yaml",
-                                                                                                 "environment.yaml")]
+           for file in sorted((CHECKOUT / part).rglob("*.yaml"))
+           if file.name not in ("pipeline.yaml", "environment.yaml")]
 PIN = Place(PIPELINE, r"sha256: (\w+)", st.nothing(), OWN)  # goes with the data
 Edits = list[tuple[Place, str]]
 

@@ -182,8 +182,8 @@ def _jobs(manifests: list[Manifest]) -> Iterator[Manifest]:
             with _named(manifest):
                 for job in manifest["spec"]["replicatedJobs"]:
                     labels = job["template"]["spec"]["template"].get("metadata", {}).get("labels", {})
-                    parts = (labels.get("app.kubernetes.io/name", job["name"]), labels.get("app.kubernetes.io/instance"))
-                    name = "-".join(part for part in parts if part) + (suffix.group() if suffix else "")
+                    stage, adapter = (labels.get(f"app.kubernetes.io/{key}") for key in ("name", "instance"))
+                    name = "-".join(filter(None, (stage or job["name"], adapter))) + (suffix.group() if suffix else "")
                     yield {"kind": "Job", "metadata": {"name": name}, "spec": job["template"]["spec"]}
 
 
