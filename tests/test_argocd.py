@@ -19,6 +19,7 @@ from tests.manifests import (
     CHECKOUT,
     Manifest,
     adapters,
+    add_adapter,
     by_name,
     containers,
     copy,
@@ -437,3 +438,17 @@ def test_the_documented_bucket_credentials_are_those_of_relocation_alone(tmp_pat
     given = {name for name, account in by_name(render(kind), "ServiceAccount").items()
              if "eks.amazonaws.com/role-arn" in account["metadata"].get("annotations", {})}
     assert given == {"relocation"}
+
+
+def test_the_documented_bucket_secret_reaches_the_relocation_of_every_adapters_data_alone(tmp_path: Path) -> None:
+    text = (CHECKOUT / "docs" / "registries.md").read_text().partition("## Buckets")[2]
+    blocks = re.findall(r"```yaml\n# (kustomization|bucket)\.yaml\n(.*?)```", text, re.DOTALL)
+    files = dict(blocks)
+    kind = copy(tmp_path)
+    add_adapter(kind, "cordoba-hotels")
+    (kind / "bucket.yaml").write_text(files["bucket"])
+    (entry,) = yaml.safe_load(files["kustomization"])["patches"]
+    with_entry(kind / "kustomization.yaml", "patches", entry)
+    given = {title.removeprefix("Job/")[:-11] for title, template in pod_templates(render(kind)).items()
+             if "AWS_ACCESS_KEY_ID" in {e["name"] for e in containers(template)[-1]["env"]}}
+    assert given == {f"dataset-relocation-{name}" for name in adapters(kind)}
