@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -189,6 +190,21 @@ def test_one_number_says_how_many_nodes_train(tmp_path: Path) -> None:
     assert env(main(job))["NODES"] == "4"
     assert main(job)["resources"]["limits"]["nvidia.com/gpu"] == 8
     assert main(replicated(overlay)["evaluate"])["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
+def test_adapters_of_one_environment_can_have_different_hardware(tmp_path: Path) -> None:
+    """As docs/gpu.md describes it: by another folder from which an adapter starts."""
+    overlay = copy(tmp_path)
+    add_adapter(overlay, "cordoba-hotels")
+    for folder in ("hardware/adapter", "adapter"):
+        shutil.copytree(overlay / folder, overlay / f"{folder}-large")
+    edit(overlay / "hardware" / "adapter-large" / "training.yaml", "parallelism: 1", "parallelism: 4")
+    edit(overlay / "adapter-large" / "kustomization.yaml", "- ../hardware/adapter\n", "- ../hardware/adapter-large\n")
+    edit(overlay / "adapters" / "cordoba-hotels" / "kustomization.yaml", "- ../../adapter ", "- ../../adapter-large ")
+    found = job_sets(render(overlay))
+    assert found["seville-hotels"] == job_set()
+    training = next(j for j in found["cordoba-hotels"]["spec"]["replicatedJobs"] if j["name"] == "train")
+    assert (training["template"]["spec"]["completions"], env(main(training))["NODES"]) == (4, "4")
 
 
 def test_the_nodes_of_a_training_find_each_other() -> None:
