@@ -110,7 +110,7 @@ def check(overlay: Path, environment: LoadedEnvironment | None = None,
         if not broken:
             raise
         problems += [message for name, message in broken.items() if only in (None, name)]
-        present -= broken.keys()
+        present -= frozenset(broken)
         try:
             whole = rendered(overlay, present)
         except UserError:

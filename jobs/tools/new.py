@@ -87,7 +87,8 @@ PIPELINE = """\
 # The model name that clients send, and the name of this folder.
 adapter: {name}
 
-# The private data: JSONL, CSV or Parquet; one {{prompt, completion}}, {{messages}} or {{text}} a record.
+# The private data: JSONL, CSV or Parquet; one {{prompt, completion}}, {{messages}} or {{text}} a record
+# (docs/data.md).
 dataset:
   source: file:{data}  # relative to this file; or https://…, s3://…, gs://…, hf://datasets/OWNER/NAME
   sha256: {sha256}
@@ -216,7 +217,8 @@ def with_adapter(file: Path, name: str) -> str:
     Raises:
         UserError: its layout does not let them be added; has the entries, for a person to add them.
     """
-    text, content = file.read_bytes().decode(), kustomization.read(file)
+    content = kustomization.read(file)
+    text = file.read_bytes().decode()
     entry, served = f"{ADAPTERS}/{name}", f"{name}.yaml={ADAPTERS}/{name}/{pipeline.FILE}"
     wanted = copy.deepcopy(content)
     try:
