@@ -99,7 +99,7 @@ def check(overlay: Path, environment: LoadedEnvironment | None = None,
     Raises:
         UserError: it does not render, or with a line for each problem that was found.
     """
-    if find(overlay) is None:
+    if not any((overlay / name).exists() for name in pods.KUSTOMIZATIONS):
         return
     present = frozenset(names(overlay)) - frozenset(without)
     problems: list[str] = []

@@ -15,6 +15,7 @@ import yaml
 
 from jobs.core import environment, pipeline
 from jobs.core.errors import UserError
+from jobs.core.files import write_atomically
 from jobs.tools import check, new
 from jobs.tools.pods import CHECKOUT
 from tests import build_overlay, manifests
@@ -227,7 +228,7 @@ def test_a_name_too_long_for_its_jobs_is_refused_and_nothing_is_left_behind(over
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "f"), KeyboardInterrupt()])
 def test_nothing_is_left_behind_when_a_file_cannot_be_written(
         overlay: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException) -> None:
-    before, write = contents(overlay), new.write_atomically
+    before, write = contents(overlay), write_atomically
 
     def fail(file: Path, text: str) -> None:
         if file.name == failing and "reviews" in str(file) + text and text.encode() not in before.values():
