@@ -46,6 +46,7 @@ docs/adapters.md explains the folder, and how to rename or remove an adapter.
 """
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 DATA = "dataset"  # the name of the data's file, before its suffix
+COLUMNS = 120  # of a line, as far as possible
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 EXAMPLES = [
     ("What can you help me with?", "I answer questions about our products.", "train"),
@@ -104,7 +105,7 @@ evaluation:
 {gate}
 """
 COMMENTS = {
-    "lora": "a higher rank `r` learns more and needs more memory",
+    "lora": "a higher `r` learns more and needs more memory",
     "epochs": "how often training sees each record",
     "max_length": "tokens a record; longer ones are left out",
     "tokens_per_batch": "whole records are packed up to this",
@@ -169,14 +170,18 @@ def run(folder: Path, name: str, *, data: Path | None = None, old: Path | None =
         adapter, shared, text = converted.adapter, converted.environment, conversion.with_adapter(file, name)
     else:
         adapter, shared, text = _made(folder, name, data), None, with_adapter(file, name)
-    with ExitStack() as undo:
-        _write_folder(place, adapter, _kustomization(folder, adapter), undo)
-        if shared is not None:
-            _write(folder / environment.FILE, shared, undo)
-        _write(file.resolve(), text, undo)
-        gone = conversion.remove(old, folder, adapter, undo) if old else []
-        _verify(folder, name)
-        undo.pop_all()
+    try:
+        with ExitStack() as undo:
+            _write_folder(place, adapter, _kustomization(folder, adapter), undo)
+            if shared is not None:
+                _write(folder / environment.FILE, shared, undo)
+            _write(file.resolve(), text, undo)
+            gone = conversion.remove(old, folder, adapter, undo) if old else []
+            _verify(folder, name)
+            undo.pop_all()
+    except OSError as error:
+        where = error.filename or place
+        raise UserError(f"{where}: cannot be written: {error.strerror}. Nothing has changed") from None
     for path in gone:
         shutil.rmtree(path, ignore_errors=True)
     _report(folder, place, adapter, example=not data and not old, converted=old)
@@ -313,19 +318,26 @@ def _sibling(folder: Path) -> tuple[str, PipelineFile] | None:
 
 def _lines(values: dict[str, Any], indent: int) -> str:
     """A mapping as lines of YAML, with what each key means."""
-    lines = []
+    lines, space = [], " " * indent
     for key, value in values.items():
-        text = yaml.safe_dump(_short(value), default_flow_style=True, width=1000, sort_keys=False)
         comment = f"  # {COMMENTS[key]}" if key in COMMENTS else ""
-        lines.append(f"{' ' * indent}{key}: {text.removesuffix('...' + chr(10)).strip()}{comment}")
+        line = f"{space}{key}: {_flow(value)}{comment}"
+        if len(line) > COLUMNS and isinstance(value, dict):
+            line = "\n".join([f"{space}{key}:{comment}", _lines(value, indent + 2)])
+        lines.append(line)
     return "\n".join(lines)
 
 
-def _short(value: Any) -> Any:
-    """Numbers as people write them: 32, not 32.0."""
+def _flow(value: Any) -> str:
+    """A value on one line of YAML, with numbers as people write them: 32 and 2.0e-4, not 32.0 and 0.0002."""
     if isinstance(value, dict):
-        return {key: _short(each) for key, each in value.items()}
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+        return "{" + ", ".join(f"{key}: {_flow(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, float) and 0 < value < 0.01 and float(f"{value:.1e}") == value:
+        return f"{value:.1e}".replace("e-0", "e-")
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
 
 
 def _kustomization(folder: Path, adapter: Adapter) -> str:

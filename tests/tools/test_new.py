@@ -18,7 +18,7 @@ from jobs.core.errors import UserError
 from jobs.core.files import write_atomically
 from jobs.tools import check, new
 from jobs.tools.pods import CHECKOUT
-from tests import build_overlay, manifests
+from tests import build_overlay, build_pipeline, manifests
 
 RECORDS = "".join(json.dumps({"prompt": f"question {n}", "completion": "answer"}) + "\n" for n in range(40))
 
@@ -236,9 +236,23 @@ def test_nothing_is_left_behind_when_a_file_cannot_be_written(
         write(file, text)
 
     monkeypatch.setattr(new, "write_atomically", fail)
-    with pytest.raises(type(error)):
+    with pytest.raises((UserError, KeyboardInterrupt), match="f: cannot be written: Permission denied|^$"):
         new.run(overlay, "reviews")
     assert contents(overlay) == before
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_settings_of_another_adapter_are_written_as_people_write_them(overlay: Path) -> None:
+    for file in (overlay / "adapters").glob("*/pipeline.yaml"):
+        replace(file, "evaluation:\n", "evaluation:\n  acceptability: {source: hf://datasets/nyu-mll/glue/cola/validation-*"
+                f".parquet, revision: {build_pipeline.COMMIT}}}\n")
+        replace(file, "learning_rate: 2.0e-3", "learning_rate: 3.0e-5\n  sharding: fsdp")
+    new.run(overlay, "reviews")
+    text = (overlay / "adapters/reviews/pipeline.yaml").read_text()
+    assert max(map(len, text.splitlines()[4:])) <= 120
+    for line in ("lora: {r: 16, alpha: 32, dropout: 0.1, target_modules: all-linear}", "learning_rate: 3.0e-5",
+                 "sharding: fsdp", f"    revision: {build_pipeline.COMMIT}", "perplexity: {max_ratio: 0.5}"):
+        assert f"  {line}" in text, text
 
 
 @pytest.mark.usefixtures("unrendered")
