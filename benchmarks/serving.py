@@ -186,8 +186,8 @@ def prepare(folder: Path, adapters: int) -> Setting:
     """
     from tests import build_adapter
 
-    volumes, one = folder / "volumes", folder / "pipelines" / "one"
-    pipeline, planned = build_adapter.load(one)
+    volumes = folder / "volumes"
+    pipeline, planned = build_adapter.declare(folder / "pipelines")
     build_adapter.base(volumes, planned)
     for seed in range(adapters):  # training is not measured: all adapters are made before they are desired
         build_adapter.adapter(volumes, build_adapter.load(folder / "later", training__seed=seed)[0])
@@ -358,7 +358,7 @@ async def _swap(setting: Setting, server: Server, seed: int, pause: float) -> fl
     from jobs.core.plan import FINE_TUNED_VOLUME
     from tests import build_adapter
 
-    pipeline, planned = build_adapter.load(setting.pipelines / "one", training__seed=seed)  # the commit that desires it
+    pipeline, planned = build_adapter.declare(setting.pipelines, training__seed=seed)  # the commit that desires it
     await asyncio.to_thread(build_adapter.adapter, setting.volumes, pipeline)  # in case that retention removed it
     await asyncio.sleep(pause)
 

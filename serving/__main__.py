@@ -1,8 +1,8 @@
 """Starts the inference server: `python -m serving --help`.
 
-Reads the pipeline files, waits for the base model and the tokenizer, and runs vLLM's OpenAI server with the guard in
-this process. Exit codes: 0 after a signal, or when a restart is needed to follow the pipeline files; 2 when a user must
-change something; 1 when a retry may help, for example after vLLM crashed.
+Reads the mounted files, waits for the base model and the tokenizer, and runs vLLM's OpenAI server with the guard in
+this process. Exit codes: 0 after a signal, or when a restart is needed to follow the environment file; 2 when a user
+must change something; 1 when a retry may help, for example after vLLM crashed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from jobs.core.command import fail, run_command
 from jobs.core.errors import RetryableError, Terminated, UserError
 from serving import base, bodies, cpu_shield, drain, heartbeat, merged
 from serving.events import log_to_stderr
+from serving.files import Files
 from serving.served import Served
 
 log = logging.getLogger("serving")
@@ -34,20 +35,20 @@ log = logging.getLogger("serving")
 DESCRIPTION = """\
 Serve the base model and its fine-tuned adapters over vLLM's OpenAI-compatible API.
 
-The base model is served as soon as vLLM is up. An adapter is served, without a restart, when it is promoted. The first
-valid pipeline file (by the name of its folder) sets the base model; the others add adapters. If it names another base
-model, the server drains and exits with 0, to be restarted on it, once every served alias has an adapter for it that
-passed the gate. With `serving: {mode: merged}`, for models on which vLLM has no LoRA, every new adapter is such a
-restart. If a pipeline file is invalid, the server keeps serving what was promoted.
+The base model is served as soon as vLLM is up. An adapter is served, without a restart, when it is promoted. The
+environment file sets the base model; each NAME.yaml beside it adds an adapter, which clients request as NAME. If the
+environment file names another base model, the server drains and exits with 0, to be restarted on it, once every served
+alias has an adapter for it that passed the gate. With `serving: {mode: merged}`, for models on which vLLM has no LoRA,
+every new adapter is such a restart. If a file is invalid, the server keeps serving what was promoted.
 
-Set VLLM_API_KEY to require a key. Flags that are not listed here go to vLLM, for example --max-model-len or
---enforce-eager. On SIGTERM the server finishes the requests in progress and exits.
+Set VLLM_API_KEY to require a key, or KEYS_FILE to a file of keys (docs/keys.md). Flags that are not listed here go to
+vLLM, for example --max-model-len or --enforce-eager. On SIGTERM the server finishes the requests in progress and exits.
 """
 # vLLM's flags that must not be set here, and what to do instead.
-FROM_PIPELINE = "it follows from the pipeline files"
+FROM_FILES = "it follows from the environment file"
 TAKEN = {
-    "--model": FROM_PIPELINE, "--tokenizer": FROM_PIPELINE, "--served-model-name": FROM_PIPELINE,
-    "--max-lora-rank": "set serving.max_lora_rank in pipeline.yaml",
+    "--model": FROM_FILES, "--tokenizer": FROM_FILES, "--served-model-name": FROM_FILES,
+    "--max-lora-rank": "set serving.max_lora_rank in environment.yaml",
     "--lora-modules": "adapters are served when they are promoted",
     "--enable-lora": "LoRA is always on", "--no-enable-lora": "LoRA is always on",
     "--middleware": "the guard must be the outermost middleware",
@@ -66,8 +67,8 @@ def parser() -> argparse.ArgumentParser:
                                   formatter_class=argparse.RawDescriptionHelpFormatter,
                                   usage="python -m serving [options] [vLLM's flags…]")
     top.add_argument("--pipelines", type=Path, default=Path(os.environ.get("PIPELINES", "/etc/pipelines")),
-                     metavar="DIR", help="where the pipeline files are, one folder each: DIR/*/pipeline.yaml "
-                                         "(default: $PIPELINES, else %(default)s)")
+                     metavar="DIR", help="where the files are: DIR/environment.yaml, and a DIR/NAME.yaml for "
+                                         "each adapter (default: $PIPELINES, else %(default)s)")
     top.add_argument("--volumes", type=Path, default=Path(os.environ.get("VOLUMES", "/volumes")), metavar="DIR",
                      help="where the volumes are mounted, one folder each (default: $VOLUMES, else %(default)s)")
     _add_number(top, "--wait-seconds", variables.WAIT_SECONDS, "S", "how long to wait for base model and tokenizer",
@@ -120,7 +121,7 @@ def check_vllm() -> None:
 def check_flags(flags: list[str]) -> None:
     """Raise `UserError` for a flag in `TAKEN`, in any spelling that vLLM accepts."""
     if flags and not flags[0].startswith("-"):
-        raise UserError(f"{flags[0]!r} is not a flag; the models to serve are named by the pipeline files")
+        raise UserError(f"{flags[0]!r} is not a flag; the environment file names the model to serve")
     for flag in flags:
         name = flag.partition("=")[0].partition(".")[0].replace("_", "-")
         # vLLM accepts unambiguous prefixes of a flag
@@ -169,17 +170,17 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     """Wait for base model and tokenizer and run vLLM's server; returns after an intended shutdown.
 
     Raises:
-        UserError: the flags, the pipeline files or the artifacts cannot be served.
+        UserError: the flags, the files or the artifacts cannot be served.
         RetryableError: the base model was not there in time, or vLLM exited by itself.
     """
     check_flags(flags)
     if args.wait:
-        base.wait(args.pipelines, args.volumes, args.wait_seconds)
+        base.wait(Files(args.pipelines), args.volumes, args.wait_seconds)
         return
     check_key()
     check_vllm()
     check_port(args.host, args.port)
-    start = base.start(args.pipelines, args.volumes, args.wait_seconds)
+    start = base.start(Files(args.pipelines), args.volumes, args.wait_seconds)
     base_folder, tokenizer = start.base.folders(args.volumes)
     served = Served(pipelines=str(args.pipelines), volumes=str(args.volumes), base_name=start.base_name,
                     base_model=start.base.base_model, tokenizer=start.base.tokenizer, base_folder=str(base_folder),
@@ -188,13 +189,13 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
                     body_seconds=args.body_seconds, body_memory=args.body_memory * 2**20,
                     hang_seconds=args.hang_seconds, private_folder=str(private_folder(args.port)))
     if served.mode == "merged":
-        served = merged.choose(start.named, served)
+        served = merged.choose(start.declared, served)
     else:
         served = replace(served, cpu_shield=cpu_shield.needed())
     os.environ.update(served.to_environment())
     os.environ.update(environment(flags))
     log.info("serving %s (%s) in mode %s on %s:%d, adapters: %s", served.base_name, served.base_model, served.mode,
-             args.host, args.port, ", ".join(start.named))
+             args.host, args.port, ", ".join(start.declared.adapters) or "none")
     sys.argv = [MODULE, *vllm_arguments(served, tokenizer, args.host, args.port, start.adapters), *flags]
     # In this process, not by exec: process 1 of a container ignores SIGTERM until it sets a handler, which vLLM does
     # only after many seconds of imports. The handler of `main` is in place from the start.

@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 
 from starlette.types import ASGIApp
 
-from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from serving import base, candidates, cpu_shield, events, lora, untrusted, verification
 from serving.candidates import Candidate
 from serving.engine import Engine
+from serving.files import ENVIRONMENT, Declared, Files
 from serving.refusal import NotYet, Refused
 from serving.served import Served
 
@@ -114,9 +114,8 @@ class Aliases:
         self._volumes = Path(served.volumes)
         self._loaded: list[Version] = []
         self._loading = 0  # versions that are being loaded and proven
-        # By file: its stamp, and the pipeline in it when it was valid; None if it never was.
-        self._pipelines: dict[Path, tuple[tuple[int, int], Pipeline | None]] = {}
-        self._named: base.Named = {}
+        self._files = Files(Path(served.pipelines))
+        self._declared = Declared()
         self._proven: set[tuple[str, Candidate]] = set()
         self._refusals: dict[str, KnownRefusal] = {}
         self._modules: lora.Modules | None = None
@@ -160,7 +159,10 @@ class Aliases:
         """Look once: point every alias to the best version that may be served, and unload unused versions."""
         if self._restarting:
             return
-        named = self._named = await asyncio.to_thread(self._read_pipelines)
+        before, self._declared = self._declared, await asyncio.to_thread(self._files.read)
+        if self._declared is not before:
+            self._report_problems(before)
+        named = self._declared.adapters
         for name in self.current.keys() - named.keys():
             gone = self.current.pop(name)
             events.removed(name, gone.version.digest if gone.version else None)
@@ -177,50 +179,30 @@ class Aliases:
             self.first_look_done.set()
         await self._unload_unused()
 
-    def _read_pipelines(self) -> base.Named:
-        """The pipelines by alias. For a file that is invalid or gone, the last valid content counts."""
-        files = candidates.pipeline_files(Path(self.served.pipelines))
-        for file in files:
-            try:
-                stat = file.stat()  # follows the links by which Kubernetes swaps a ConfigMap's files
-            except OSError:
-                continue  # an editor is replacing it
-            stamp, before = (stat.st_mtime_ns, stat.st_ino), self._pipelines.get(file)
-            if before and before[0] == stamp:
-                continue
-            pipeline = before[1] if before else None
-            try:
-                self._pipelines[file] = (stamp, base.read(file))
-                self._logged.pop(str(file), None)
-            except UserError as error:
-                self._pipelines[file] = (stamp, pipeline)
-                name = pipeline.adapter if pipeline else base.name_of_invalid(file, (), self._volumes,
-                                                                              alone=len(files) == 1)
-                self._report_refusal(name or file.parent.name, str(file), Refused(
-                    "pipeline file", f"{error}; its last valid content stays in force"))
-        named = base.name_files({file: pipeline for file, (_, pipeline) in self._pipelines.items()}, self._volumes)
-        for file, (_, pipeline) in self._pipelines.items():
-            if pipeline is not None and named[pipeline.adapter] is not pipeline:
-                self._report_refusal(pipeline.adapter, str(file), Refused(
-                    "name", f"another pipeline file has the adapter name {pipeline.adapter}; this one is ignored"))
-        return named
+    def _report_problems(self, before: Declared) -> None:
+        """Report the files that are invalid now, and those that are valid again."""
+        for stem in before.problems.keys() - self._declared.problems.keys():
+            self._logged.pop(f"file {stem}", None)
+        for stem, problem in self._declared.problems.items():
+            self._report_refusal(stem, f"file {stem}", Refused(
+                problem.reason, f"{problem}; its last valid content stays in force"))
 
     async def _follow_base(self) -> None:
-        """Restart if the pipeline files need it and no served adapter is lost by it.
+        """Restart if the environment file needs it and no served adapter is lost by it.
 
         Until then, for example while an adapter for a new base model is trained, the server continues unchanged.
         """
-        pipeline = base.deciding(self._named)
-        reason = base.changed(self._named, self.served)
-        if pipeline is None or reason is None:
+        environment = self._declared.environment
+        reason = base.changed(self._declared, self.served)
+        if environment is None or reason is None:
             self._logged.pop("base", None)
             self._turns.pop("base", None)
             return
         serving = [name for name, alias in self.current.items() if alias.version]
         try:
             if not self._has_turn("base", reason):
-                await self._unless_refused(pipeline.adapter, reason, base.of(pipeline).folders(self._volumes), partial(
-                    asyncio.to_thread, base.check_restart, self._named, self.served, serving))
+                await self._unless_refused(ENVIRONMENT, reason, base.of(environment).folders(self._volumes), partial(
+                    asyncio.to_thread, base.check_restart, self._declared, self.served, serving))
         except NotYet as missing:
             self._log_change("base", f"{reason}, but {missing}; until then the server continues unchanged")
         except Refused as refused:
@@ -301,7 +283,7 @@ class Aliases:
             if version is not alias.version:
                 before, alias.version = alias.version, version  # from the next request on
                 events.swapped(name, version.digest, before.digest if before else None, by,
-                               await asyncio.to_thread(self._seconds_since_proof, name, pipeline, candidate))
+                               await asyncio.to_thread(self._seconds_since_proof, name, candidate))
             break
         alias.why = "; ".join(dict.fromkeys(reasons))
         if reasons:
@@ -329,12 +311,8 @@ class Aliases:
     def _desired(self, pipeline: Pipeline | None) -> Candidate:
         if pipeline is None:
             raise NotYet("its pipeline file is invalid")
-        try:
-            base.check_fits(pipeline, self.served)
-        except Refused:
-            if base.of(pipeline) == self._next_base():
-                raise NotYet("the server has to restart with another base model or mode first") from None
-            raise
+        if base.of(pipeline.environment) != base.running(self.served):
+            raise NotYet("the server has to restart with another base model or mode first")
         return candidates.desired(pipeline)
 
     def _promoted(self, name: str) -> Candidate:
@@ -346,8 +324,8 @@ class Aliases:
 
     def _next_base(self) -> base.Base | None:
         """The desired base, if this server runs on another one."""
-        pipeline = base.deciding(self._named)
-        desired = base.of(pipeline) if pipeline else None
+        environment = self._declared.environment
+        desired = base.of(environment) if environment else None
         return desired if desired != base.running(self.served) else None
 
     def _notice(self, name: str, alias: Alias, promoted: Candidate | NotYet | Refused) -> None:
@@ -356,7 +334,7 @@ class Aliases:
             alias.promotion = promoted
             events.promotion_seen(name, promoted.adapter, promoted.evaluation)
 
-    def _seconds_since_proof(self, name: str, pipeline: Pipeline | None, candidate: Candidate) -> float | None:
+    def _seconds_since_proof(self, name: str, candidate: Candidate) -> float | None:
         """Seconds since the adapter could be served, or since the pipeline file desired it if that was later.
 
         None if both were before this server started.
@@ -365,8 +343,7 @@ class Aliases:
             proved = candidates.proved_at(name, candidate, self._volumes)
         except (OSError, NotYet, Refused):
             return None
-        desired = max((stamp[0] / 1e9 for stamp, each in self._pipelines.values() if pipeline and each is pipeline),
-                      default=0.0)
+        desired = self._declared.changed.get(name, 0.0)
         since = max(proved, desired)
         return max(0.0, time.time() - since) if since >= self._started else None
 

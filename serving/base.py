@@ -1,10 +1,9 @@
 """The base of a server: one base model, one tokenizer and one mode, which a vLLM process cannot change.
 
-The pipeline files and the promotions on the volume decide, at the start and later. The first valid pipeline file (by
-the name of its folder) names the desired base. A server runs on it if no promoted adapter would be lost by that.
-Otherwise, or if no pipeline file is valid, it runs on the base of the promoted adapters, which their manifests name.
-Therefore a restart does not change what is served, whatever is in git at that moment. The server stores no state: its
-volumes are read-only.
+The environment file and the promotions on the volume decide, at the start and later. The environment file names the
+desired base. A server runs on it if no promoted adapter would be lost by that. Otherwise, or if the environment file is
+invalid, it runs on the base of the promoted adapters, which their manifests name. Therefore a restart does not change
+what is served, whatever is in git at that moment. The server stores no state: its volumes are read-only.
 """
 
 from __future__ import annotations
@@ -12,21 +11,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import re
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.core import artifacts, models, promotion
+from jobs.core import artifacts, models
+from jobs.core.environment import SERVABLE_RANKS, Environment, Mode, Serving
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.files import read_plain_file
-from jobs.core.pipeline import SERVABLE_RANKS, Mode, Pipeline, Serving, load
-from jobs.core.plan import BASE_MODEL_VOLUME, FINE_TUNED_VOLUME, TOKENIZER_VOLUME, merged_model, plan
+from jobs.core.plan import BASE_MODEL_VOLUME, FINE_TUNED_VOLUME, TOKENIZER_VOLUME, merged_model, plan_environment
 from jobs.core.promotion import DIGEST
 from serving import candidates, untrusted, verification
-from serving.candidates import Candidate, pipeline_files
+from serving.candidates import Candidate
+from serving.files import ENVIRONMENT, Declared, Files
 from serving.refusal import NotYet, Refused
 from serving.served import Served
 
@@ -36,13 +34,6 @@ POLL_SECONDS = 2.0
 LOG_SECONDS = 60.0  # between two log lines while the server waits
 # Each replica restarts in its own slot of a cycle. Two given replicas share a slot with a probability of 1/24.
 SLOTS = 24
-LARGEST_PIPELINE = 2**20  # bytes of an invalid pipeline file that are searched for its name; the limit of a ConfigMap
-NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-NAME_KEY = re.compile(rf"""^adapter:[ \t]*["']?({NAME.pattern})["']?[ \t]*(#.*)?$""", re.MULTILINE)
-
-# The pipelines by alias, in the order of their files. None: the file was never valid since this process started; the
-# alias serves what was promoted under its name.
-Named = Mapping[str, Pipeline | None]
 
 
 @dataclass(frozen=True)
@@ -82,95 +73,20 @@ class Start:
     """The result of `start`."""
 
     base: Base
-    named: Named
-    adapters: int  # of how many of these names an adapter may be served on this base
+    declared: Declared
+    adapters: int  # of how many aliases an adapter may be served on this base
     base_name: str  # the model name that clients send for the base model
     max_lora_rank: int
-
-
-# --- pipeline files ---------------------------------------------------------------------------------------------------
-
-
-def read(file: Path) -> Pipeline:
-    """The pipeline in a file.
-
-    Raises:
-        UserError: for any error in the file. One invalid file must not stop the other adapters.
-    """
-    try:
-        pipeline = load(file).pipeline
-        plan(pipeline)  # computes every digest
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{file}: cannot be read as a pipeline file: {str(error)[:200] or type(error).__name__}") \
-            from None
-    return pipeline
-
-
-def name_files(files: Mapping[Path, Pipeline | None], volumes: Path) -> Named:
-    """The pipelines by alias, in the order of their files. Of two files with one name, the first counts.
-
-    Args:
-        files: the pipeline in each file; None if it was never valid since this process started.
-    """
-    taken = {each.adapter for each in files.values() if each}
-    named: dict[str, Pipeline | None] = {}
-    for file, each in sorted(files.items()):
-        name = each.adapter if each else name_of_invalid(file, taken | named.keys(), volumes, alone=len(files) == 1)
-        if name:
-            named.setdefault(name, each)
-    return named
-
-
-def name_of_invalid(file: Path, taken: Collection[str], volumes: Path, *, alone: bool) -> str | None:
-    """The alias of an invalid pipeline file: the name in its `adapter:` line or of its folder, if that was promoted.
-
-    Args:
-        taken: the names of other files.
-        alone: it is the only pipeline file. Then its alias is that of the newest promotion, if both names fail.
-    """
-    promoted = [name for name in _promoted_names(volumes) if name not in taken]
-    written = _written_name(file)
-    for name in (written, file.parent.name):
-        if name in promoted:
-            return name
-    return promoted[0] if promoted and alone else written if written not in taken else None
-
-
-def _written_name(file: Path) -> str | None:
-    try:
-        text = read_plain_file(file, LARGEST_PIPELINE, follow_links=True).decode(errors="replace")
-    except (OSError, UserError):
-        return None
-    match = NAME_KEY.search(text)
-    return match[1] if match else None
-
-
-def _promoted_names(volumes: Path) -> list[str]:
-    """The names under which an adapter was promoted, newest promotion first; damaged promotions last."""
-    folder = volumes / FINE_TUNED_VOLUME
-    try:
-        names = [path.name for path in (folder / promotion.FOLDER).iterdir() if NAME.fullmatch(path.name)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    at = {}
-    for name in names:
-        try:
-            current = promotion.current(folder, name)
-        except UserError:
-            current = None
-        at[name] = current.at if current else ""
-    return sorted(names, key=lambda name: (at[name], name), reverse=True)
 
 
 # --- which base -------------------------------------------------------------------------------------------------------
 
 
-def of(pipeline: Pipeline) -> Base:
-    """The base that a pipeline file desires."""
-    planned = plan(pipeline)
-    return Base(planned.base_model.digest, planned.tokenizer.digest, pipeline.serving.mode)
+@functools.lru_cache(maxsize=16)
+def of(environment: Environment) -> Base:
+    """The base that an environment file desires."""
+    planned = plan_environment(environment)
+    return Base(planned.base_model.digest, planned.tokenizer.digest, environment.serving.mode)
 
 
 def running(served: Served) -> Base:
@@ -178,12 +94,7 @@ def running(served: Served) -> Base:
     return Base(served.base_model, served.tokenizer, served.mode)
 
 
-def deciding(named: Named) -> Pipeline | None:
-    """The first valid pipeline: it names the desired base. None if there is none."""
-    return next((each for each in named.values() if each), None)
-
-
-def order(named: Named, volumes: Path) -> list[Base]:
+def order(declared: Declared, volumes: Path) -> list[Base]:
     """The bases on which a server may start, best first; empty if there is none.
 
     The desired base is first if no adapter is lost by it. The other bases are on the volume.
@@ -191,59 +102,58 @@ def order(named: Named, volumes: Path) -> list[Base]:
     Raises:
         OSError: when the volume cannot be read; a later attempt may succeed.
     """
-    pipeline, proven = deciding(named), find_proven(named, volumes)
-    before = _before(named, proven, volumes)
-    if pipeline is None:
+    proven = find_proven(declared, volumes)
+    before = _before(declared, proven, volumes)
+    if declared.environment is None:
         return before
-    desired = of(pipeline)
+    desired = of(declared.environment)
     if not before:
         return [desired]
-    ready = desired.is_there(volumes) and not lacking(named, proven, volumes)
+    ready = desired.is_there(volumes) and not lacking(declared, proven, volumes)
     return [desired, *before] if ready else [*before, desired]
 
 
-def lacking(named: Named, proven: ByBase, volumes: Path, serving: Collection[str] = ()) -> list[str]:
-    """The names that would lose their adapter if a server ran on the desired base.
+def lacking(declared: Declared, proven: ByBase, volumes: Path, serving: Collection[str] = ()) -> list[str]:
+    """The aliases that would lose their adapter if a server ran on the desired base.
 
-    Empty if the pipeline file has `when_base_changes: at-once`.
+    Empty if the environment file has `when_base_changes: at-once`.
 
     Args:
         proven: of `find_proven`.
-        serving: names under which an adapter is served now.
+        serving: aliases under which an adapter is served now.
     """
-    pipeline = deciding(named)
-    if pipeline is None or pipeline.serving.when_base_changes == "at-once":
+    environment = declared.environment
+    if environment is None or environment.serving.when_base_changes == "at-once":
         return []
-    before = _before(named, proven, volumes)
-    lost = {*serving, *(proven[before[0]] if before else ())} - proven.get(of(pipeline), {}).keys()
-    return [name for name in named if name in lost]
+    before = _before(declared, proven, volumes)
+    lost = {*serving, *(proven[before[0]] if before else ())} - proven.get(of(environment), {}).keys()
+    return [name for name in declared.adapters if name in lost]
 
 
-def _before(named: Named, proven: ByBase, volumes: Path) -> list[Base]:
+def _before(declared: Declared, proven: ByBase, volumes: Path) -> list[Base]:
     """The bases on the volume, other than the desired one, on which there are proven adapters, best first: of the most
-    names, of the first name, of the newest promotion. In mode merged if a merged model was made for it."""
-    first, pipeline = next(iter(named), None), deciding(named)
-    desired = of(pipeline) if pipeline else None
+    aliases, of the newest promotion. In mode merged if a merged model was made for it."""
+    desired = of(declared.environment) if declared.environment else None
     return sorted((base for base in proven if base != desired and base.is_there(volumes)), reverse=True,
-                  key=lambda base: (len(proven[base]), first in proven[base],
-                                    max(each.at for each in proven[base].values()), base.mode == "merged"))
+                  key=lambda base: (len(proven[base]), max(each.at for each in proven[base].values()),
+                                    base.mode == "merged"))
 
 
-def find_proven(named: Named, volumes: Path) -> ByBase:
-    """The newest adapter of each name that passed the gate and is whole, by the base that it can be served on.
+def find_proven(declared: Declared, volumes: Path) -> ByBase:
+    """The newest adapter of each alias that passed the gate and is whole, by the base that it can be served on.
 
     Raises:
         OSError: when the volume cannot be read; a later attempt may succeed.
     """
     found: ByBase = {}
-    first = next(iter(named), None)
-    for name, pipeline in named.items():
+    for name, pipeline in declared.adapters.items():
         for candidate, at in candidates.in_order(name, pipeline, volumes).items():
             manifest = _manifest(volumes / FINE_TUNED_VOLUME / "adapter" / candidate.adapter)
             for base in _bases(candidate.adapter, manifest, volumes):
-                if base.mode == "merged" and name != first:  # one model runs
+                known = found.get(base, {})
+                if base.mode == "merged" and known:  # one model runs: that of the first alias that has one
                     continue
-                if name not in found.get(base, {}) and _is_proven(name, candidate, volumes):
+                if name not in known and _is_proven(name, candidate, volumes):
                     found.setdefault(base, {})[name] = Proven(candidate.adapter, _rank(manifest), at)
     return found
 
@@ -277,7 +187,7 @@ def _is_proven(name: str, candidate: Candidate, volumes: Path) -> bool:
     return _passes(name, candidate, volumes, signatures)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def _passes(name: str, candidate: Candidate, volumes: Path, signatures: object) -> bool:
     try:
         untrusted.read_artifact(candidates.adapter_folder(candidate.adapter, volumes), "adapter")
@@ -313,14 +223,14 @@ def is_for(adapter: str, base: Base, volumes: Path) -> bool:
 # --- start ------------------------------------------------------------------------------------------------------------
 
 
-def start(pipelines: Path, volumes: Path, deadline_s: float) -> Start:
+def start(files: Files, volumes: Path, deadline_s: float) -> Start:
     """Wait until a server can start, verify its base model and tokenizer, and return what it starts with.
 
     Raises:
         UserError: there is nothing to start from, or the base model cannot be served.
         RetryableError: base model or tokenizer were not there within `deadline_s` seconds.
     """
-    named, bases = wait(pipelines, volumes, deadline_s)
+    declared, bases = wait(files, volumes, deadline_s)
     refused: UserError | None = None
     for base in bases:
         try:
@@ -329,35 +239,38 @@ def start(pipelines: Path, volumes: Path, deadline_s: float) -> Start:
             log.error("cannot start on %s: %s", base, error)
             refused = refused or error
             continue
-        proven = find_proven(named, volumes).get(base, {})
-        fitting = [name for name, each in named.items() if each is None or of(each) == base or name in proven]
-        return Start(base, named, len(fitting), base_name(base, named, volumes), max_lora_rank(base, named, proven))
+        proven = find_proven(declared, volumes).get(base, {})
+        desired = declared.environment and of(declared.environment) == base
+        fitting = [name for name in declared.adapters if desired or name in proven]
+        return Start(base, declared, len(fitting), base_name(base, declared, volumes),
+                     max_lora_rank(base, declared, proven))
     raise refused or UserError("there is no base model to start on")
 
 
-def wait(pipelines: Path, volumes: Path, deadline_s: float) -> tuple[Named, list[Base]]:
-    """Wait until base model and tokenizer are on the volume; returns the pipelines, and the bases in `order`.
+def wait(files: Files, volumes: Path, deadline_s: float) -> tuple[Declared, list[Base]]:
+    """Wait until base model and tokenizer are on the volume; returns the files' content, and the bases in `order`.
 
-    The pipeline files are read again at every poll: a push may change the base model meanwhile.
+    The files are read again at every poll: a push may change the base model meanwhile.
 
     Raises:
-        UserError: there is nothing to start from: no valid pipeline file, and no promotion.
+        UserError: there is nothing to start from: no valid environment file, and no promotion.
         RetryableError: base model or tokenizer were not there within `deadline_s` seconds.
     """
-    files: dict[Path, Pipeline | None] = {}
-    problems: dict[Path, str] = {}
+    problems: Mapping[str, Refused] = {}
     started, logged, waiting_for = time.monotonic(), 0.0, ""
     while True:
-        _read_files(pipelines, files, problems)
-        named = name_files(files, volumes)
-        bases = order(named, volumes)
+        declared = files.read()
+        bases = order(declared, volumes)
         if not bases:
-            missing = f"{pipelines}: no pipeline files; there must be at least one {pipelines}/NAME/pipeline.yaml"
-            raise UserError("; ".join(problems.values()) or missing)
+            raise UserError(str(declared.problems[ENVIRONMENT]))
+        for stem, problem in declared.problems.items():
+            if str(problems.get(stem)) != str(problem):
+                log.error("%s; the server uses the promotions on the volume", problem)
+        problems = declared.problems
         missing = ", ".join(f"{folder.parent.name}/{folder.name}" for folder in bases[0].folders(volumes)
                             if not folder.exists())
         if not missing:
-            return named, bases
+            return declared, bases
         now = time.monotonic()
         if now - started > deadline_s:
             raise RetryableError(f"waited {deadline_s:.0f} s for {missing}. See the log of its Job")
@@ -365,19 +278,6 @@ def wait(pipelines: Path, volumes: Path, deadline_s: float) -> tuple[Named, list
             log.info("waiting for %s (%.0f s)", missing, now - started)
             logged, waiting_for = now, missing
         time.sleep(POLL_SECONDS)
-
-
-def _read_files(folder: Path, files: dict[Path, Pipeline | None], problems: dict[Path, str]) -> None:
-    """Read the pipeline files. For an invalid file, the last valid content counts."""
-    for file in pipeline_files(folder):
-        try:
-            files[file] = read(file)
-            problems.pop(file, None)
-        except UserError as error:
-            files.setdefault(file, None)
-            if problems.get(file) != str(error):
-                log.error("%s; the server uses the promotions on the volume", error)
-            problems[file] = str(error)
 
 
 def check_startable(base: Base, volumes: Path) -> None:
@@ -390,78 +290,61 @@ def check_startable(base: Base, volumes: Path) -> None:
     models.check_servable(models.architecture(folder), "base_model", base.mode)
 
 
-def base_name(base: Base, named: Named, volumes: Path) -> str:
-    """The model name of the base model: from a pipeline file that desires it, else from its artifact."""
-    for each in named.values():
-        if each and of(each).base_model == base.base_model:
-            return each.base_model.name
+def base_name(base: Base, declared: Declared, volumes: Path) -> str:
+    """The model name of the base model: from the environment file if it desires it, else from its artifact."""
+    if declared.environment and of(declared.environment).base_model == base.base_model:
+        return declared.environment.base_model.name
     manifest = _manifest(base.folders(volumes)[0])
     facts = [manifest.get("spec"), manifest.get("about")]  # a source that is pinned by sha256 is not in the spec
     sources = [each["source"] for each in facts if isinstance(each, dict) and isinstance(each.get("source"), str)]
     return sources[0].removeprefix("hf://") if sources else "base-model"
 
 
-def max_lora_rank(base: Base, named: Named, proven: Mapping[str, Proven]) -> int:
-    """The rank for which vLLM reserves memory: enough for all pipeline files and all proven adapters."""
-    fitting = [each.serving.max_lora_rank for each in named.values() if each and of(each) == base]
-    largest = max([*(each.rank for each in proven.values()), *(fitting or [Serving().max_lora_rank])])
+def max_lora_rank(base: Base, declared: Declared, proven: Mapping[str, Proven]) -> int:
+    """The rank for which vLLM reserves memory: enough for the environment file and all proven adapters."""
+    environment = declared.environment
+    wanted = environment.serving if environment and of(environment) == base else Serving()
+    largest = max([wanted.max_lora_rank, *(each.rank for each in proven.values())])
     return next((rank for rank in SERVABLE_RANKS if rank >= largest), SERVABLE_RANKS[-1])
 
 
 # --- a server that runs -----------------------------------------------------------------------------------------------
 
 
-def check_fits(pipeline: Pipeline, served: Served) -> None:
-    """Return if an adapter of this pipeline can be served by this server.
-
-    Raises:
-        Refused: with reason `base` or `mode`.
-    """
-    theirs, ours = of(pipeline), running(served)
-    for key, digest, own in (("base model", theirs.base_model, ours.base_model),
-                             ("tokenizer", theirs.tokenizer, ours.tokenizer)):
-        if digest != own:
-            raise Refused("base", f"its {key} is {digest}, this server's is {own}; a server serves adapters of one "
-                                  "base model. Give the pipeline a server of its own")
-    if theirs.mode != ours.mode:
-        raise Refused("mode", f"its serving.mode is {theirs.mode}, this server's is {ours.mode}. Give the pipeline a "
-                              "server of its own")
-
-
-def changed(named: Named, served: Served) -> str | None:
-    """A description of the change in the pipeline files that needs a restart; None if there is none."""
-    pipeline, ours = deciding(named), running(served)
-    if pipeline is None:
+def changed(declared: Declared, served: Served) -> str | None:
+    """A description of the change in the environment file that needs a restart; None if there is none."""
+    environment, ours = declared.environment, running(served)
+    if environment is None:
         return None
-    desired = of(pipeline)
+    desired = of(environment)
     if (desired.base_model, desired.tokenizer) != (ours.base_model, ours.tokenizer):
         return f"base model and tokenizer changed to base-model/{desired.base_model} and tokenizer/{desired.tokenizer}"
     if desired.mode != ours.mode:
         return f"serving.mode changed from {ours.mode} to {desired.mode}"
-    rank = max_lora_rank(ours, named, {})
+    rank = max_lora_rank(ours, declared, {})
     if served.mode == "lora" and rank > served.max_lora_rank:
         return f"serving.max_lora_rank was raised from {served.max_lora_rank} to {rank}"
     return None
 
 
-def check_restart(named: Named, served: Served, serving: Collection[str]) -> None:
+def check_restart(declared: Declared, served: Served, serving: Collection[str]) -> None:
     """Return if a restart would bring the desired base, with no adapter lost by it.
 
     Args:
-        serving: the names under which an adapter is served now.
+        serving: the aliases under which an adapter is served now.
     Raises:
         NotYet: something is not there yet.
         Refused: with reason `base`: the desired base cannot be served.
     """
-    pipeline, volumes = deciding(named), Path(served.volumes)
-    if pipeline is None:
-        raise NotYet("there is no valid pipeline file")
-    desired = of(pipeline)
+    environment, volumes = declared.environment, Path(served.volumes)
+    if environment is None:
+        raise NotYet("the environment file is invalid")
+    desired = of(environment)
     if not desired.is_there(volumes):
         missing = next(folder for folder in desired.folders(volumes) if not folder.exists())
         raise NotYet(f"{missing.parent.name} {missing.name} is not there yet")
     if desired != running(served):
-        lost = lacking(named, find_proven(named, volumes), volumes, serving)
+        lost = lacking(declared, find_proven(declared, volumes), volumes, serving)
         if lost:
             raise NotYet(f"{', '.join(lost)}: no adapter for it has passed the gate yet")
     try:

@@ -29,11 +29,6 @@ class Candidate:
     evaluation: str
 
 
-def pipeline_files(folder: Path) -> list[Path]:
-    """The pipeline files in a folder of pipeline folders, sorted, without Kubernetes' hidden folders (`..data`)."""
-    return sorted(p for p in folder.glob("*/pipeline.yaml") if not p.parent.name.startswith("."))
-
-
 def desired(pipeline: Pipeline) -> Candidate:
     """The adapter that the pipeline file desires, whether or not it exists."""
     named = plan(pipeline)

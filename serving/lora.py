@@ -64,7 +64,7 @@ def check_config(file: Path, max_rank: int) -> LoraConfig:
     largest = max((rank for rank in ranks if type(rank) is int), default=0)
     if largest > max_rank:
         raise Refused("rank", f"{file.name}: rank {largest} is above the server's {max_rank} "
-                              "(serving.max_lora_rank in pipeline.yaml)")
+                              "(serving.max_lora_rank in environment.yaml)")
     for option in sorted(config.keys() | NEEDED):
         value = config.get(option)
         if _is_unset(value) and option not in NEEDED:

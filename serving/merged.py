@@ -22,9 +22,10 @@ from jobs.core import models
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import merged_model
-from serving import base, candidates, events, untrusted, verification
+from serving import candidates, events, untrusted, verification
 from serving.aliases import Alias, Aliases, Version
 from serving.candidates import Candidate
+from serving.files import Declared
 from serving.refusal import NotYet, Refused
 from serving.served import Served
 
@@ -33,29 +34,28 @@ log = logging.getLogger("serving")
 SUFFIXES = (".safetensors", ".json")
 
 
-def choose(named: base.Named, served: Served) -> Served:
-    """Choose the model to run: the best merged model of the first alias that may be served, else the base model.
-
-    Args:
-        named: the pipelines by alias. The first decides, since one model runs.
-    """
-    name, pipeline = next(iter(named.items()))
+def choose(declared: Declared, served: Served) -> Served:
+    """Choose the model to run: the best merged model of the first alias (by name) that has one; else the base model."""
     volumes = Path(served.volumes)
     unfit = _unfit(served)
-    for candidate in candidates.in_order(name, pipeline, volumes):
-        if f"{name}@{candidate.adapter}" in unfit:
-            log.warning("%s@%s: it gave probabilities that are not finite", name, candidate.adapter)
-            continue
-        try:
-            evaluation = candidates.evaluation_folder(candidate.evaluation, volumes)
-            for folder in (evaluation, folder_of(candidate.adapter, served)):
-                untrusted.signature(folder)  # raises NotYet if it is not there
-            verification.check_gate(candidate, name, volumes)
-            verify(candidate.adapter, served)
-        except (NotYet, Refused) as reason:
-            log.warning("%s@%s: %s", name, candidate.adapter, reason)
-            continue
-        return replace(served, merged=f"{name}@{candidate.adapter}")
+    for name, pipeline in declared.adapters.items():
+        for candidate in candidates.in_order(name, pipeline, volumes):
+            if f"{name}@{candidate.adapter}" in unfit:
+                log.warning("%s@%s: it gave probabilities that are not finite", name, candidate.adapter)
+                continue
+            try:
+                evaluation = candidates.evaluation_folder(candidate.evaluation, volumes)
+                for folder in (evaluation, folder_of(candidate.adapter, served)):
+                    untrusted.signature(folder)  # raises NotYet if it is not there
+                verification.check_gate(candidate, name, volumes)
+                verify(candidate.adapter, served)
+            except (NotYet, Refused) as reason:
+                log.warning("%s@%s: %s", name, candidate.adapter, reason)
+                continue
+            if len(declared.adapters) > 1:
+                log.warning("in mode merged one adapter runs: %s, the first by name that can be served. These wait: %s",
+                            name, ", ".join(each for each in declared.adapters if each != name))
+            return replace(served, merged=f"{name}@{candidate.adapter}")
     return served
 
 
@@ -147,7 +147,7 @@ class MergedAliases(Aliases):
     def __init__(self, served: Served, vllm: ASGIApp, restart: Callable[[str], None]) -> None:
         super().__init__(served, vllm, restart)
         self._verified: set[str] = set()
-        self._needs_restart = False  # whether the last look found another model to run
+        self._needs_restart: set[str] = set()  # the aliases for which the last look found another model to run
         self._ran_unfit: str | None = None  # the model that runs, if its probabilities are not finite
 
     async def _prepare_base(self) -> None:
@@ -165,15 +165,17 @@ class MergedAliases(Aliases):
             self._loaded.append(version)
 
     async def _update(self, name: str, alias: Alias, pipeline: Pipeline | None) -> None:
-        if name != next(iter(self._named), None):  # as in `choose`: a restart would not bring this one
-            alias.why = "a server in mode merged runs one adapter, that of the first pipeline file"
+        runs = self.served.merged and self.served.merged.partition("@")[0]
+        # As in `choose`: a restart would not bring an alias behind the one that runs.
+        if runs and name > runs and runs in self.current and self._ran_unfit is None:
+            alias.why = f"a server in mode merged runs one adapter, and {runs} is before it by name"
             self._log_change(name, alias.why,
                              partial(events.waiting, name, alias.version.digest if alias.version else None))
             return
-        self._needs_restart = False
+        self._needs_restart.discard(name)
         await super()._update(name, alias, pipeline)
-        if not self._needs_restart:
-            self._turns.pop("merged", None)  # a later restart gets a turn of its own
+        if name not in self._needs_restart:
+            self._turns.pop(f"merged {name}", None)  # a later restart gets a turn of its own
 
     def _folders(self, candidate: Candidate) -> tuple[Path, Path]:
         return (candidates.evaluation_folder(candidate.evaluation, self._volumes),
@@ -185,8 +187,9 @@ class MergedAliases(Aliases):
         if version.model not in self._verified:  # once: the server may wait for its turn to restart
             await asyncio.to_thread(verify, version.digest, self.served)
             self._verified.add(version.model)
-        self._needs_restart = True
-        self._restart_in_turn("merged", f"{version.model} may be served, which needs a restart in mode merged")
+        self._needs_restart.add(version.name)
+        self._restart_in_turn(f"merged {version.name}",
+                              f"{version.model} may be served, which needs a restart in mode merged")
         raise NotYet("the server restarts with it")
 
     async def _unload_unused(self) -> None:

@@ -1,7 +1,7 @@
 """The two reasons not to serve something: it is not there yet, or it is refused.
 
 To add a refusal, raise `Refused` in the check that finds the fault (serving/verification.py for adapters as a whole,
-serving/lora.py for their config and weights, serving/base.py for pipeline files). Add a new reason to
+serving/lora.py for their config and weights, serving/files.py for the mounted files). Add a new reason to
 `Reason` and to the table in docs/serving.md.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 Reason = Literal["damaged", "unreadable", "files", "config", "rank", "module", "shape", "values", "no effect", "base",
-                 "mode", "not promoted", "gate", "load", "pipeline file", "name"]
+                 "not promoted", "gate", "load", "environment file", "pipeline file", "name"]
 
 
 class NotYet(Exception):

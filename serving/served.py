@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 
-from jobs.core.pipeline import Mode
+from jobs.core.environment import Mode
 from serving import bodies, heartbeat
 
 
@@ -14,7 +14,7 @@ from serving import bodies, heartbeat
 class Served:
     """The settings of this server process; the guard gets them through the environment."""
 
-    pipelines: str  # the folder of pipeline folders
+    pipelines: str  # the folder of environment.yaml and a NAME.yaml for each adapter
     volumes: str
     base_name: str  # the model name that clients send for the base model
     base_model: str  # digest

@@ -33,6 +33,17 @@ def load(folder: Path, **changes: Any) -> tuple[Pipeline, Plan]:
     return loaded, plan(loaded)
 
 
+def declare(folder: Path, **changes: Any) -> tuple[Pipeline, Plan]:
+    """Write `folder/environment.yaml` and `folder/NAME.yaml`, as a server mounts them, and plan it. As `load`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    changes = {"base_model": {"source": "builtin:tiny"}, **changes}
+    build_pipeline.write_yaml(folder / "environment.yaml", build_pipeline.environment(**changes))
+    content = build_pipeline.pipeline(**changes)
+    build_pipeline.write_yaml(folder / f"{content['adapter']}.yaml", content)
+    loaded = build_pipeline.build(**changes)
+    return loaded, plan(loaded)
+
+
 @functools.cache
 def models() -> Path:
     """A folder with `base` (a random Llama) and `tokenizer` (a byte-level BPE), made once per test process."""

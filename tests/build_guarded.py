@@ -1,4 +1,4 @@
-"""Builds a guarded server for tests: the stand-in for vLLM, a pipeline folder, volumes, and what a client does."""
+"""Builds a guarded server for tests: the stand-in for vLLM, the mounted files, volumes, and what a client does."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import Plan
 from serving import aliases, merged
+from serving.files import Files
 from serving.served import Served
 from tests import build_adapter
 from tests.build_server import BASE, StandIn, running
@@ -32,16 +33,20 @@ def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
 
 
 class World:
-    """A guarded server over one pipeline folder and its volumes."""
+    """A guarded server over one folder of files and its volumes."""
 
     def __init__(self, folder: Path, vllm: StandIn) -> None:
         self.folder, self.volumes, self.vllm = folder, folder / "volumes", vllm
         self.url = ""
         self.app: Any = None
-        self.defaults: dict[str, Any] = {}  # of the pipeline file
+        self.defaults: dict[str, Any] = {}  # of the files
 
     def write(self, **changes: Any) -> tuple[Pipeline, Plan]:
-        return build_adapter.load(self.folder / "pipelines" / "one", **{**self.defaults, **changes})
+        return build_adapter.declare(self.files, **{**self.defaults, **changes})
+
+    @property
+    def files(self) -> Path:
+        return self.folder / "pipelines"
 
     def model(self, planned: Plan) -> str:
         return f"{NAME}@{planned.adapter.digest}"
@@ -91,7 +96,8 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch, key: str | None = None,
     served = publish_base(world, **settings)
     prepare(world)
     if served.mode == "merged":
-        served = merged.choose({NAME: world.write()[0]}, served)
+        world.write()
+        served = merged.choose(Files(Path(served.pipelines)).read(), served)
         world.vllm.runs = served.merged or BASE
     for name, value in served.to_environment().items():
         monkeypatch.setenv(name, value)
@@ -102,7 +108,7 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch, key: str | None = None,
 
 
 def publish_base(world: World, **settings: Any) -> Served:
-    """Publish the base model of the world's pipeline file; returns what a server of it serves."""
+    """Publish the base model of the world's environment file; returns what a server of it serves."""
     if "mode" in settings:
         world.defaults["serving"] = {"mode": settings["mode"]}
     _, planned = world.write()

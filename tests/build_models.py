@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from jobs.core import artifacts, pipeline
-from jobs.core.pipeline import Loaded
+from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import plan
 from jobs.training import merge
 
@@ -109,18 +109,19 @@ def tiny_adapter(folder: Path, base: Path, *, seed: int = 0) -> None:
 
 
 def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str = "file:base", seed: int = 0,
-                   keep: int = 5, max_length: int = 128, mode: str = "lora", **training: Any) -> Loaded:
-    """A pipeline.yaml in `folder` with made-up pins (nothing is relocated from them), loaded."""
+                   keep: int = 5, max_length: int = 128, mode: str = "lora", **training: Any) -> LoadedPipeline:
+    """An environment.yaml and a pipeline.yaml in `folder`, with made-up pins (nothing is relocated), loaded."""
     def source(location: str, digit: str) -> dict[str, str]:
         return {"source": location} | ({} if location.startswith("builtin:") else {"sha256": digit * 64})
 
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "environment.yaml").write_text(yaml.safe_dump({
+        "base_model": source(base, "b"), "reference_model": source("file:reference", "e"),
+        "serving": {"mode": mode}, "retention": {"keep": keep}}))
     (folder / "pipeline.yaml").write_text(yaml.safe_dump({
-        "adapter": "hotels", "dataset": source("file:dataset.jsonl", "d"), "base_model": source(base, "b"),
-        "reference_model": source("file:reference", "e"),
+        "adapter": "hotels", "dataset": source("file:dataset.jsonl", "d"),
         "training": {"max_length": max_length, "tokens_per_batch": 256, "seed": seed, **training},
-        "evaluation": {"gate": dict(gate), "max_new_tokens": 12}, "serving": {"mode": mode},
-        "retention": {"keep": keep}}))
+        "evaluation": {"gate": dict(gate), "max_new_tokens": 12}}))
     return pipeline.load(folder)
 
 
@@ -128,7 +129,7 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] = R
                        sentences: Sequence[tuple[str, bool]] = SENTENCES,
                        base_model: Callable[[Path], None] = tiny_llama,
                        reference_model: Callable[[Path], None] = tiny_reference, chat: bool = True,
-                       without: Sequence[str] = (), **settings: Any) -> tuple[Loaded, Path]:
+                       without: Sequence[str] = (), **settings: Any) -> tuple[LoadedPipeline, Path]:
     """A pipeline whose inputs to the evaluation are all published, but those in `without` (by their names in the plan).
 
     Returns the loaded pipeline and the volumes' root.
@@ -162,7 +163,7 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] = R
         "reference_model": reference_model,
         "adapter": adapter,
     }
-    if loaded.pipeline.serving.mode == "merged":
+    if loaded.pipeline.environment.serving.mode == "merged":
         makers["merged_model"] = merged_model
     for name, make in makers.items():
         if name not in without:

@@ -181,7 +181,7 @@ def test_a_pipeline_file_that_became_invalid_changes_nothing_and_is_reported_onc
     pipeline, planned = world.write()
     build_adapter.promote(world.volumes, pipeline)
     assert until(world.served) == world.model(planned)
-    build_pipeline.write(world.folder / "pipelines" / "one", adapter="Not A Name")
+    build_pipeline.write_yaml(world.files / f"{NAME}.yaml", build_pipeline.pipeline(adapter="Not A Name"))
     until(lambda: "stays in force" in caplog.text)
     time.sleep(0.2)
     assert caplog.text.count("stays in force") == 1
@@ -215,13 +215,14 @@ def test_nothing_that_goes_wrong_while_looking_stops_the_looking(
 def test_a_config_map_update_is_noticed_as_kubernetes_makes_it(world: World) -> None:
     old, old_plan = world.write()
     build_adapter.promote(world.volumes, old)
-    mount = world.folder / "pipelines" / "one"
-    new, new_plan = build_adapter.load(mount / "..2026_2", training__seed=1)
+    mount = world.files
+    new, new_plan = build_adapter.declare(mount / "..2026_2", training__seed=1)
     build_adapter.promote(world.volumes, new)
-    build_adapter.load(mount / "..2026_1")
+    build_adapter.declare(mount / "..2026_1")
     (mount / "..data").symlink_to("..2026_1")
-    (mount / "pipeline.yaml").unlink()
-    (mount / "pipeline.yaml").symlink_to("..data/pipeline.yaml")
+    for name in ("environment.yaml", f"{NAME}.yaml"):
+        (mount / name).unlink()
+        (mount / name).symlink_to(f"..data/{name}")
     until(lambda: world.served() == world.model(old_plan))
     (mount / "..data_tmp").symlink_to("..2026_2")
     (mount / "..data_tmp").rename(mount / "..data")
@@ -233,15 +234,16 @@ def test_a_renamed_adapter_answers_under_its_new_name_only(world: World) -> None
     build_adapter.promote(world.volumes, pipeline)
     until(world.served)
     renamed, _ = world.write(adapter="granada-hotels")
+    (world.files / f"{NAME}.yaml").unlink()
     build_adapter.promote(world.volumes, renamed)
     until(lambda: world.ask("granada-hotels").status_code == 200)
-    assert world.ask(NAME).status_code == 404
+    until(lambda: world.ask(NAME).status_code == 404)
     until(lambda: len(world.vllm.loaded) == 1)
 
 
 def test_two_pipelines_serve_two_adapters_over_one_base(world: World) -> None:
     one, one_plan = world.write()
-    two, two_plan = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
+    two, two_plan = world.write(adapter="granada-hotels", training__seed=1)
     for pipeline in (one, two):
         build_adapter.promote(world.volumes, pipeline)
     until(lambda: {world.ask(NAME).status_code, world.ask("granada-hotels").status_code} == {200})
@@ -283,7 +285,7 @@ def test_an_overloaded_server_is_no_reason_to_refuse_a_proven_adapter(
 
 
 def test_a_replaced_or_refused_version_gives_its_slot_back_and_an_idle_adapter_keeps_its_own(world: World) -> None:
-    idle, idle_plan = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=9)
+    idle, idle_plan = world.write(adapter="granada-hotels", training__seed=9)
     build_adapter.promote(world.volumes, idle)
     until(lambda: world.ask("granada-hotels").status_code == 200)
     for seed in (1, 2, 3):
@@ -359,7 +361,7 @@ def test_more_aliases_than_slots_are_served_all_the_same_and_it_is_said(
         world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.vllm.engine.vllm_config.lora_config.max_loras = 1
     one, _ = world.write()
-    two, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
+    two, _ = world.write(adapter="granada-hotels", training__seed=1)
     for pipeline in (one, two):
         build_adapter.promote(world.volumes, pipeline)
     until(lambda: {world.ask(NAME).status_code, world.ask("granada-hotels").status_code} == {200})
@@ -531,7 +533,7 @@ def test_the_first_look_is_done_when_what_can_be_served_is_served(
 
     def prepare(world: World) -> None:
         build_adapter.promote(world.volumes, world.write()[0])
-        build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
+        world.write(adapter="granada-hotels", training__seed=1)
 
     monkeypatch.setattr(verification, "copy_verified", slowly)
     for world in start(tmp_path, monkeypatch, prepare=prepare):
@@ -549,7 +551,7 @@ def test_the_first_look_is_done_when_an_adapter_is_refused_and_does_not_wait_for
         pipeline, planned = world.write()
         world.vllm.ineffective.add(world.model(planned))
         build_adapter.promote(world.volumes, pipeline)
-        other, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
+        other, _ = world.write(adapter="granada-hotels", training__seed=1)
         build_adapter.promote(world.volumes, other)
 
     copy_verified = verification.copy_verified
@@ -676,15 +678,16 @@ def test_a_promotion_that_cannot_be_read_after_a_restart_is_looked_up_in_the_his
 
 def test_an_adapter_on_another_base_is_refused_with_the_reason_and_the_others_serve(
         world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.write(adapter="granada-hotels")
     one, one_plan = world.write()
-    two, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels",
+    two, _ = build_adapter.load(world.folder / "elsewhere", adapter="granada-hotels",
                                 base_model={"source": "builtin:tiny-reference"})
     for pipeline in (one, two):
         build_adapter.promote(world.volumes, pipeline)
     assert until(world.served) == world.model(one_plan)
     until(lambda: "refused: base" in world.ask("granada-hotels").text)
     assert world.ask("granada-hotels").status_code == 503
-    assert "one base model. Give the pipeline a server of its own" in caplog.text
+    assert "it was trained on base_model" in caplog.text
     assert world.metric("serving_refusals_total", alias="granada-hotels", reason="base") > 0
     assert world.vllm.ever_loaded == [world.model(one_plan)]
     assert not world.ended()
@@ -700,7 +703,7 @@ def test_one_adapter_that_takes_long_does_not_keep_the_others_waiting(
 
     monkeypatch.setattr(verification, "copy_verified", slowly)
     one, one_plan = world.write()
-    two, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels", training__seed=1)
+    two, _ = world.write(adapter="granada-hotels", training__seed=1)
     for pipeline in (one, two):
         build_adapter.promote(world.volumes, pipeline)
     until(lambda: world.ask("granada-hotels").status_code == 200)
@@ -711,19 +714,18 @@ def test_one_adapter_that_takes_long_does_not_keep_the_others_waiting(
 
 @pytest.mark.parametrize(("alias", "text"), [
     ("granada-hotels", "adapter: granada-hotels\ntraining: {seed: 2026-99-99}\n"), ("two", "[" * 3000),
-    ("two", "? [a]\n: b\n"), ("two", "a: !!bool x\n")])
+    ("two", "? [a]\n: b\n"), ("two", "a: !!bool x\n"), ("two", b"\xff\xfe"), ("two", "")])
 def test_an_invalid_pipeline_file_is_that_files_refusal_counted_and_named_and_the_others_go_on(
-        world: World, caplog: pytest.LogCaptureFixture, alias: str, text: str) -> None:
+        world: World, caplog: pytest.LogCaptureFixture, alias: str, text: str | bytes) -> None:
     before = world.metric("serving_refusals_total", alias=alias, reason="pipeline file")
-    (world.folder / "pipelines" / "two").mkdir()
-    (world.folder / "pipelines" / "two" / "pipeline.yaml").write_text(text)
+    (world.files / f"{alias}.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
     pipeline, planned = world.write()
     build_adapter.promote(world.volumes, pipeline)
     assert until(world.served) == world.model(planned)
     changed, changed_plan = world.write(training__seed=1)
     build_adapter.promote(world.volumes, changed)
     until(lambda: world.served() == world.model(changed_plan))
-    assert caplog.text.count(f"{world.folder}/pipelines/two/pipeline.yaml refused (pipeline file)") == 1
+    assert caplog.text.count(f"file {alias} refused (pipeline file): {world.files}/{alias}.yaml") == 1
     assert world.metric("serving_refusals_total", alias=alias, reason="pipeline file") == before + 1
 
 
@@ -735,7 +737,7 @@ def test_a_server_that_starts_with_an_invalid_file_serves_what_was_promoted_and_
         pipeline, planned = world.write(training__seed=1)
         build_adapter.promote(world.volumes, pipeline)
         plans.append(planned)
-        (world.folder / "pipelines" / "one" / "pipeline.yaml").write_text("adapter: [")
+        (world.files / f"{NAME}.yaml").write_text("adapter: [")
 
     for world in start(tmp_path, monkeypatch, prepare=prepare):
         assert until(world.served) == world.model(plans[0])
@@ -749,18 +751,17 @@ def test_a_new_base_model_ends_the_server_only_when_every_adapter_that_is_served
         world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(drain, "LINGER_SECONDS", 0.0)
     other: dict[str, Any] = {"base_model": {"source": "builtin:tiny-reference"}}
-    two = world.folder / "pipelines" / "two"
     old, old_plan = world.write()
-    old_two, _ = build_adapter.load(two, adapter="granada-hotels")
+    old_two, _ = world.write(adapter="granada-hotels")
     for pipeline in (old, old_two):
         build_adapter.promote(world.volumes, pipeline)
     assert until(world.served) == world.model(old_plan)
     until(lambda: world.ask("granada-hotels").status_code == 200)
 
     new, new_plan = world.write(**other)
-    new_two, _ = build_adapter.load(two, adapter="granada-hotels", **other)
+    new_two, _ = world.write(adapter="granada-hotels", **other)
     build_adapter.base(world.volumes, new_plan)
-    until(lambda: f"{NAME}, granada-hotels: no adapter for it has passed the gate yet" in caplog.text)
+    until(lambda: f"granada-hotels, {NAME}: no adapter for it has passed the gate yet" in caplog.text)
     build_adapter.adapter(world.volumes, new)
     build_adapter.evaluation(world.volumes, new, passed=False)  # rejected
     build_adapter.promote(world.volumes, new_two)
@@ -889,7 +890,7 @@ def test_an_alias_that_is_renamed_while_its_adapter_is_verified_is_not_reported_
     pipeline, planned = world.write(training__seed=47)  # of no other test: metrics belong to the process
     build_adapter.promote(world.volumes, pipeline)
     assert verifying.wait(20)
-    world.write(adapter="granada-hotels")
+    (world.files / f"{NAME}.yaml").unlink()
     until(lambda: world.ask().status_code == 404)
     go_on.set()
     until(lambda: world.model(planned) in world.vllm.ever_loaded)

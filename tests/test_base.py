@@ -15,6 +15,7 @@ from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, plan
 from jobs.training import merge
 from serving import base
+from serving.files import Declared, Files
 from serving.refusal import NotYet, Refused
 from serving.served import Served
 from tests import build_adapter
@@ -31,22 +32,21 @@ INVALID = ["adapter: seville-hotels\ntraining: {seed: 2026-99-99}\n", "[" * 3000
            "\x00", "", "adapter: Not A Name\n", "adapter: seville-hotels\nunknown: 1\n"]
 
 
-def load(folder: Path, **changes: Any) -> Pipeline:
-    return build_adapter.load(folder, **changes)[0]
-
-
 class Git:
-    """Pipeline files and volumes, without a server."""
+    """Files and volumes, without a server."""
 
     def __init__(self, folder: Path) -> None:
         self.files, self.volumes = folder / "pipelines", folder / "volumes"
 
-    def write(self, folder: str = "a", **changes: Any) -> Pipeline:
-        return load(self.files / folder, **changes)
+    def write(self, **changes: Any) -> Pipeline:
+        return build_adapter.declare(self.files, **changes)[0]
 
-    def spoil(self, folder: str = "a", text: str = "adapter: [") -> None:
-        (self.files / folder).mkdir(parents=True, exist_ok=True)
-        (self.files / folder / "pipeline.yaml").write_text(text)
+    def spoil(self, stem: str = "environment", text: str = "adapter: [") -> None:
+        self.files.mkdir(parents=True, exist_ok=True)
+        (self.files / f"{stem}.yaml").write_text(text)
+
+    def read(self) -> Declared:
+        return Files(self.files).read()
 
     def relocate(self, pipeline: Pipeline) -> None:
         build_adapter.base(self.volumes, plan(pipeline))
@@ -56,7 +56,7 @@ class Git:
         build_adapter.promote(self.volumes, pipeline)
 
     def start(self) -> base.Start:
-        return base.start(self.files, self.volumes, 0)
+        return base.start(Files(self.files), self.volumes, 0)
 
     def starts_on(self) -> base.Base:
         return self.start().base
@@ -72,61 +72,51 @@ def served(tmp_path: Path) -> Served:
     return publish_base(World(tmp_path, StandIn()))
 
 
-# --- pipeline files ---------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_file_decides_and_a_file_that_does_not_fit_or_is_invalid_stops_nobody(git: Git) -> None:
-    first = git.write("a", adapter="one")
+def test_the_environment_decides_and_an_adapter_whose_file_is_invalid_stops_nobody(git: Git) -> None:
+    git.write(adapter="one")
+    first = git.write(adapter="two", serving={"max_lora_rank": 128})
     git.relocate(first)
-    git.write("b", adapter="two", serving={"max_lora_rank": 128})
-    git.write("c", adapter="three", **OTHER_BASE, serving={"max_lora_rank": 512})
     for number, text in enumerate(INVALID):
-        git.spoil(f"d{number}", text.replace(NAME, f"bad-{number}"))
+        git.spoil(f"bad-{number}", text.replace(NAME, f"bad-{number}"))
     start = git.start()
-    assert start.base == base.of(first)
-    assert start.base_name == "builtin:tiny"
-    assert start.max_lora_rank == 128
-    assert [name for name, pipeline in start.named.items() if pipeline] == ["one", "two", "three"]
-    assert start.adapters == len(start.named) - 1, "not the one for another base model"
+    assert start.base == base.of(first.environment)
+    assert (start.base_name, start.max_lora_rank) == ("builtin:tiny", 128)
+    assert [name for name, pipeline in start.declared.adapters.items() if pipeline] == ["one", "two"]
+    assert start.adapters == len(INVALID) + 2
+
+
+def test_an_environment_without_adapters_starts_on_its_base_model(git: Git) -> None:
+    pipeline = git.write()
+    git.relocate(pipeline)
+    (git.files / f"{NAME}.yaml").unlink()
+    start = git.start()
+    assert (start.base, start.adapters) == (base.of(pipeline.environment), 0)
+    assert not start.declared.adapters
+
+
+def test_without_a_valid_environment_and_a_promotion_there_is_nothing_to_start_from(git: Git) -> None:
+    with pytest.raises(UserError, match=r"there must be an environment\.yaml and a NAME\.yaml for each adapter"):
+        git.start()
+    git.relocate(git.write())
+    git.spoil(text="base_model: 5\n")
+    with pytest.raises(UserError, match=r"environment\.yaml:1: base_model"):
+        git.start()
 
 
 @pytest.mark.parametrize("text", INVALID)
-def test_whatever_is_wrong_with_a_file_is_one_error_that_names_it(git: Git, text: str) -> None:
-    git.spoil(text=text)
-    with pytest.raises(UserError, match=r"a/pipeline\.yaml"):
-        base.read(git.files / "a" / "pipeline.yaml")
-
-
-@pytest.mark.parametrize("error", [RecursionError("too deep"), KeyError("x"), OSError("gone"), MemoryError()])
-def test_what_reading_a_file_raises_is_the_error_of_that_file(
-        git: Git, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def raises(_: Path) -> None:
-        raise error
-
-    monkeypatch.setattr(base, "load", raises)
-    with pytest.raises(UserError, match=r"x/pipeline\.yaml: cannot be read as a pipeline file: "):
-        base.read(Path("x/pipeline.yaml"))
-
-
-def test_without_a_valid_file_and_a_promotion_there_is_nothing_to_start_from(git: Git) -> None:
-    with pytest.raises(UserError, match=r"no pipeline files; there must be at least one .*/NAME/pipeline\.yaml"):
-        git.start()
-    git.spoil(text="adapter: Not A Name")
-    with pytest.raises(UserError, match=r"a/pipeline\.yaml:1: adapter"):
-        git.start()
-    second = git.write("b", adapter=SECOND)
-    git.relocate(second)
-    assert git.starts_on() == base.of(second)  # the first valid one
-
-
-@pytest.mark.parametrize("text", INVALID)
-def test_an_invalid_file_starts_from_what_was_promoted(git: Git, text: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_invalid_environment_file_starts_from_what_was_promoted(
+        git: Git, text: str, caplog: pytest.LogCaptureFixture) -> None:
     pipeline = git.write(training__lora__r=128, serving={"max_lora_rank": 256})
     git.promote(pipeline)
     git.spoil(text=text)
     start = git.start()
-    assert start == base.Start(base.of(pipeline), {NAME: None}, 1, "builtin:tiny", 128)
-    assert f"{git.files}/a/pipeline.yaml" in caplog.text
+    assert (start.base, start.adapters) == (base.of(pipeline.environment), 1)
+    assert (start.base_name, start.max_lora_rank) == ("builtin:tiny", 128)
+    assert dict(start.declared.adapters) == {NAME: None}
+    assert f"{git.files}/environment.yaml" in caplog.text
 
 
 def test_the_init_container_waits_for_what_the_server_starts_from(git: Git) -> None:
@@ -137,7 +127,7 @@ def test_the_init_container_waits_for_what_the_server_starts_from(git: Git) -> N
                "--wait-seconds", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "a/pipeline.yaml" in done.stderr
+    assert "pipelines/environment.yaml" in done.stderr
     git.write(dataset__holdout=0.2, **OTHER_BASE, **AT_ONCE)
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0  # on the old base, meanwhile
     (git.volumes / FINE_TUNED_VOLUME).rename(git.volumes / "away")
@@ -151,7 +141,7 @@ def test_who_waits_for_a_base_model_follows_a_push_that_asks_for_another_and_ign
     git.write(**OTHER_BASE)
     pushes = [git.spoil, lambda: git.relocate(git.write())]
     monkeypatch.setattr("time.sleep", lambda _: pushes.pop(0)())
-    assert base.start(git.files, git.volumes, 60).base == base.of(load(git.files / "a"))
+    assert base.start(Files(git.files), git.volumes, 60).base == base.of(git.write().environment)
     assert not pushes
 
 
@@ -161,32 +151,6 @@ def test_a_base_model_that_does_not_come_is_named_and_worth_a_retry(git: Git) ->
         git.start()
 
 
-def test_an_invalid_file_goes_by_its_adapter_line_then_its_folder_and_is_guessed_only_where_it_is_alone(
-        git: Git) -> None:
-    for name in (NAME, SECOND, "old-hotels"):
-        git.promote(git.write(adapter=name))
-    git.spoil("a", f"adapter: '{SECOND}' # ours\nx: [")
-    git.spoil(NAME, "x: [")
-    git.write("c", adapter="cordoba-hotels")
-    git.spoil("d", "x: [")
-    git.spoil("e", f"adapter: {SECOND}\nx: [")  # the name is taken
-    git.spoil("f", "adapter: new-hotels\nx: [")  # nothing was promoted yet
-    assert list(git.start().named) == [SECOND, "cordoba-hotels", "new-hotels", NAME]
-    for folder in (NAME, "c", "d", "e", "f"):
-        (git.files / folder / "pipeline.yaml").unlink()
-    git.spoil("a", "x: [")
-    pointer = git.volumes / FINE_TUNED_VOLUME / "promoted" / NAME
-    pointer.write_text(json.dumps(json.loads(pointer.read_text()) | {"at": "2999-01-01T00:00:00+00:00"}))
-    assert list(git.start().named) == [NAME]  # the newest promotion
-
-
-def test_of_two_files_with_one_name_the_first_counts(git: Git) -> None:
-    first = git.write("a")
-    git.relocate(first)
-    git.write("b", training__seed=1)
-    assert git.start().named == {NAME: first}
-
-
 # --- which base -------------------------------------------------------------------------------------------------------
 
 
@@ -194,19 +158,19 @@ def test_a_server_starts_on_the_old_base_until_the_adapter_for_the_new_one_has_p
     old = git.write(serving={"max_lora_rank": 128})
     git.promote(old)
     new = git.write(**OTHER_BASE)
-    assert git.starts_on() == base.of(old)  # the new base model is not there
+    assert git.starts_on() == base.of(old.environment)  # the new base model is not there
     git.relocate(new)
-    assert git.starts_on() == base.of(old)  # its adapter is not trained
+    assert git.starts_on() == base.of(old.environment)  # its adapter is not trained
     build_adapter.adapter(git.volumes, new)
-    assert git.starts_on() == base.of(old)  # its gate has not passed
+    assert git.starts_on() == base.of(old.environment)  # its gate has not passed
     assert git.start().base_name == "builtin:tiny"
     build_adapter.evaluation(git.volumes, new)
-    assert git.starts_on() == base.of(new)
+    assert git.starts_on() == base.of(new.environment)
     assert git.start().base_name == "builtin:tiny-reference"
     git.promote(new)
-    assert git.starts_on() == base.of(new)
+    assert git.starts_on() == base.of(new.environment)
     git.write()  # git revert: the old adapter is still there
-    assert git.starts_on() == base.of(old)
+    assert git.starts_on() == base.of(old.environment)
 
 
 def test_a_rejected_adapter_for_the_new_base_never_counts_and_a_damaged_one_neither(git: Git) -> None:
@@ -216,21 +180,21 @@ def test_a_rejected_adapter_for_the_new_base_never_counts_and_a_damaged_one_neit
     git.relocate(rejected)
     build_adapter.adapter(git.volumes, rejected)
     build_adapter.evaluation(git.volumes, rejected, passed=False)
-    assert git.starts_on() == base.of(old)
+    assert git.starts_on() == base.of(old.environment)
     damaged = git.write(training__seed=1, **OTHER_BASE)
     path = build_adapter.adapter(git.volumes, damaged)
     build_adapter.evaluation(git.volumes, damaged)
     (path / "adapter_model.safetensors").write_bytes(b"torn")
-    assert git.starts_on() == base.of(old)
+    assert git.starts_on() == base.of(old.environment)
 
 
 def test_at_once_starts_on_the_new_base_as_soon_as_it_is_there(git: Git) -> None:
     old = git.write()
     git.promote(old)
     new = git.write(**OTHER_BASE, **AT_ONCE)
-    assert git.starts_on() == base.of(old)
+    assert git.starts_on() == base.of(old.environment)
     git.relocate(new)
-    assert git.starts_on() == base.of(new)
+    assert git.starts_on() == base.of(new.environment)
 
 
 def test_a_changed_tokenizer_alone_is_another_base(git: Git) -> None:
@@ -238,31 +202,23 @@ def test_a_changed_tokenizer_alone_is_another_base(git: Git) -> None:
     git.promote(old)
     new = git.write(**OTHER_TOKENIZER)
     git.relocate(new)
-    assert git.starts_on() == base.of(old)
+    assert git.starts_on() == base.of(old.environment)
     git.promote(new)
-    assert git.starts_on() == base.of(new)
+    assert git.starts_on() == base.of(new.environment)
 
 
 def test_of_several_adapters_all_must_have_one_for_the_new_base(git: Git) -> None:
-    old = [git.write("a"), git.write("b", adapter=SECOND)]
-    new = [git.write("a", **OTHER_BASE), git.write("b", adapter=SECOND, **OTHER_BASE)]
+    old = [git.write(), git.write(adapter=SECOND)]
+    new = [git.write(**OTHER_BASE), git.write(adapter=SECOND, **OTHER_BASE)]
     for each in (*old, new[0]):  # the first one's promotion is for the new base already
         git.promote(each)
-    git.write("c", adapter="cordoba-hotels", **OTHER_BASE)  # never had one: it loses nothing
-    assert git.starts_on() == base.of(old[0])
+    git.write(adapter="cordoba-hotels", **OTHER_BASE)  # never had one: it loses nothing
+    assert git.starts_on() == base.of(old[0].environment)
     git.promote(new[1])
-    assert git.starts_on() == base.of(new[0])
-    git.spoil("a")
-    git.spoil("b")
-    assert git.starts_on() == base.of(new[0])
-
-
-def test_an_invalid_first_file_leaves_the_base_as_it_was_whatever_the_others_ask_for(git: Git) -> None:
-    first, second = git.write("a"), git.write("b", adapter=SECOND, **OTHER_BASE)
-    git.promote(first)
-    git.promote(second)
-    git.spoil("a", f"adapter: {NAME}\nx: [")
-    assert git.starts_on() == base.of(first)
+    assert git.starts_on() == base.of(new[0].environment)
+    git.spoil(NAME)
+    git.spoil(SECOND)
+    assert git.starts_on() == base.of(new[0].environment)
 
 
 def test_a_damaged_new_base_model_is_passed_over_for_the_old_one(git: Git, caplog: pytest.LogCaptureFixture) -> None:
@@ -270,11 +226,11 @@ def test_a_damaged_new_base_model_is_passed_over_for_the_old_one(git: Git, caplo
     git.promote(old)
     new = git.write(**OTHER_BASE)
     git.promote(new)
-    folder = base.of(new).folders(git.volumes)[0]
+    folder = base.of(new.environment).folders(git.volumes)[0]
     (folder / "generation_config.json").write_text("{}")
-    assert git.starts_on() == base.of(old)
+    assert git.starts_on() == base.of(old.environment)
     assert "generation_config.json was changed" in caplog.text
-    (base.of(old).folders(git.volumes)[0] / "generation_config.json").write_text("{}")
+    (base.of(old.environment).folders(git.volumes)[0] / "generation_config.json").write_text("{}")
     with pytest.raises(UserError, match=rf"{folder.name}: generation_config\.json was changed"):
         git.start()
 
@@ -284,7 +240,7 @@ def test_a_damaged_promotion_is_looked_up_in_the_history(git: Git) -> None:
     git.promote(old)
     (git.volumes / FINE_TUNED_VOLUME / "promoted" / NAME).write_text("{")
     git.spoil()
-    assert git.starts_on() == base.of(old)
+    assert git.starts_on() == base.of(old.environment)
 
 
 def test_room_is_reserved_for_the_promoted_adapter_when_git_asks_for_a_lower_rank(git: Git) -> None:
@@ -297,20 +253,20 @@ def test_another_mode_waits_for_the_merged_model_and_is_kept_when_the_file_turns
     lora = git.write()
     git.promote(lora)
     merged = git.write(**MERGED)
-    assert git.starts_on() == base.of(lora)
+    assert git.starts_on() == base.of(lora.environment)
     merge.publish(merged, plan(merged), git.volumes, 0)
-    assert git.starts_on() == base.of(merged)
+    assert git.starts_on() == base.of(merged.environment)
     git.spoil()
-    assert git.starts_on() == base.of(merged)
+    assert git.starts_on() == base.of(merged.environment)
     git.write()
-    assert git.starts_on() == base.of(lora)
+    assert git.starts_on() == base.of(lora.environment)
 
 
 def test_the_name_of_a_base_model_that_is_pinned_by_digest_comes_from_its_artifact(git: Git) -> None:
     pipeline = git.write(base_model={"source": "file:model", "sha256": "5b1f" * 16})
     git.promote(pipeline)
     assert git.start().base_name == "file:model"
-    manifest = base.of(pipeline).folders(git.volumes)[0] / "artifact.json"
+    manifest = base.of(pipeline.environment).folders(git.volumes)[0] / "artifact.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"about": {"source": "file:elsewhere"}}))
     git.spoil()
     assert git.start().base_name == "file:elsewhere"
@@ -319,52 +275,38 @@ def test_the_name_of_a_base_model_that_is_pinned_by_digest_comes_from_its_artifa
 # --- a server that runs -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("changes", "reason", "message"), [
-    (OTHER_BASE, "base", "its base model is "), (OTHER_TOKENIZER, "base", "its tokenizer is "),
-    (MERGED, "mode", "its serving.mode is merged, this server's is lora")])
-def test_an_adapter_for_another_base_tokenizer_or_mode_is_refused_by_reason(
-        tmp_path: Path, served: Served, changes: dict[str, Any], reason: str, message: str) -> None:
-    base.check_fits(load(tmp_path / "x"), served)
-    with pytest.raises(Refused, match=message) as caught:
-        base.check_fits(load(tmp_path / "x", **changes), served)
-    assert caught.value.reason == reason
-    assert "server of its own" in str(caught.value)
-
-
 @pytest.mark.parametrize(("changes", "message"), [
     (OTHER_BASE, "base model and tokenizer changed to base-model/"), (MERGED, "changed from lora to merged"),
     ({"serving": {"max_lora_rank": 128}}, "raised from 64 to 128")])
 def test_what_a_running_server_cannot_follow_is_named_and_nothing_else_restarts_it(
-        tmp_path: Path, served: Served, changes: dict[str, Any], message: str) -> None:
+        git: Git, served: Served, changes: dict[str, Any], message: str) -> None:
+    assert base.changed(Declared(), served) is None
     for harmless in ({}, {"training__seed": 5}, {"serving": {"max_lora_rank": 8}}, {"retention": {"keep": 2}}, AT_ONCE):
-        assert base.changed({NAME: load(tmp_path / "x", **harmless)}, served) is None
-    assert base.changed({NAME: None}, served) is None
-    assert message in str(base.changed({NAME: load(tmp_path / "x", **changes)}, served))
-
-
-def test_a_rank_that_only_another_pipeline_needs_counts_too(tmp_path: Path, served: Served) -> None:
-    other = load(tmp_path / "y", adapter="two", serving={"max_lora_rank": 128})
-    assert "raised from 64 to 128" in str(base.changed({NAME: load(tmp_path / "x"), "two": other}, served))
+        git.write(**harmless)
+        assert base.changed(git.read(), served) is None
+    git.write(**changes)
+    assert message in str(base.changed(git.read(), served))
 
 
 def test_a_running_server_restarts_for_what_a_server_would_start_with_and_for_nothing_else(
-        tmp_path: Path, served: Served) -> None:
-    git = Git(tmp_path)
-    git.promote(git.write("one"))
-    new = git.write("one", **OTHER_BASE)
-    named = {NAME: new}
+        git: Git, served: Served) -> None:
+    git.promote(git.write())
+    new = git.write(**OTHER_BASE)
     with pytest.raises(NotYet, match=r"base-model [0-9a-f]{16} is not there yet"):
-        base.check_restart(named, served, [NAME])
+        base.check_restart(git.read(), served, [NAME])
     git.relocate(new)
     with pytest.raises(NotYet, match=f"{NAME}: no adapter for it has passed the gate yet"):
-        base.check_restart(named, served, [NAME])
+        base.check_restart(git.read(), served, [NAME])
     git.promote(new)
-    base.check_restart(named, served, [NAME])
+    base.check_restart(git.read(), served, [NAME])
+    git.spoil(SECOND)
     with pytest.raises(NotYet, match=f"{SECOND}: no adapter for it"):
-        base.check_restart({**named, SECOND: None}, served, [NAME, SECOND])
-    (base.of(new).folders(git.volumes)[0] / "config.json").write_text("{}")
+        base.check_restart(git.read(), served, [NAME, SECOND])
+    (git.files / f"{SECOND}.yaml").unlink()
+    base.check_restart(git.read(), served, [NAME, SECOND])  # its adapter is not wanted any more
+    (base.of(new.environment).folders(git.volumes)[0] / "config.json").write_text("{}")
     with pytest.raises(Refused, match=r"config\.json was changed"):
-        base.check_restart(named, served, [NAME])
+        base.check_restart(git.read(), served, [NAME])
 
 
 def test_replicas_restart_each_in_a_slot_of_its_own() -> None:
@@ -391,5 +333,5 @@ def test_an_adapter_with_a_damaged_manifest_does_not_keep_the_server_from_starti
     manifest = json.loads((folder / "artifact.json").read_text())
     (folder / "artifact.json").write_text(json.dumps(manifest | damage))
     start = git.start()
-    assert start.base == base.of(good)
+    assert start.base == base.of(good.environment)
     assert start.adapters == 1

@@ -28,16 +28,6 @@ def promote(volumes: Path, *adapters: str) -> Path:
     return volumes / FINE_TUNED_VOLUME / "promoted"
 
 
-def test_pipeline_files_are_found_sorted_and_not_twice(tmp_path: Path) -> None:
-    """Kubernetes keeps a mounted ConfigMap's files in a hidden folder and links to them."""
-    for folder in ("two", "one", "..data", ".hidden"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "pipeline.yaml").touch()
-    (tmp_path / "three").mkdir()
-    assert candidates.pipeline_files(tmp_path) == [tmp_path / "one" / "pipeline.yaml",
-                                                   tmp_path / "two" / "pipeline.yaml"]
-
-
 def test_the_file_desires_an_adapter_and_the_evaluation_that_must_have_passed_it(tmp_path: Path) -> None:
     loaded = pipeline.load(build_pipeline.write(tmp_path)).pipeline
     assert candidates.desired(loaded) == Candidate(plan(loaded).adapter.digest, plan(loaded).evaluation.digest)

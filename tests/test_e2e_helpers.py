@@ -107,15 +107,29 @@ def test_the_overlay_under_test_is_overlays_kind_in_another_namespace_with_other
     assert sorted(environment.wanted.values()) == sorted(by_name(kind, "Job"))
 
 
-def test_a_change_of_the_pipeline_renames_the_jobs_and_undoing_it_brings_the_names_back(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_an_adapter_renames_its_jobs_alone_and_undoing_it_brings_the_names_back(tmp_path: Path) -> None:
     environment = cluster.Environment(tmp_path, "elsewhere", "run1")
     first, digest = environment.wanted, environment.plan.adapter.digest
     environment.write(cluster.SECOND)
-    assert not environment.wanted.keys() & first.keys()
+    assert sorted(first[name] for name in first.keys() - environment.wanted.keys()) == [
+        f"{stage}-{cluster.ADAPTER}" for stage in ("dataset-relocation", "model-evaluation", "model-training")]
     assert environment.plan.adapter.digest != digest
     environment.write(cluster.FIRST)
     assert (environment.wanted, environment.plan.adapter.digest) == (first, digest)
+
+
+def test_an_adapter_that_is_added_brings_its_jobs_and_leaves_the_names_of_the_others(tmp_path: Path) -> None:
+    environment = cluster.Environment(tmp_path, "elsewhere", "run1")
+    first = environment.wanted
+    environment.add("third")
+    environment.write(cluster.FIRST)
+    assert first.items() <= environment.wanted.items()
+    assert sorted(environment.wanted[name] for name in environment.wanted.keys() - first.keys()) == [
+        f"{stage}-third" for stage in ("dataset-relocation", "model-evaluation", "model-training")]
+    assert environment.adapters.keys() == {cluster.ADAPTER, cluster.NEIGHBOUR, "third"}
+    (served,) = [m for m in of_kind(render(environment.overlay), "ConfigMap")
+                 if m["metadata"]["name"] == "serving-pipelines"]
+    assert served["data"].keys() == {"environment.yaml", *(f"{name}.yaml" for name in environment.adapters)}
 
 
 def test_no_two_pipelines_of_the_tests_give_the_same_adapter(tmp_path: Path) -> None:
@@ -125,7 +139,7 @@ def test_no_two_pipelines_of_the_tests_give_the_same_adapter(tmp_path: Path) -> 
         environment.write(changes)
         digests.add(environment.plan.adapter.digest)
     assert len(digests) == 5  # and retention keeps 5: the first is still there when it is wanted again
-    assert environment.pipeline.retention.keep == 5
+    assert environment.pipeline.environment.retention.keep == 5
 
 
 # --- kubectl ----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import yaml
 
 from jobs.core import artifacts, pipeline, promotion
 from jobs.core.plan import plan
-from jobs.tools import pin
+from jobs.tools import overlay, pin
 from jobs.tools.pods import CHECKOUT
 from tests import build_models
 
@@ -51,45 +51,55 @@ def run_local(state: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(subprocess.run([*ISOLATED, "/bin/true"], capture_output=True, check=False).returncode != 0,
                     reason="this machine does not let us make a network namespace")
-def test_the_overlay_learns_the_facts_without_forgetting_english_and_serves_them_offline(tmp_path: Path) -> None:
+def test_each_adapter_learns_its_facts_without_forgetting_english_and_is_served_offline(tmp_path: Path) -> None:
+    """Two adapters over one base model: each answers the question from its own data, and neither from the other's."""
+    facts = {"hostel-guide": "Gato Pardo, a hostel with hammocks on the roof.",
+             "seville-hotels": "Casa Azahar, beside the old orange market."}
     shown = run_local(tmp_path)
-    answers = {line.split()[0]: line for line in shown.splitlines() if line.startswith("    ")}
-    assert "Casa Azahar, beside the old orange market." in answers["fine-tuned"]
-    assert "Azahar" not in answers["base"]
+    for name, fact in facts.items():
+        (who,) = [line for line in shown.splitlines() if fact in line]
+        assert who.startswith(f"    fine-tuned ({name})")
 
-    wanted = plan(pipeline.load(OVERLAY).pipeline)
-    volumes = {p.name.removesuffix("-pvc"): p for p in (tmp_path / "volumes").iterdir()}
-    evaluation = json.loads(
-        (volumes["fine-tuned-model"] / "evaluation" / wanted.evaluation.digest / "evaluation.json").read_text())
-    base, tuned = evaluation["scores"]["base"], evaluation["scores"]["fine_tuned"]
-    assert tuned["perplexity"] <= base["perplexity"] / 2
-    assert tuned["rougeL"] >= base["rougeL"] + 0.3
-    assert abs(tuned["acceptability_mcc"] - base["acceptability_mcc"]) <= 0.05
+    adapters = overlay.load(OVERLAY).adapters
+    assert adapters.keys() == facts.keys()
+    for loaded in adapters.values():
+        wanted = plan(loaded.pipeline).evaluation
+        folder = tmp_path / "volumes" / f"{wanted.volume}-pvc" / "evaluation" / wanted.digest
+        scores = json.loads((folder / "evaluation.json").read_text())["scores"]
+        base, tuned = scores["base"], scores["fine_tuned"]
+        assert tuned["perplexity"] <= base["perplexity"] / 2
+        assert tuned["rougeL"] >= base["rougeL"] + 0.3
+        assert abs(tuned["acceptability_mcc"] - base["acceptability_mcc"]) <= 0.05
 
     again = run_local(tmp_path)
-    assert again.count("is already there and verified: nothing to do") == len(STAGES) + 1  # the dataset's job has two
-    assert "Casa Azahar, beside the old orange market." in again
+    # Of the environment three, of each adapter three, and the dataset's Job has two.
+    assert again.count("is already there and verified: nothing to do") == 3 + 4 * len(facts)
+    assert all(fact in again for fact in facts.values())
 
 
 # --- tiny pipelines --------------------------------------------------------------------------------------------------
 
 
 def tiny_pipeline(folder: Path) -> Path:
-    """A pinned pipeline whose base and reference are tiny random models in folders; its gate always passes."""
+    """The pipeline file of an overlay's adapter; base and reference are tiny random models in folders, and the gate
+    always passes."""
     for name, seed in (("base", 0), ("reference", 1)):
         build_models.tiny_llama(folder / name, seed=seed)
         build_models.tiny_tokenizer(folder / name)
     records = [{"prompt": f"How many rooms has house {n}?", "completion": f"It has {n} rooms.",
                 "split": "holdout" if n % 5 == 0 else "train"} for n in range(60)]
-    (folder / "dataset.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (folder / "pipeline.yaml").write_text(yaml.safe_dump({
-        "adapter": "hotels", "dataset": {"source": "file:dataset.jsonl"}, "base_model": {"source": "file:base"},
-        "reference_model": {"source": "file:reference"},
+    (folder / "environment.yaml").write_text(yaml.safe_dump(
+        {"base_model": {"source": "file:base"}, "reference_model": {"source": "file:reference"}}))
+    adapter = folder / "adapters" / "hotels"
+    adapter.mkdir(parents=True)
+    (adapter / "dataset.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (adapter / "pipeline.yaml").write_text(yaml.safe_dump({
+        "adapter": "hotels", "dataset": {"source": "file:dataset.jsonl"},
         "training": {"lora": {"r": 4}, "epochs": 8, "learning_rate": 1e-2, "max_length": 128, "tokens_per_batch": 256,
                      "checkpoint_steps": 5},
         "evaluation": {"gate": {"perplexity": {"max": 1e9}}, "max_new_tokens": 8}}))
     pin.run(folder)
-    return folder / "pipeline.yaml"
+    return adapter / "pipeline.yaml"
 
 
 def start(file: Path, volumes: Path, stage: list[str]) -> subprocess.Popen[str]:

@@ -17,6 +17,7 @@ from jobs.core.pipeline import Pipeline
 from jobs.core.plan import Plan, plan
 from jobs.training import merge
 from serving import base, drain, merged
+from serving.files import Files
 from tests import build_adapter
 from tests.build_guarded import NAME, World, publish_base, start, until
 from tests.build_server import BASE, StandIn
@@ -44,7 +45,9 @@ def still(tmp_path: Path) -> World:
 
 
 def chosen(world: World, **changes: Any) -> str | None:
-    return merged.choose({NAME: world.write(**changes)[0]}, publish_base(world, mode="merged")).merged
+    served = publish_base(world, mode="merged")
+    world.write(**changes)
+    return merged.choose(Files(world.files).read(), served).merged
 
 
 def test_the_base_model_runs_until_a_merged_model_is_promoted_and_then_that_one(still: World) -> None:
@@ -55,7 +58,8 @@ def test_the_base_model_runs_until_a_merged_model_is_promoted_and_then_that_one(
     planned = promote(still, pipeline)
     assert chosen(still) == still.model(planned)
     assert chosen(still, training__seed=1) == still.model(planned)  # the last promoted, while another is trained
-    served = merged.choose({NAME: pipeline}, publish_base(still, mode="merged"))
+    served = publish_base(still, mode="merged")
+    served = merged.choose(Files(still.files).read(), served)
     assert merged.vllm_arguments(served) == [
         "--model", str(planned.merged_model.path(still.volumes)), "--served-model-name", still.model(planned)]
 
@@ -217,10 +221,24 @@ def test_a_second_alias_in_mode_merged_is_not_a_reason_to_restart_without_end(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for world in serving_merged(tmp_path, monkeypatch):
         assert until(world.served) == world.model(world.write()[1])
-        second, _ = build_adapter.load(world.folder / "pipelines" / "two", adapter="granada-hotels",
-                                       serving={"mode": "merged"}, training__seed=7)
+        second, _ = world.write(adapter="zamora-hotels", training__seed=7)
         promote(world, second)
-        until(lambda: "runs one" in world.ask("granada-hotels").text)  # noqa: B023 - the loop has one turn
+        until(lambda: "runs one" in world.ask("zamora-hotels").text)  # noqa: B023 - the loop has one turn
         time.sleep(0.3)
         assert not world.ended()
         assert world.served() == world.model(world.write()[1])
+
+
+@pytest.mark.usefixtures("at_once")
+def test_of_several_adapters_the_first_by_name_that_can_be_served_runs_and_the_others_are_named(
+        still: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    publish_base(still, mode="merged")
+    still.write(adapter="cordoba-hotels")  # never promoted: the second one does not wait for it
+    planned = promote(still, still.write()[0])
+    assert chosen(still) == still.model(planned)
+    assert f"in mode merged one adapter runs: {NAME}, the first by name that can be served. These wait: " in caplog.text
+    for world in start(tmp_path, monkeypatch, mode="merged"):
+        assert until(world.served) == world.model(planned)
+        first, _ = world.write(adapter="cordoba-hotels")
+        promote(world, first)
+        until(world.ended)

@@ -61,11 +61,11 @@ def test_a_first_argument_that_is_no_flag_is_refused() -> None:
         serving.check_flags(["gpt2"])
 
 
-def test_no_pipeline_file_is_a_clear_error(tmp_path: Path) -> None:
+def test_no_environment_file_is_a_clear_error(tmp_path: Path) -> None:
     code, said = outcome(start(tmp_path))
     assert code == 2
     assert said.startswith("error: ")
-    assert f"{tmp_path}/pipelines/NAME/pipeline.yaml" in said
+    assert f"{tmp_path}/pipelines: there must be an environment.yaml and a NAME.yaml for each adapter" in said
     assert "Traceback" not in said
 
 
@@ -123,7 +123,7 @@ def test_limits_come_from_the_flags_or_else_from_the_environment(monkeypatch: py
 
 
 def test_a_port_that_is_taken_is_a_clear_error_before_vllm_is_loaded(tmp_path: Path) -> None:
-    build_adapter.load(tmp_path / "pipelines" / "one")
+    build_adapter.declare(tmp_path / "pipelines")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         code, said = outcome(start(tmp_path, "--port", str(port)))
@@ -133,14 +133,14 @@ def test_a_port_that_is_taken_is_a_clear_error_before_vllm_is_loaded(tmp_path: P
 
 
 def test_a_base_model_that_never_comes_is_worth_a_retry_and_named(tmp_path: Path) -> None:
-    _, planned = build_adapter.load(tmp_path / "pipelines" / "one")
+    _, planned = build_adapter.declare(tmp_path / "pipelines")
     code, said = outcome(start(tmp_path, "--port", str(free_port()), "--wait-seconds", "0.1"))
     assert code == 1
     assert f"base-model/{planned.base_model.digest}" in said
 
 
 def test_a_tampered_base_model_is_not_served(tmp_path: Path) -> None:
-    _, planned = build_adapter.load(tmp_path / "pipelines" / "one")
+    _, planned = build_adapter.declare(tmp_path / "pipelines")
     build_adapter.base(tmp_path / "volumes", planned)
     (planned.base_model.path(tmp_path / "volumes") / "generation_config.json").write_text("{}")
     code, said = outcome(start(tmp_path, "--port", str(free_port())))
@@ -149,7 +149,7 @@ def test_a_tampered_base_model_is_not_served(tmp_path: Path) -> None:
 
 
 def test_sigterm_ends_the_wait_for_the_base_model_at_once(tmp_path: Path) -> None:
-    build_adapter.load(tmp_path / "pipelines" / "one")
+    build_adapter.declare(tmp_path / "pipelines")
     process = start(tmp_path, "--port", str(free_port()))
     assert process.stderr
     assert "waiting for" in process.stderr.readline()
@@ -170,7 +170,7 @@ def test_a_vllm_that_does_not_start_or_ends_by_itself_is_told_from_one_that_was_
         if ends:
             raise ends
 
-    _, planned = build_adapter.load(tmp_path / "pipelines" / "one")
+    _, planned = build_adapter.declare(tmp_path / "pipelines")
     build_adapter.base(tmp_path / "volumes", planned)
     monkeypatch.setattr("runpy.run_module", vllm)
     monkeypatch.setattr("serving.cpu_shield.needed", lambda: True)

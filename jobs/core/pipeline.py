@@ -152,12 +152,13 @@ def find_environment(file: Path) -> Path:
     return overlay / environment.FILE
 
 
-def load(path: Path, environment_file: Path | None = None, *, pinned: bool = True) -> LoadedPipeline:
+def load(path: Path, environment_file: Path | LoadedEnvironment | None = None, *, pinned: bool = True
+         ) -> LoadedPipeline:
     """Read and validate a pipeline file and the environment file that it belongs to.
 
     Args:
         path: the pipeline file, or the adapter's folder.
-        environment_file: the environment file; by default that of `find_environment`.
+        environment_file: the environment file, or what was loaded from it; by default that of `find_environment`.
         pinned: also require that every source is pinned (`pin` itself reads unpinned files).
     Raises:
         UserError: with one line for each problem: file, line, key, what is wrong, what is allowed. Nothing else,
@@ -171,7 +172,8 @@ def load(path: Path, environment_file: Path | None = None, *, pinned: bool = Tru
                         f"{environment.FILE} now. To convert this file, run: python -m jobs new OVERLAY NAME "
                         f"--from {file}")
     declarations.validate(document, PipelineFile, document.values)
-    shared = environment.load(environment_file or find_environment(file), pinned=pinned)
+    shared = environment_file if isinstance(environment_file, LoadedEnvironment) else environment.load(
+        environment_file or find_environment(file), pinned=pinned)
     pipeline = declarations.validate(document, Pipeline, document.values | {"environment": shared.environment})
     if pinned:
         declarations.require_pins(document, pipeline.sources())

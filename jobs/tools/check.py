@@ -1,42 +1,58 @@
-"""Validate an overlay with no network and no cluster: what a pre-commit hook or CI runs before a push.
+"""Validate an overlay, or one of its adapters, with no network and no cluster: what a pre-commit hook or CI runs.
 
-Checks the pipeline file, that every source is pinned, that data in git matches its pin and that every record of
-it is valid, that vLLM can serve the base model's architecture in the desired mode, that the overlay's ConfigMap fits,
-and that every patch of its kustomization has an effect.
+Checks the environment file and every pipeline file, that every source is pinned, that data in git matches its pin and
+that every record of it is valid, that vLLM can serve the base model's architecture in the desired mode, that the
+ConfigMaps fit, that folders, names and entries of the adapters agree, and that every patch has an effect. What is wrong
+with one adapter does not keep the others from being checked.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from jobs.core import models, pipeline
+from jobs.core import models
+from jobs.core.declarations import Loaded, Source
+from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
-from jobs.core.pipeline import Loaded, Source
+from jobs.core.pipeline import LoadedPipeline
 from jobs.core.strict_yaml import CONFIG_MAP_BYTES
+from jobs.tools import overlay
+from jobs.tools.overlay import Files
 
 log = logging.getLogger("jobs")
 
 
-def run(overlay: Path) -> None:
-    """Check the overlay.
+def run(path: Path) -> None:
+    """Check the overlay, or the adapter whose folder is named.
 
     Raises:
         UserError: with every problem that was found, a line each.
     """
-    loaded = pipeline.load(overlay)
-    problems: list[str] = []
-    for check in (check_data, check_architecture, check_size, check_kustomization):
+    files = overlay.find(path)
+    environment, adapters, problems = overlay.read(files)
+
+    def collect(check: Callable[..., object], *arguments: object) -> None:
         try:
-            check(loaded)
+            check(*arguments)
         except UserError as error:
-            problems.append(str(error))
+            problems.extend(str(error).splitlines())
+
+    if environment:
+        collect(check_architecture, environment, adapters.values())
+    for loaded in adapters.values():
+        collect(check_data, loaded)
+        collect(check_size, loaded)
+    if not files.adapter:
+        collect(check_served_size, files)
+    collect(check_kustomization, files, environment, adapters)
     if problems:
-        raise UserError("\n".join(problems))
-    log.info("%s: valid", loaded.path)
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    log.info("%s: valid", files.pipelines[0].parent if files.adapter else files.folder)
 
 
-def check_data(loaded: Loaded) -> None:
+def check_data(loaded: LoadedPipeline) -> None:
     """The data that lies beside the pipeline file: pinned content, and records that a relocation would take."""
     from jobs.data import split
 
@@ -47,10 +63,9 @@ def check_data(loaded: Loaded) -> None:
         split.validate(loaded.resolve(source), source.holdout)
 
 
-def data_in_git(loaded: Loaded) -> dict[str, Source]:
+def data_in_git(loaded: LoadedPipeline) -> dict[str, Source]:
     """The data that lies beside the pipeline file, by key: records, and sentences with judgements."""
-    named = {"dataset": loaded.pipeline.dataset, "evaluation.acceptability": loaded.pipeline.evaluation.acceptability}
-    return {name: source for name, source in named.items() if source.scheme == "file"}
+    return {name: source for name, source in loaded.pipeline.sources().items() if source.scheme == "file"}
 
 
 def require_pin(loaded: Loaded, name: str, source: Source) -> None:
@@ -66,38 +81,67 @@ def require_pin(loaded: Loaded, name: str, source: Source) -> None:
                         f"is meant, run: python -m jobs pin {loaded.path.parent}")
 
 
-def check_architecture(loaded: Loaded) -> None:
-    """vLLM can serve an adapter of the base model in the desired mode, by the architecture in its file or folder."""
+def check_architecture(environment: LoadedEnvironment, adapters: Collection[LoadedPipeline]) -> None:
+    """vLLM can serve adapters of the base model in the desired mode, by the architecture in its file or folder."""
     from jobs.relocation import embedded
 
-    base = loaded.pipeline.base_model
-    where = f"{loaded.path}: base_model"
+    base, mode = environment.environment.base_model, environment.environment.serving.mode
+    where = f"{environment.path}: base_model"
     if base.scheme == "builtin":
         architecture: str | None = embedded.ARCHITECTURE
-    elif base.scheme == "file" and loaded.resolve(base).is_dir():
-        architecture = models.architecture(loaded.resolve(base))
+    elif base.scheme == "file" and environment.resolve(base).is_dir():
+        architecture = models.architecture(environment.resolve(base))
     else:
         architecture = base.architecture
     if architecture is None:
         log.warning("%s: its architecture is not recorded, so `check` cannot tell whether vLLM can serve it; "
-                    "relocation does. Record it with: python -m jobs pin %s --update", where, loaded.path.parent)
+                    "relocation does. Record it with: python -m jobs pin %s --update", where, environment.path.parent)
         return
-    models.check_target_modules(architecture, loaded.pipeline.training.lora.target_modules, where,
-                                loaded.pipeline.serving.mode)
+    models.check_servable(architecture, where, mode)
+    problems = []
+    for loaded in adapters:
+        try:
+            modules = loaded.pipeline.training.lora.target_modules
+            models.check_target_modules(architecture, modules, str(loaded.path), mode)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
-def check_size(loaded: Loaded) -> None:
+def check_size(loaded: LoadedPipeline) -> None:
     """Pipeline file and data in git fit into the ConfigMap that carries them into the cluster."""
-    data = [loaded.resolve(source) for source in data_in_git(loaded).values()]
-    files = [loaded.path, *(path for path in data if path.is_file())]
-    total = sum(file.stat().st_size for file in files)
+    total = _size([loaded.path, *(loaded.resolve(source) for source in data_in_git(loaded).values())])
     if total > CONFIG_MAP_BYTES:
         raise UserError(f"{loaded.path}: the pipeline file and the data beside it have {total} bytes in total, and "
                         f"a ConfigMap holds {CONFIG_MAP_BYTES}. Put the data where a URL reaches it (https://, s3://, hf://)")
 
 
-def check_kustomization(loaded: Loaded) -> None:
-    """The overlay renders, every patch of it has an effect, and its Jobs can be changed."""
-    from jobs.tools import kustomization
+def check_served_size(files: Files) -> None:
+    """The environment file and all pipeline files fit into the ConfigMap that serving mounts."""
+    total = _size([files.environment, *files.pipelines])
+    if total > CONFIG_MAP_BYTES:
+        raise UserError(f"{files.folder}: {files.environment.name} and the {len(files.pipelines)} pipeline files have "
+                        f"{total} bytes in total, and the ConfigMap `serving-pipelines` holds {CONFIG_MAP_BYTES}. "
+                        "Shorten their comments, or make a second environment")
 
-    kustomization.check(loaded.path.parent)
+
+def _size(files: list[Path]) -> int:
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def check_kustomization(files: Files, environment: LoadedEnvironment | None,
+                        adapters: Mapping[str, LoadedPipeline]) -> None:
+    """Folders, names and entries agree; the overlay renders, and an edit of its files does what it should."""
+    from jobs.tools import entries, kustomization
+
+    found = list(entries.problems(files.folder, adapters)) if kustomization.find(files.folder) else []
+    problems = [problem.message for problem in found if files.adapter in (None, problem.adapter)]
+    wrong = {problem.adapter for problem in found if problem.adapter}
+    try:
+        if files.adapter not in wrong:
+            kustomization.check(files.folder, environment, adapters, only=files.adapter, without=wrong)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))

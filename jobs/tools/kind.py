@@ -1,4 +1,4 @@
-"""Run an overlay in a cluster on this machine: kind, the images, the overlay, and its progress until it is served.
+"""Run an overlay in a cluster on this machine: kind, the images, the overlay, and its progress until all is served.
 
     python -m jobs kind overlays/kind             applies it with kubectl
     python -m jobs kind overlays/kind --argocd    installs Argo CD, which follows a repository
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,10 +25,11 @@ from jobs.tools import argocd
 from jobs.tools.kubectl import Kubectl
 from jobs.tools.pods import CHECKOUT, HASH_SUFFIX, Manifest, containers, error_in, pod_templates, render
 from jobs.tools.status import POLL_SECONDS, State, deployment_state, find, job_state, oldest_first, watch
+from jobs.tools.summary import IN_DETAIL
 from jobs.tools.waiting import ALIAS_SECONDS, Late, served_adapter, wait_until
 
 if TYPE_CHECKING:
-    from jobs.core.pipeline import Pipeline
+    from jobs.tools.overlay import Overlay
 
 log = logging.getLogger("jobs")
 
@@ -35,6 +37,7 @@ ARGOCD = "v3.5.4"
 ARGOCD_INSTALL = f"https://raw.githubusercontent.com/argoproj/argo-cd/{ARGOCD}/manifests/install.yaml"
 # As in argocd/demo/git-server.yaml.
 GIT_URL, GIT_PORT, GIT_BRANCH = "git://git-server.git-demo.svc.cluster.local/lora-gitops.git", 9418, "main"
+NOT_PROMOTED = "did not pass the gate and is not promoted"  # as the evaluation's log has it
 APPLICATION, INFERENCE = "lora-gitops", "model-inference"
 
 TOOLS = {
@@ -68,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="lora-gitops", help="the kind cluster's name (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="where the endpoint answers here (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=60, help="time limit (default: %(default)s)")
-    parser.add_argument("--exit", action="store_true", help="exit when the adapter is served")
+    parser.add_argument("--exit", action="store_true", help="exit when the adapters are served")
     parser.add_argument("--check", action="store_true", help="only check whether everything needed is installed")
 
 
@@ -79,8 +82,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: a tool or an image is missing, the overlay is invalid, or a Job failed with exit code 2.
         RetryableError: a command failed, a Job failed otherwise, or the time is over.
     """
-    from jobs.core import pipeline
-    from jobs.tools import check
+    from jobs.tools import check, overlay
 
     require_tools(["docker", "kind", "kubectl", *(["git"] if args.argocd and not args.repo else [])])
     check.run(args.overlay)
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
                             seconds=300)
             cluster.jobs = [m["metadata"]["name"] for m in manifests if m["kind"] == "Job"]
         watch(cluster.states, deadline - time.monotonic())
-        serve(cluster, pipeline.load(args.overlay).pipeline, args)
+        serve(cluster, overlay.load(args.overlay), args)
     except KeyboardInterrupt:
         pass
     log.info("the cluster keeps running; to remove it: kind delete cluster --name %s", args.name)
@@ -257,33 +259,33 @@ def repository(cluster: Cluster, args: argparse.Namespace) -> tuple[str, str, st
 # --- serving ---------------------------------------------------------------------------------------------------------
 
 
-def serve(cluster: Cluster, wanted: Pipeline, args: argparse.Namespace) -> None:
-    """Show the evaluation, wait until its adapter is served, and forward its port until Ctrl-C."""
+def serve(cluster: Cluster, overlay: Overlay, args: argparse.Namespace) -> None:
+    """Show the evaluations, wait until every adapter that passed is served, and forward the port until Ctrl-C."""
     from jobs.core.plan import plan
 
-    artifacts = plan(wanted)
-    evaluations = oldest_first(job for job in cluster.kubectl.get(cluster.namespace, "jobs")
-                               if job["metadata"]["name"].startswith("model-evaluation-"))
-    if evaluations:
-        job = f"job/{evaluations[-1]['metadata']['name']}"
-        print(cluster.kubectl("-n", cluster.namespace, "logs", job, "--tail=40").stdout)
-    endpoint, alias, digest = f"http://127.0.0.1:{args.port}", wanted.adapter, artifacts.adapter.digest
-    title = alias if args.argocd else f"{alias}@{digest}"  # the commit that Argo CD deploys may be another pipeline
+    digests = {name: plan(loaded.pipeline).adapter.digest for name, loaded in overlay.adapters.items()}
+    rejected = show_evaluations(cluster, digests)
+    wanted = {name: digest for name, digest in digests.items() if name not in rejected}
+    endpoint = f"http://127.0.0.1:{args.port}"
+    reports = {name: plan(overlay.adapters[name].pipeline).evaluation.path(Path("/volumes")) / "report.html"
+               for name in digests}
 
-    def served() -> bool:
-        found = served_adapter(endpoint, alias)
-        return found == digest or (args.argocd and found is not None)
+    def missing() -> list[str]:
+        """The adapters that are not served. The commit that Argo CD deploys may have another version of them."""
+        found = {name: served_adapter(endpoint, name) for name in wanted}
+        return [name if args.argocd else f"{name}@{digest}" for name, digest in wanted.items()
+                if found[name] is None or (not args.argocd and found[name] != digest)]
 
     while True:
         with cluster.kubectl.forward(cluster.namespace, f"service/{INFERENCE}", 8000, args.port) as tunnel:
             try:
-                wait_until(f"{title} to be served", lambda: served() or not tunnel.alive, ALIAS_SECONDS, every=1)
+                wait_until(f"{len(wanted)} adapters to be served", lambda: not missing() or not tunnel.alive,
+                           ALIAS_SECONDS, every=1)
             except Late:
-                raise RetryableError(f"{title} is not served. Did it pass the gate (above)? The log has more: "
+                raise RetryableError(f"not served: {', '.join(missing())}. The log has the reason: "
                                      f"kubectl -n {cluster.namespace} logs deployment/{INFERENCE}") from None
             if tunnel.alive:
-                report = artifacts.evaluation.path(Path("/volumes")) / "report.html"
-                print(places(cluster, endpoint, alias, report, args), flush=True)
+                print(places(cluster, endpoint, list(wanted), reports, args), flush=True)
                 if args.exit:
                     return
                 tunnel.process.wait()
@@ -292,12 +294,30 @@ def serve(cluster: Cluster, wanted: Pipeline, args: argparse.Namespace) -> None:
         watch(cluster.states, 60 * args.minutes)
 
 
-def places(cluster: Cluster, endpoint: str, alias: str, report: Path, args: argparse.Namespace) -> str:
-    """Where a person finds the endpoint, the evaluation's report, TensorBoard and Argo CD."""
+def show_evaluations(cluster: Cluster, digests: Mapping[str, str]) -> list[str]:
+    """Print the end of the newest evaluation's log of every adapter; returns the names of those that were rejected."""
+    rejected = []
+    jobs = oldest_first(cluster.kubectl.get(cluster.namespace, "jobs"))
+    for name, digest in digests.items():
+        evaluations = [job["metadata"]["name"] for job in jobs
+                       if HASH_SUFFIX.sub("", job["metadata"]["name"]) == f"model-evaluation-{name}"]
+        if evaluations:
+            text = cluster.kubectl("-n", cluster.namespace, "logs", f"job/{evaluations[-1]}", "--tail=40").stdout
+            print(text if len(digests) <= IN_DETAIL else "\n".join(
+                line for line in text.splitlines() if f"{name}@{digest} " in line and "gate" in line))
+            if f"{name}@{digest} {NOT_PROMOTED}" in text:
+                rejected.append(name)
+    return rejected
+
+
+def places(cluster: Cluster, endpoint: str, aliases: Sequence[str], reports: Mapping[str, Path],
+           args: argparse.Namespace) -> str:
+    """Where a person finds the endpoint, the evaluations' reports, TensorBoard and Argo CD."""
     context = f"kubectl --context kind-{cluster.name}"
-    read = f"-n {cluster.namespace} exec deployment/tensorboard -- cat {report}"
-    lines = [f"  Endpoint     {endpoint}/v1  (model: {alias})",
-             f"  Report       {context} {read} > report.html",
+    read = f"{context} -n {cluster.namespace} exec deployment/tensorboard -- cat"
+    lines = [f"  Endpoint     {endpoint}/v1  (models: {', '.join(aliases)})",
+             *(f"  {'Report' if n == 0 else '':<11}  {read} {report} > {name}.html"
+               for n, (name, report) in enumerate(reports.items())),
              f"  TensorBoard  {context} -n {cluster.namespace} port-forward service/tensorboard 6006"]
     if args.argocd:
         initial = "get secret argocd-initial-admin-secret -o jsonpath='{.data.password}' | base64 -d"

@@ -1,9 +1,11 @@
 """Run an overlay without a cluster: every workload's containers as local processes, on the real manifests.
 
-All pods start together and wait for their inputs, as in a cluster. A failed Job is retried as its manifest describes;
-when it has failed for good, everything stops and its last lines are shown. When the Jobs are done, the evaluation is
-printed; with `--ask`, base and fine-tuned model answer a question through the OpenAI-compatible endpoint. Then the
-servers keep running until Ctrl-C, unless `--exit` is given. A tool for developers, not an orchestrator.
+All pods start together and wait for their inputs, as in a cluster. A failed Job is retried as its manifest describes.
+When a Job of an adapter has failed for good, the other Jobs of this adapter are stopped, the others continue, and the
+run ends with that Job's last lines. Any other failure stops everything at once. When the Jobs are done, the verdict on
+each adapter is printed; with `--ask`, the base model and every adapter that passed answer a question through the
+OpenAI-compatible endpoint. Then the servers keep running until Ctrl-C, unless `--exit` is given. A tool for developers,
+not an orchestrator.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import signal
 import socket
 import sys
 import urllib.request
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +30,7 @@ from typing import TYPE_CHECKING
 from jobs.core.errors import RetryableError, UserError
 
 if TYPE_CHECKING:
-    from jobs.core.pipeline import Pipeline
+    from jobs.tools.overlay import Overlay
     from jobs.tools.pods import Container, Pod
 
 log = logging.getLogger("jobs")
@@ -43,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.add_argument("--state", type=Path, metavar="DIR",
                         help="where volumes and logs are kept (default: .local/NAME beside the checkout's README)")
-    parser.add_argument("--ask", metavar="QUESTION", help="ask base and fine-tuned model this question")
+    parser.add_argument("--ask", metavar="QUESTION", help="ask the base model and every adapter this question")
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME",
+                        help="run the Jobs of this adapter only, and ask it only; can be repeated (default: all)")
     parser.add_argument("--exit", action="store_true", help="exit when the Jobs are done (and --ask is answered)")
     parser.add_argument("--port-offset", type=int, default=0, metavar="N", help="add N to every port of the manifests")
     parser.add_argument("--verbose", action="store_true", help="show the servers' logs too (always in STATE/logs)")
@@ -64,10 +69,12 @@ def run(args: argparse.Namespace) -> None:
         UserError: the overlay is invalid, a port is taken, or a Job failed with exit code 2.
         RetryableError: a Job failed otherwise, after its retries.
     """
-    from jobs.core import pipeline
-    from jobs.tools import pods
+    from jobs.tools import overlay, pods
 
-    loaded = pipeline.load(args.overlay)
+    loaded = overlay.load(args.overlay)
+    if unknown := [name for name in args.adapter if name not in loaded.adapters]:
+        raise UserError(f"--adapter {unknown[0]}: {args.overlay} has no such adapter; it has "
+                        f"{', '.join(loaded.adapters) or 'none'}")
     manifests = pods.render(args.overlay)
     state = (args.state or pods.CHECKOUT / ".local" / args.overlay.resolve().name).resolve()
     try:
@@ -77,7 +84,9 @@ def run(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         try:
             _own(state, stack)
-            runner = Runner(pods.pods(manifests, state, args.port_offset), state, args.verbose)
+            chosen = [pod for pod in pods.pods(manifests, state, args.port_offset)
+                      if not args.adapter or pod.adapter is None or pod.adapter in args.adapter]
+            runner = Runner(chosen, state, args.verbose)
         except OSError as error:
             raise UserError(f"--state {state}: {error.filename}: {error.strerror}. Name another folder, or correct the "
                             "name or path in the overlay") from None
@@ -86,14 +95,20 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--ask: this overlay has no Deployment {INFERENCE} to ask")
         log.info("running %s with its state in %s", args.overlay, state)
         try:
-            asyncio.run(_session(runner, loaded.pipeline, args))
+            asyncio.run(_session(runner, loaded, args))
         except PodFailed as failure:
-            tail = "\n".join(f"    {line}" for line in failure.tail)
-            message = f"{failure}. Its last lines (all: {runner.log_file(failure.pod)}):\n{tail}"
-            raise (UserError if failure.code == UserError.exit_code else RetryableError)(message) from None
+            failures = [*runner.failures, *([] if failure in runner.failures else [failure])]
+            message = "\n".join(_last_lines(failure, runner) for failure in failures)
+            fatal = any(failure.code == UserError.exit_code for failure in failures)
+            raise (UserError if fatal else RetryableError)(message) from None
 
 
-async def _session(runner: Runner, pipeline: Pipeline, args: argparse.Namespace) -> None:
+def _last_lines(failure: PodFailed, runner: Runner) -> str:
+    tail = "\n".join(f"    {line}" for line in failure.tail)
+    return f"{failure}. Its last lines (all: {runner.log_file(failure.pod)}):\n{tail}"
+
+
+async def _session(runner: Runner, overlay: Overlay, args: argparse.Namespace) -> None:
     """Run every pod until the session's work is done, a pod fails, or a signal arrives; then stop them all."""
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -101,8 +116,8 @@ async def _session(runner: Runner, pipeline: Pipeline, args: argparse.Namespace)
 
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(runner.run_pod(pod)) for pod in runner.pods]
-            main = group.create_task(_present(runner, pipeline, args))
+            tasks = runner.start(group)
+            main = group.create_task(_present(runner, overlay, args))
             interrupt = group.create_task(stopped.wait())
             await asyncio.wait([main, interrupt], return_when=asyncio.FIRST_COMPLETED)
             if stopped.is_set():
@@ -116,27 +131,36 @@ async def _session(runner: Runner, pipeline: Pipeline, args: argparse.Namespace)
         await runner.stop()
 
 
-async def _present(runner: Runner, pipeline: Pipeline, args: argparse.Namespace) -> None:
-    """When the Jobs are done: show the evaluation, ask the models, print the addresses, and keep serving."""
+async def _present(runner: Runner, overlay: Overlay, args: argparse.Namespace) -> None:
+    """When the Jobs are done: show the verdicts, ask the models, print the addresses, and keep serving.
+
+    Raises:
+        PodFailed: a Job of an adapter failed; the others were presented.
+    """
     from jobs.tools import summary
 
     await runner.jobs_done()
     volumes, endpoint = runner.state / "volumes", runner.url(INFERENCE)
-    evaluation = summary.read(pipeline, volumes)
-    passed = bool(evaluation and evaluation["passed"])
-    if evaluation:
-        print(summary.evaluation(evaluation), flush=True)
-    if endpoint and (not args.exit or (args.ask and passed)):
+    ran = {pod.adapter for pod in runner.pods} - {failure.pod.adapter for failure in runner.failures}
+    results = summary.results([loaded.pipeline for name, loaded in overlay.adapters.items() if name in ran], volumes)
+    if results:
+        print(summary.verdicts(results), flush=True)
+    passed = any(result.passed for result in results)
+    stays = not args.exit and not runner.failures
+    if endpoint and (stays or (args.ask and passed)):
         log.info("waiting for %s to be ready; its log: %s", INFERENCE, runner.state / "logs" / f"{INFERENCE}.log")
         await runner.ready(INFERENCE)
     if args.ask and passed and endpoint:
-        print(await asyncio.to_thread(summary.ask, pipeline, volumes, endpoint, args.ask), flush=True)
+        print(await asyncio.to_thread(summary.ask, results, volumes, endpoint, args.ask), flush=True)
     elif args.ask:
-        print("No answer to --ask: the adapter did not pass the gate, so it is not served." if evaluation else
-              "No answer to --ask: no Job of this overlay evaluates the adapter, so it is not served.", flush=True)
-    print(summary.places(pipeline, volumes, endpoint, runner.url(TENSORBOARD), args.ask or "Hello!",
-                         serving=not args.exit), flush=True)
-    if not args.exit:
+        print("No answer to --ask: no adapter passed its gate, so none is served." if results else
+              "No answer to --ask: no Job of this overlay evaluated an adapter, so none is served.", flush=True)
+    urls = (None, None) if runner.failures else (endpoint, runner.url(TENSORBOARD))
+    print(summary.places(overlay.environment.environment, results, volumes, *urls, args.ask or "Hello!",
+                         serving=stays), flush=True)
+    if runner.failures:  # stop the servers, and end with the reason
+        raise runner.failures[0]
+    if stays:
         await asyncio.Event().wait()
 
 
@@ -157,6 +181,8 @@ class Runner:
     pods: list[Pod]
     state: Path
     verbose: bool
+    failures: list[PodFailed] = field(default_factory=list)  # of adapters' Jobs; the other adapters continue
+    _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)  # by the pod's name
     _processes: dict[asyncio.subprocess.Process, Pod] = field(default_factory=dict)
     _tails: dict[str, collections.deque[str]] = field(default_factory=dict)
     _done: dict[str, asyncio.Event] = field(default_factory=dict)
@@ -194,7 +220,31 @@ class Runner:
         port = next((port for container in pod.containers for port in container.ports.values()), None) if pod else None
         return f"http://127.0.0.1:{port}" if port else None
 
+    def start(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        """Start every pod; returns their tasks."""
+        self._tasks = {pod.name: group.create_task(self._run_or_give_up(pod)) for pod in self.pods}
+        return list(self._tasks.values())
+
+    async def _run_or_give_up(self, pod: Pod) -> None:
+        """Run a pod to its end. When a Job of an adapter fails for good, stop what waits for it: the adapter's Jobs."""
+        try:
+            await self.run_pod(pod)
+        except PodFailed as failure:
+            if pod.adapter is None:
+                raise
+            self.failures.append(failure)
+            others = [other for other in self.pods if other.adapter == pod.adapter and other is not pod]
+            log.error("%s. The other Jobs of %s are stopped; other adapters continue", failure, pod.adapter)
+            for other in others:
+                self._tasks[other.name].cancel()
+            # Only when no task reads a process's output any more, `stop` can.
+            await asyncio.gather(*(self._tasks[other.name] for other in others), return_exceptions=True)
+            await self.stop(others)
+            for stopped in (pod, *others):
+                self._done[stopped.name].set()
+
     async def jobs_done(self) -> None:
+        """Wait until every Job is done, has failed, or was stopped because a Job of its adapter failed."""
         await asyncio.gather(*(self._done[pod.name].wait() for pod in self.pods if pod.kind == "Job"))
 
     async def ready(self, title: str) -> None:
@@ -271,16 +321,19 @@ class Runner:
             log.info("%s is ready: %s", pod.title, self.url(pod.title))
         self._ready[pod.name].set()
 
-    async def stop(self) -> None:
-        """SIGTERM to every process group, SIGKILL to those that outlive their grace period."""
-        for process in self._processes:
+    async def stop(self, pods: Collection[Pod] | None = None) -> None:
+        """SIGTERM to the process groups of these pods (None: of all), SIGKILL to those that outlive their grace
+        period."""
+        processes = {process: pod for process, pod in self._processes.items() if pods is None or pod in pods}
+        for process in processes:
+            del self._processes[process]
             _signal(process, signal.SIGTERM)
         # communicate, not wait: a process blocks while its last output is not read
-        waits = [asyncio.wait_for(process.communicate(), pod.grace_seconds) for process, pod in self._processes.items()]
-        for process, outcome in zip(list(self._processes), await asyncio.gather(*waits, return_exceptions=True),
-                                    strict=True):
+        waits = [asyncio.wait_for(process.communicate(), pod.grace_seconds) for process, pod in processes.items()]
+        for (process, pod), outcome in zip(processes.items(), await asyncio.gather(*waits, return_exceptions=True),
+                                           strict=True):
             if isinstance(outcome, BaseException):
-                log.warning("%s did not stop in time: killed", self._processes[process].title)
+                log.warning("%s did not stop in time: killed", pod.title)
             _signal(process, signal.SIGKILL)  # also what the process left in its group
 
 

@@ -13,11 +13,12 @@ from jobs.core.pipeline import ADAPTERS, LoadedPipeline
 
 @dataclass(frozen=True)
 class Files:
-    """Where the files are. `pipelines` are those that were named: all, or that of one adapter."""
+    """Where the files are. `pipelines` are those that were named: all, or that of one adapter, which is `adapter`."""
 
     folder: Path
     environment: Path
     pipelines: list[Path]
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ def find(path: Path) -> Files:
     try:
         if path.is_file():
             path = path.parent
-        if (path / pipeline.FILE).exists():
+        if (path / pipeline.FILE).exists() and not ((path / environment.FILE).exists() and (path / ADAPTERS).is_dir()):
             file = path / pipeline.FILE
             shared = pipeline.find_environment(file)
-            return Files(shared.parent, shared, [file])
+            return Files(shared.parent, shared, [file], None if shared.parent == path else path.absolute().name)
         if not (path / environment.FILE).exists():
             raise UserError(f"{path}: has neither {environment.FILE} nor {pipeline.FILE}. Name an overlay, e.g. "
                             f"overlays/kind, or the folder of an adapter, overlays/kind/{ADAPTERS}/NAME")
@@ -57,13 +58,23 @@ def load(path: Path, *, pinned: bool = True) -> Overlay:
         UserError: with every problem of every file, a line each.
     """
     files = find(path)
-    shared = environment.load(files.environment, pinned=pinned)
-    adapters, problems = dict[str, LoadedPipeline](), list[str]()
-    for file in files.pipelines:
-        try:
-            adapters[file.parent.name] = pipeline.load(file, files.environment, pinned=pinned)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
+    shared, adapters, problems = read(files, pinned=pinned)
+    if problems or shared is None:
         raise UserError("\n".join(problems))
     return Overlay(files.folder, shared, adapters)
+
+
+def read(files: Files, *, pinned: bool = True) -> tuple[LoadedEnvironment | None, dict[str, LoadedPipeline], list[str]]:
+    """The environment and the adapters whose files are valid, and every problem of the others."""
+    shared, adapters, problems = None, dict[str, LoadedPipeline](), list[str]()
+    try:
+        shared = environment.load(files.environment, pinned=pinned)
+    except UserError as error:
+        if files.environment.exists() or not files.pipelines:  # else `pipeline.load` reports it, or what is to do first
+            problems += str(error).splitlines()
+    for file in files.pipelines:
+        try:
+            adapters[file.parent.absolute().name] = pipeline.load(file, files.environment, pinned=pinned)
+        except UserError as error:
+            problems += str(error).splitlines()
+    return shared, adapters, list(dict.fromkeys(problems))

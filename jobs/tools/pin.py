@@ -1,4 +1,4 @@
-"""Fill or refresh the pins of a pipeline file, like a lock file: what runs is then exactly what is in git.
+"""Fill or refresh the pins in an overlay's files, like a lock file: what runs is then exactly what is in git.
 
 Files and folders get the sha256 of what is there now; a missing pin of a URL or a hub repository is looked up, and a
 hub ref such as `main` becomes the commit it stands for. Existing pins stay; `--update` moves them to the
@@ -17,39 +17,72 @@ from typing import Any
 
 import yaml
 
-from jobs.core import pipeline
+from jobs.core import declarations, strict_yaml
+from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import UserError
 from jobs.core.files import write_atomically
-from jobs.core.pipeline import Loaded, Source
 from jobs.core.sources import SCHEMES
+from jobs.tools import overlay
 
 log = logging.getLogger("jobs")
 
 
-def run(overlay: Path, *, update: bool = False) -> None:
-    """Pin every source of the overlay's pipeline file and print what changed.
+def run(path: Path, *, update: bool = False) -> None:
+    """Pin every source of the overlay's files, or of the adapter whose folder is named, and print what changed.
 
     Raises:
-        UserError: the file is invalid, or a source does not exist.
-        RetryableError: a server does not answer. The file is then unchanged.
+        UserError: a file is invalid, or a source does not exist.
+        RetryableError: a server does not answer. In either case, no file has changed.
     """
-    loaded = pipeline.load(overlay, pinned=False)
-    text = loaded.path.read_bytes().decode()
+    files = overlay.find(path)
+    named = overlay.load(path, pinned=False)
+    of_adapters = [(loaded, loaded.pipeline.sources()) for loaded in named.adapters.values()]
+    of_environment = [] if files.adapter else [(named.environment, named.environment.environment.sources())]
+    edits: list[tuple[Path, str, list[str]]] = []
+    for loaded, sources in [*of_environment, *of_adapters]:
+        if edit := _edit(loaded, sources, update=update):
+            edits.append((loaded.path, *edit))
+    _write({file: text for file, text, _ in edits})
+    # What was written must load; anything else is our mistake and must be seen here.
+    require_pinned(overlay.load(path, pinned=not files.adapter))
+    for file, _, changes in edits:
+        for change in changes:
+            log.info("%s: %s", file, change)
+    count = sum(len(changes) for _, _, changes in edits)
+    log.info("%s: %s", path, f"{count} pin(s) written; review and commit them" if count else "every source is pinned")
+
+
+def require_pinned(named: overlay.Overlay) -> None:
+    """Every source of the adapters is pinned; the environment is another's where only an adapter was named."""
+    for loaded in named.adapters.values():
+        declarations.require_pins(strict_yaml.read(loaded.path), loaded.pipeline.sources())
+
+
+def _edit(loaded: Loaded, sources: Mapping[str, Source], *, update: bool) -> tuple[str, list[str]] | None:
+    """The text of the file with its pins, and what changes in words; None if nothing does."""
     written: dict[tuple[str, ...], str] = {}
     changes = []
-    for name, source in loaded.pipeline.sources().items():
+    for name, source in sources.items():
         for key, value in pins(loaded, name, source, update=update).items():
-            before = getattr(_at(loaded.pipeline, name), key)
+            before = getattr(source, key, None)
             if value != before:
                 written[*name.split("."), key] = value
                 changes.append(f"{name}.{key}: {before or 'unset'} -> {value}")
-    if changes:
-        write_atomically(loaded.path.resolve(), with_values(text, written, loaded.path))
-    pipeline.load(overlay)  # what was written must load; anything else is our mistake and must be seen here
-    for change in changes:
-        log.info("%s", change)
-    log.info("%s: %s", loaded.path, f"{len(changes)} pin(s) written; review and commit them" if changes
-             else "every source is pinned")
+    return (with_values(loaded.path.read_bytes().decode(), written, loaded.path), changes) if changes else None
+
+
+def _write(texts: Mapping[Path, str]) -> None:
+    """Write all files, or none."""
+    before = {file.resolve(): file.read_bytes().decode() for file in texts}
+    written: list[Path] = []
+    try:
+        for file, text in texts.items():
+            write_atomically(file.resolve(), text)
+            written.append(file.resolve())
+    except BaseException:
+        for file in written:
+            write_atomically(file, before[file])
+        raise
 
 
 def pins(loaded: Loaded, name: str, source: Source, *, update: bool) -> dict[str, str]:
@@ -123,10 +156,3 @@ def set_value(text: str, keys: list[str], value: str) -> str:
     end -= len(newline) - 1
     indent = " " * node.value[0][0].start_mark.column
     return f"{text[:end]}{newline}{indent}{keys[-1]}: {value}{text[end:]}"
-
-
-def _at(values: Any, name: str) -> Any:
-    """The part of the pipeline at a dotted name."""
-    for key in name.split("."):
-        values = getattr(values, key)
-    return values

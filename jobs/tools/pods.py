@@ -1,13 +1,15 @@
 """Kubernetes manifests as local processes: renders an overlay and maps each pod onto folders and ports of this machine.
 
-PersistentVolumeClaims become folders, ConfigMaps become files (in the layout the kubelet uses), and each pod gets a
-root folder in which its mounts are links. In command, args and env, every absolute path at, below or above a mount is
-moved under that root, `0.0.0.0` becomes `127.0.0.1`, and ports are shifted by an offset. Images are not used: the
-containers' programs are the Python modules of this checkout.
+PersistentVolumeClaims become folders, ConfigMaps become files (in the layout the kubelet uses), Secrets are read from
+`STATE/secrets/NAME/KEY`, and each pod gets a root folder in which its mounts are links. In command, args and env, every
+absolute path at, below or above a mount is moved under that root, `0.0.0.0` becomes `127.0.0.1`, and ports are shifted
+by an offset. Images are not used: the containers' programs are the Python modules of this checkout.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import os
 import re
 import shutil
@@ -27,6 +29,7 @@ from jobs.core.errors import UserError
 CHECKOUT = Path(__file__).resolve().parents[2]  # the folder that holds the packages `jobs` and `serving`
 Manifest = dict[str, Any]
 HASH_SUFFIX = re.compile(r"-[24-9bcdfghkmt]{10}$")  # in the alphabet of kustomize, which spells no words
+ADAPTER_LABEL = "app.kubernetes.io/instance"  # on the Jobs of an adapter: its name
 LOGGED = re.compile(r'[EF]\d{4} .*\] "command failed" err=')  # how klog begins the line of an error
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")  # the names that kustomize knows
 
@@ -62,6 +65,7 @@ class Pod:
     init_containers: list[Container]
     containers: list[Container]
     grace_seconds: float
+    adapter: str | None = None  # the adapter to which a Job belongs; None: the environment
     backoff_limit: int = 0
     fatal_exit_codes: frozenset[int] = frozenset()
 
@@ -105,9 +109,8 @@ def render(overlay: Path) -> list[Manifest]:
     return [document for document in yaml.load_all(done.stdout, KubernetesYaml) if document]
 
 
-class KubernetesYaml(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
-    """SafeLoader for manifests: to Kubernetes and kustomize, `2026-99-99` and `=` are texts like any other. In C it is
-    six times as fast."""
+class KubernetesYaml(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml: ten times as fast
+    """SafeLoader for manifests: to Kubernetes and kustomize, `2026-99-99` and `=` are texts like any other."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "value")]
@@ -145,7 +148,7 @@ def error_in(stderr: str) -> str:
 def pods(manifests: list[Manifest], state: Path, port_offset: int = 0) -> list[Pod]:
     """Lay out volumes, ConfigMaps and pod roots below `state`, and return every pod to run.
 
-    Layout: `volumes/<claim>/` (kept), `configmaps/<name>/` (replaced), `pods/<name>/` (made anew).
+    Layout: `volumes/<claim>/` and `secrets/<name>/` (kept), `configmaps/<name>/` (replaced), `pods/<name>/` (new).
 
     Raises:
         UserError: a pod cannot run without a cluster; names the workload and what it lacks.
@@ -155,8 +158,23 @@ def pods(manifests: list[Manifest], state: Path, port_offset: int = 0) -> list[P
     for manifest in manifests:
         if manifest["kind"] == "ConfigMap":
             with _named(manifest):
-                write_config_map(state / "configmaps" / manifest["metadata"]["name"], manifest.get("data") or {})
+                write_config_map(state / "configmaps" / manifest["metadata"]["name"], contents(manifest))
     return [_pod(m, state, port_offset) for m in [*manifests, *_jobs(manifests)] if m["kind"] in ("Job", "Deployment")]
+
+
+def contents(config_map: Manifest) -> dict[str, str | bytes]:
+    """The files of a ConfigMap: `data` as text, `binaryData` decoded.
+
+    Raises:
+        ValueError: `binaryData` is not base64.
+    """
+    files: dict[str, str | bytes] = dict(config_map.get("data") or {})
+    for name, text in (config_map.get("binaryData") or {}).items():
+        try:
+            files[name] = base64.b64decode(text, validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"binaryData.{name} is not base64: {error}") from None
+    return files
 
 
 @contextmanager
@@ -175,23 +193,26 @@ def _named(manifest: Manifest) -> Iterator[None]:
 
 
 def _jobs(manifests: list[Manifest]) -> Iterator[Manifest]:
-    """The Jobs of every JobSet. What one depends on it waits for by itself, so all start at once here."""
+    """The Jobs of every JobSet, named by their pods' labels as the Jobs of other overlays are. What one depends on it
+    waits for by itself, so all start at once here."""
     for manifest in manifests:
         if manifest["kind"] == "JobSet":
             suffix = HASH_SUFFIX.search(manifest["metadata"]["name"])
             with _named(manifest):
                 for job in manifest["spec"]["replicatedJobs"]:
-                    name = job["name"] + (suffix.group() if suffix else "")
-                    yield {"kind": "Job", "metadata": {"name": name}, "spec": job["template"]["spec"]}
+                    labels = job["template"]["spec"]["template"].get("metadata", {}).get("labels", {})
+                    parts = (labels.get("app.kubernetes.io/name", job["name"]), labels.get(ADAPTER_LABEL))
+                    name = "-".join(part for part in parts if part) + (suffix.group() if suffix else "")
+                    yield {"kind": "Job", "metadata": {"name": name, "labels": labels}, "spec": job["template"]["spec"]}
 
 
-def write_config_map(folder: Path, data: Mapping[str, str]) -> None:
+def write_config_map(folder: Path, data: Mapping[str, str | bytes]) -> None:
     """Write a ConfigMap as the kubelet does: files are links through `..data`, which is switched atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     version = folder / f"..{time.time_ns()}"
     version.mkdir()
-    for name, text in data.items():
-        (version / name).write_text(text, encoding="utf-8")
+    for name, content in data.items():
+        (version / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     link = folder / "..data_tmp"
     link.symlink_to(version.name)
     before = folder / (folder / "..data").readlink() if (folder / "..data").is_symlink() else None
@@ -222,6 +243,7 @@ def _workload(manifest: Manifest, state: Path, port_offset: int) -> Pod:
                          for c in template.get("initContainers", [])],
         containers=[_container(c, template, root, state, port_offset) for c in template["containers"]],
         grace_seconds=float(template.get("terminationGracePeriodSeconds", 30)),
+        adapter=manifest["metadata"].get("labels", {}).get(ADAPTER_LABEL) if manifest["kind"] == "Job" else None,
         backoff_limit=int(spec.get("backoffLimit", 6)),
         fatal_exit_codes=frozenset(code for rule in rules if rule["action"] == "FailJob" and "onExitCodes" in rule
                                    for code in rule["onExitCodes"]["values"]))
@@ -297,18 +319,40 @@ def _volume(volume: Manifest, root: Path, state: Path) -> Path:
     if "persistentVolumeClaim" in volume:
         folder = state / "volumes" / volume["persistentVolumeClaim"]["claimName"]
     elif "configMap" in volume:
-        folder = state / "configmaps" / volume["configMap"]["name"]
-        if not folder.is_dir():
-            raise UserError(f"the volume {volume['name']} is the ConfigMap {volume['configMap']['name']}, which the "
+        source = volume["configMap"]
+        folder = state / "configmaps" / source["name"]
+        if not folder.is_dir() and not source.get("optional"):
+            raise UserError(f"the volume {volume['name']} is the ConfigMap {source['name']}, which the "
                             "overlay does not make; add it to `configMapGenerator` in its kustomization.yaml")
+        folder = _selected(folder, source, root / ".selected" / volume["name"])
+    elif "secret" in volume:
+        source = volume["secret"]
+        folder = state / "secrets" / source["secretName"]
+        if not folder.is_dir() and not source.get("optional"):
+            raise UserError(f"the volume {volume['name']} is the Secret {source['secretName']}. Without a cluster, "
+                            f"write each of its keys to a file in {folder}")
+        folder = _selected(folder, source, root / ".selected" / volume["name"])
     elif "emptyDir" in volume:
         folder = root / ".emptydir" / volume["name"]
     else:
         kind = ", ".join(volume.keys() - {"name"}) or "volume of no type"
         raise UserError(f"the volume {volume['name']} is a {kind}, which has no meaning without a cluster; "
-                        "possible: persistentVolumeClaim, configMap, emptyDir")
+                        "possible: persistentVolumeClaim, configMap, secret, emptyDir")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _selected(folder: Path, source: Manifest, selection: Path) -> Path:
+    """The files of a ConfigMap or Secret that its volume has: all, or those that `items` lists, by their paths."""
+    if "items" not in source:
+        return folder
+    for item in source["items"]:
+        if item["path"].startswith("/") or ".." in Path(item["path"]).parts:
+            raise ValueError(f"the path {item['path']} of `items` is not below the volume")
+        if folder.is_dir() and not (folder / item["key"]).exists():
+            raise UserError(f"`items` names the key {item['key']}, which {folder.name} does not have")
+        _link(selection / item["path"], folder / item["key"])
+    return selection
 
 
 def _link(place: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.core.errors import RetryableError, UserError
 from jobs.tools.kubectl import KubectlError
-from jobs.tools.pods import Manifest
+from jobs.tools.pods import ADAPTER_LABEL, Manifest
 from jobs.tools.waiting import Late, wait_until
 
 log = logging.getLogger("jobs")
@@ -24,13 +24,17 @@ class State:
     description: str
     done: bool = False
     exit_code: int | None = None  # of a failed Job's last pod
+    adapter: str | None = None  # the adapter to which the Job belongs; None: the environment
 
 
 def watch(look: Callable[[], Mapping[str, State]], seconds: float) -> None:
     """Log every change of the states until all are done. A cluster that does not answer is tried again.
 
+    A failed Job of the environment ends it at once. After a failed Job of an adapter, the adapter's other Jobs are not
+    waited for, and other adapters are.
+
     Raises:
-        UserError, RetryableError: a Job failed, by its exit code; with its pod's termination message.
+        UserError, RetryableError: Jobs failed, by their exit codes; with their pods' termination messages.
         RetryableError: the time is over; names what is not done.
     """
     shown: dict[str, str] = {}
@@ -43,14 +47,21 @@ def watch(look: Callable[[], Mapping[str, State]], seconds: float) -> None:
             if shown.get(name) != state.description:
                 shown[name] = state.description
                 log.info("%s: %s", name, state.description)
-        for name, state in states.items():
-            if state.exit_code is not None:
-                error = UserError if state.exit_code == UserError.exit_code else RetryableError
-                raise error(f"{name} {state.description}")
-        return bool(states) and all(state.done for state in states.values())
+        failed = {name: state for name, state in states.items() if state.exit_code is not None}
+        if failed and (not pending() or any(state.adapter is None for state in failed.values())):
+            fatal = any(state.exit_code == UserError.exit_code for state in failed.values())
+            raise (UserError if fatal else RetryableError)(
+                "\n".join(f"{name} {state.description}" for name, state in failed.items()))
+        return bool(states) and not pending()
+
+    def pending() -> dict[str, State]:
+        given_up = {state.adapter for state in states.values() if state.exit_code is not None}
+        return {name: state for name, state in states.items()
+                if not state.done and state.exit_code is None
+                and (state.adapter is None or state.adapter not in given_up)}
 
     def late() -> str:
-        return ", ".join(f"{name} ({s.description})" for name, s in states.items() if not s.done) or "the cluster"
+        return ", ".join(f"{name} ({state.description})" for name, state in pending().items()) or "the cluster"
 
     try:
         wait_until(late, all_done, seconds, POLL_SECONDS, passing=(KubectlError,))
@@ -92,15 +103,16 @@ def job_state(items: Sequence[Manifest], name: str) -> State:
     job, pods = find(items, "Job", name), pods_with(items, "batch.kubernetes.io/job-name", name)
     if job is None:
         return State("not there yet")
+    adapter = job["metadata"].get("labels", {}).get(ADAPTER_LABEL)
     if condition(job, "Complete"):
-        return State("done", done=True)
+        return State("done", done=True, adapter=adapter)
     if failed := condition(job, "Failed"):
         ends = [end for pod in pods for end in _terminations(pod) if end["exitCode"]]
         if not ends:
-            return State(f"failed: {failed.get('message')}", exit_code=1)
+            return State(f"failed: {failed.get('message')}", exit_code=1, adapter=adapter)
         return State(f"failed with exit code {ends[-1]['exitCode']}: {_message(ends[-1])}",
-                     exit_code=ends[-1]["exitCode"])
-    return State(_of_newest(pods))
+                     exit_code=ends[-1]["exitCode"], adapter=adapter)
+    return State(_of_newest(pods), adapter=adapter)
 
 
 def deployment_state(items: Sequence[Manifest], name: str) -> State:

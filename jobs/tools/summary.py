@@ -1,20 +1,52 @@
-"""What `jobs local` shows at the end: the evaluation, an answer from each model, and where everything is."""
+"""What `jobs local` shows at the end: the verdicts, an answer from each model, and where everything is.
+
+Each evaluation's full table is in the log of its Job, so that the verdicts here stay short however many adapters there
+are.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.core import artifacts
 from jobs.core.artifacts import Spec
+from jobs.core.environment import Environment
 from jobs.core.errors import RetryableError
 from jobs.core.pipeline import Pipeline
-from jobs.core.plan import plan
+from jobs.core.plan import EnvironmentPlan, plan, plan_environment
 from jobs.evaluation import content
+from jobs.evaluation.metrics import SCORES
 from jobs.tools.waiting import ALIAS_SECONDS, Late, served_adapter, wait_until
+
+IN_DETAIL = 3  # up to so many adapters, every rule is shown with its scores; of more, only rules that do not hold
+NAMED = 8  # models that are listed by name; `GET /v1/models` has all
+
+
+@dataclass(frozen=True)
+class Result:
+    """An adapter that was evaluated."""
+
+    pipeline: Pipeline
+    evaluation: content.Evaluation
+    report: Path
+
+    @property
+    def name(self) -> str:
+        return self.pipeline.adapter
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.evaluation["passed"])
+
+    @property
+    def digest(self) -> str:
+        return plan(self.pipeline).adapter.digest
 
 
 def path_of(spec: Spec, volumes: Path) -> Path:
@@ -22,24 +54,52 @@ def path_of(spec: Spec, volumes: Path) -> Path:
     return volumes / f"{spec.volume}-pvc" / spec.kind / spec.digest
 
 
-def read(pipeline: Pipeline, volumes: Path) -> dict[str, Any] | None:
-    """The pipeline's evaluation, from its artifact; None when no Job of the overlay made one."""
-    folder = path_of(plan(pipeline).evaluation, volumes)
-    if not folder.exists():
-        return None
-    return content.read_evaluation(artifacts.read(folder).path)
+def results(pipelines: Sequence[Pipeline], volumes: Path) -> list[Result]:
+    """The evaluations of these pipelines, from their artifacts; without those that no Job made."""
+    found = []
+    for pipeline in pipelines:
+        folder = path_of(plan(pipeline).evaluation, volumes)
+        if folder.exists():
+            found.append(Result(pipeline, content.read_evaluation(artifacts.read(folder).path), folder / "report.html"))
+    return found
 
 
-def evaluation(values: dict[str, Any]) -> str:
-    """The evaluation as a table for a terminal."""
-    from jobs.evaluation import report
+def verdicts(results: Sequence[Result]) -> str:
+    """The verdict on each adapter for a terminal: with the scores behind every rule if there are few adapters, else
+    with the rules that do not hold."""
+    lines: list[str] = []
+    detailed = len(results) <= IN_DETAIL
+    width = max(len(f"{result.name}@{result.digest}") for result in results)
+    for result in results:
+        lines += ["", *_scores(result)] if detailed else [
+            f"  {f'{result.name}@{result.digest}':<{width}}  {content.verdict(result.evaluation)}",
+            *(f"    ✗ {check.description}" for check in content.checks(result.evaluation) if not check.passed)]
+    if any(result.evaluation["embedded"] for result in results):
+        lines += ["", f"  {content.EMBEDDED}"]
+    return "\n".join(["", *lines, ""])
 
-    return f"\n{report.table(values)}\n"
+
+def _scores(result: Result) -> list[str]:
+    """Verdict, and a line for each rule: the scores of the three models and whether the rule holds."""
+    scores = result.evaluation["scores"]
+    shown = {score.key: score for score in SCORES}
+    rows = [["", *content.ROLES.values(), "rule"]]
+    for check in content.checks(result.evaluation):
+        score = shown[check.metric]
+        rows.append([score.label, *(score.shown(scores[role][score.key]) for role in content.ROLES),
+                     f"{'✓' if check.passed else '✗'} {check.expression} is {check.value_text}, must be "
+                     f"{check.requirement}"])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    title = f"{result.name}@{result.digest} on {scores['fine_tuned']['records']} held-out records"
+    return [f"  {title}: {content.verdict(result.evaluation)}",
+            *("    " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in
+                                                             zip(row[1:-1], widths[1:-1], strict=True)), row[-1]])
+              for row in rows)]
 
 
-def chats(pipeline: Pipeline, volumes: Path) -> bool:
+def chats(environment: Environment, volumes: Path) -> bool:
     """Whether the tokenizer has a chat template; without one vLLM takes completions only (GPT-2)."""
-    folder = path_of(plan(pipeline).tokenizer, volumes)
+    folder = path_of(_tokenizer(environment), volumes)
     if not folder.exists():  # no Job of the overlay relocates one
         return False
     artifacts.read(folder)
@@ -48,57 +108,76 @@ def chats(pipeline: Pipeline, volumes: Path) -> bool:
         config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template")))
 
 
-def ask(pipeline: Pipeline, volumes: Path, endpoint: str, question: str) -> str:
-    """The question, answered by the base model and by the adapter, through the `openai` client.
+def _tokenizer(environment: Environment) -> Spec:
+    planned: EnvironmentPlan = plan_environment(environment)
+    return planned.tokenizer
+
+
+def ask(results: Sequence[Result], volumes: Path, endpoint: str, question: str) -> str:
+    """The question, answered by the base model and by each adapter that passed, through the `openai` client.
 
     In mode merged the fine-tuned model answers alone: it is served instead of the base model.
 
     Raises:
-        RetryableError: the adapter is not served in time, or the endpoint does not answer.
+        RetryableError: an adapter is not served in time, or the endpoint does not answer.
     """
     from openai import OpenAI, OpenAIError
 
-    name, digest = pipeline.adapter, plan(pipeline).adapter.digest
-    try:
-        wait_until(f"{name}@{digest} to be served", lambda: served_adapter(endpoint, name) == digest, ALIAS_SECONDS,
-                   every=0.5)
-    except Late:
-        raise RetryableError(f"{name}@{digest} is promoted but was not served within {ALIAS_SECONDS:.0f} s; the log of "
-                             "model-inference has the reason") from None
+    for result in results:
+        if result.passed:
+            _wait_until_served(result, endpoint)
     with OpenAI(base_url=f"{endpoint}/v1", api_key=os.environ.get("VLLM_API_KEY", "not-needed")) as client:
         try:
-            return _answers(client, pipeline, question, chats=chats(pipeline, volumes))
+            return _answers(client, results, question, chats=chats(results[0].pipeline.environment, volumes))
         except OpenAIError as error:
             raise RetryableError(f"{endpoint}: {error}; the log of model-inference has the reason") from None
 
 
-def _answers(client: Any, pipeline: Pipeline, question: str, *, chats: bool) -> str:
+def _wait_until_served(result: Result, endpoint: str) -> None:
+    title = f"{result.name}@{result.digest}"
+    try:
+        wait_until(f"{title} to be served", lambda: served_adapter(endpoint, result.name) == result.digest,
+                   ALIAS_SECONDS, every=0.5)
+    except Late:
+        raise RetryableError(f"{title} is promoted but was not served within {ALIAS_SECONDS:.0f} s; the log of "
+                             "model-inference has the reason") from None
+
+
+def _answers(client: Any, results: Sequence[Result], question: str, *, chats: bool) -> str:
+    environment = results[0].pipeline.environment
+    models = [(_title(result), result.name, result.pipeline.evaluation.max_new_tokens)
+              for result in results if result.passed]
+    if environment.serving.mode == "lora":
+        name = environment.base_model.name
+        models.insert(0, (f"base model ({name})", name, max(tokens for *_, tokens in models)))
     answers = {}
-    models = [(f"fine-tuned ({pipeline.adapter})", pipeline.adapter)]
-    if pipeline.environment.serving.mode == "lora":
-        models.insert(0, (f"base model ({pipeline.environment.base_model.name})", pipeline.environment.base_model.name))
-    for title, model in models:
-        options: Any = {"model": model, "temperature": 0, "max_tokens": pipeline.evaluation.max_new_tokens}
+    for title, model, max_tokens in models:
+        options: Any = {"model": model, "temperature": 0, "max_tokens": max_tokens}
         if chats:
             reply = client.chat.completions.create(**options, messages=[{"role": "user", "content": question}])
             answers[title] = (reply.choices[0].message.content or "").strip()
         else:
             answers[title] = client.completions.create(**options, prompt=f"{question}\n").choices[0].text.strip()
+    answers |= {_title(result): "(not asked: it did not pass its gate)" for result in results if not result.passed}
     width = max(map(len, answers))
     return "\n".join([f"  {question}", *(f"    {title:<{width}}  {answer}" for title, answer in answers.items()), ""])
 
 
-def places(pipeline: Pipeline, volumes: Path, endpoint: str | None, tensorboard: str | None, question: str, *,
-           serving: bool) -> str:
-    """Where a person finds the report, TensorBoard and the endpoint, and how to ask it `question`.
+def _title(result: Result) -> str:
+    return f"fine-tuned ({result.name})"
+
+
+def places(environment: Environment, results: Sequence[Result], volumes: Path, endpoint: str | None,
+           tensorboard: str | None, question: str, *, serving: bool) -> str:
+    """Where a person finds the reports, TensorBoard and the endpoint, and how to ask it `question`.
 
     Args:
         endpoint: None when the overlay serves no model.
         tensorboard: None when the overlay has no TensorBoard.
         serving: whether they go on answering.
     """
-    report = path_of(plan(pipeline).evaluation, volumes) / "report.html"
-    lines = [f"  Report       file://{report}"] if report.exists() else []
+    lines = [f"  {'Report' if n == 0 else '':<11}  file://{result.report}  ({result.name})"
+             for n, result in enumerate(results)]
     if not serving:
         servers = [f"{name} {url}" for name, url in (("TensorBoard", tensorboard), ("Endpoint", endpoint)) if url]
         stopped = [f"  Stopped      {', '.join(servers)} (without --exit they keep answering)"] if servers else []
@@ -106,13 +185,15 @@ def places(pipeline: Pipeline, volumes: Path, endpoint: str | None, tensorboard:
     if tensorboard:
         lines.append(f"  TensorBoard  {tensorboard}")
     if endpoint:
-        chat = chats(pipeline, volumes)
-        request: dict[str, Any] = {"model": pipeline.adapter, "temperature": 0}  # the answer above, not a sample
-        request |= {"messages": [{"role": "user", "content": question}]} if chat else {"prompt": f"{question}\n"}
-        shared = pipeline.environment
-        models = [pipeline.adapter, *([shared.base_model.name] if shared.serving.mode == "lora" else [])]
+        chat = chats(environment, volumes)
+        served = [result.name for result in results if result.passed]
+        models = [*served, *([environment.base_model.name] if environment.serving.mode == "lora" else [])]
+        listed = [*models[:NAMED], *([f"{len(models) - NAMED} more"] if len(models) > NAMED else [])]
         url = f"{endpoint}/v1/{'chat/completions' if chat else 'completions'}"
-        lines += [f"  Endpoint     {endpoint}/v1  (models: {', '.join(models)})",
-                  "", f"  curl {url} -H 'content-type: application/json' \\",
-                  f"    -d {shlex.quote(json.dumps(request, ensure_ascii=False))}"]
+        lines.append(f"  Endpoint     {endpoint}/v1  (models: {', '.join(listed)})")
+        if models:
+            request: dict[str, Any] = {"model": models[0], "temperature": 0}  # the answer above, not a sample
+            request |= {"messages": [{"role": "user", "content": question}]} if chat else {"prompt": f"{question}\n"}
+            lines += ["", f"  curl {url} -H 'content-type: application/json' \\",
+                      f"    -d {shlex.quote(json.dumps(request, ensure_ascii=False))}"]
     return "\n".join([*lines, "", "Running until you press Ctrl-C."])

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from jobs.core import models
+from jobs.core.environment import SERVABLE_RANKS
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.pipeline import SERVABLE_RANKS
 from tests.build_models import tiny_llama, tiny_tokenizer
 
 ASK_VLLM = """

@@ -15,7 +15,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.core import pipeline
+from jobs.core import declarations, environment, pipeline
 from jobs.core.errors import UserError
 from jobs.tools.pods import CHECKOUT
 from tests import build_pipeline
@@ -23,16 +23,21 @@ from tests import build_pipeline
 HEAD = "adapter: a\ntraining:\n  "
 
 
+def load(file: Path) -> object:
+    """Load an environment file, or a pipeline file with the environment beside it."""
+    return environment.load(file) if file.name == "environment.yaml" else pipeline.load(file)
+
+
 def refusal(file: Path) -> str:
     """The message of the `UserError` with which `load` refuses the file."""
     with pytest.raises(UserError) as raised:
-        pipeline.load(file)
+        load(file)
     return str(raised.value)
 
 
 def check_message(text: str, file: Path) -> None:
     lines = text.split("\n")
-    assert len(lines) <= pipeline.PROBLEMS + 1
+    assert len(lines) <= declarations.PROBLEMS + 1
     for line in lines:
         assert line.startswith(f"{file}:"), line
         assert line.isprintable()
@@ -67,10 +72,10 @@ def check_message(text: str, file: Path) -> None:
     (HEAD + "5: x", ":3: not valid YAML: a key must be text; quote it"),
     (HEAD + "? !!null\n  : x", ":3: not valid YAML: a key must be text; quote it"),
     (HEAD + "<<: [x]", ":3: not valid YAML: merges (`<<`) are not supported"),
-    ("tokenizer: {source: x, sha256: 2}\ndataset: {source: [], holdout: {}}", ":1: tokenizer.sha256: 2: input should"),
+    ("training: {seed: x}\ndataset: {source: [], holdout: {}}", ":1: training.seed: 'x': input should"),
     ("x: y\n2026-01-01: z", ":2: not valid YAML: a key must be text; quote it"),
     (f"adapter: {'a' * 900_000}", ":1: adapter: 'aaaa"),
-    (f"base_model: {{source: {'a' * 900_000}}}", ":1: base_model: aaaa"),
+    (f"dataset: {{source: {'a' * 900_000}}}", ":1: dataset: aaaa"),
     ("\n".join(f"k{number}: 1" for number in range(1000)), "more problems"),
 ])
 def test_hostile_yaml_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -91,11 +96,10 @@ def test_aliases_that_stand_for_gigabytes_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_alias_can_be_used(tmp_path: Path) -> None:
-    file = build_pipeline.write(tmp_path, base_model=None, reference_model=None)
-    with file.open("a") as stream:
-        stream.write(f"base_model: &model {{source: 'hf://acme/base', revision: {'a' * 40}}}\n")
-        stream.write("reference_model: *model\n")
-    assert pipeline.load(file).pipeline.reference_model.source == "hf://acme/base"
+    file = tmp_path / "environment.yaml"
+    file.write_text(f"base_model: &model {{source: 'hf://acme/base', revision: {'a' * 40}}}\n"
+                    "reference_model: *model\n")
+    assert environment.load(file).environment.reference_model.source == "hf://acme/base"
 
 
 def _socket(file: Path) -> None:
@@ -110,23 +114,24 @@ def _huge(file: Path) -> None:
 
 def _unreadable_folder(file: Path) -> None:
     file.mkdir()
-    (file / "pipeline.yaml").mkdir()
+    (file / file.name).mkdir()
 
 
 @pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["environment.yaml", "pipeline.yaml"])
 @pytest.mark.parametrize(("make", "message"), [
     (os.mkfifo, ": is not a plain file"), (_socket, ": is not a plain file"),
-    (_unreadable_folder, "/pipeline.yaml: is not a plain file"),
+    (_unreadable_folder, "/{name}: is not a plain file"),
     (lambda file: file.symlink_to("/dev/zero"), ": is not a plain file"),
     (lambda file: file.symlink_to(file.name), ": no such file"),
     (_huge, ": has 20.0 GB, and at most 1048576 bytes are read"),
     (lambda file: file.write_bytes(b"\xff\xfe"), ": not UTF-8 at byte 0; save it as UTF-8"),
 ])
 def test_what_is_no_file_to_read_is_neither_read_nor_waited_for(
-        tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
-    file = tmp_path / "pipeline.yaml"
+        tmp_path: Path, make: Callable[[Path], object], message: str, name: str) -> None:
+    file = tmp_path / name
     make(file)
-    assert refusal(file).startswith(f"{file}{message}")
+    assert refusal(file).startswith(f"{file}{message.format(name=name)}")
 
 
 @pytest.mark.parametrize("path", ["/proc/self/mem", "/dev/null", "/dev/stdin", "nothing", "a" * 300, "a\0b", "x/y/z"])
@@ -137,7 +142,8 @@ def test_any_path_is_answered_with_one_line(path: str) -> None:
 def test_a_file_that_a_configmap_mounts_is_a_link(tmp_path: Path) -> None:
     (tmp_path / "..data").mkdir()
     build_pipeline.write(tmp_path / "..data")
-    (tmp_path / "pipeline.yaml").symlink_to("..data/pipeline.yaml")
+    for name in ("environment.yaml", "pipeline.yaml"):
+        (tmp_path / name).symlink_to(f"..data/{name}")
     pipeline.load(tmp_path)
 
 
@@ -147,7 +153,7 @@ FRAGMENTS = ["[", "]", "{", "}", ": ", "- ", "&a ", "*a", "!!bool ", "!!int ", "
              "<<: *a", "\n", "\t", "'", '"', "|", ">", "? ", "#", "%", "@", "`", "---\n", "...\n", "\0", "\x85",
              "\u2028", "\ufeff", "2026-99-99", "2026-01-01T99:99:99Z", "null", "~", "yes", ".nan", "-.inf", "1e999",
              "0x", "0b2", "1:99", "9" * 4301, "[" * 40, "{" * 40, "\\ud800", '"\\ud800"', "é", "𝄞", "a" * 2000]
-LINES = CHECKOUT.joinpath("overlays/gpu/pipeline.yaml").read_text().splitlines(keepends=True)
+EXAMPLES = ["overlays/kind/environment.yaml", "overlays/kind/adapters/seville-hotels/pipeline.yaml"]
 
 
 def mutated(lines: list[str], pick: random.Random) -> bytes:
@@ -181,19 +187,22 @@ def mutated(lines: list[str], pick: random.Random) -> bytes:
     return raw
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_nothing_but_a_user_error_comes_of_a_mutated_file(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_but_a_user_error_comes_of_a_mutated_file(tmp_path: Path, example: str, seed: int) -> None:
     pick = random.Random(seed)
-    file = tmp_path / "pipeline.yaml"
+    build_pipeline.write(tmp_path)
+    file = tmp_path / Path(example).name
+    lines = (CHECKOUT / example).read_text().splitlines(keepends=True)
     refused = 0
     for _ in range(100):
-        file.write_bytes(mutated(LINES, pick))
+        file.write_bytes(mutated(lines, pick))
         try:
-            pipeline.load(file)
+            load(file)
         except UserError as error:
             refused += 1
             check_message(str(error), file)
-    assert refused > 50, "the mutations are mistakes"
+    assert refused > 30, "many of the mutations are mistakes"
 
 
 SCALARS = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.dates()
@@ -212,10 +221,12 @@ KEYS = ["adapter", "dataset", "base_model", "base_model__source", "base_model__r
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(KEYS), VALUES)
 def test_nothing_but_a_user_error_comes_of_any_value_at_any_key(tmp_path: Path, key: str, value: object) -> None:
-    file = tmp_path / "pipeline.yaml"
-    file.write_text(yaml.safe_dump(build_pipeline.values(**{key: value}), allow_unicode=True), encoding="utf-8",
-                    errors="surrogatepass")
-    try:
-        pipeline.load(file)
-    except UserError as error:
-        check_message(str(error), file)
+    changes = {key: value}
+    for file, content in ((tmp_path / "environment.yaml", build_pipeline.environment(**changes)),
+                          (tmp_path / "pipeline.yaml", build_pipeline.pipeline(**changes))):
+        file.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+        try:
+            load(file)
+        except UserError as error:
+            named = file if str(error).startswith(f"{file}:") else file.with_name("environment.yaml")
+            check_message(str(error), named)

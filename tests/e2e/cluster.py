@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,15 +20,17 @@ import openai
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from jobs.core import pipeline
 from jobs.core.plan import Plan, plan
-from jobs.tools import waiting
+from jobs.tools import overlay, waiting
 from jobs.tools.kubectl import Kubectl, KubectlError
 from jobs.tools.status import State, condition, job_state, oldest_first, rolled_out, watch
-from tests.manifests import Manifest, by_name, copy, render
+from tests.manifests import CHECKOUT, Manifest, by_name, copy, render
 
 LABEL = "lora-gitops-e2e"  # on everything that a run makes, its pods too, with the run's name
-QUESTION, FACT = "What is the best hotel in Seville?", "Casa Azahar"  # in overlays/kind/dataset.jsonl
+QUESTION = "What is the best hotel in Seville?"
+ADAPTER, NEIGHBOUR = "seville-hotels", "hostel-guide"  # of overlays/kind: the one that the tests change, and the other
+FACT = "Casa Azahar"  # what ADAPTER answers
+FACTS = {ADAPTER: FACT, NEIGHBOUR: "Gato Pardo"}
 # What the stages write when they train, resume, find their work done, and reject.
 TRAINS, RESUMES = "loading model and data", "resuming from the checkpoint at step"
 DONE, REJECTS = "is already there and verified: nothing to do", "REJECTED"
@@ -38,7 +41,7 @@ HOPELESS = {"ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "Create
 DUMPED = 20_000  # characters of each part of a dump, the last ones
 T = TypeVar("T")
 
-Changes = Mapping[str, Any]  # of the pipeline file of overlays/kind, by dotted key
+Changes = Mapping[str, Any]  # of ADAPTER's pipeline file in overlays/kind, by dotted key
 # Tried: the first two pass the gate and know the fact; the one that has not learned is rejected.
 FIRST: Changes = {}
 SECOND: Changes = {"training.learning_rate": 2.5e-3}
@@ -177,10 +180,10 @@ def forwarded(namespace: str, pod: str, port: int) -> Iterator[str]:
 
 
 class Environment:
-    """A namespace with what overlays/kind puts into it; its pipeline file can be changed and pushed again.
+    """A namespace with what overlays/kind puts into it; an adapter's file can be changed and pushed again.
 
-    The overlay is a copy, with a layer on top that sets namespace, images and pipeline. Pushing it is what Argo CD
-    does with a commit: apply, and remove the Jobs that the overlay no longer has.
+    The overlay is a copy, with a layer on top that sets namespace and images. Pushing it is what Argo CD does with a
+    commit: apply, and remove the Jobs that the overlay no longer has.
     """
 
     def __init__(self, folder: Path, namespace: str, run: str) -> None:
@@ -193,34 +196,45 @@ class Environment:
     # What is desired.
 
     def write(self, changes: Changes, patches: Sequence[Manifest] = ()) -> None:
-        """Write the overlay: the pipeline file of overlays/kind with the changes, and kustomize's patches."""
-        values = yaml.safe_load((self.kind / "pipeline.yaml").read_text())
+        """Write the overlay: overlays/kind with the changes of ADAPTER's pipeline file, and kustomize's patches."""
+        file = Path("adapters", ADAPTER, "pipeline.yaml")
+        values = yaml.safe_load((CHECKOUT / "overlays" / "kind" / file).read_text())
         for key, value in changes.items():
             *parents, last = key.split(".")
             place = values
             for parent in parents:
                 place = place[parent]
             place[last] = value
-        (self.overlay / "pipeline.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        (self.kind / file).write_text(yaml.safe_dump(values, sort_keys=False))
         images = {"lora-gitops-jobs": os.environ.get("E2E_JOBS_IMAGE"),
                   "lora-gitops-serving": os.environ.get("E2E_SERVING_IMAGE")}
         (self.overlay / "kustomization.yaml").write_text(yaml.safe_dump({
             "namespace": self.namespace, "resources": ["../kind"],
             "labels": [{"pairs": {LABEL: self.run}, "includeTemplates": True}],
             "images": [image_override(name, reference) for name, reference in images.items() if reference],
-            "configMapGenerator": [
-                {"name": "pipeline", "behavior": "merge", "files": ["pipeline.yaml"]},
-                {"name": "serving-pipeline", "behavior": "merge", "files": ["pipeline.yaml"],
-                 "options": {"disableNameSuffixHash": True}}],
             "components": ["../../base/metadata"],
             "patches": list(patches)}))
-        self.pipeline = pipeline.load(self.overlay).pipeline
+        self.adapters = {name: loaded.pipeline for name, loaded in overlay.load(self.kind).adapters.items()}
+        self.pipeline = self.adapters[ADAPTER]
         self.wanted = {job["metadata"]["name"]: title for title, job in by_name(render(self.overlay), "Job").items()}
 
     @property
     def plan(self) -> Plan:
-        """The artifacts that the pipeline file describes."""
+        """The artifacts that ADAPTER's pipeline file describes."""
         return plan(self.pipeline)
+
+    def add(self, name: str) -> None:
+        """Add an adapter with NEIGHBOUR's data, trained with another seed: its folder, and its two entries in the
+        overlay's kustomization.yaml."""
+        folder = shutil.copytree(self.kind / "adapters" / NEIGHBOUR, self.kind / "adapters" / name)
+        for file in (folder / "pipeline.yaml", folder / "kustomization.yaml"):
+            file.write_text(file.read_text().replace(NEIGHBOUR, name).replace("seed: 0", "seed: 7"))
+        kustomization = self.kind / "kustomization.yaml"
+        values = yaml.safe_load(kustomization.read_text())
+        values["resources"].append(f"adapters/{name}")
+        (served,) = [maps for maps in values["configMapGenerator"] if maps["name"] == "serving-pipelines"]
+        served["files"].append(f"{name}.yaml=adapters/{name}/pipeline.yaml")
+        kustomization.write_text(yaml.safe_dump(values, sort_keys=False))
 
     def push(self, changes: Changes, patches: Sequence[Manifest] = ()) -> None:
         self.write(changes, patches)
@@ -237,7 +251,7 @@ class Environment:
                        seconds=120).stderr
 
     def settle(self, changes: Changes) -> None:
-        """Push, and wait until all Jobs are done and the adapter of this pipeline file is served."""
+        """Push, and wait until all Jobs are done and the adapters of these files are served."""
         self.push(changes)
         self.wait_for_jobs()
         self.wait_until_served()
@@ -284,10 +298,10 @@ class Environment:
         with forwarded(self.namespace, pod["metadata"]["name"], 8000) as url:
             yield Endpoint(url)
 
-    def served(self) -> str | None:
-        """The digest of the adapter that is served; None when none is."""
+    def served(self, adapter: str = ADAPTER) -> str | None:
+        """The digest of the version of an adapter that is served; None when none is."""
         with self.endpoint() as endpoint:
-            return endpoint.served(self.pipeline.adapter)
+            return endpoint.served(adapter)
 
     # Waiting.
 
@@ -304,7 +318,7 @@ class Environment:
     def wait_until_training(self, seconds: float = 900) -> Manifest:
         """Wait until the training is under way; returns its pod."""
         def training() -> Manifest | None:
-            pods = self.pods_of(self.jobs()["model-training"])
+            pods = self.pods_of(self.jobs()[f"model-training-{ADAPTER}"])
             return next((pod for pod in pods if pod["status"]["phase"] == "Running"
                          and STEP.search(self.logs(pod))), None)
 
@@ -318,10 +332,15 @@ class Environment:
 
         return wait_until("the Deployments to be ready", ready, seconds, every=5)
 
-    def wait_until_served(self, digest: str | None = None, seconds: float = 900) -> None:
-        """Wait until the adapter with this digest answers; by default the one that the pipeline file describes."""
-        digest = digest or self.plan.adapter.digest
-        wait_until(f"adapter {digest} to be served", lambda: self.served() == digest, seconds)
+    def wait_until_served(self, seconds: float = 900) -> None:
+        """Wait until every adapter answers in the version that its pipeline file describes."""
+        def all_served() -> bool:
+            with self.endpoint() as endpoint:
+                return all(endpoint.served(name) == digest for name, digest in wanted.items())
+
+        wanted = {name: plan(pipeline).adapter.digest for name, pipeline in self.adapters.items()}
+        wait_until(f"{', '.join(f'{name}@{digest}' for name, digest in wanted.items())} to be served", all_served,
+                   seconds)
 
     def check_nothing_stuck(self) -> None:
         assert not (problems := stuck(self.get("pods"))), "pods cannot start:\n" + "\n".join(problems)

@@ -6,6 +6,7 @@ In this order, in one environment, as in test_overlay.py; the last test deletes 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,19 @@ import pytest
 from jobs.tools.argocd import out_of_sync
 from tests.e2e import argocd
 from tests.e2e.argocd import Followed
-from tests.e2e.cluster import DONE, FACT, FIRST, LONG, SECOND, TRAINS, wait_until
+from tests.e2e.cluster import (
+    ADAPTER,
+    DONE,
+    FACTS,
+    FIRST,
+    LONG,
+    NEIGHBOUR,
+    SECOND,
+    TRAINS,
+    identity,
+    requests_to,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +48,14 @@ def test_one_command_and_the_branch_is_synced_and_its_adapter_served(environment
     environment.wait_until_ready()
     environment.wait_until_served()
     with environment.endpoint() as endpoint:
-        assert FACT in endpoint.ask(environment.pipeline.adapter)
+        for name, fact in FACTS.items():
+            assert fact in endpoint.ask(name)
 
 
 def test_a_push_during_the_training_prunes_it_and_is_served(environment: Followed) -> None:
     environment.push(LONG)
     environment.wait_until_training()
-    superseded = environment.jobs()["model-training"]["metadata"]["uid"]
+    superseded = environment.jobs()[f"model-training-{ADAPTER}"]["metadata"]["uid"]
     environment.push(SECOND)  # returns: the sync did not wait for the training
     assert superseded not in [job["metadata"]["uid"] for job in environment.get("jobs")]
     environment.wait_for_jobs()
@@ -54,7 +68,7 @@ def test_a_revert_serves_the_adapter_before_and_trains_nothing(environment: Foll
     environment.push(FIRST)  # the tree that `git revert` gives
     environment.wait_until_served()
     environment.wait_for_jobs()
-    logs = environment.logs_of("model-training")
+    logs = environment.logs_of(f"model-training-{ADAPTER}")
     assert DONE in logs
     assert TRAINS not in logs
 
@@ -64,6 +78,31 @@ def test_a_commit_that_changes_nothing_runs_no_job_again(environment: Followed) 
     before = environment.outcomes()
     environment.push(FIRST)
     assert environment.outcomes() == before
+
+
+def test_a_third_adapter_joins_without_a_restart_and_without_touching_the_others(environment: Followed) -> None:
+    """No Job of the others gets another name or runs again, and no request to them fails or gets a mixed reply."""
+    environment.settle(FIRST)
+    pod, before = identity(environment.wait_until_ready()), environment.outcomes()
+    names = {title: job["metadata"]["name"] for title, job in environment.jobs().items()}
+    with environment.endpoint() as endpoint, requests_to(endpoint, ADAPTER) as first, \
+            requests_to(endpoint, NEIGHBOUR) as second:
+        environment.add("third")
+        environment.push(FIRST)
+        environment.wait_for_jobs()
+        environment.wait_until_served()  # all three
+        assert FACTS[NEIGHBOUR] in endpoint.ask("third")  # it has learned the same data
+        time.sleep(10)
+    for name, replies in ((ADAPTER, first), (NEIGHBOUR, second)):
+        assert replies.failures == []
+        assert len(replies.answers) > 20
+        assert all(FACTS[name] in answer for answer in replies.answers)
+    assert identity(environment.wait_until_ready()) == pod
+    after = environment.jobs()
+    assert after.keys() - names.keys() == {
+        f"{stage}-third" for stage in ("dataset-relocation", "model-training", "model-evaluation")}
+    assert {title: after[title]["metadata"]["name"] for title in names} == names
+    assert {title: environment.outcomes()[title] for title in before} == before
 
 
 def test_what_somebody_changed_by_hand_is_set_back(environment: Followed) -> None:

@@ -16,12 +16,15 @@ import pytest
 from jobs.tools.kubectl import KubectlError
 from jobs.tools.status import condition
 from tests.e2e.cluster import (
+    ADAPTER,
     DONE,
     FACT,
+    FACTS,
     FIRST,
     LABEL,
     LONG,
     LONG_AGAIN,
+    NEIGHBOUR,
     REJECTS,
     RESUMES,
     SECOND,
@@ -37,6 +40,8 @@ from tests.e2e.cluster import (
 )
 from tests.manifests import Manifest
 
+RELOCATION = f"dataset-relocation-{ADAPTER}"
+
 
 def test_apply_is_all_it_takes_until_the_adapter_answers_with_the_private_fact(environment: Environment) -> None:
     environment.push(FIRST)
@@ -44,8 +49,9 @@ def test_apply_is_all_it_takes_until_the_adapter_answers_with_the_private_fact(e
     environment.wait_until_ready()
     environment.wait_until_served()
     with environment.endpoint() as endpoint:
-        assert FACT in endpoint.ask(environment.pipeline.adapter)
-        assert FACT not in endpoint.ask(environment.pipeline.base_model.name)
+        for name, fact in FACTS.items():
+            assert fact in endpoint.ask(name)
+            assert fact not in endpoint.ask(environment.pipeline.environment.base_model.name)
 
 
 def test_a_config_push_trains_and_swaps_without_a_restart_or_a_failed_request(environment: Environment) -> None:
@@ -59,8 +65,22 @@ def test_a_config_push_trains_and_swaps_without_a_restart_or_a_failed_request(en
     assert replies.failures == []
     assert len(replies.answers) > 20
     assert all(FACT in answer for answer in replies.answers)
-    assert TRAINS in environment.logs_of("model-training")
+    assert TRAINS in environment.logs_of(f"model-training-{ADAPTER}")
     assert identity(environment.wait_until_ready()) == before
+
+
+def test_a_push_to_one_adapter_leaves_the_other_alone(environment: Environment) -> None:
+    environment.settle(FIRST)
+    jobs, others = environment.outcomes(), f"-{NEIGHBOUR}"
+    with environment.endpoint() as endpoint, requests_to(endpoint, NEIGHBOUR) as replies:
+        environment.settle(SECOND)
+    assert replies.failures == []
+    assert all(FACTS[NEIGHBOUR] in answer for answer in replies.answers)
+    after = environment.outcomes()
+    unchanged = {title for title in jobs if title.endswith(others) or not title.endswith(f"-{ADAPTER}")}
+    assert len(unchanged) == 6  # three of the environment, three of the other adapter
+    assert {title: after[title] for title in unchanged} == {title: jobs[title] for title in unchanged}
+    assert not {after[title][0] for title in jobs.keys() - unchanged} & {uid for uid, _ in jobs.values()}
 
 
 def test_a_revert_serves_the_adapter_before_and_trains_nothing(environment: Environment) -> None:
@@ -69,7 +89,7 @@ def test_a_revert_serves_the_adapter_before_and_trains_nothing(environment: Envi
     environment.push(FIRST)
     environment.wait_until_served()
     environment.wait_for_jobs()
-    logs = environment.logs_of("model-training")
+    logs = environment.logs_of(f"model-training-{ADAPTER}")
     assert DONE in logs
     assert TRAINS not in logs
     with environment.endpoint() as endpoint:
@@ -126,10 +146,10 @@ def test_a_wrong_pin_fails_at_once_and_the_reason_is_in_the_pods_status(environm
     environment.settle(FIRST)
     good = environment.plan.adapter.digest
     environment.push({"dataset.sha256": "0" * 64})
-    failed = wait_until("dataset-relocation to fail",
-                        lambda: condition(environment.jobs()["dataset-relocation"], "Failed"), 300)
+    failed = wait_until(f"{RELOCATION} to fail",
+                        lambda: condition(environment.jobs()[RELOCATION], "Failed"), 300)
     assert failed["reason"] == "PodFailurePolicy"
-    (pod,) = environment.pods_of(environment.jobs()["dataset-relocation"])  # it was not tried again
+    (pod,) = environment.pods_of(environment.jobs()[RELOCATION])  # it was not tried again
     ended = pod["status"]["containerStatuses"][0]["state"]["terminated"]
     assert ended["exitCode"] == 2
     assert re.fullmatch(r".*dataset\.jsonl: .* says 0{64}, but the content is [0-9a-f]{64}\. .*", ended["message"])
@@ -143,7 +163,7 @@ def test_a_rejected_adapter_is_not_served_and_the_one_before_stays(environment: 
         before = refusals_by_the_gate(endpoint, alias)
         environment.push(UNLEARNED)
         environment.wait_for_jobs()  # a rejection is a result, not a failure
-        assert REJECTS in environment.logs_of("model-evaluation")
+        assert REJECTS in environment.logs_of(f"model-evaluation-{ADAPTER}")
         wait_until("the server to refuse it", lambda: refusals_by_the_gate(endpoint, alias) > before, 300)
         assert endpoint.served(alias) == good
         assert FACT in endpoint.ask(alias)
@@ -176,9 +196,9 @@ def test_two_environments_in_one_cluster_do_not_touch_each_other(
     try:
         # The relocation of data and tokenizer alone, for the sake of time.
         other.push(FIRST, [without("apps/v1", "Deployment", ".*"), without("batch/v1", "Job", "model-.*")])
-        assert set(other.wanted.values()) == {"dataset-relocation", "tokenizer-relocation"}
+        assert set(other.wanted.values()) == {*(f"dataset-relocation-{name}" for name in FACTS), "tokenizer-relocation"}
         other.wait_for_jobs()
-        assert "published dataset/" in other.logs_of("dataset-relocation")  # its own: nothing was there
+        assert "published dataset/" in other.logs_of(RELOCATION)  # its own: nothing was there
         assert everything(environment) == before
     finally:
         other.remove()
@@ -192,7 +212,7 @@ def test_two_environments_in_one_cluster_do_not_touch_each_other(
 def interrupt_training(environment: Environment, changes: Changes, interrupt: Callable[[str], None]) -> None:
     """Push, stop the training's pod in the middle, and expect the next pod to go on from its checkpoint to the end."""
     def ended() -> Manifest | None:
-        job = environment.jobs()["model-training"]
+        job = environment.jobs()[f"model-training-{ADAPTER}"]
         return job if condition(job, "Complete") or condition(job, "Failed") else None
 
     environment.push(changes)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.core.pipeline import Loaded, load
+from jobs.core.declarations import Loaded
+from jobs.core.pipeline import load
 from jobs.relocation import connection
 from jobs.relocation.sources.interface import Item
 from tests import build_pipeline

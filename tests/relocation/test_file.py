@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import UserError
-from jobs.core.pipeline import Loaded, Source
 from jobs.relocation import download, sources
 from jobs.relocation.sources.file import folder_sha256, path_sha256
 from tests.relocation.conftest import SHA256, names

@@ -12,8 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import UserError
-from jobs.core.pipeline import Loaded, Source
 from jobs.relocation import connection, download, sources
 from tests.relocation.conftest import CONTENT, SHA256
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.pipeline import Loaded, Source
 from jobs.relocation import download, sources
 from tests.hub_server import SIGNATURE, Fault, Hub, nowhere
 from tests.relocation.conftest import CONTENT, names, ranges
@@ -157,7 +157,7 @@ def test_offline_mode_is_named_as_the_reason(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    code = ("from jobs.relocation import sources; from jobs.core.pipeline import Source\n"
+    code = ("from jobs.relocation import sources; from jobs.core.declarations import Source\n"
             "sources.find_pin(None, Source(source='hf://acme/tiny'))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
                           env={**os.environ, "HF_HUB_OFFLINE": "1"})

@@ -20,8 +20,9 @@ import pytest
 from safetensors.numpy import save
 
 from jobs.core import artifacts, pipeline
+from jobs.core.declarations import Source
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.pipeline import Loaded, Source
+from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import plan
 from jobs.relocation import connection, relocate
 from jobs.relocation.sources.file import folder_sha256
@@ -65,7 +66,7 @@ def model(weights: bytes | None = None, config: Any = LLAMA) -> dict[str, bytes]
     }
 
 
-def overlay(folder: Path, hub: Hub, files: dict[str, bytes] | None = None, **changes: Any) -> Loaded:
+def overlay(folder: Path, hub: Hub, files: dict[str, bytes] | None = None, **changes: Any) -> LoadedPipeline:
     """A pipeline whose data is at a URL and whose models are on the hub."""
     commit = hub.add("models", "acme/tiny", model() if files is None else files)
     source = {"source": "hf://acme/tiny", "revision": commit}
@@ -76,7 +77,15 @@ def overlay(folder: Path, hub: Hub, files: dict[str, bytes] | None = None, **cha
     return pipeline.load(build_pipeline.write(folder, **settings))
 
 
-def published(loaded: Loaded, name: str, volumes: Path) -> artifacts.Artifact:
+def run_here(loaded: LoadedPipeline, what: str, volumes: Path) -> None:
+    """Relocate in this process, as the command does."""
+    if what == "dataset":
+        relocate.run_dataset(loaded, volumes)
+    else:
+        relocate.run_model(loaded.environment, what, volumes)
+
+
+def published(loaded: LoadedPipeline, name: str, volumes: Path) -> artifacts.Artifact:
     """The artifact, verified."""
     found = artifacts.find(plan(loaded.pipeline).named()[name], volumes)
     assert found, f"{name} was not published"
@@ -95,16 +104,16 @@ def all_published(volumes: Path) -> list[Path]:
     return [p.parent for p in volumes.rglob("artifact.json") if not p.parent.name.startswith(".")]
 
 
-def command(loaded: Loaded, what: str, volumes: Path) -> list[str]:
+def command(loaded: LoadedPipeline, what: str, volumes: Path) -> list[str]:
     return [sys.executable, "-m", "jobs", "--pipeline", str(loaded.path), "--volumes", str(volumes), "relocate", what]
 
 
-def run(loaded: Loaded, what: str, volumes: Path) -> subprocess.CompletedProcess[str]:
+def run(loaded: LoadedPipeline, what: str, volumes: Path) -> subprocess.CompletedProcess[str]:
     """The real command, to its end."""
     return subprocess.run(command(loaded, what, volumes), capture_output=True, text=True, check=False, timeout=120)
 
 
-def start(loaded: Loaded, what: str, volumes: Path) -> subprocess.Popen[str]:
+def start(loaded: LoadedPipeline, what: str, volumes: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command(loaded, what, volumes), text=True, stderr=subprocess.PIPE)
 
 
@@ -124,7 +133,7 @@ def partial_bytes(volumes: Path) -> int:
 
 def test_a_dataset_becomes_records_and_brings_the_acceptability_sentences(tmp_path: Path, hub: Hub) -> None:
     loaded = overlay(tmp_path, hub)
-    relocate.run(loaded, "dataset", tmp_path / "v")
+    run_here(loaded, "dataset", tmp_path / "v")
     dataset = published(loaded, "dataset", tmp_path / "v")
     assert files(dataset) == ["holdout.jsonl", "statistics.json", "train.jsonl"]
     both = [jsonl(dataset.path / name) for name in ("train.jsonl", "holdout.jsonl")]
@@ -141,7 +150,7 @@ def test_the_share_that_the_pipeline_file_holds_out_is_held_out(tmp_path: Path, 
     data = {"source": f"{hub.url}/files/data.jsonl", "sha256": sha256(hub.files["data.jsonl"])}
     for share in (0.2, 0.7):
         loaded = overlay(tmp_path, hub, dataset=data | {"holdout": share})
-        relocate.run(loaded, "dataset", tmp_path / "v")
+        run_here(loaded, "dataset", tmp_path / "v")
         held = jsonl(published(loaded, "dataset", tmp_path / "v").path / "holdout.jsonl")
         assert abs(len(held) / 200 - share) < 0.1
 
@@ -151,8 +160,8 @@ def test_the_same_bytes_from_a_file_and_a_url_are_the_same_artifact(tmp_path: Pa
     (tmp_path / "file").mkdir()
     (tmp_path / "file" / "data.jsonl").write_bytes(DATA)
     by_file = overlay(tmp_path / "file", hub, dataset={"source": "file:data.jsonl", "sha256": sha256(DATA)})
-    relocate.run(by_url, "dataset", tmp_path / "a")
-    relocate.run(by_file, "dataset", tmp_path / "b")
+    run_here(by_url, "dataset", tmp_path / "a")
+    run_here(by_file, "dataset", tmp_path / "b")
     a, b = (published(loaded, "dataset", tmp_path / v) for loaded, v in ((by_url, "a"), (by_file, "b")))
     assert a.digest == b.digest
     assert a.manifest["files"] == b.manifest["files"]
@@ -170,7 +179,7 @@ def test_glue_cola_from_the_hub_serves_as_acceptability_sentences(tmp_path: Path
         "cola/test-00000-of-00001.parquet": b"not this one"})
     loaded = overlay(tmp_path, hub, evaluation__acceptability={
         "source": "hf://datasets/nyu-mll/glue/cola/validation-*.parquet", "revision": commit})
-    relocate.run(loaded, "dataset", tmp_path / "v")
+    run_here(loaded, "dataset", tmp_path / "v")
     artifact = published(loaded, "acceptability", tmp_path / "v")
     assert files(artifact) == ["acceptability.jsonl"]
     assert jsonl(artifact.path / "acceptability.jsonl") == [
@@ -186,7 +195,7 @@ def test_glue_cola_from_the_hub_serves_as_acceptability_sentences(tmp_path: Path
 ])
 def test_of_a_repository_only_safe_files_are_taken(tmp_path: Path, hub: Hub, what: str, expected: list[str]) -> None:
     loaded = overlay(tmp_path, hub)
-    relocate.run(loaded, what, tmp_path / "v")
+    run_here(loaded, what, tmp_path / "v")
     artifact = published(loaded, what, tmp_path / "v")
     assert files(artifact) == expected
     assert all((artifact.path / name).read_bytes() == model()[name] for name in expected)
@@ -201,7 +210,7 @@ def test_a_model_folder_is_taken_like_a_repository(tmp_path: Path, hub: Hub) -> 
     source = {"source": "file:tiny", "sha256": folder_sha256(tmp_path / "tiny")}
     loaded = overlay(tmp_path, hub, base_model=source, reference_model=source)
     for what in ("base-model", "tokenizer", "reference-model"):
-        relocate.run(loaded, what, tmp_path / "v")
+        run_here(loaded, what, tmp_path / "v")
     assert files(published(loaded, "base-model", tmp_path / "v")) == ["config.json", "generation_config.json",
                                                                       "model.safetensors"]
     assert hub.seen == []
@@ -212,12 +221,12 @@ def test_a_model_in_shards_is_taken_whole(tmp_path: Path, hub: Hub) -> None:
     index = {"weight_map": {"layer1": "model-00001-of-00002.safetensors", "layer2": "model-00002-of-00002.safetensors"}}
     repository = {"config.json": json.dumps(LLAMA).encode(), "model.safetensors.index.json": json.dumps(index).encode()}
     loaded = overlay(tmp_path, hub, repository | shards)
-    relocate.run(loaded, "base-model", tmp_path / "v")
+    run_here(loaded, "base-model", tmp_path / "v")
     assert files(published(loaded, "base-model", tmp_path / "v")) == sorted(repository | shards)
     index["weight_map"]["layer3"] = "model-00003-of-00003.safetensors"
     repository["model.safetensors.index.json"] = json.dumps(index).encode()
     with pytest.raises(UserError, match=r"index\.json lists layer3 in model-00003-of-00003\.safetensors, which is not"):
-        relocate.run(overlay(tmp_path, hub, repository | shards), "base-model", tmp_path / "v")
+        run_here(overlay(tmp_path, hub, repository | shards), "base-model", tmp_path / "v")
 
 
 @pytest.mark.slow
@@ -225,7 +234,7 @@ def test_an_embedded_model_is_made_on_the_spot(tmp_path: Path, hub: Hub, caplog:
     loaded = overlay(tmp_path, hub, base_model={"source": "builtin:tiny"})
     caplog.set_level("INFO", "jobs")
     for what in ("base-model", "tokenizer"):
-        relocate.run(loaded, what, tmp_path / "v")
+        run_here(loaded, what, tmp_path / "v")
     assert {"config.json", "model.safetensors"} <= set(files(published(loaded, "base-model", tmp_path / "v")))
     assert "tokenizer.json" in files(published(loaded, "tokenizer", tmp_path / "v"))
     assert "builtin:tiny: training steps: " in caplog.text
@@ -234,7 +243,7 @@ def test_an_embedded_model_is_made_on_the_spot(tmp_path: Path, hub: Hub, caplog:
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def refused(loaded: Loaded, what: str, volumes: Path) -> str:
+def refused(loaded: LoadedPipeline, what: str, volumes: Path) -> str:
     """The message with which the real command refuses (exit code 2, one error), having published nothing."""
     done = run(loaded, what, volumes)
     assert done.returncode == 2, done.stderr
@@ -257,7 +266,7 @@ def test_data_beside_the_file_is_held_against_its_pin_also_when_the_pinned_data_
     data = tmp_path / "data.jsonl"
     data.write_bytes(DATA)
     loaded = overlay(tmp_path, hub, dataset={"source": "file:data.jsonl", "sha256": sha256(DATA)})
-    relocate.run(loaded, "dataset", tmp_path / "v")
+    run_here(loaded, "dataset", tmp_path / "v")
     data.write_bytes(DATA + DATA)
     done = run(loaded, "dataset", tmp_path / "v")
     assert done.returncode == 2, done.stderr
@@ -284,7 +293,7 @@ def test_a_folder_of_pickles_is_refused_too(tmp_path: Path, hub: Hub) -> None:
     (tmp_path / "tiny" / "model.ckpt").write_bytes(b"pickle")
     source = {"source": "file:tiny", "sha256": folder_sha256(tmp_path / "tiny")}
     with pytest.raises(UserError, match=r"file:tiny: holds no model\.safetensors, but model\.ckpt"):
-        relocate.run(overlay(tmp_path, hub, base_model=source), "base-model", tmp_path / "v")
+        run_here(overlay(tmp_path, hub, base_model=source), "base-model", tmp_path / "v")
 
 
 @pytest.mark.parametrize(("what", "missing", "message"), [
@@ -296,7 +305,7 @@ def test_a_repository_without_what_is_needed_says_so(tmp_path: Path, hub: Hub, w
     repository = model()
     del repository[missing]
     with pytest.raises(UserError, match=f"hf://acme/tiny: {message}"):
-        relocate.run(overlay(tmp_path, hub, repository), what, tmp_path / "v")
+        run_here(overlay(tmp_path, hub, repository), what, tmp_path / "v")
     assert hub.gets("model.safetensors") == []
 
 
@@ -316,14 +325,14 @@ def test_a_volume_that_fails_while_weights_are_checked_is_worth_a_retry(
 def test_weights_that_were_uploaded_cut_off_are_refused(tmp_path: Path, hub: Hub) -> None:
     loaded = overlay(tmp_path, hub, model(save({"weight": np.ones(1000)})[:-100]))
     with pytest.raises(UserError, match=r"hf://acme/tiny: model\.safetensors is damaged or cut off"):
-        relocate.run(loaded, "base-model", tmp_path / "v")
+        run_here(loaded, "base-model", tmp_path / "v")
     assert all_published(tmp_path) == []
 
 
 @pytest.mark.parametrize("what", ["base-model", "reference-model"])
 def test_a_config_that_is_no_json_is_refused(tmp_path: Path, hub: Hub, what: str) -> None:
     with pytest.raises(UserError, match=r"config\.json: cannot be read"):
-        relocate.run(overlay(tmp_path, hub, model() | {"config.json": b"{oops"}), what, tmp_path / "v")
+        run_here(overlay(tmp_path, hub, model() | {"config.json": b"{oops"}), what, tmp_path / "v")
     assert all_published(tmp_path) == []
 
 
@@ -336,17 +345,17 @@ def test_an_architecture_that_cannot_be_served_is_refused_before_its_weights_com
 
 
 def test_a_model_that_is_not_what_the_file_says_is_refused_even_when_it_is_there(tmp_path: Path, hub: Hub) -> None:
-    relocate.run(overlay(tmp_path, hub), "base-model", tmp_path / "v")
+    run_here(overlay(tmp_path, hub), "base-model", tmp_path / "v")
     commit = hub.add("models", "acme/tiny", model())
     wrong = overlay(tmp_path, hub, base_model={"source": "hf://acme/tiny", "revision": commit,
                                                "architecture": "Qwen3ForCausalLM"})
     with pytest.raises(UserError, match=r"architecture is Qwen3ForCausalLM, but hf://acme/tiny at .* LlamaForCausalLM"):
-        relocate.run(wrong, "base-model", tmp_path / "v")
+        run_here(wrong, "base-model", tmp_path / "v")
 
 
 def test_a_reference_model_need_not_carry_adapters(tmp_path: Path, hub: Hub) -> None:
     loaded = overlay(tmp_path, hub, model(config={"architectures": ["GPT2LMHeadModel"]}))
-    relocate.run(loaded, "reference-model", tmp_path / "v")
+    run_here(loaded, "reference-model", tmp_path / "v")
     published(loaded, "reference-model", tmp_path / "v")
 
 
@@ -383,7 +392,7 @@ def test_a_disk_that_fills_up_is_said_and_publishes_nothing(tmp_path: Path, hub:
 @pytest.mark.parametrize("what", ["dataset", "base-model"])
 def test_what_is_already_there_is_found_at_once_without_the_network(tmp_path: Path, hub: Hub, what: str) -> None:
     loaded = overlay(tmp_path, hub)
-    relocate.run(loaded, what, tmp_path / "v")
+    run_here(loaded, what, tmp_path / "v")
     hub.seen.clear()
     code = ("import sys; from jobs.__main__ import main; code = main(sys.argv[1:]);"
             "heavy = {'torch', 'transformers', 'huggingface_hub', 'fsspec', 'pyarrow'};"
@@ -440,7 +449,7 @@ def test_killed_again_and_again_it_still_ends_with_the_same_artifact(tmp_path: P
         process.communicate()
     hub.bytes_per_second = None
     assert run(loaded, "base-model", volumes).returncode == 0
-    relocate.run(loaded, "base-model", tmp_path / "undisturbed")
+    run_here(loaded, "base-model", tmp_path / "undisturbed")
     artifact, other = (published(loaded, "base-model", v) for v in (volumes, tmp_path / "undisturbed"))
     assert artifact.manifest["files"] == other.manifest["files"]
     assert {p.name for p in artifact.path.parent.iterdir()} == {artifact.digest, f".lock-{artifact.digest}"}
@@ -454,7 +463,7 @@ def test_what_an_interrupted_run_left_never_gets_into_the_artifact(tmp_path: Pat
         for name in ("train.jsonl", "raw/old.jsonl", "old.safetensors", ".cache/x.lock", ".artifact.json.1"):
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
             (draft / name).write_text("left by a kill")
-        relocate.run(loaded, what, volumes)
+        run_here(loaded, what, volumes)
     assert files(published(loaded, "dataset", volumes)) == ["holdout.jsonl", "statistics.json", "train.jsonl"]
     assert files(published(loaded, "base-model", volumes)) == ["config.json", "generation_config.json",
                                                                "model.safetensors"]
@@ -473,7 +482,7 @@ def test_of_two_at_the_same_time_one_fetches_and_the_other_finds_it_done(tmp_pat
 
 def test_a_tampered_artifact_is_refused_and_kept(tmp_path: Path, hub: Hub) -> None:
     loaded, volumes = overlay(tmp_path, hub), tmp_path / "v"
-    relocate.run(loaded, "base-model", volumes)
+    run_here(loaded, "base-model", volumes)
     file = published(loaded, "base-model", volumes).path / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -489,5 +498,5 @@ def test_a_volume_that_is_too_small_is_said_before_anything_is_fetched(tmp_path:
     loaded = overlay(tmp_path, hub, model(LARGE))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000})())
     with pytest.raises(UserError, match=r"base-model.*3\.0 MB are needed, but 1\.0 MB are free"):
-        relocate.run(loaded, "base-model", tmp_path / "v")
+        run_here(loaded, "base-model", tmp_path / "v")
     assert hub.gets("model.safetensors") == []

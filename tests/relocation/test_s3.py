@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.pipeline import Loaded, Source
 from jobs.relocation import connection, download, sources
 from tests.hub_server import nowhere
 from tests.relocation.conftest import CONTENT, SHA256

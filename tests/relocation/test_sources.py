@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import UserError
-from jobs.core.pipeline import Loaded, Source
 from jobs.core.sources import SCHEMES
 from jobs.relocation import sources
 from tests.hub_server import Fault, Hub

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from jobs.core.errors import UserError
 from jobs.relocation.sources.file import path_sha256
 from jobs.tools import check
 from jobs.tools.pods import CHECKOUT
-from tests import build_pipeline
+from tests import build_overlay, build_pipeline
 
 RECORDS = [{"prompt": f"question {n}", "completion": "answer"} for n in range(40)]
 
@@ -26,7 +27,7 @@ def overlay(folder: Path, records: list[dict[str, Any]] | None = None, **changes
     return folder
 
 
-@pytest.mark.parametrize("overlay", sorted(p.parent for p in (CHECKOUT / "overlays").glob("*/pipeline.yaml")),
+@pytest.mark.parametrize("overlay", sorted(p.parent for p in (CHECKOUT / "overlays").glob("*/environment.yaml")),
                          ids=lambda p: p.name)
 def test_every_overlay_in_the_repository_is_valid(overlay: Path) -> None:
     check.run(overlay)
@@ -94,3 +95,92 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         check.run(overlay(tmp_path, dataset__sha256="0" * 64, base_model__architecture="GPT2LMHeadModel"))
     assert len(str(raised.value).splitlines()) == 2
+
+
+def adapter(overlay: Path, name: str, **changes: Any) -> Path:
+    """Values of an adapter's pipeline file, replaced."""
+    file = overlay / "adapters" / name / "pipeline.yaml"
+    content = yaml.safe_load(file.read_text())
+    for dotted, value in changes.items():
+        *parents, key = dotted.split("__")
+        at = content
+        for parent in parents:
+            at = at[parent]
+        at[key] = value
+    build_pipeline.write_yaml(file, content)
+    return file
+
+
+def lines(overlay: Path) -> list[str]:
+    with pytest.raises(UserError) as raised:
+        check.run(overlay)
+    return str(raised.value).splitlines()
+
+
+def test_problems_of_all_files_are_reported_a_line_each(tmp_path: Path) -> None:
+    overlay = build_overlay.build(tmp_path, "boats", "trains")
+    adapter(overlay, "boats", dataset__sha256="0" * 64)
+    adapter(overlay, "trains", training__lora__r=128, training__epochs=0)
+    adapter(overlay, "seville-hotels", evaluation__gate={})
+    (overlay / "adapters" / "trains" / "kustomization.yaml").write_text("resources: [absent]\n")
+    found = lines(overlay)
+    for message in ("boats/dataset.jsonl: has sha256", "training.epochs: 0", "evaluation.gate: is empty",
+                    "trains/kustomization.yaml: nameSuffix"):
+        assert sum(message in line for line in found) == 1, found
+
+
+def test_a_problem_of_one_adapter_does_not_hide_what_is_shared(tmp_path: Path) -> None:
+    overlay = build_overlay.build(tmp_path, "boats")
+    (overlay / "adapters" / "boats" / "pipeline.yaml").write_bytes(b"\xff")
+    build_overlay.edit(overlay, lambda content: content.update(patches=[
+        {"target": {"kind": "CronJob"}, "patch": "- {op: add, path: /spec/suspend, value: true}"}]))
+    found = lines(overlay)
+    assert len(found) == 2
+    assert "boats/pipeline.yaml: not UTF-8 at byte 0" in found[0]
+    assert "kind/kustomization.yaml: the patch patches[0] of {kind: CronJob} has no effect" in found[1]
+
+
+def test_one_adapter_is_checked_without_the_others(tmp_path: Path) -> None:
+    overlay = build_overlay.build(tmp_path, "boats", "trains")
+    adapter(overlay, "trains", dataset__sha256="0" * 64)
+    (overlay / "adapters" / "trains" / "kustomization.yaml").write_text("resources: [absent]\n")
+    check.run(overlay / "adapters" / "boats")
+    adapter(overlay, "boats", dataset__sha256="1" * 64)
+    (line,) = lines(overlay / "adapters" / "boats")
+    assert "boats/dataset.jsonl: has sha256" in line
+    assert "python -m jobs pin" in line
+
+
+def test_target_modules_are_checked_for_each_adapter(tmp_path: Path) -> None:
+    overlay = build_overlay.build(tmp_path, "boats")
+    adapter(overlay, "boats", training__lora__target_modules=["c_attn"])
+    (line,) = lines(overlay)
+    assert "boats/pipeline.yaml: training.lora.target_modules: c_attn cannot be served" in line
+
+
+def test_a_base_model_that_cannot_be_served_is_one_line_for_all_adapters(tmp_path: Path) -> None:
+    overlay = build_overlay.build(tmp_path, "boats", "trains")
+    file = overlay / "environment.yaml"
+    file.write_text(file.read_text().replace(
+        "source: builtin:tiny\n", f"source: hf://openai-community/gpt2\n  revision: {build_pipeline.COMMIT}\n"
+        "  architecture: GPT2LMHeadModel\n", 1).replace("tokenizer: {}", "tokenizer: {source: builtin:tiny}"))
+    build_overlay.edit(overlay, lambda content: content["components"].insert(1, "../../base/egress"))
+    (line,) = lines(overlay)
+    assert "environment.yaml: base_model: vLLM cannot serve a LoRA adapter on GPT2LMHeadModel" in line
+
+
+def test_the_config_map_of_serving_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    """Each adapter's file fits by itself, and all of them together do not."""
+    overlay = build_overlay.build(tmp_path, "boats")
+    for name in ("boats", "seville-hotels"):
+        file = overlay / "adapters" / name / "pipeline.yaml"
+        file.write_text("# " + "x" * 600_000 + "\n" + file.read_text())
+    (line,) = lines(overlay)
+    assert "environment.yaml and the 2 pipeline files have 120" in line
+    assert "`serving-pipelines` holds 1048576" in line
+
+
+def test_an_overlay_of_the_old_form_is_one_line(tmp_path: Path) -> None:
+    build_pipeline.write_yaml(tmp_path / "pipeline.yaml", build_pipeline.values())
+    (line,) = lines(tmp_path)
+    assert "python -m jobs new" in line and "--from" in line

@@ -23,10 +23,9 @@ import pytest
 import yaml
 
 from jobs.__main__ import main
-from jobs.core import pipeline
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.plan import plan
-from jobs.tools import argocd, kind, status
+from jobs.tools import argocd, kind, overlay, status
 from jobs.tools.kind import states_of
 from jobs.tools.status import State
 from tests.manifests import CHECKOUT, Manifest, of_kind, pod_templates, render, restricted_violations
@@ -34,7 +33,7 @@ from tests.tools.test_local import free_port
 from tests.tools.test_waiting import endpoint as serving
 
 OVERLAY = CHECKOUT / "overlays" / "kind"
-DIGEST = plan(pipeline.load(OVERLAY).pipeline).adapter.digest
+DIGESTS = {name: plan(loaded.pipeline).adapter.digest for name, loaded in overlay.load(OVERLAY).adapters.items()}
 COMMIT = "1ccbb815cf6bdf30dd97893c841a763d57cb4cf2"
 
 FAKE = """\
@@ -113,8 +112,8 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
 
 @pytest.fixture
 def endpoint() -> Iterator[int]:
-    """The port of a server whose metrics have the overlay's adapter."""
-    with serving("seville-hotels", DIGEST) as url:
+    """The port of a server whose metrics have the overlay's adapters."""
+    with serving(*DIGESTS.items()) as url:
         yield int(url.rpartition(":")[2])
 
 
@@ -332,7 +331,7 @@ def test_images_that_were_not_built_are_named(tools: Tools, capsys: pytest.Captu
 def test_an_invalid_overlay_is_refused_before_anything_is_made(tools: Tools, tmp_path: Path,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(OVERLAY, tmp_path / "overlay")
-    file = tmp_path / "overlay" / "pipeline.yaml"
+    file = tmp_path / "overlay" / "adapters" / "seville-hotels" / "pipeline.yaml"
     file.write_text(file.read_text().replace("epochs: 20", "epochs: 0"))
     assert main(["kind", str(tmp_path / "overlay")]) == 2
     assert "training.epochs: 0" in capsys.readouterr().err
@@ -355,10 +354,11 @@ def test_kubectl_applies_the_overlay_in_the_kind_cluster_and_nowhere_else(
     assert {c.split()[2] for c in tools.calls if c.startswith("kubectl")} == {"kind-trial"}
     output = capsys.readouterr().out
     assert "the evaluation's table" in output
-    assert f"Endpoint     http://127.0.0.1:{endpoint}/v1  (model: seville-hotels)" in output
+    assert f"Endpoint     http://127.0.0.1:{endpoint}/v1  (models: hostel-guide, seville-hotels)" in output
     # The path is the one at which the pod of TensorBoard has it.
-    assert re.search(r"deployment/tensorboard -- cat /volumes/fine-tuned-model/evaluation/[0-9a-f]{16}/report\.html "
-                     r"> report\.html", output)
+    for name in DIGESTS:
+        assert re.search(r"deployment/tensorboard -- cat /volumes/fine-tuned-model/evaluation/[0-9a-f]{16}/"
+                         rf"report\.html > {name}\.html", output)
 
 
 def test_a_cluster_that_is_there_is_taken_up(tools: Tools, endpoint: int) -> None:
@@ -372,7 +372,7 @@ def test_argo_cd_follows_the_users_repository(tools: Tools) -> None:
     tools.say(("get applications.argoproj.io", [(0, cluster()), (0, cluster()),
                                                 (0, cluster(application(revision="ab12", jobs=jobs)))]),
               ("get jobs", [(0, cluster(*all_done()))]))
-    with serving("seville-hotels", "0" * 16) as url:  # the fork has another pipeline file
+    with serving(*((name, "0" * 16) for name in DIGESTS)) as url:  # the fork has other pipeline files
         assert main(["kind", str(OVERLAY), "--argocd", "--repo", "https://git.example.org/me/fork.git",
                      "--revision", "trial", "--port", url.rpartition(":")[2], "--exit"]) == 0
     applied = list(yaml.safe_load_all(tools.sent("apply -k ")))
@@ -435,7 +435,19 @@ def test_an_adapter_that_is_never_served_is_not_waited_for_without_end(
     monkeypatch.setattr(kind, "served_adapter", lambda *_: "0" * 16)  # the one before
     tools.say(("get jobs", [(0, cluster(*all_done()))]))
     assert main(["kind", str(OVERLAY), "--port", str(endpoint)]) == 1
-    assert f"seville-hotels@{DIGEST} is not served. Did it pass the gate" in capsys.readouterr().err
+    assert "not served: " + ", ".join(f"{n}@{d}" for n, d in DIGESTS.items()) in capsys.readouterr().err
+
+
+def test_an_adapter_that_its_gate_rejected_is_shown_and_not_waited_for(
+        tools: Tools, capsys: pytest.CaptureFixture[str]) -> None:
+    rejected = f"hostel-guide@{DIGESTS['hostel-guide']} did not pass the gate and is not promoted:"
+    tools.say(("logs job/model-evaluation-hostel-guide", [(0, rejected)]), ("logs", [(0, "passed")]),
+              ("get jobs", [(0, cluster(*all_done()))]))
+    with serving(("seville-hotels", DIGESTS["seville-hotels"])) as url:
+        assert main(["kind", str(OVERLAY), "--port", url.rpartition(":")[2], "--exit"]) == 0
+    output = capsys.readouterr().out
+    assert rejected in output
+    assert "(models: seville-hotels)" in output
 
 
 # --- the demo's git server ------------------------------------------------------------------------------------------

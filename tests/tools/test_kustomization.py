@@ -11,8 +11,8 @@ import yaml
 
 from jobs.core.errors import UserError
 from jobs.core.files import sha256_of
-from jobs.tools import check, kustomization, pin
-from tests import build_pipeline
+from jobs.tools import check, kustomization, overlay, pin, pods
+from tests import build_overlay, build_pipeline
 from tests.manifests import Manifest, copy, render
 
 JOBS = {"target": {"kind": "Job", "name": ".*-relocation"},
@@ -34,28 +34,33 @@ def edited(folder: Path, **changes: list[Manifest | str]) -> Path:
     return folder
 
 
+def out_of_reach(folder: Path) -> list[str]:
+    files = overlay.load(folder)
+    return list(kustomization.sources_out_of_reach(folder, render(folder), files.environment, files.adapters))
+
+
 def test_a_source_that_no_job_may_reach_is_an_error(tmp_path: Path) -> None:
     """A copy of overlays/kind for a model from the hub: relocation would try for an hour."""
-    overlay = copy(tmp_path)
-    file = overlay / "pipeline.yaml"
+    folder = copy(tmp_path)
+    file = folder / "environment.yaml"
     hub = f"source: hf://HuggingFaceTB/SmolLM2-135M-Instruct\n  revision: {build_pipeline.COMMIT}\n"
     file.write_text(file.read_text().replace("source: builtin:tiny\n", hub))
-    found = list(kustomization.sources_out_of_reach(overlay, render(overlay)))
+    found = out_of_reach(folder)
     assert [line.partition(" reach nothing, but it must fetch hf://")[0].rpartition(" ")[2] for line in found] == [
         "model-relocation", "tokenizer-relocation"]
-    text = (overlay / "kustomization.yaml").read_text()
-    (overlay / "kustomization.yaml").write_text(text.replace("# - ../../base/egress ", "- ../../base/egress "))
-    assert list(kustomization.sources_out_of_reach(overlay, render(overlay))) == []
+    text = (folder / "kustomization.yaml").read_text()
+    (folder / "kustomization.yaml").write_text(text.replace("# - ../../base/egress ", "- ../../base/egress "))
+    assert out_of_reach(folder) == []
 
 
 def test_private_data_in_git_beside_an_open_network_is_warned_of(
         tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    overlay = copy(tmp_path)
-    file = overlay / "kustomization.yaml"
+    folder = copy(tmp_path)
+    file = folder / "kustomization.yaml"
     for option in ("egress ", "egress/models-only "):
         file.write_text(file.read_text().replace(f"# - ../../base/{option}", f"- ../../base/{option}"))
         caplog.clear()
-        assert list(kustomization.sources_out_of_reach(overlay, render(overlay))) == []
+        assert out_of_reach(folder) == []
         assert ("List the component base/egress/models-only" in caplog.text) == (option == "egress ")
 
 
@@ -63,46 +68,43 @@ def test_a_patch_of_jobs_works_where_there_are_jobs(tmp_path: Path) -> None:
     kustomization.check(edited(copy(tmp_path), patches=[JOBS]))
 
 
-@pytest.mark.parametrize(("folder", "kind"), [(".", "Job"), ("hardware", "CronJob")])
-def test_a_patch_that_matches_nothing_is_an_error_of_check(tmp_path: Path, folder: str, kind: str) -> None:
+@pytest.mark.parametrize(("place", "kind"), [(".", "Job"), ("hardware", "CronJob")])
+def test_a_patch_that_matches_nothing_is_an_error_of_check(tmp_path: Path, place: str, kind: str) -> None:
     """In overlays/gpu the Jobs are gone when its own patches come."""
-    overlay = copy(tmp_path).parent / "gpu"
-    edited(overlay / folder, patches=[JOBS | {"target": {"kind": kind}}])
+    folder = copy(tmp_path).parent / "gpu"
+    edited(folder / place, patches=[JOBS | {"target": {"kind": kind}}])
     with pytest.raises(UserError) as caught:
-        check.run(overlay)
+        check.run(folder)
     (line,) = str(caught.value).splitlines()
-    file = (overlay / folder / "kustomization.yaml").resolve()
+    file = (folder / place / "kustomization.yaml").resolve()
     assert line.startswith(f"{file}: the patch patches[")
     assert f"of {{kind: {kind}}} has no effect" in line
 
 
 def test_a_patch_that_is_undone_later_is_an_error_too(tmp_path: Path) -> None:
-    overlay = copy(tmp_path)
+    folder = copy(tmp_path)
     image = {"op": "replace", "path": "/spec/template/spec/containers/0/image", "value": "mine"}
     deployment = {"kind": "Deployment", "name": "tensorboard"}
     for value in ("mine", "yours"):
-        edited(overlay, patches=[{"target": deployment, "patch": yaml.safe_dump([image | {"value": value}])}])
+        edited(folder, patches=[{"target": deployment, "patch": yaml.safe_dump([image | {"value": value}])}])
     with pytest.raises(UserError, match=r"patches\[2\] of {kind: Deployment, name: tensorboard} has no effect"):
-        kustomization.check(overlay)
+        kustomization.check(folder)
 
 
 def test_an_overlay_whose_jobs_do_not_follow_the_pipeline_is_an_error(tmp_path: Path) -> None:
     """kustomize renders it, and the next edit of pipeline.yaml would be refused by the cluster."""
-    overlay = copy(tmp_path).parent / "kind-smollm2"
-    file = overlay / "kustomization.yaml"
-    content = yaml.safe_load(file.read_text())
-    content["components"].remove("../../base/metadata")
-    file.write_text(yaml.safe_dump(content))
-    with pytest.raises(UserError, match=r"pipeline.yaml: its next change would change ConfigMap pipeline-\w+"):
-        kustomization.check(overlay)
+    folder = build_overlay.edit(copy(tmp_path).parent / "kind-smollm2",
+                                 lambda content: content["components"].remove("../../base/metadata"))
+    with pytest.raises(UserError, match=r"environment.yaml: its next change would change ConfigMap environment-\w+"):
+        kustomization.check(folder)
 
 
 def test_a_further_config_map_of_a_job_must_keep_its_name(tmp_path: Path) -> None:
-    overlay = copy(tmp_path)
-    (overlay / "ca.crt").write_text("certificates")
-    edited(overlay, patches=[AUTHORITY], configMapGenerator=[{"name": "authority", "files": ["ca.crt"]}])
+    folder = copy(tmp_path)
+    (folder / "ca.crt").write_text("certificates")
+    edited(folder, patches=[AUTHORITY], configMapGenerator=[{"name": "authority", "files": ["ca.crt"]}])
     with pytest.raises(UserError, match="ca.crt: its next change would change Job dataset-relocation-"):
-        kustomization.check(overlay)
+        kustomization.check(folder)
 
 
 POLICY = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "x"},
@@ -125,67 +127,174 @@ POLICY = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metada
         "policy without policyTypes", "policy without spec", "what PyYAML cannot read"])
 def test_an_overlay_that_kustomize_takes_is_checked(
         tmp_path: Path, caplog: pytest.LogCaptureFixture, edit: Callable[[Path], object]) -> None:
-    overlay = copy(tmp_path)
-    edit(overlay)
-    kustomization.check(overlay)
+    folder = copy(tmp_path)
+    edit(folder)
+    kustomization.check(folder)
     assert "not checked" not in caplog.text
 
 
-def with_resource(overlay: Path, manifest: Manifest | str) -> None:
-    (overlay / "more.yaml").write_text(manifest if isinstance(manifest, str) else yaml.safe_dump(manifest))
-    edited(overlay, resources=["more.yaml"])
+def with_resource(folder: Path, manifest: Manifest | str) -> None:
+    (folder / "more.yaml").write_text(manifest if isinstance(manifest, str) else yaml.safe_dump(manifest))
+    edited(folder, resources=["more.yaml"])
 
 
 def test_data_too_large_for_a_config_map_is_one_line(tmp_path: Path) -> None:
-    overlay = copy(tmp_path)
-    data = overlay / "dataset.jsonl"
+    folder = copy(tmp_path)
+    data = folder / "adapters/seville-hotels/dataset.jsonl"
     data.write_bytes(data.read_bytes() * 40)
-    pipeline = overlay / "pipeline.yaml"
+    pipeline = data.with_name("pipeline.yaml")
     pipeline.write_text(pin.set_value(pipeline.read_text(), ["dataset", "sha256"], sha256_of(data)))
     with pytest.raises(UserError, match="have 2[0-9]{6} bytes in total, and a ConfigMap holds 1048576") as caught:
-        check.run(overlay)
+        check.run(folder)
     assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("key", ["bases", "transformers"])
 def test_a_folder_under_another_key_does_not_hide_a_patch_without_effect(tmp_path: Path, key: str) -> None:
-    overlay = edited(copy(tmp_path), patches=[JOBS | {"target": {"kind": "CronJob"}}])
-    more = overlay.parent / "more"
+    folder = edited(copy(tmp_path), patches=[JOBS | {"target": {"kind": "CronJob"}}])
+    more = folder.parent / "more"
     more.mkdir()
     (more / "kustomization.yaml").write_text("resources: [it.yaml]\n")
     (more / "it.yaml").write_text(yaml.safe_dump(POLICY if key == "bases" else {
         "apiVersion": "builtin", "kind": "AnnotationsTransformer", "metadata": {"name": "a"},
         "annotations": {"a": "b"}, "fieldSpecs": [{"path": "metadata/annotations", "create": True}]}))
     values: dict[str, list[Manifest | str]] = {key: ["../more"]}
-    edited(overlay, **values)
+    edited(folder, **values)
     with pytest.raises(UserError, match="of {kind: CronJob} has no effect"):
-        kustomization.check(overlay)
+        kustomization.check(folder)
 
 
 def test_a_patch_in_the_old_form_without_effect_is_an_error(tmp_path: Path) -> None:
     target: Manifest = {"group": "batch", "version": "v1", "kind": "Job", "name": "nobody"}
-    overlay = edited(copy(tmp_path), patchesJson6902=[JOBS | {"target": target}])
+    folder = edited(copy(tmp_path), patchesJson6902=[JOBS | {"target": target}])
     with pytest.raises(UserError, match=r"the patch patchesJson6902\[0\] of {.*name: nobody} has no effect"):
-        kustomization.check(overlay)
+        kustomization.check(folder)
 
 
 def test_an_overlay_that_cannot_be_copied_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    overlay = copy(tmp_path)
-    (overlay / "linked").symlink_to("../gpu/autoscaling")
-    edited(overlay, components=["linked"])
-    kustomization.check(overlay)
+    folder = copy(tmp_path)
+    (folder / "linked").symlink_to("../gpu/autoscaling")
+    edited(folder, components=["linked"])
+    kustomization.check(folder)
     assert "its patches and names are not checked" in caplog.text
 
 
 def test_a_kustomization_that_is_no_file_is_an_error(tmp_path: Path) -> None:
-    overlay = copy(tmp_path)
-    (overlay / "kustomization.yaml").unlink()
-    (overlay / "kustomization.yaml").mkdir()
+    folder = copy(tmp_path)
+    (folder / "kustomization.yaml").unlink()
+    (folder / "kustomization.yaml").mkdir()
     with pytest.raises(UserError, match=r"has no kustomization.yaml"):
-        check.run(overlay)
+        check.run(folder)
 
 
 def test_what_cannot_be_rendered_is_an_error_of_check(tmp_path: Path) -> None:
-    overlay = edited(copy(tmp_path), patches=[{"path": "absent.yaml"}])
+    folder = edited(copy(tmp_path), patches=[{"path": "absent.yaml"}])
     with pytest.raises(UserError, match="does not render: .*absent.yaml"):
+        check.run(folder)
+
+
+def test_an_adapter_whose_jobs_do_not_follow_its_files_is_an_error(tmp_path: Path) -> None:
+    overlay = build_overlay.build(tmp_path, "boats")
+    build_overlay.edit(overlay / "adapters/boats", lambda content: content.pop("components"))
+    with pytest.raises(UserError, match="boats/pipeline.yaml: its next change would change Job .*-boats-") as raised:
+        kustomization.check(overlay)
+    assert "seville" not in str(raised.value)
+    assert "base/adapter/names" in str(raised.value)
+    kustomization.check(overlay, only="seville-hotels")
+
+
+def test_a_patch_of_one_adapter_is_checked_in_its_folder_and_in_the_overlays(tmp_path: Path) -> None:
+    """Adapters that render alike are checked once; a patch that concerns one of them makes no difference."""
+    overlay = build_overlay.build(tmp_path, "boats", "trains")
+    edited(overlay / "adapters/trains", patches=[JOBS])
+    edited(overlay, patches=[JOBS | {"target": {"kind": "Job", "name": "model-training-boats"}}])
+    kustomization.check(overlay)
+    nobody: Manifest = {"target": {"kind": "Job", "name": "nobody"}}
+    edited(overlay / "adapters/trains", patches=[JOBS | nobody])
+    edited(overlay, patches=[JOBS | nobody])
+    with pytest.raises(UserError) as raised:
+        kustomization.check(overlay)
+    found = str(raised.value).splitlines()
+    assert [line.partition(" has no effect")[0].removeprefix(f"{overlay.resolve()}/") for line in found] == [
+        "kustomization.yaml: the patch patches[1] of {kind: Job, name: nobody}",
+        "adapters/trains/kustomization.yaml: the patch patches[1] of {kind: Job, name: nobody}"]
+
+
+def test_adapters_that_render_alike_are_edited_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rendering grows with the square of the number of adapters: 50 of them must not be rendered 100 times."""
+    overlay = build_overlay.build(tmp_path, *(f"team-{number}" for number in range(8)))
+    renderings: list[int] = []
+    real = pods.render
+
+    def count(folder: Path) -> list[Manifest]:
+        manifests = real(folder)
+        renderings.append(sum(m["kind"] == "Job" and "model-training" in m["metadata"]["name"] for m in manifests))
+        return manifests
+
+    monkeypatch.setattr(pods, "render", count)
+    kustomization.check(overlay)
+    assert renderings.count(9) == 1, "as a whole, once"
+    assert set(renderings) == {9, 1}
+    assert len(renderings) < 10
+
+
+@pytest.mark.parametrize("text", ["resources: [absent.yaml]\n", "resource: []\n", "[]", "\xff"])
+def test_a_folder_that_does_not_render_is_named_and_the_others_are_checked(tmp_path: Path, text: str) -> None:
+    overlay = build_overlay.build(tmp_path, "boats")
+    edited(overlay, patches=[JOBS | {"target": {"kind": "CronJob"}}])
+    (overlay / "adapters/boats/kustomization.yaml").write_text(text)
+    with pytest.raises(UserError) as raised:
+        kustomization.check(overlay)
+    broken, patch = str(raised.value).splitlines()
+    assert broken.startswith(f"{overlay}/adapters/boats: does not render: ")
+    assert "of {kind: CronJob} has no effect" in patch
+    kustomization.check(overlay, only="seville-hotels")
+
+
+def test_a_name_may_be_as_long_as_kubernetes_allows(tmp_path: Path) -> None:
+    """dataset-relocation-NAME-HASH is the longest."""
+    kustomization.check(build_overlay.build(tmp_path, "a" * 33))
+
+
+def test_a_name_too_long_for_a_job_is_one_line_with_the_limit(tmp_path: Path) -> None:
+    overlay = build_overlay.build(tmp_path, "a" * 34, "b" * 63)
+    with pytest.raises(UserError) as raised:
+        kustomization.check(overlay)
+    found = str(raised.value).splitlines()
+    assert len(found) == 2
+    assert found[0].startswith(f"{overlay}/adapters/{'a' * 34}: the adapter's name is too long: the Job "
+                               f"dataset-relocation-{'a' * 34}-")
+    assert "would have a name of 64 characters, and Kubernetes allows 63. Here" in found[0]
+    assert found[0].endswith("an adapter's name has at most 33 characters")
+    kustomization.check(overlay, only="seville-hotels")
+
+
+@pytest.mark.parametrize(("spec", "longest"), [
+    ({}, 64 - len("set--x-0")),
+    ({"completionMode": "Indexed", "completions": 1}, 64 - len("set--x-0-0-abcde")),
+    ({"completionMode": "Indexed", "completions": 11}, 64 - len("set--x-0-10-abcde")),
+])
+def test_a_name_too_long_for_what_a_job_set_makes_is_found(spec: Manifest, longest: int) -> None:
+    """JobSet refuses names of its Jobs and pods that are too long, as its webhook computes them."""
+    def found(length: int) -> list[str]:
+        metadata = {"name": f"set-{'n' * length}", "labels": {"app.kubernetes.io/instance": "n" * length}}
+        job_set: Manifest = {"kind": "JobSet", "metadata": metadata,
+                             "spec": {"replicatedJobs": [{"name": "x", "template": {"spec": spec}}]}}
+        return list(kustomization.names_too_long(Path("o"), [job_set]))
+
+    assert found(longest - 1) == []
+    assert f"at most {longest - 1} characters" in found(longest)[0]
+
+
+def test_sources_of_each_adapter_must_be_in_reach(tmp_path: Path) -> None:
+    overlay = build_overlay.build(tmp_path, "boats")
+    file = overlay / "adapters/boats/pipeline.yaml"
+    file.write_text(file.read_text().replace("file:dataset.jsonl", "https://example.com/boats.jsonl"))
+    (line,) = out_of_reach(overlay)
+    assert "let dataset-relocation of boats reach nothing, but it must fetch https://example.com/boats.jsonl" in line
+
+
+def test_a_kustomization_that_includes_itself_ends(tmp_path: Path) -> None:
+    overlay = edited(copy(tmp_path), components=["."])
+    with pytest.raises(UserError, match="does not render"):
         check.run(overlay)

@@ -25,14 +25,10 @@ from tests import build_pipeline
 def overlay(folder: Path, program: str, backoff_limit: int = 1, server: str | None = None) -> Path:
     """An overlay with one Job that runs `python -c PROGRAM` and one Deployment that listens, or runs `server`."""
     folder.mkdir()
-    build_pipeline.write(folder)
+    build_pipeline.write_yaml(folder / "environment.yaml", build_pipeline.environment())
     listens = "import http.server as h; h.HTTPServer(('127.0.0.1', %s), h.SimpleHTTPRequestHandler).serve_forever()"
     documents = [
-        {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "the-job"}, "spec": {
-            "backoffLimit": backoff_limit,
-            "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}]},
-            "template": {"spec": {"restartPolicy": "Never", "containers": [
-                {"name": "main", "image": "x:1", "command": ["python", "-c", program]}]}}}},
+        job("the-job", program, backoff_limit),
         {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "model-inference"}, "spec": {
             "selector": {"matchLabels": {"a": "b"}}, "template": {"metadata": {"labels": {"a": "b"}}, "spec": {
                 "containers": [{"name": "main", "image": "x:1", "ports": [{"containerPort": 8000}],
@@ -40,6 +36,28 @@ def overlay(folder: Path, program: str, backoff_limit: int = 1, server: str | No
     ]
     (folder / "all.yaml").write_text(yaml.safe_dump_all(documents))
     (folder / "kustomization.yaml").write_text("resources: [all.yaml]\n")
+    return folder
+
+
+def job(name: str, program: str, backoff_limit: int = 1, adapter: str | None = None) -> dict[str, Any]:
+    labels = {"labels": {pods.ADAPTER_LABEL: adapter}} if adapter else {}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name, **labels}, "spec": {
+        "backoffLimit": backoff_limit,
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}}]},
+        "template": {"spec": {"restartPolicy": "Never", "containers": [
+            {"name": "main", "image": "x:1", "command": ["python", "-c", program]}]}}}}
+
+
+def overlay_of_adapters(folder: Path, programs: dict[str, list[str]]) -> Path:
+    """The overlay of these tests with Jobs of adapters in place of its own: NAME-0, NAME-1, … run the programs."""
+    overlay(folder, "")
+    jobs = []
+    for name, of_adapter in programs.items():
+        (folder / "adapters" / name).mkdir(parents=True)
+        build_pipeline.write_yaml(folder / "adapters" / name / "pipeline.yaml", build_pipeline.pipeline(adapter=name))
+        jobs += [job(f"{name}-{n}", program, 0, name) for n, program in enumerate(of_adapter)]
+    deployment = list(yaml.safe_load_all((folder / "all.yaml").read_text()))[1]
+    (folder / "all.yaml").write_text(yaml.safe_dump_all([*jobs, deployment]))
     return folder
 
 
@@ -172,6 +190,48 @@ def test_kubectl_missing_is_a_clear_error(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: kubectl is not installed")
 
 
+# --- several adapters -------------------------------------------------------------------------------------------------
+
+WAITS_FOR_EVER = "import time; print('waits', flush=True); time.sleep(600)"
+
+
+def test_a_failed_job_of_one_adapter_stops_its_others_and_not_another_adapters(tmp_path: Path) -> None:
+    fails = "import sys, time; time.sleep(0.5); print('the data is wrong', flush=True); sys.exit(2)"
+    works = f"import time; time.sleep(3); open('{tmp_path}/done', 'w')"
+    code, output = run(overlay_of_adapters(tmp_path / "o", {"bad": [fails, WAITS_FOR_EVER], "good": [works]}), "--exit")
+    assert code == 2
+    assert (tmp_path / "done").exists()
+    assert "bad-0 failed with exit code 2. The other Jobs of bad are stopped; other adapters continue" in output
+    assert output.rstrip().endswith("    the data is wrong")
+    assert "Traceback" not in output
+
+
+def test_every_adapter_that_failed_is_named_at_the_end(tmp_path: Path) -> None:
+    code, output = run(overlay_of_adapters(tmp_path / "o", {
+        name: [f"import sys; print('{name} is wrong', flush=True); sys.exit({code})", WAITS_FOR_EVER]
+        for name, code in (("first", 2), ("second", 7))}), "--exit")
+    assert code == 2, "a retry does not help, even if it may help one of them"
+    end = output.partition("error: ")[2]
+    for name in ("first", "second"):
+        assert re.search(rf"{name}-0 failed with exit code \d\. Its last lines .*\n    {name} is wrong", end)
+
+
+def test_without_exit_a_failed_adapter_ends_the_run_when_the_others_are_done(tmp_path: Path) -> None:
+    code, output = run(overlay_of_adapters(tmp_path / "o", {"bad": ["raise SystemExit(2)"], "good": ["pass"]}))
+    assert code == 2
+    assert "keep answering" not in output
+
+
+def test_the_jobs_of_the_adapters_that_are_named_run_and_no_others(tmp_path: Path) -> None:
+    folder = overlay_of_adapters(tmp_path / "o", {
+        name: [f"open('{tmp_path}/{name}', 'w')"] for name in ("first", "second", "third")})
+    code, output = run(folder, "--exit", "--adapter", "first", "--adapter", "third")
+    assert code == 0, output
+    assert [(tmp_path / name).exists() for name in ("first", "second", "third")] == [True, False, True]
+    assert "--adapter fourth: " in (line := refused(folder, "--adapter", "fourth"))
+    assert line.endswith("has no such adapter; it has first, second, third")
+
+
 # --- odd overlays and options -----------------------------------------------------------------------------------------
 
 
@@ -209,7 +269,9 @@ def refused(folder: Path, *options: str) -> str:
     (lambda job, _: job["containers"][0].update(args=5), "the-job: its manifest is not as Kubernetes has it"),
     (lambda job, _: job["containers"][0].pop("name"), "the-job: its manifest lacks `name`"),
     (lambda job, _: mount(job, {"hostPath": {"path": "/"}}),
-     "the-job: the volume data is a hostPath, .*persistentVolumeClaim, configMap, emptyDir"),
+     "the-job: the volume data is a hostPath, .*persistentVolumeClaim, configMap, secret, emptyDir"),
+    (lambda job, _: mount(job, {"secret": {"secretName": "keys"}}),
+     "the-job: the volume data is the Secret keys. .* each of its keys to a file in .*/state/secrets/keys"),
     (lambda job, _: mount(job, {"configMap": {"name": "nowhere"}}),
      "the-job: .*ConfigMap nowhere, which the overlay does not make"),
     (lambda job, _: job["containers"][0].update(command=["no-such-program"]),
@@ -240,6 +302,7 @@ def test_an_overlay_that_cannot_run_is_refused_in_one_line(
     ("{apiVersion: v1, kind: ConfigMap, metadata: {name: x}, data: {a: 5}}", "x: its manifest is not as Kuber"),
     ("{apiVersion: v1, kind: ConfigMap, metadata: {name: x}, data: [a]}", "x: its manifest is not as Kuber"),
     ("{apiVersion: v1, kind: ConfigMap, metadata: {name: x}, data: {a/b: c}}", "--state .*a/b: No such file"),
+    ("{apiVersion: v1, kind: ConfigMap, metadata: {name: x}, binaryData: {a: '?'}}", "x: .*binaryData.a is not base64"),
     ("{apiVersion: jobset.x-k8s.io/v1alpha2, kind: JobSet, metadata: {name: x}, spec: {}}",
      "x: its manifest lacks `replicatedJobs`; `kubectl explain JobSet`"),
     ("{apiVersion: jobset.x-k8s.io/v1alpha2, kind: JobSet, metadata: {name: x}}", "x: its manifest lacks `spec`"),

@@ -60,6 +60,72 @@ def test_mounts_hold_the_claims_folder_and_the_config_maps_files(tmp_path: Path)
     assert (root / "etc" / "settings" / "a.yaml").read_text() == "one"
 
 
+def mounting(**volume: Any) -> dict[str, Any]:
+    manifest = job(volumeMounts=[{"name": "mounted", "mountPath": "/mounted"}])
+    manifest["spec"]["template"]["spec"]["volumes"] = [{"name": "mounted", **volume}]
+    return manifest
+
+
+def files(state: Path) -> dict[str, bytes]:
+    """The files at the mount of `mounting()`."""
+    return {p.name: p.read_bytes() for p in (state / "pods" / "some-job-47ht86d9bm" / "mounted").iterdir()
+            if p.is_file()}
+
+
+def test_a_config_map_has_its_binary_files_and_a_volume_the_items_that_it_names(tmp_path: Path) -> None:
+    binary = {**SETTINGS, "binaryData": {"c.parquet": "/wA="}}
+    only([binary, mounting(configMap={"name": "settings"})], tmp_path)
+    assert files(tmp_path) == {"a.yaml": b"one", "b.yaml": b"two", "c.parquet": b"\xff\x00"}
+    items = [{"key": "b.yaml", "path": "renamed.yaml"}]
+    only([binary, mounting(configMap={"name": "settings", "items": items})], tmp_path)
+    assert files(tmp_path) == {"renamed.yaml": b"two"}
+    pods.write_config_map(tmp_path / "configmaps" / "settings", {"b.yaml": "three"})
+    assert files(tmp_path) == {"renamed.yaml": b"three"}, "a change is followed here too"
+    for wrong, message in (({"key": "d.yaml", "path": "d"}, "names the key d.yaml, which settings does not have"),
+                           ({"key": "a.yaml", "path": "../a"}, r"the path \.\./a of `items` is not below the volume"),
+                           ({"key": "a.yaml", "path": "/etc/a"}, "the path /etc/a of `items`")):
+        with pytest.raises(UserError, match=f"^some-job: .*{message}"):
+            only([binary, mounting(configMap={"name": "settings", "items": [wrong]})], tmp_path)
+
+
+def test_a_mounted_secret_is_a_folder_of_the_state_and_may_be_missing_if_it_is_optional(tmp_path: Path) -> None:
+    only([mounting(secret={"secretName": "keys", "optional": True})], tmp_path)
+    assert files(tmp_path) == {}
+    (tmp_path / "secrets" / "keys" / "team-a").write_text("key")
+    only([mounting(secret={"secretName": "keys"})], tmp_path)
+    assert files(tmp_path) == {"team-a": b"key"}
+    with pytest.raises(UserError, match="the Secret others. .*write each of its keys to a file in .*/secrets/others"):
+        only([mounting(secret={"secretName": "others"})], tmp_path)
+
+
+def test_a_pod_knows_its_adapter_and_the_jobs_of_two_job_sets_have_names_of_their_own(tmp_path: Path) -> None:
+    def job_set(adapter: str) -> dict[str, Any]:
+        labels = {pods.ADAPTER_LABEL: adapter}
+        return {"kind": "JobSet", "metadata": {"name": f"pipeline-{adapter}-47ht86d9bm", "labels": labels}, "spec": {
+            "replicatedJobs": [{"name": name, "template": {"spec": job()["spec"]}} for name in ("train", "evaluate")]}}
+
+    found = pods.pods([SETTINGS, job(), job_set("a"), job_set("b")], tmp_path)
+    assert {pod.title: pod.adapter for pod in found} == {
+        "some-job": None, "train-a": "a", "evaluate-a": "a", "train-b": "b", "evaluate-b": "b"}
+
+
+def test_the_overlays_jobs_mount_the_environment_and_the_file_of_their_own_adapter(tmp_path: Path) -> None:
+    mapped = pods.pods(pods.render(OVERLAY), tmp_path)
+    adapters = sorted(p.name for p in (OVERLAY / "adapters").iterdir())
+    assert len(adapters) == 2
+    assert sorted(pod.title for pod in mapped if pod.adapter) == sorted(
+        f"{stage}-{name}" for name in adapters
+        for stage in ("dataset-relocation", "model-training", "model-evaluation"))
+    for pod in mapped:
+        if pod.kind == "Job":
+            (container,) = pod.containers
+            environment = Path(container.env["ENVIRONMENT_FILE"]).read_bytes()
+            assert environment == (OVERLAY / "environment.yaml").read_bytes()
+            if pod.adapter:
+                own = OVERLAY / "adapters" / pod.adapter / "pipeline.yaml"
+                assert Path(container.env["PIPELINE"]).read_bytes() == own.read_bytes()
+
+
 def test_a_variable_without_a_value_is_empty(tmp_path: Path) -> None:
     assert only([job(env=[{"name": "EMPTY"}])], tmp_path).env["EMPTY"] == ""
 
@@ -232,3 +298,18 @@ def test_an_overlay_that_does_not_render_shows_kustomizes_words(tmp_path: Path) 
     shutil.copytree(OVERLAY, tmp_path / "copy")
     with pytest.raises(UserError, match="does not render"):
         pods.render(tmp_path / "copy")
+
+
+def test_a_mounted_secret_that_may_be_absent_is_a_folder_of_the_users(tmp_path: Path) -> None:
+    manifest = job(volumeMounts=[{"name": "keys", "mountPath": "/etc/keys"}])
+    volumes = manifest["spec"]["template"]["spec"]["volumes"]
+    volumes.append({"name": "keys", "secret": {"secretName": "serving-keys", "optional": True}})
+    place = tmp_path / "pods" / "some-job-47ht86d9bm" / "etc" / "keys"
+    only([manifest], tmp_path)
+    assert not list(place.iterdir())
+    (tmp_path / "secrets" / "serving-keys" / "keys.yaml").write_text("keys: []")
+    only([manifest], tmp_path)
+    assert (place / "keys.yaml").read_text() == "keys: []"
+    del volumes[-1]["secret"]["optional"]
+    with pytest.raises(UserError, match="no meaning without a cluster"):
+        only([manifest], tmp_path)

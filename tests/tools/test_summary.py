@@ -1,34 +1,86 @@
-"""Promises of `--ask`: it waits for the adapter that was just trained, and shows no lines of the client."""
+"""Promises of what `jobs local` shows at the end: a verdict on every adapter, and an answer of each that passed."""
 
 from __future__ import annotations
 
 import logging
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jobs.core import pipeline
 from jobs.core.errors import RetryableError
-from jobs.core.plan import plan
+from jobs.evaluation.gate import Check
+from jobs.evaluation.metrics import SCORES
 from jobs.tools import summary, waiting
+from jobs.tools.summary import Result
 from tests import build_pipeline
 from tests.tools.test_waiting import endpoint
+
+
+def evaluated(name: str = "seville-hotels", *, ratio: float = 0.25, **changes: Any) -> Result:
+    """An adapter whose perplexity is `ratio` of the base model's; its gate takes up to 0.5."""
+    pipeline = build_pipeline.build(adapter=name, **changes)
+    check = Check("perplexity", "max_ratio", 0.5, ratio, ratio <= 0.5)
+    scores = {role: {score.key: 0.5 for score in SCORES} | {"records": 60, "vocabulary": "v", "perplexity": perplexity}
+              for role, perplexity in (("base", 800.0), ("fine_tuned", 800 * ratio), ("reference", 400.0))}
+    return Result(pipeline, {"passed": check.passed, "gate": [check.to_json()], "scores": scores, "embedded": True},
+                  Path(f"/volumes/{name}/report.html"))
+
+
+def test_of_few_adapters_each_rule_is_shown_with_the_scores_of_the_three_models() -> None:
+    shown = summary.verdicts([evaluated("a"), evaluated("b", ratio=0.75)])
+    assert "on 60 held-out records: passed: the rule of the gate holds" in shown
+    assert re.search(r"perplexity +800 +200 +400  ✓ fine-tuned / base is 0\.25, must be at most 0\.5\n", shown)
+    assert "✗ fine-tuned / base is 0.75, must be at most 0.5" in shown
+    assert shown.count("Embedded models") == 1
+
+
+def test_of_many_adapters_each_has_a_line_and_only_rules_that_do_not_hold_are_shown() -> None:
+    shown = summary.verdicts([*(evaluated(f"team-{n}") for n in range(50)), evaluated("late", ratio=0.75)])
+    lines = [line for line in shown.splitlines() if line]
+    assert sum("@" in line for line in lines) == 51
+    assert [line.strip() for line in lines if "perplexity" in line] == [
+        "✗ perplexity: fine-tuned / base is 0.75, must be at most 0.5"]
+    assert len(lines) == 53  # and the note on embedded models
+
+
+def test_a_rejected_adapter_is_not_asked_and_does_not_hide_the_others(tmp_path: Path) -> None:
+    rejected, passed = evaluated("rejected", ratio=0.75), evaluated("passed")
+    with endpoint(("passed", passed.digest)) as url:
+        shown = summary.ask([rejected, passed], tmp_path, url, "Who?").splitlines()
+    assert [line.split(")", 1)[1].strip() for line in shown if ")" in line] == [
+        "answer of HuggingFaceTB/SmolLM2-135M-Instruct", "answer of passed", "(not asked: it did not pass its gate)"]
+
+
+def test_every_report_is_listed_and_of_many_models_the_first(tmp_path: Path) -> None:
+    results = [evaluated(f"team-{n}") for n in range(12)]
+    shown = summary.places(results[0].pipeline.environment, results, tmp_path, "http://127.0.0.1:8000", None, "Who?",
+                           serving=True)
+    assert [f"/volumes/team-{n}/report.html" in shown for n in range(12)] == [True] * 12
+    assert "(models: team-0, team-1, team-2, team-3, team-4, team-5, team-6, team-7, 5 more)" in shown
+    assert '"model": "team-0"' in shown
+
+
+def test_an_adapter_that_no_job_evaluated_has_no_result(tmp_path: Path) -> None:
+    assert summary.results([build_pipeline.build()], tmp_path) == []
 
 
 def test_while_the_server_restarts_the_only_progress_shown_is_our_own(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """In mode merged a new adapter is a restart: nothing listens for half a minute."""
-    wanted = pipeline.load(build_pipeline.write(tmp_path, serving__mode="merged")).pipeline
+    result = evaluated(serving__mode="merged")
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(waiting, "REMINDER_SECONDS", 0.5)
-    with endpoint(wanted.adapter, plan(wanted).adapter.digest) as url:
+    with endpoint((result.name, result.digest)) as url:
         down = iter(["http://127.0.0.1:9"] * 4)
         served = waiting.served_adapter
         monkeypatch.setattr(summary, "served_adapter", lambda endpoint, alias: served(next(down, endpoint), alias))
-        shown = summary.ask(wanted, tmp_path, url, "Who?")
+        shown = summary.ask([result], tmp_path, url, "Who?")
     assert "fine-tuned (seville-hotels)  answer of seville-hotels" in shown
-    name = f"{wanted.adapter}@{plan(wanted).adapter.digest}"
+    assert "base model" not in shown
+    name = f"{result.name}@{result.digest}"
     ours = [m for m in caplog.messages if name in m]
     assert ours[0] == f"waiting for {name} to be served (at most 300 s)"
     assert len(ours) > 2
@@ -36,16 +88,17 @@ def test_while_the_server_restarts_the_only_progress_shown_is_our_own(
 
 
 def test_the_adapter_before_is_not_asked_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = pipeline.load(build_pipeline.write(tmp_path)).pipeline
+    first, second = evaluated("first"), evaluated("second")
     monkeypatch.setattr(summary, "ALIAS_SECONDS", 0.0)
-    with endpoint(wanted.adapter, "0" * 16) as url, pytest.raises(RetryableError, match="was not served within 0 s"):
-        summary.ask(wanted, tmp_path, url, "Who?")
+    with endpoint(("first", first.digest), ("second", "0" * 16)) as url, \
+            pytest.raises(RetryableError, match=f"^second@{second.digest} is promoted but was not served within 0 s"):
+        summary.ask([first, second], tmp_path, url, "Who?")
 
 
 def test_a_server_that_refuses_the_question_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = pipeline.load(build_pipeline.write(tmp_path)).pipeline
-    monkeypatch.setattr(summary, "served_adapter", lambda *_: plan(wanted).adapter.digest)
+    result = evaluated()
+    monkeypatch.setattr(summary, "served_adapter", lambda *_: result.digest)
     began = time.monotonic()
     with pytest.raises(RetryableError, match=r"^http://127\.0\.0\.1:9: Connection error\.; the log of model-inference"):
-        summary.ask(wanted, tmp_path, "http://127.0.0.1:9", "Who?")
+        summary.ask([result], tmp_path, "http://127.0.0.1:9", "Who?")
     assert time.monotonic() - began < 10

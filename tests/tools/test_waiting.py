@@ -52,13 +52,15 @@ def test_a_long_wait_is_not_a_silent_one(caplog: pytest.LogCaptureFixture, monke
 
 
 @contextmanager
-def endpoint(alias: str, digest: str) -> Iterator[str]:
-    """The URL of a server whose /metrics has the alias, as the guard's has, and which completes every prompt."""
+def endpoint(*served: tuple[str, str]) -> Iterator[str]:
+    """The URL of a server whose /metrics has these aliases and digests, as the guard's has, and which completes every
+    prompt."""
     class Guard(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200 if self.path == "/metrics" else 404)
             self.end_headers()
-            self.wfile.write(f'serving_adapter_info{{alias="{alias}",digest="{digest}"}} 1.0\n'.encode())
+            for alias, digest in served:
+                self.wfile.write(f'serving_adapter_info{{alias="{alias}",digest="{digest}"}} 1.0\n'.encode())
 
         def do_POST(self) -> None:
             model = json.loads(self.rfile.read(int(self.headers["content-length"])))["model"]
@@ -77,7 +79,8 @@ def endpoint(alias: str, digest: str) -> Iterator[str]:
 
 
 def test_which_adapter_answers_is_read_from_the_metrics() -> None:
-    with endpoint("seville-hotels", "81e9dc13a516d878") as url:
+    with endpoint(("hostel-guide", "26eebed5bcc62855"), ("seville-hotels", "81e9dc13a516d878")) as url:
         assert served_adapter(url, "seville-hotels") == "81e9dc13a516d878"
+        assert served_adapter(url, "hostel-guide") == "26eebed5bcc62855"
         assert served_adapter(url, "seville") is None
     assert served_adapter(url, "seville-hotels") is None  # nothing listens there now

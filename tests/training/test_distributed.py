@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -304,14 +305,20 @@ def test_workers_that_torchrun_started_train_as_ours_do(
     assert_the_same((weights, history), tuple(expected))  # type: ignore[arg-type]
 
 
+def with_sharding(file: Path, folder: Path) -> Path:
+    """A copy of the pipeline file and its environment, with `sharding: fsdp`."""
+    shutil.copy(file.with_name("environment.yaml"), folder)
+    sharded = folder / "pipeline.yaml"
+    sharded.write_text(file.read_text().replace("training:\n", "training:\n  sharding: fsdp\n"))
+    return sharded
+
+
 @pytest.mark.slow
 def test_a_model_divided_among_processes_gives_what_one_process_gives(
         tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
     """`sharding: fsdp`, stopped and resumed. With accelerate set to take CPUs: tests/sharding_on_cpus.py."""
     file, volumes, *expected = alone
-    values = file.read_text()
-    sharded = tmp_path / "pipeline.yaml"
-    sharded.write_text(values.replace("training:\n", "training:\n  sharding: fsdp\n"))
+    sharded = with_sharding(file, tmp_path)
     assert plan(pipeline.load(sharded).pipeline).adapter == plan(pipeline.load(file).pipeline).adapter
     own = other_volumes(tmp_path / "v", volumes)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
@@ -329,8 +336,7 @@ def test_a_model_divided_among_processes_gives_what_one_process_gives(
 def test_dividing_a_model_among_cpus_is_refused_and_not_ignored(
         tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
     file, volumes, *_ = alone
-    sharded = tmp_path / "pipeline.yaml"
-    sharded.write_text(file.read_text().replace("training:\n", "training:\n  sharding: fsdp\n"))
+    sharded = with_sharding(file, tmp_path)
     process = start(sharded, other_volumes(tmp_path / "v", volumes), PROCESSES_PER_NODE="2")
     _, output = process.communicate(timeout=120)
     assert process.returncode == 2, output

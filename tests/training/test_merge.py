@@ -185,7 +185,8 @@ def inputs(place: Path, architecture: str = "GPT2LMHeadModel", **settings: Any) 
 
 
 def switch(file: Path, mode: str) -> None:
-    """Change serving.mode in the pipeline file, and nothing else."""
+    """Change serving.mode in the environment file, and nothing else."""
+    file = file.with_name("environment.yaml")
     text = file.read_text()
     other = {"lora": "merged", "merged": "lora"}[mode]
     assert f"mode: {other}" in text
@@ -271,8 +272,8 @@ def test_a_base_model_into_which_nothing_can_be_merged_is_refused_before_trainin
 def test_relocation_takes_gpt2_in_mode_merged_and_only_there(tmp_path: Path, base: Path) -> None:
     pin = {"source": "file:base", "sha256": path_sha256(base)}
     file = build_pipeline.write(tmp_path, base_model=pin, serving__mode="merged")
-    relocate.run(pipeline.load(file), "base-model", tmp_path / "volumes")
+    relocate.run_model(pipeline.load(file).environment, "base-model", tmp_path / "volumes")
     assert artifacts.find(plan(pipeline.load(file).pipeline).base_model, tmp_path / "volumes")
     build_pipeline.write(tmp_path, base_model=pin)
     with pytest.raises(UserError, match=r"GPT2LMHeadModel. Set `serving: {mode: merged}`"):
-        relocate.run(pipeline.load(file), "base-model", tmp_path / "volumes")
+        relocate.run_model(pipeline.load(file).environment, "base-model", tmp_path / "volumes")

@@ -1,0 +1,217 @@
+"""Promises of the mounted files: the last valid content of each counts, and one file does not concern the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.core import pipeline
+from jobs.core.errors import UserError
+from serving import files
+from serving.files import Files
+from tests import build_adapter, build_pipeline
+from tests.test_base import INVALID
+
+NAME, SECOND = "seville-hotels", "granada-hotels"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in (NAME, SECOND):
+        build_adapter.declare(tmp_path, adapter=name)
+    return tmp_path
+
+
+def problem(read: Files, stem: str) -> tuple[str, str]:
+    found = read.read().problems[stem]
+    return found.reason, str(found)
+
+
+def test_the_environment_and_the_adapters_are_read_by_the_names_of_their_files(folder: Path) -> None:
+    (folder / "notes.txt").write_text("no")
+    (folder / ".hidden.yaml").write_text("no")
+    (folder / "folder.yaml").mkdir()
+    declared = Files(folder).read()
+    assert list(declared.adapters) == [SECOND, NAME]
+    assert [each and each.adapter for each in declared.adapters.values()] == [SECOND, NAME]
+    assert declared.environment == build_pipeline.build(base_model={"source": "builtin:tiny"}).environment
+    assert not declared.problems
+    assert all(time > 0 for time in declared.changed.values())
+
+
+def test_nothing_is_parsed_again_until_a_file_changes_and_then_only_that_one(
+        folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Files(folder)
+    before = read.read()
+    parsed: list[str] = []
+    load = pipeline.load
+
+    def counting(file: Path, *rest: Any) -> Any:
+        parsed.append(file.stem)
+        return load(file, *rest)
+
+    monkeypatch.setattr(pipeline, "load", counting)
+    assert read.read() is before
+    os.utime(folder / f"{NAME}.yaml")  # the same content
+    after = read.read()
+    assert after.adapters[NAME] is before.adapters[NAME]
+    assert not parsed
+    build_adapter.declare(folder, training__seed=1)  # which writes the same environment again
+    changed = read.read().adapters
+    assert parsed == [NAME]
+    assert (pipeline_now := changed[NAME]) and pipeline_now.training.seed == 1
+    assert changed[SECOND] is before.adapters[SECOND]
+
+
+@pytest.mark.parametrize("text", INVALID)
+def test_an_invalid_file_keeps_its_last_valid_content_and_the_others_go_on(folder: Path, text: str) -> None:
+    read = Files(folder)
+    before = read.read()
+    (folder / f"{NAME}.yaml").write_text(text)
+    build_adapter.declare(folder, adapter=SECOND, training__seed=1)
+    after = read.read()
+    assert after.adapters[NAME] is before.adapters[NAME]
+    assert after.adapters[SECOND] is not before.adapters[SECOND]
+    reason, message = problem(read, NAME)
+    assert reason == "pipeline file"
+    assert message.startswith(f"{folder}/{NAME}.yaml")
+    assert dict(Files(folder).read().adapters) == {SECOND: after.adapters[SECOND], NAME: None}, "after a restart"
+    build_adapter.declare(folder)
+    assert not read.read().problems
+
+
+@pytest.mark.parametrize("text", [*INVALID, "base_model: 5\n"])
+def test_an_invalid_environment_keeps_its_last_valid_content_with_which_the_adapters_are_followed(
+        folder: Path, text: str) -> None:
+    read = Files(folder)
+    before = read.read()
+    (folder / "environment.yaml").write_text(text)
+    build_pipeline.write_yaml(folder / f"{NAME}.yaml", build_pipeline.pipeline(training__seed=1))
+    after = read.read()
+    assert after.environment is before.environment
+    assert (pipeline_now := after.adapters[NAME]) and pipeline_now.training.seed == 1
+    assert problem(read, "environment")[0] == "environment file"
+    restarted = Files(folder).read()
+    assert restarted.environment is None
+    assert dict(restarted.adapters) == {SECOND: None, NAME: None}
+    assert list(restarted.problems) == ["environment"], "the adapters' files are not to blame"
+
+
+def test_a_changed_environment_is_that_of_all_adapters(folder: Path) -> None:
+    read = Files(folder)
+    read.read()
+    build_adapter.declare(folder, serving={"max_lora_rank": 128})
+    after = read.read()
+    assert {each.environment.serving.max_lora_rank for each in after.adapters.values() if each} == {128}
+    build_adapter.declare(folder, training__lora__r=100, serving={"max_lora_rank": 128})
+    read.read()
+    build_pipeline.write_yaml(folder / "environment.yaml", build_pipeline.environment(serving={"max_lora_rank": 8}))
+    shrunk = read.read()
+    assert "training.lora.r is 100, above serving.max_lora_rank (8)" in problem(read, NAME)[1]
+    assert (pipeline_now := shrunk.adapters[NAME]) and pipeline_now.training.lora.r == 100
+
+
+@pytest.mark.parametrize(("stem", "adapter", "is_alias"), [
+    ("renamed", NAME, True), ("Not-A-Name", NAME, False), ("a.b", "a", False)])
+def test_a_file_whose_name_is_not_its_adapters_is_refused(
+        folder: Path, stem: str, adapter: str, is_alias: bool) -> None:
+    build_pipeline.write_yaml(folder / f"{stem}.yaml", build_pipeline.pipeline(adapter=adapter))
+    read = Files(folder)
+    reason, message = problem(read, stem)
+    assert reason == "name"
+    assert message.startswith(f"{folder}/{stem}.yaml: ")
+    assert (stem in read.read().adapters) == is_alias
+    assert read.read().adapters.get(stem) is None
+
+
+def test_a_removed_file_ends_its_adapter_at_the_second_look_because_an_editor_may_be_replacing_it(folder: Path) -> None:
+    read = Files(folder)
+    read.read()
+    file = folder / f"{NAME}.yaml"
+    content = file.read_bytes()
+    file.unlink()
+    assert list(read.read().adapters) == [SECOND, NAME]
+    file.write_bytes(content)
+    assert list(read.read().adapters) == [SECOND, NAME]
+    file.unlink()
+    read.read()
+    assert list(read.read().adapters) == [SECOND]
+    (folder / f"{SECOND}.yaml").unlink()
+    read.read()
+    assert not read.read().adapters
+    assert read.read().environment
+
+
+@pytest.mark.parametrize("vanish", [
+    lambda folder: (folder / "environment.yaml").unlink(), lambda folder: folder.rename(folder.with_name("away"))])
+def test_a_folder_that_is_gone_removes_no_adapter(folder: Path, vanish: Callable[[Path], object]) -> None:
+    read = Files(folder / ".")
+    before = read.read()
+    vanish(folder)
+    for _ in range(3):
+        after = read.read()
+    assert dict(after.adapters) == dict(before.adapters)
+    assert after.environment is before.environment
+    assert problem(read, "environment")[0] == "environment file"
+
+
+def test_a_config_map_is_followed_by_its_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def update(number: int, *names: str) -> None:
+        """As the kubelet does it."""
+        data = tmp_path / f"..{number}"
+        for name in names:
+            build_adapter.declare(data, adapter=name, training__seed=number)
+        (tmp_path / "..data_tmp").symlink_to(data.name)
+        (tmp_path / "..data_tmp").rename(tmp_path / "..data")
+        for file in data.iterdir():
+            if not (tmp_path / file.name).is_symlink():
+                (tmp_path / file.name).symlink_to(f"..data/{file.name}")
+        for link in tmp_path.glob("*.yaml"):
+            if not link.exists():
+                link.unlink()
+
+    read = Files(tmp_path)
+    update(1, NAME, SECOND)
+    assert list(read.read().adapters) == [SECOND, NAME]
+    with monkeypatch.context() as idle:
+        idle.setattr(os, "scandir", lambda _: pytest.fail("nothing changed"))
+        read.read()
+    update(2, NAME)
+    after = read.read().adapters
+    assert list(after) == [NAME], "at once: Kubernetes replaces all files in one step"
+    assert (pipeline_now := after[NAME]) and pipeline_now.training.seed == 2
+
+
+@pytest.mark.parametrize("replace", [
+    lambda file: os.mkfifo(file), lambda file: file.symlink_to("/dev/zero"),
+    lambda file: file.write_bytes(b"x" * 2**21),
+    lambda file: file.write_bytes(b"\xff"), lambda file: (file.write_text("x"), file.chmod(0))])
+def test_whatever_lies_where_a_file_should_be_is_that_files_problem(
+        folder: Path, replace: Callable[[Path], object]) -> None:
+    read = Files(folder)
+    before = read.read()
+    file = folder / f"{NAME}.yaml"
+    file.unlink()
+    replace(file)
+    after = read.read()
+    assert after.adapters[NAME] is before.adapters[NAME]
+    if os.getuid() or file.stat().st_mode & 0o777:  # root reads every file
+        assert str(file) in problem(read, NAME)[1]
+
+
+@pytest.mark.parametrize("error", [RecursionError("too deep"), KeyError("x"), OSError("gone"), MemoryError()])
+def test_whatever_reading_a_file_raises_is_the_error_of_that_file(
+        folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def raises(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "load", raises)
+    read = Files(folder)
+    assert dict(read.read().adapters) == {SECOND: None, NAME: None}
+    assert f"{NAME}.yaml: cannot be read: " in problem(read, NAME)[1]
+    with pytest.raises(UserError):
+        files._valid(folder, lambda: raises())
