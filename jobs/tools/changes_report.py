@@ -16,15 +16,18 @@ from jobs.tools.values import shown
 
 FORMAT = 1  # of the JSON; raised when a key changes its meaning
 COLUMNS = 98  # of prose
+MARKDOWN_CHARACTERS = 30_000  # after which artifacts are left out: GitHub refuses a comment with more than 65,536
 LISTED = 20  # Jobs that the table lists one by one
 
 SERVICE = {
     "kept": "the promoted adapter is served until the new one passes the gate",
+    "interrupted": "the promoted adapter is served until serving restarts; then 503 until the new one passes the gate",
     "unavailable": "answers 503 until it passes the gate",
     "at once": "is served at once: it is there and passed the gate",
     "rejected": "is there and did not pass the gate: the promoted adapter is served",
     "removed": "is no longer served; its artifacts stay on the volumes",
 }
+NOW = ("kept", "interrupted", "rejected")  # what clients get first is the promoted adapter
 WHEN = {
     "rollout": "at the sync",
     "at once": "as soon as the file reaches the pod",
@@ -83,8 +86,10 @@ def work(part: Part) -> str:
 
 def serving(changes: Changes) -> str:
     """What happens to the server, in a few words."""
-    return {"none": "nothing is served", "starts": "serving starts", "stops": "serving stops"}.get(
-        changes.server, f"serving {'restarts' if changes.restarts else 'does not restart'}")
+    if changes.restarts:
+        return "serving restarts"
+    return {"none": "nothing is served", "starts": "serving starts", "stops": "serving stops",
+            "unknown": "whether serving restarts is not known"}.get(changes.server, "serving does not restart")
 
 
 def details(changes: Changes) -> list[str]:
@@ -103,7 +108,7 @@ def rollout(deployment: str) -> str:
 def title(name: str, part: Part) -> str:
     """An adapter in one line: its name, what it needs and what its clients get."""
     service = SERVICE.get(part.service)
-    promoted = f" (now {name}@{part.promoted})" if part.promoted and part.service in ("kept", "rejected") else ""
+    promoted = f" (now {name}@{part.promoted})" if part.promoted and part.service in NOW else ""
     return f"{name}: {work(part)}{f'; {service}{promoted}' if service else ''}"
 
 
@@ -210,8 +215,8 @@ def markdown(report: Report) -> str:
     """For a comment on a pull request: the summary first, the details folded."""
     changes = report.changes
     volumes = any(each.there is not None for each in changes.environment.artifacts)
-    lines = [f"**{summary(changes)}**", "", f"`{report.overlay}`: the working tree compared with "
-             f"{_code(str(report.since)) if report.since else 'nothing: everything is new'}.", ""]
+    lines = [f"### {report.overlay}", "", f"**{summary(changes)}**", "",
+             f"Compared with {_code(str(report.since))}." if report.since else "Everything is new.", ""]
     if report.notes:  # a note begins its line, so it cannot end the block
         lines += ["```text", *(f"note: {note}" for note in report.notes), "```", ""]
     lines += [f"- {restart(each)}: {_code(each.reason)}" for each in changes.restarts]
@@ -223,10 +228,13 @@ def markdown(report: Report) -> str:
         [f"`{name}`", title(name, part).partition(": ")[2]] for name, part in listed if name)), ""] if any(
         name for name, _ in listed) else []
     head = ["stage", "artifact", "digest", "compared", *(["on the volume"] if volumes else []), "Job", "why"]
+    folded = 0
     for name, part in listed:
-        if part.artifacts:
+        if len("\n".join(lines)) > MARKDOWN_CHARACTERS:
+            folded += 1
+        elif part.artifacts:
             runs = running(changes, name)
-            lines += ["<details>", f"<summary>{name or 'environment'}: {work(part) if name else 'changed'}</summary>",
+            lines += ["<details>", f"<summary>{name or 'environment'}: {work(part) if name else part.status}</summary>",
                       "", *_cells(head, (
                           [each.stage, each.name, f"`{each.spec.digest}`", "**new**" if each.new else "unchanged",
                            *([there(each, part, each.stage in runs)] if volumes else []),
@@ -234,8 +242,10 @@ def markdown(report: Report) -> str:
                           for each in part.artifacts)), ""]
             lines += [f"- no artifact depends on {_code(str(each))}" for each in without_effect(part)]
             lines += ["", "</details>", ""]
+    if folded:
+        lines += [f"The artifacts of {folded} more: `python -m jobs plan {report.overlay}`.", ""]
     new = [run for run in changes.runs if run.new]
-    if new or changes.removed:
+    if (new or changes.removed) and not folded:
         lines += ["<details>", f"<summary>Jobs: {len(new)} new names, {len(changes.removed)} no longer declared"
                   "</summary>", "", *_cells(["before", "after", ""], (
                       [f"`{run.before}`" if run.before else "", f"`{run.workload.name}`", _makes(run)] for run in new)),
@@ -245,12 +255,13 @@ def markdown(report: Report) -> str:
 
 
 def _cells(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    escaped = ([cell.replace("|", "\\|") for cell in cells] for cells in (header, ["---"] * len(header), *rows))
+    return [f"| {' | '.join(cells)} |" for cells in escaped]
 
 
 def _code(text: str) -> str:
-    """A text that Markdown shows as it is: no markup, no mention, no end of a table's cell."""
-    return f"`{text.replace('`', chr(39))}`".replace("|", "\\|")
+    """A text that Markdown shows as it is: no markup, no mention."""
+    return f"`{text.replace('`', chr(39))}`"
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import pytest
 from jobs import __main__ as cli
 from jobs.core import promotion
 from jobs.core.artifacts import publish
+from jobs.core.environment import Serving
 from jobs.core.errors import UserError
 from jobs.core.files import sha256_of
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import RECIPES, Plan, plan
-from jobs.tools import changes, changes_report, values, workloads
+from jobs.tools import changes, changes_report, earlier, values, workloads
 from jobs.tools import plan as command
 from jobs.tools.changes import Changes, Side
 from jobs.tools.pods import CHECKOUT, Manifest
@@ -146,7 +148,8 @@ def test_new_data_is_a_reason_by_its_pin(overlay: Path) -> None:
     report = command.make(overlay)
     assert new(report.changes.adapters[B]) == {}
     assert running(report.changes).keys() == of(B)
-    assert any("its relocation would fail. Run: python -m jobs pin" in note for note in report.notes)
+    assert any(note.startswith("its relocation would fail: ") and "python -m jobs pin" in note
+               for note in report.notes)
     edit(folder / "pipeline.yaml", before, after := sha256_of(folder / "dataset.jsonl"))
     report = command.make(overlay)
     why = new(report.changes.adapters[B])
@@ -171,7 +174,9 @@ def test_a_new_base_model_makes_every_adapter_new_and_serving_waits_for_them(ove
     assert [(each.when, each.reason) for each in found.restarts] == [
         ("adapters passed", "the base model changes and the tokenizer changes")]
     edit(overlay / "environment.yaml", "  max_lora_rank: 64", "  max_lora_rank: 64\n  when_base_changes: at-once")
-    assert [each.when for each in planned(overlay).restarts] == ["base model there"]
+    found = planned(overlay)
+    assert [each.when for each in found.restarts] == ["base model there"]
+    assert {part.service for part in found.adapters.values()} == {"interrupted"}
 
 
 def test_only_the_gate_is_evaluated_again(overlay: Path) -> None:
@@ -198,6 +203,11 @@ def test_a_job_that_runs_for_nothing_is_told_from_one_that_works(
                                              "restart")
 
 
+def test_the_folder_of_an_adapter_stands_for_its_overlay(overlay: Path) -> None:
+    report = command.make(overlay / "adapters" / A)
+    assert (report.overlay, report.changes.adapters.keys()) == (overlay, {A, B})
+
+
 def test_adapters_come_and_go_without_a_restart(overlay: Path) -> None:
     remove_adapter(overlay, B)
     add_adapter(overlay, "third")
@@ -215,14 +225,15 @@ def test_an_adapter_that_no_kustomization_lists_is_said_not_to_run(overlay: Path
     before = (overlay / "kustomization.yaml").read_text()
     add_adapter(overlay, "third")
     (overlay / "kustomization.yaml").write_text(before)
-    assert planned(overlay).notes == ["no kustomization lists adapters/third: nothing of it runs"]
+    notes = command.make(overlay).notes
+    assert any("`resources` does not list adapters/third, so its Jobs would not run" in note for note in notes)
 
 
 @pytest.mark.parametrize(("file", "before", "after", "restarts"), [
     ("cpu/vllm-cpu.yaml", "--max-model-len=512", "--max-model-len=256",
      [("rollout", "its pods change: spec.containers.vllm.args: [--max-model-len=512] -> [--max-model-len=256]")]),
     ("environment.yaml", "max_lora_rank: 64", "max_lora_rank: 128",
-     [("at once", "serving.max_lora_rank is raised from 64 to 128")]),
+     [("at once", "serving.max_lora_rank: 64 -> 128")]),
     ("environment.yaml", "max_lora_rank: 64", "max_lora_rank: 32", []),
     ("environment.yaml", "keep: 5", "keep: 6", []),
     ("environment.yaml", "serving:\n", "serving:\n  mode: merged\n",
@@ -232,6 +243,19 @@ def test_whether_serving_restarts_and_when(overlay: Path, file: str, before: str
                                            restarts: list[tuple[str, str]]) -> None:
     edit(overlay / file, before, after)
     assert [(each.when, each.reason) for each in planned(overlay).restarts] == restarts
+
+
+def test_a_further_setting_of_the_server_restarts_it() -> None:
+    """Until serving/base.py has a rule for it, a wrong "does not restart" would be the worse mistake."""
+    class More(Serving):
+        threads: int = 1
+
+    pipeline = build_pipeline.build()
+    deployment = {"kind": "Deployment", "metadata": {"name": "model-inference"}, "spec": {"template": {}}}
+    sides = [Side(pipeline.environment.model_copy(update={"serving": More(threads=number)}), {}, [deployment])
+             for number in (1, 2)]
+    assert [str(each) for each in changes.compare(sides[0], sides[1]).restarts] == [
+        str(changes.Restart("at once", "serving.threads: 1 -> 2"))]
 
 
 def test_mode_merged_makes_one_more_artifact_and_restarts_with_every_adapter(overlay: Path) -> None:
@@ -312,6 +336,19 @@ def test_another_recipe_is_a_reason_too() -> None:
     number = RECIPES["adapter"]
     assert why["adapter"] == (f"recipe: {number + 1} -> {number} (RECIPES in jobs/core/plan.py)",)
     assert why.keys() == {"adapter", "adapter-scores", "evaluation"}
+
+
+def test_the_recipes_of_the_revision_are_those_of_its_code(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = overlay.parents[1] / "jobs" / "core" / "plan.py"
+    code.parent.mkdir(parents=True)
+    shutil.copy(CHECKOUT / "jobs" / "core" / "plan.py", code)
+    number = RECIPES["acceptability"]
+    edit(code, f'"acceptability": {number}', f'"acceptability": {number + 1}')
+    commit(overlay)
+    assert new(planned(overlay).adapters[A]) == {}, "the code that runs is of another repository"
+    monkeypatch.setattr(earlier.plan, "__file__", str(code))
+    assert new(planned(overlay).adapters[A])["acceptability"] == (
+        f"recipe: {number + 1} -> {number} (RECIPES in jobs/core/plan.py)",)
 
 
 def test_a_secret_in_a_url_is_not_shown() -> None:
@@ -540,6 +577,7 @@ def test_an_overlay_of_one_file_is_compared_by_its_settings(overlay: Path) -> No
     report = command.make(overlay)
     assert {part.status for part in [report.changes.environment, *report.changes.adapters.values()]} == {"unchanged"}
     assert "all Jobs are taken as new: HEAD:overlays/kind: has no kustomization.yaml" in " ".join(report.notes)
+    assert changes_report.summary(report.changes).endswith("; whether serving restarts is not known")
 
 
 def test_what_cannot_be_read_of_the_old_side_is_taken_as_new_and_said(overlay: Path) -> None:
@@ -593,6 +631,20 @@ def test_invalid_files_are_exit_code_2_with_a_line_for_each(overlay: Path, capsy
     assert [line.count("training.lora.r") for line in capsys.readouterr().err.splitlines()] == [1, 1]
 
 
+def test_it_needs_no_more_packages_than_the_page_installs(overlay: Path) -> None:
+    """A CI job need not install torch."""
+    page = (CHECKOUT / "docs" / "plan.md").read_text()
+    allowed = {name.lower().replace("-", "_") for match in re.findall(r"\^\(([\w|-]+)\)==", page)
+               for name in match.split("|")} - {"pyyaml"} | {"yaml", "_yaml", "_distutils_hack"}
+    program = ("import sys; from jobs.__main__ import main; main(['plan', sys.argv[1]]); "
+               "print(*{name.partition('.')[0] "
+               "for name, m in sys.modules.items() if 'site-packages' in (getattr(m, '__file__', None) or '')}, "
+               "file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", program, str(overlay)], cwd=CHECKOUT, capture_output=True, text=True,
+                          check=True)
+    assert {"yaml", "pydantic"} <= set(done.stderr.splitlines()[-1].split()) <= allowed
+
+
 @pytest.mark.parametrize("before", ["r: 16", "# Every rule"])
 def test_the_exit_code_is_0_whether_or_not_anything_changes(
         overlay: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], before: str) -> None:
@@ -629,7 +681,7 @@ def test_markdown_shows_values_as_they_are(overlay: Path) -> None:
          "target_modules: ['a|b', '`@team`', '<img src=x>']")
     text = changes_report.markdown(command.make(overlay))
     assert "`training.lora.target_modules: all-linear -> [a\\|b, '@team', <img src=x>]`" in text
-    assert text.startswith("**1 adapter trained again, 1 unchanged; ")
+    assert text.splitlines()[2].startswith("**1 adapter trained again, 1 unchanged; ")
     for row in (line for line in text.splitlines() if line.startswith("| train")):
         assert len(re.findall(r"(?<!\\)\|", row)) == 7
 
@@ -651,6 +703,8 @@ def test_fifty_adapters_are_planned_within_seconds(overlay: Path) -> None:
     assert len(new(report.changes.adapters[B])) == 3
     assert len(running(report.changes)) == 3 + 50 * 3
     assert len(changes_report.table(report).splitlines()) < 120
+    edit(overlay / "environment.yaml", "source: builtin:tiny-reference", "source: builtin:tiny")
+    assert len(changes_report.markdown(command.make(overlay))) < 65536, "GitHub refuses a longer comment"
 
 
 def test_the_yaml_of_a_new_key_needs_no_code() -> None:
