@@ -128,13 +128,15 @@ def removed(alias: str, adapter: str | None) -> None:
 
 def requested(key: str, alias: str, digest: str) -> None:
     """A request is passed on to vLLM."""
-    labels = (key, alias, digest)
-    _used.pop(labels, None)
-    _used[labels] = None
+    labels, metrics = (key, alias, digest), (REQUESTS, PROMPT_TOKENS, COMPLETION_TOKENS)
+    if labels not in _used:
+        for metric in metrics:
+            metric.labels(*labels)  # from 0 on: the first increase must show
+    _used[labels] = _used.pop(labels, None)  # to the end
     if len(_used) > USAGE_SERIES:
         oldest = next(iter(_used))
         del _used[oldest]
-        for metric in (REQUESTS, PROMPT_TOKENS, COMPLETION_TOKENS):
+        for metric in metrics:
             metric.remove(*oldest)
     REQUESTS.labels(*labels).inc()
 

@@ -160,10 +160,12 @@ class StandIn:
         request.state.request_metadata = metadata  # where vLLM reports to middleware
         if asked.get("stream"):
             return StreamingResponse(self._stream(reply, metadata), media_type="text/event-stream")
-        with self._computing(metadata):
-            while self.hold and not self.hold.is_set() and not await request.is_disconnected():
-                await asyncio.sleep(0.01)
-        metadata.final_usage_info = None if await request.is_disconnected() else USAGE
+        if asked.get("endless"):
+            with self._computing(metadata):
+                while not await request.is_disconnected():
+                    await asyncio.sleep(0.01)
+        else:
+            metadata.final_usage_info = USAGE
         return JSONResponse(reply)
 
     async def _stream(self, reply: dict[str, Any], metadata: SimpleNamespace) -> AsyncIterator[bytes]:

@@ -837,8 +837,8 @@ def test_a_stream_is_passed_on_as_it_is_whether_or_not_the_client_wants_its_usag
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_reply_that_the_client_cuts_off_is_counted_as_far_as_it_came(keyed: World, stream: bool) -> None:
     before = counted(keyed, key="team-a", alias=NAME)
-    keyed.vllm.hold = threading.Event()
-    body = json.dumps({"model": NAME, "prompt": "x", "stream": stream})
+    keyed.vllm.hold = threading.Event()  # of streams
+    body = json.dumps({"model": NAME, "prompt": "x", "stream": stream, "endless": True})
     with socket.create_connection(("127.0.0.1", int(keyed.url.rpartition(":")[2]))) as client:
         client.sendall(f"POST {COMPLETION} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key-a\r\n"
                        f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
@@ -877,8 +877,10 @@ def test_the_series_of_usage_are_bounded_and_those_used_last_stay(monkeypatch: p
         events.requested("bounded", NAME, str(i))
         events.used("bounded", NAME, str(i), prompt=1, completion=1)
     events.used("bounded", NAME, "1", prompt=1, completion=1)  # of a request that ends late
+    for i in range(5, 9):
+        events.requested("bounded", NAME, str(i))  # in progress
     for metric in (events.REQUESTS, events.PROMPT_TOKENS, events.COMPLETION_TOKENS):
-        assert sorted(labels[2] for labels in metric._metrics if labels[0] == "bounded") == ["0", "3", "4"]
+        assert sorted(labels[2] for labels in metric._metrics if labels[0] == "bounded") == ["6", "7", "8"]
 
 
 # Replies
