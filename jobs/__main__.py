@@ -65,14 +65,17 @@ def parser() -> argparse.ArgumentParser:
 
     pin = commands.add_parser("pin", description="fill or refresh the pins of an overlay's pipeline.yaml")
     check = commands.add_parser("check", description="validate an overlay offline")
+    plan_parser = commands.add_parser("plan", description="show what a push would do", formatter_class=raw)
     local = commands.add_parser("local", description="run an overlay as local processes", formatter_class=raw)
     kind = commands.add_parser("kind", description="run an overlay in a kind cluster", formatter_class=raw)
-    for command in (pin, check, local, kind):
+    for command in (pin, check, plan_parser, local, kind):
         command.add_argument("overlay", type=Path, help="the overlay's folder, e.g. overlays/kind")
     pin.add_argument("--update", action="store_true", help="also move pins that are there to the newest revision")
     from jobs.tools import kind as kind_module
     from jobs.tools import local as local_module
+    from jobs.tools import plan as plan_module
 
+    plan_module.add_arguments(plan_parser)
     local_module.add_arguments(local)
     kind_module.add_arguments(kind)
     return top
@@ -92,6 +95,10 @@ def run(args: argparse.Namespace) -> None:
             from jobs.tools import check
 
             check.run(args.overlay)
+        case "plan":
+            from jobs.tools import plan as plan_module
+
+            plan_module.run(args)
         case "local":
             from jobs.tools import local
 

@@ -41,8 +41,8 @@ environment file names another base model, the server drains and exits with 0, t
 alias has an adapter for it that passed the gate. With `serving: {mode: merged}`, for models on which vLLM has no LoRA,
 every new adapter is such a restart. If a file is invalid, the server keeps serving what was promoted.
 
-Set VLLM_API_KEY to require a key. Flags that are not listed here go to vLLM, for example --max-model-len or
---enforce-eager. On SIGTERM the server finishes the requests in progress and exits.
+Set VLLM_API_KEY to require a key, or KEYS_FILE to a file of keys (docs/keys.md). Flags that are not listed here go to
+vLLM, for example --max-model-len or --enforce-eager. On SIGTERM the server finishes the requests in progress and exits.
 """
 # vLLM's flags that must not be set here, and what to do instead.
 FROM_FILES = "it follows from the environment file"

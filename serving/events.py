@@ -27,7 +27,16 @@ REFUSALS = Counter("serving_refusals_total", "Adapters, evaluations, promotions 
 LIVE = Histogram("serving_promotion_to_live_seconds",
                  "From the promotion, or the pipeline file's change if that came later, to the first request served.",
                  ["alias"], buckets=(0.25, 0.5, 1, 2, 5, 10, 30, 60, 300))
+BY_KEY = ["key", "alias", "digest"]  # the key's name; the alias, or the base model's name
+REQUESTS = Counter("serving_requests_total", "Requests that were passed on to vLLM.", BY_KEY)
+PROMPT_TOKENS = Counter("serving_prompt_tokens_total", "Tokens of prompts.", BY_KEY)
+COMPLETION_TOKENS = Counter("serving_completion_tokens_total", "Tokens of replies.", BY_KEY)
+# Of each of the three above. Versions and keys come and go: beyond that, those that were used last stay.
+USAGE_SERIES = 10_000
+KEYS_REFUSED = Counter("serving_keys_refusals_total", "Invalid contents of the file of keys.")
 DRAINING = Gauge("serving_draining", "1 while the server drains.")
+
+_used: dict[tuple[str, str, str], None] = {}  # the labels of the metrics by key, least recently used first
 
 
 class Fields(logging.Formatter):
@@ -103,6 +112,32 @@ def removed(alias: str, adapter: str | None) -> None:
         ADAPTER.remove(alias, adapter)
     _log(logging.INFO, f"{alias}: no pipeline file names it any more", "removal", alias=alias,
          adapter=adapter or "none")
+
+
+def requested(key: str, alias: str, digest: str) -> None:
+    """A request is passed on to vLLM."""
+    labels = (key, alias, digest)
+    _used.pop(labels, None)
+    _used[labels] = None
+    if len(_used) > USAGE_SERIES:
+        oldest = next(iter(_used))
+        del _used[oldest]
+        for metric in (REQUESTS, PROMPT_TOKENS, COMPLETION_TOKENS):
+            metric.remove(*oldest)
+    REQUESTS.labels(*labels).inc()
+
+
+def used(key: str, alias: str, digest: str, *, prompt: int, completion: int) -> None:
+    """A request ended after so many tokens."""
+    if (key, alias, digest) in _used:
+        PROMPT_TOKENS.labels(key, alias, digest).inc(prompt)
+        COMPLETION_TOKENS.labels(key, alias, digest).inc(completion)
+
+
+def keys_refused(message: str, consequence: str) -> None:
+    """The file of keys is invalid."""
+    KEYS_REFUSED.inc()
+    _log(logging.ERROR, f"keys refused: {message}; {consequence}", "keys_refusal")
 
 
 def draining(reason: str) -> None:

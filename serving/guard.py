@@ -1,30 +1,32 @@
 """The guard: ASGI middleware inside vLLM's API server (`--middleware serving.guard.Guard`), outermost of all.
 
-It allows only the routes that clients need, and translates between the alias that clients send (NAME) and the version
-that vLLM knows (NAME@DIGEST): in requests, replies and every event of a stream. It limits what one request can take
-from others. serving/aliases.py decides which version an alias points to.
+It allows only the routes that clients need, and only the models that the client's key opens (serving/keys.py). It
+translates between the alias that clients send (NAME) and the version that vLLM knows (NAME@DIGEST): in requests,
+replies and every event of a stream. It limits what one request can take from others, and counts what each key uses.
+serving/aliases.py decides which version an alias points to.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving import cpu_shield, parameters
+from serving import cpu_shield, keys, parameters
 from serving.aliases import Aliases, Version
 from serving.bodies import Bodies
 from serving.drain import Drain
 from serving.heartbeat import Heartbeat
+from serving.keys import Key, Keys
 from serving.merged import MergedAliases
 from serving.replies import RETRY_AFTER_SECONDS, error
 from serving.served import Served
+from serving.usage import Usage
 
 # All reachable routes, compared byte for byte with the request's path. vLLM registers about sixty routes, some of which
 # load adapters, pause the engine or bypass every check.
@@ -54,8 +56,9 @@ class Guard:
         self.max_sequences = self.served.max_sequences
         kind = MergedAliases if self.served.mode == "merged" else Aliases
         self.aliases = kind(self.served, self._call_vllm, self.drain.begin)
-        key = os.environ.get("VLLM_API_KEY")
-        self._key = hashlib.sha256(key.encode()).digest() if key else None
+        self._vllm_key = os.environ.get("VLLM_API_KEY") or None
+        self.keys = Keys(Path(os.environ.get("KEYS_FILE") or keys.FILE), self._vllm_key)
+        self._engine: Any = None  # vLLM's EngineClient
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -78,13 +81,15 @@ class Guard:
             if message["type"] == "lifespan.shutdown":
                 await self.aliases.stop()
                 await self.heartbeat.stop()
+                await self.keys.stop()
             return message
 
         async def sent(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self.drain.attach(scope["app"])
-                engine = scope["app"].state.engine_client
+                engine = self._engine = scope["app"].state.engine_client
                 self.heartbeat.start(engine)
+                self.keys.start()
                 if self.max_sequences is None:
                     self.max_sequences = max(engine.vllm_config.scheduler_config.max_num_seqs // SHARE_OF_BATCH, 1)
                 self.aliases.start(scope["app"].state)
@@ -101,23 +106,25 @@ class Guard:
             await error(404, "Not found")(scope, receive, send)
         elif scope["method"] != method:
             await error(405, f"{path} takes {method} only", headers={"Allow": method})(scope, receive, send)
-        elif path.startswith("/v1/") and not self._has_key(scope):
-            # vLLM checks the key too, but only behind the guard, which answers some requests itself.
-            await error(401, "The API key is missing or wrong", code="invalid_api_key")(scope, receive, send)
         elif path in ("/health", "/ready"):
             await self._health(scope, receive, send)
+        elif path == "/metrics":
+            await (self._metrics_refusal(scope) or self.app)(scope, receive, send)
+        elif isinstance(key := self._key(scope), Response):
+            await key(scope, receive, send)
         elif path == "/v1/models":
-            await self._models(scope, receive, send)
-        elif method == "POST":
-            await self._completion(scope, receive, send)
+            await self._models(key, self._with_vllm_key(scope), receive, send)
         else:
-            await self.app(scope, receive, send)
+            await self._completion(key, self._with_vllm_key(scope), receive, send)
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer /health (503: the server must be restarted) and /ready (503: clients should use another server)."""
         ready = scope["path"] == "/ready"
         if ready and self.drain.reason is not None:
             await error(503, f"Draining: {self.drain.reason}")(scope, receive, send)
+        elif ready and self.keys.locked:
+            await error(503, "The file of keys was never valid, so no client has a valid key; see the log")(
+                scope, receive, send)
         elif ready and not self.aliases.first_look_done.is_set():
             await error(503, "The server is still looking for its adapters")(scope, receive, send)
         elif self.heartbeat.hangs:
@@ -125,32 +132,60 @@ class Guard:
         else:
             await self.app({**scope, "path": "/health", "raw_path": b"/health"}, receive, send)
 
-    def _has_key(self, scope: Scope) -> bool:
-        if self._key is None:
-            return True
-        value = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
-        scheme, _, key = value.partition(b" ")
-        # Hashed, so that the comparison takes the same time for keys of any length.
-        return scheme.lower() == b"bearer" and hmac.compare_digest(hashlib.sha256(key).digest(), self._key)
+    def _key(self, scope: Scope) -> Key | Response:
+        """The key that the client sent, if it is valid; else an error reply."""
+        values = [value for name, value in scope["headers"] if name == b"authorization"]
+        # Of two headers, a proxy may have checked the other one.
+        scheme, _, token = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
+        key = self.keys.find(token) if scheme.lower() == b"bearer" else None
+        if key or not self.keys.required:
+            return key or keys.ANYBODY
+        if self.keys.problem:  # 401 would tell the holder of a good key to look for another one
+            return error(503, "The server cannot read its keys", code="keys_not_ready",
+                         headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+        return error(401, "The API key is missing or wrong", code="invalid_api_key")
 
-    async def _completion(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _metrics_refusal(self, scope: Scope) -> Response | None:
+        """An error reply if the client may not read the metrics, which show what all teams do."""
+        if not self.keys.metrics_need_key:
+            return None
+        key = self._key(scope)
+        if isinstance(key, Response):
+            return key
+        return None if key.metrics else error(403, "This key may not read the metrics", code="metrics_not_allowed")
+
+    def _with_vllm_key(self, scope: Scope) -> Scope:
+        """The request's scope with the key that vLLM itself expects, if any, in place of the client's."""
+        headers = [each for each in scope["headers"] if each[0] != b"authorization"]
+        if self._vllm_key:
+            headers.append((b"authorization", b"Bearer " + self._vllm_key.encode()))
+        return {**scope, "headers": headers}
+
+    async def _completion(self, key: Key, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on to the base model or, under its version's name, to an alias. Answer all others."""
         body = await self.bodies.read(scope, receive)
         if body is None:
             return  # the client disconnected
-        target = self._target(scope["path"], body) if isinstance(body, bytes) else body
+        target = self._target(key, scope["path"], body) if isinstance(body, bytes) else body
         if isinstance(target, Response):
             await target(scope, receive, send)
             return
         version, body = target
-        scope, receive = _with_length(scope, body), _replay(body, receive)
-        if version is None:
-            await self.app(scope, receive, send)
-        else:
-            with version.request():
-                await self.app(scope, receive, _Renamed(version, send))
+        usage = self._usage(key, version)
+        scope, receive = usage.scope(_with_length(scope, body)), usage.receive(_replay(body, receive))
+        with usage:
+            if version is None:
+                await self.app(scope, receive, send)
+            else:
+                with version.request():
+                    await self.app(scope, receive, _Renamed(version, send))
 
-    def _target(self, path: str, body: bytes) -> tuple[Version | None, bytes] | Response:
+    def _usage(self, key: Key, version: Version | None) -> Usage:
+        if version is None or version is self.aliases.base:
+            return Usage((key.name, self.served.base_name, self.served.base_model), self._engine)
+        return Usage((key.name, version.name, version.digest), self._engine)
+
+    def _target(self, key: Key, path: str, body: bytes) -> tuple[Version | None, bytes] | Response:
         """The version that a request is for (None: the base model itself) and the body for vLLM; or an error reply.
 
         The body is serialized again from what was checked here; vLLM never gets the client's bytes.
@@ -166,11 +201,21 @@ class Guard:
         model = request.get("model")
         if not model or not isinstance(model, str):  # vLLM would use the base model
             return error(400, "The request must name a model", param="model")
+        if not key.may_use(model):
+            # The same for a model that does not exist: a key cannot find out the names of others' adapters.
+            return error(403, f"This key may not use a model named `{model[:100]}`. See /v1/models", param="model",
+                         code="model_not_allowed")
         version = self._version(model)
         if isinstance(version, Response):
             return version
+        changes = {"model": version.model if version else model}
+        if self.keys.separate:
+            own_salt = request.get("cache_salt")
+            if own_salt is not None and not (isinstance(own_salt, str) and own_salt):
+                return error(400, "`cache_salt` must be a text that is not empty", param="cache_salt")
+            changes["cache_salt"] = self.keys.salt(key, own_salt or "")
         try:
-            body = json.dumps({**request, "model": version.model if version else model}).encode()
+            body = json.dumps({**request, **changes}).encode()
             refusal = cpu_shield.refusal(path, request, self.served) or self._too_many(path, request)
         except RecursionError:
             return error(400, "The request is nested too deeply")
@@ -197,15 +242,15 @@ class Guard:
         return error(400, f"This server generates at most {self.max_sequences} sequences (n for each prompt) for one "
                           "request. Send several requests", param="prompt" if request.get("n") in (None, 1) else "n")
 
-    async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """vLLM's list of models, with aliases in place of versions; `root` is the version of an alias."""
+    async def _models(self, key: Key, scope: Scope, receive: Receive, send: Send) -> None:
+        """vLLM's list of models that the key opens, with aliases in place of versions; `root` is an alias's version."""
         reply = _Kept()
         await self.app(scope, receive, reply)
         if reply.status == 200:
-            reply.body = self._listed(reply.body)
+            reply.body = self._listed(key, reply.body)
         await reply.pass_on(send)
 
-    def _listed(self, body: bytes) -> bytes:
+    def _listed(self, key: Key, body: bytes) -> bytes:
         cards = {card["id"]: card for card in json.loads(body)["data"]}
         listed = []
         if self.served.base_name in cards:  # vLLM's root is a path of this machine
@@ -215,7 +260,7 @@ class Guard:
             if alias.version and alias.version.model in cards:
                 listed.append({**cards[alias.version.model], "id": name, "root": alias.version.model,
                                "parent": self.served.base_name})
-        return json.dumps({"object": "list", "data": listed}).encode()
+        return json.dumps({"object": "list", "data": [card for card in listed if key.may_use(card["id"])]}).encode()
 
 
 class _Renamed:

@@ -28,6 +28,8 @@ from starlette.websockets import WebSocket
 from serving.guard import Guard
 
 BASE = "builtin:tiny"
+PROMPT_TOKENS, COMPLETION_TOKENS = 3, 2  # of every request and reply
+USAGE = SimpleNamespace(prompt_tokens=PROMPT_TOKENS, completion_tokens=COMPLETION_TOKENS)
 
 
 class Engine:
@@ -38,6 +40,8 @@ class Engine:
                                            lora_config=SimpleNamespace(max_loras=16))
         self.hangs = False
         self.adapters: dict[int, str] = {}  # what holds a slot: number and name
+        # What is computed now: the engine's numbers by those of the API, and the state of each.
+        self.output_processor = SimpleNamespace(external_req_ids={}, request_states={})
 
     async def is_paused(self) -> bool:
         while self.hangs:
@@ -146,17 +150,37 @@ class StandIn:
         reply = {"id": "x", "model": model, "choices": [{"text": f'I am {{"model":"{model}"}}'}]}
         if asked.get("fail"):
             return JSONResponse({"error": {"message": f"{model} failed", "code": 400}}, 400)
+        metadata = SimpleNamespace(request_id=f"cmpl-{len(self.asked)}", final_usage_info=None)
+        request.state.request_metadata = metadata  # where vLLM reports to middleware
         if asked.get("stream"):
-            return StreamingResponse(self._stream(reply), media_type="text/event-stream")
+            return StreamingResponse(self._stream(reply, metadata), media_type="text/event-stream")
+        with self._computing(metadata):
+            while self.hold and not self.hold.is_set() and not await request.is_disconnected():
+                await asyncio.sleep(0.01)
+        metadata.final_usage_info = None if await request.is_disconnected() else USAGE
         return JSONResponse(reply)
 
-    async def _stream(self, reply: dict[str, Any]) -> AsyncIterator[bytes]:
+    async def _stream(self, reply: dict[str, Any], metadata: SimpleNamespace) -> AsyncIterator[bytes]:
         event = f"data: {json.dumps(reply, separators=(',', ':'))}\n\n".encode()
-        yield event
-        while self.hold and not self.hold.is_set():
-            await asyncio.sleep(0.01)
+        with self._computing(metadata):
+            yield event
+            while self.hold and not self.hold.is_set():
+                await asyncio.sleep(0.01)
+        metadata.final_usage_info = USAGE
         yield event
         yield b"data: [DONE]\n\n"
+
+    @contextlib.contextmanager
+    def _computing(self, metadata: SimpleNamespace) -> Iterator[None]:
+        """The engine knows the request, of which it has generated one token."""
+        processor, number = self.engine.output_processor, f"internal-{metadata.request_id}"
+        processor.external_req_ids[f"{metadata.request_id}-0"] = [number]
+        detokenizer = SimpleNamespace(num_output_tokens=lambda: 1)
+        processor.request_states[number] = SimpleNamespace(prompt_len=PROMPT_TOKENS, detokenizer=detokenizer)
+        try:
+            yield
+        finally:
+            del processor.external_req_ids[f"{metadata.request_id}-0"], processor.request_states[number]
 
     async def _plain(self, request: Request) -> Response:
         return PlainTextResponse("here")

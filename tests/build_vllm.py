@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -21,7 +23,7 @@ import psutil
 from jobs.core.pipeline import Pipeline
 from tests import build_adapter
 
-BASE, NAME = "builtin:tiny", "seville-hotels"
+BASE, NAME, OTHER = "builtin:tiny", "seville-hotels", "granada-hotels"
 # Routes for developers too: they must be closed even where somebody switched them on.
 OPENED = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 FLAGS = ["--max-model-len", "256", "--enforce-eager", "--kv-cache-memory-bytes", str(128 * 1024**2),
@@ -53,7 +55,8 @@ class Server:
         """Start it and wait until it is healthy."""
         values = {**os.environ, **OPENED, "OMP_NUM_THREADS": "1", "PATH": f"{self.folder}/bin", "HANG_SECONDS": "15",
                   "TMPDIR": str(self.folder), "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
-                  "VLLM_CACHE_ROOT": str(self.folder / "cache"), "VLLM_RPC_BASE_PATH": self._sockets.name}
+                  "VLLM_CACHE_ROOT": str(self.folder / "cache"), "VLLM_RPC_BASE_PATH": self._sockets.name,
+                  "KEYS_FILE": str(self.folder / "keys.yaml")}
         values.pop("VLLM_API_KEY", None)
         if self.key:
             values["VLLM_API_KEY"] = self.key
@@ -98,6 +101,12 @@ class Server:
     def write(self, seed: int = 0, **changes: Any) -> Pipeline:
         """Write the environment file and an adapter's; adapters differ by `seed`."""
         return build_adapter.declare(self.folder / "pipelines", training__seed=seed, **changes)[0]
+
+    def write_keys(self, models: dict[str, list[str] | str]) -> None:
+        """Write the file of keys: a key is `team-KEY`'s."""
+        keys = [{"name": f"team-{key}", "sha256": hashlib.sha256(key.encode()).hexdigest(), "models": each}
+                for key, each in models.items()]
+        (self.folder / "keys.yaml").write_text(json.dumps({"keys": keys}))
 
     def promote(self, seed: int) -> Path:
         """Promote an adapter and wait until it is served; returns its folder."""

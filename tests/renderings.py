@@ -13,13 +13,27 @@ import yaml
 
 from tests.manifests import CHECKOUT, Manifest, copy, render
 
-OPTION = re.compile(r"^# - (\S+).*$", re.MULTILINE)  # a resource or component that a kustomization offers in a comment
+# A resource or component that a kustomization offers in a comment, or an environment that Argo CD's settings offer.
+OPTION = re.compile(r"^( *)# (- .+|{.+},)$", re.MULTILINE)
 
 # What is applied: each overlay, and argocd/.
 FOLDERS = [*sorted(p.parent for p in CHECKOUT.glob("overlays/*/kustomization.yaml")), CHECKOUT / "argocd"]
+
+
+def with_options(file: Path) -> str:
+    """The text of a file with everything switched on that it offers."""
+    return OPTION.sub(r"\1\2", file.read_text())
+
+
+def offering(folder: Path) -> list[Path]:
+    """The files of a folder that offer something."""
+    return [file for name in ("kustomization.yaml", "settings.yaml") for file in sorted(folder.rglob(name))
+            if with_options(file) != file.read_text()]
+
+
 # By name: each as it is, and with all of its options switched on.
 NAMES = [str(folder.relative_to(CHECKOUT)) + suffix for folder in FOLDERS for suffix in ("", " with options")
-         if not suffix or OPTION.search((folder / "kustomization.yaml").read_text())]
+         if not suffix or offering(folder)]
 
 
 @functools.cache
@@ -31,14 +45,9 @@ def rendered(name: str) -> list[Manifest]:
     with tempfile.TemporaryDirectory() as place:
         copy(Path(place))
         shutil.copytree(CHECKOUT / "argocd", Path(place, "argocd"))
-        file = Path(place, folder, "kustomization.yaml")
-        file.write_text(with_options(file))
-        return render(file.parent)
-
-
-def with_options(file: Path) -> str:
-    """The text of a kustomization with everything switched on that it offers."""
-    return OPTION.sub(r"- \1", file.read_text())
+        for file in offering(Path(place, folder)):
+            file.write_text(with_options(file))
+        return render(Path(place, folder))
 
 
 def parts(folder: Path) -> set[Path]:

@@ -19,18 +19,18 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving import bodies, guard, heartbeat, parameters, verification
+from serving import bodies, events, guard, heartbeat, keys, parameters, usage, verification
 from serving.aliases import Alias, Version
 from serving.served import Served
 from tests import build_adapter
 from tests.build_guarded import NAME, World, start, until
-from tests.build_server import BASE, Engine, raw_request
+from tests.build_server import BASE, COMPLETION_TOKENS, PROMPT_TOKENS, Engine, raw_request
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "x"}]
@@ -494,22 +494,343 @@ def test_with_a_key_everything_under_v1_needs_it_and_the_guards_own_calls_have_i
     assert not locked.vllm.reached
 
 
-def test_a_wrong_key_is_refused_however_much_its_hash_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guard compares hashes of keys: all their bytes, not some of them."""
-    for name, value in SERVED.to_environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("VLLM_API_KEY", "right")
-    right = hashlib.sha256(b"right").digest()
-    keys = [f"wrong{i}".encode() for i in range(400_000)]
-    alike = [key for key in keys if hashlib.sha256(key).digest()[:2] == right[:2]
-             or hashlib.sha256(key).digest()[-2:] == right[-2:]]
-    assert len(alike) > 5
+# Keys
 
-    async def check() -> list[bool]:
-        guarded = guard.Guard(Starlette())
-        return [guarded._has_key({"headers": [(b"authorization", b"Bearer " + key)]}) for key in [b"right", *alike]]
 
-    assert asyncio.run(check()) == [True] + [False] * len(alike)
+OTHER = "granada-hotels"
+
+
+@pytest.fixture(scope="module", params=["single", None])
+def teams(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Two teams with an adapter each, with and without VLLM_API_KEY beside their keys; nobody changes it."""
+    folder = tmp_path_factory.mktemp("teams")
+    write_keys(folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("KEYS_FILE", str(folder / "keys.yaml"))
+        for world in start(folder, monkeypatch, key=request.param):
+            monkeypatch.delenv("KEYS_FILE")  # other tests start servers while this one runs
+            promote_both(world)
+            yield world
+
+
+@pytest.fixture
+def keyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """The same, for tests that change it."""
+    write_keys(tmp_path)
+    monkeypatch.setenv("KEYS_FILE", str(tmp_path / "keys.yaml"))
+    monkeypatch.setattr(keys, "POLL_SECONDS", 0.02)
+    for world in start(tmp_path, monkeypatch):
+        promote_both(world)
+        yield world
+
+
+def write_keys(folder: Path, *without: str) -> None:
+    models = {"a": f"[{NAME}]", "b": f"[{OTHER}, {BASE}, later]", "admin": '"*"'}
+    entries = [{"name": f"team-{name}", "sha256": hashlib.sha256(f"key-{name}".encode()).hexdigest(),
+                "models": yaml.safe_load(value)} for name, value in models.items() if name not in without]
+    (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": entries}))
+
+
+def promote_both(world: World) -> None:
+    for seed, name in enumerate((NAME, OTHER)):
+        pipeline, _ = world.write(adapter=name, training__seed=seed)
+        build_adapter.promote(world.volumes, pipeline)
+    until(lambda: listed(world, "key-admin") == {NAME, OTHER, BASE})
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def listed(world: World, key: str) -> set[str]:
+    return {card["id"] for card in httpx.get(world.url + "/v1/models", headers=bearer(key)).json()["data"]}
+
+
+def ask(world: World, key: str, model: object, path: str = COMPLETION, **body: Any) -> httpx.Response:
+    return httpx.post(world.url + path, json={"model": model, "prompt": "Hello", **body}, headers=bearer(key))
+
+
+def test_a_key_lists_and_uses_its_own_models(teams: World) -> None:
+    opened = {"key-a": {NAME}, "key-b": {OTHER, BASE}, "key-admin": {NAME, OTHER, BASE}}
+    for key, models in opened.items():
+        assert listed(teams, key) == models
+        for model in (NAME, OTHER, BASE):
+            for path in (COMPLETION, CHAT):
+                for stream in (False, True):
+                    assert ask(teams, key, model, path, stream=stream).status_code == (200 if model in models else 403)
+    assert ask(teams, "key-b", "later").status_code == 404  # not there yet, and the key may know that
+
+
+def test_a_key_does_not_learn_which_other_models_exist(teams: World) -> None:
+    replies = [ask(teams, "key-a", model) for model in (OTHER, BASE, "no-such-hotels")]
+    assert {reply.status_code for reply in replies} == {403}
+    messages = {reply.text.replace(model, "X") for reply, model in zip(replies, (OTHER, BASE, "no-such-hotels"),
+                                                                       strict=True)}
+    assert len(messages) == 1
+    problem = replies[0].json()["error"]
+    assert set(problem) == {"message", "type", "param", "code"}
+    assert (problem["param"], problem["code"]) == ("model", "model_not_allowed")
+    for reply in (ask(teams, "key-a", NAME, fail=True), ask(teams, "key-a", NAME, n=99),
+                  httpx.post(teams.url + COMPLETION, content=b"{", headers=bearer("key-a"))):
+        assert reply.status_code == 400
+        assert OTHER not in reply.text
+
+
+@pytest.mark.parametrize("model", [
+    OTHER, OTHER.upper(), f" {OTHER}", f"{OTHER} ", f"{OTHER}\n", f"{OTHER}\x00", f"{OTHER}/", f"./{OTHER}",
+    f"{NAME}@{OTHER}", f"{NAME},{OTHER}", "%67ranada-hotels", "granada\N{NON-BREAKING HYPHEN}hotels",
+    "gr\N{CYRILLIC SMALL LETTER A}nada-hotels", "\N{FULLWIDTH LATIN SMALL LETTER G}ranada-hotels",
+    "granada\N{SOFT HYPHEN}-hotels", "*", "version"])
+def test_no_spelling_of_anothers_model_gets_past_the_guard(teams: World, model: str) -> None:
+    if model == "version":
+        model = next(name for name in teams.vllm.loaded if name.startswith(f"{OTHER}@"))
+    seen = len(teams.vllm.bodies)
+    assert ask(teams, "key-a", model).status_code == 403
+    assert len(teams.vllm.bodies) == seen
+
+
+@pytest.mark.parametrize("body", [
+    f'{{"model": "{NAME}", "model": "{OTHER}"}}', f'{{"model": "{NAME}", "mod\\u0065l": "{OTHER}"}}',
+    '{"model": "gr\\u0061nada-hotels"}', f'{{"model": ["{NAME}", "{OTHER}"]}}', f'[{{"model": "{OTHER}"}}]',
+    f'{{"model": "{OTHER}"}}{{"model": "{NAME}"}}'])
+def test_no_odd_json_gets_past_the_guard(teams: World, body: str) -> None:
+    seen = len(teams.vllm.bodies)
+    for encoding in ("utf-8", "utf-16", "utf-8-sig"):
+        reply = httpx.post(teams.url + COMPLETION, content=body.encode(encoding), headers=bearer("key-a"))
+        assert reply.status_code in (400, 403)
+    assert len(teams.vllm.bodies) == seen
+
+
+def test_the_model_that_was_checked_is_the_only_one_that_vllm_gets(teams: World) -> None:
+    body = f'{{"model": "{OTHER}", "model": "{NAME}", "prompt": "x"}}'
+    assert httpx.post(teams.url + COMPLETION, content=body, headers=bearer("key-a")).status_code == 200
+    assert teams.vllm.asked[-1]["model"].startswith(f"{NAME}@")
+    assert OTHER.encode() not in teams.vllm.bodies[-1]
+    extra = {"lora_request": {"lora_name": OTHER}, "lora_name": OTHER, "adapter": OTHER, "Model": OTHER}
+    reply = httpx.post(teams.url + COMPLETION + f"?model={OTHER}", json={"model": NAME, "prompt": "x", **extra},
+                       headers={**bearer("key-a"), "X-Model": OTHER})
+    assert reply.status_code == 200
+    assert teams.vllm.asked[-1]["model"].startswith(f"{NAME}@")
+
+
+def test_real_vllm_reads_no_field_but_model_for_the_adapter() -> None:
+    """If a version of vLLM takes an adapter from another field of a request, the guard must know it."""
+    for path in (COMPLETION, CHAT):
+        fields = parameters._class(path).model_fields
+        assert [name for name in fields if "model" in name or "lora" in name or "adapter" in name] == ["model"]
+        aliases = {field.validation_alias or field.alias for field in fields.values()}
+        assert not [alias for alias in aliases if alias and "model" in str(alias)]
+
+
+@pytest.mark.parametrize("headers", [
+    [], ["Bearer "], ["Bearer key-c"], ["Bearer  key-a"], ["key-a"], ["Basic key-a"], ["Bearer key-a,"],
+    ["Bearer\tkey-a"], ["Bearer KEY-A"], ["Bearer key-a key-admin"], ["Bearer key-admin", "Bearer key-a"],
+    ["Bearer key-a", "Bearer key-a"], ["Bearer " + "x" * 50_000], ["Bearer \xff\xfe"],
+    ["Bearer " + hashlib.sha256(b"key-a").hexdigest()], ["Bearer team-a"], ["Bearer key-a\x00"], ["Bearer none"]])
+def test_a_header_that_is_not_exactly_a_valid_key_is_401(teams: World, headers: list[str]) -> None:
+    seen = len(teams.vllm.bodies)
+    for route in ("GET /v1/models", f"POST {COMPLETION}", f"POST {CHAT}"):
+        request = [f"{route} HTTP/1.1", "Host: x", "Connection: close", "Content-Length: 2",
+                   *(f"Authorization: {value}" for value in headers)]
+        reply = raw_request(teams.url, "\r\n".join([*request, "", "{}"]).encode("latin-1"))
+        assert status_of(reply) in ((401, 400) if "\x00" in "".join(headers) else (401,)), reply
+        assert b"invalid_api_key" in reply or status_of(reply) == 400
+    assert len(teams.vllm.bodies) == seen
+
+
+def test_the_scheme_may_be_written_in_any_case(teams: World) -> None:
+    for scheme in ("Bearer", "bearer", "BEARER"):
+        reply = httpx.get(teams.url + "/v1/models", headers={"authorization": f"{scheme} key-a"})
+        assert [card["id"] for card in reply.json()["data"]] == [NAME]
+
+
+def test_the_single_key_opens_everything_beside_the_file(teams: World) -> None:
+    reply = ask(teams, "single", OTHER)
+    assert reply.status_code == (200 if teams.vllm.key else 401)
+
+
+def test_a_removed_key_stops_working_and_a_request_in_progress_ends_well(keyed: World) -> None:
+    keyed.vllm.hold = threading.Event()
+    body = {"model": NAME, "prompt": "x", "stream": True}
+    with httpx.stream("POST", keyed.url + COMPLETION, json=body, headers=bearer("key-a")) as stream:
+        lines = stream.iter_lines()
+        assert next(lines).startswith("data: {")
+        write_keys(keyed.folder, "a")
+        until(lambda: ask_for_models(keyed, "key-a") == 401, 5)
+        keyed.vllm.hold.set()
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert ask(keyed, "key-b", OTHER).status_code == 200
+    (keyed.folder / "keys.yaml").write_text("keys: [")
+    time.sleep(0.2)
+    assert (ask_for_models(keyed, "key-a"), ask_for_models(keyed, "key-b")) == (401, 200)
+    (keyed.folder / "keys.yaml").unlink()
+    until(lambda: ask_for_models(keyed, "key-b") == 401, 5)
+    assert httpx.get(keyed.url + "/v1/models").status_code == 401
+    write_keys(keyed.folder)
+    until(lambda: ask_for_models(keyed, "key-a") == 200, 5)
+
+
+def ask_for_models(world: World, key: str) -> int:
+    return httpx.get(world.url + "/v1/models", headers=bearer(key)).status_code
+
+
+@pytest.mark.parametrize("single", ["single", None])
+def test_with_an_invalid_file_from_the_start_only_the_holder_of_the_single_key_gets_in(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single: str | None) -> None:
+    (tmp_path / "keys.yaml").write_text("keys: [")
+    monkeypatch.setenv("KEYS_FILE", str(tmp_path / "keys.yaml"))
+    monkeypatch.setattr(keys, "POLL_SECONDS", 0.02)
+    for world in start(tmp_path, monkeypatch, key=single):
+        until(world.looked)
+        for headers in (bearer("key-a"), bearer("none"), {}):
+            reply = httpx.get(world.url + "/v1/models", headers=headers)
+            assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+        ready = httpx.get(world.url + "/ready")
+        assert httpx.get(world.url + "/health").status_code == 200
+        if single:
+            assert (ask_for_models(world, single), ready.status_code) == (200, 200)
+        else:
+            assert ready.status_code == 503 and "keys" in ready.json()["error"]["message"]
+        write_keys(tmp_path)
+        until(lambda: httpx.get(world.url + "/ready").status_code == 200)  # noqa: B023 - the loop has one turn
+        assert (ask_for_models(world, "key-a"), ask_for_models(world, "none")) == (200, 401)
+
+
+def test_the_prefix_cache_is_salted_by_key_and_a_clients_own_salt_never_passes_as_it_is(teams: World) -> None:
+    salts: dict[tuple[str, object], str] = {}
+    for key in ("key-a", "key-admin"):
+        for own in (None, "x", "y", "a" * 1000, "/@"):
+            for path in (COMPLETION, CHAT):
+                assert ask(teams, key, NAME, path, cache_salt=own).status_code == 200
+                salt = teams.vllm.asked[-1]["cache_salt"]
+                assert salts.setdefault((key, own), salt) == salt
+    assert len(set(salts.values())) == 2 * 5
+    assert ask(teams, "key-a", NAME).status_code == 200
+    assert teams.vllm.asked[-1]["cache_salt"] == salts["key-a", None]
+    raw = salts["key-admin", None]
+    assert ask(teams, "key-a", NAME, cache_salt=raw).status_code == 200
+    assert teams.vllm.asked[-1]["cache_salt"] != raw
+    values: list[object] = [1, [], {}, "", True]
+    for value in values:
+        reply = ask(teams, "key-a", NAME, cache_salt=value)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "cache_salt")
+
+
+@pytest.mark.usefixtures("loaded")
+def test_real_vllm_takes_the_salt(tmp_path: Path) -> None:
+    write_keys(tmp_path)
+    held = keys.Keys(tmp_path / "keys.yaml", None)
+    salt = held.salt(keys.ANYBODY, "x" * 1000)
+    for path, what in ((COMPLETION, {"prompt": "x"}), (CHAT, {"messages": MESSAGES})):
+        parsed = parameters.parse(path, {"model": NAME, "cache_salt": salt, **what})
+        assert parsed and parsed.cache_salt == salt
+
+
+def test_without_a_file_of_keys_requests_are_not_salted(world: World, tmp_path: Path) -> None:
+    assert world.ask(BASE, cache_salt="own").status_code == 200
+    assert world.vllm.asked[-1]["cache_salt"] == "own"
+    assert world.ask(BASE).status_code == 200
+    assert "cache_salt" not in world.vllm.asked[-1]
+
+
+def test_metrics_are_open_unless_a_key_has_them(keyed: World) -> None:
+    def statuses() -> dict[str, int]:
+        return {key: httpx.get(keyed.url + "/metrics", headers=bearer(key)).status_code
+                for key in ("key-a", "key-admin", "prometheus", "none")}
+
+    assert set(statuses().values()) == {200}
+    content = yaml.safe_load((keyed.folder / "keys.yaml").read_text())
+    digest = hashlib.sha256(b"prometheus").hexdigest()
+    content["keys"].append({"name": "prometheus", "sha256": digest, "metrics": True})
+    (keyed.folder / "keys.yaml").write_text(yaml.safe_dump(content))
+    until(lambda: httpx.get(keyed.url + "/metrics").status_code == 401, 5)
+    assert statuses() == {"key-a": 403, "key-admin": 403, "prometheus": 200, "none": 401}
+    assert ask(keyed, "prometheus", NAME).status_code == 403
+    assert listed(keyed, "prometheus") == set()
+    assert httpx.get(keyed.url + "/health").status_code == 200
+
+
+# What each key used
+
+
+def counted(world: World, **labels: str) -> tuple[float, float, float]:
+    """Requests, tokens of prompts and tokens of replies."""
+    return (world.metric("serving_requests_total", **labels), world.metric("serving_prompt_tokens_total", **labels),
+            world.metric("serving_completion_tokens_total", **labels))
+
+
+def test_requests_and_tokens_are_counted_by_key_alias_and_version(teams: World) -> None:
+    model = next(name for name in teams.vllm.loaded if name.startswith(f"{OTHER}@"))
+    version = {"alias": OTHER, "digest": model.partition("@")[2]}
+    base = {"key": "team-b", "alias": BASE, "digest": teams.vllm.guards[-1].served.base_model}
+    before = [counted(teams, key=key, **version) for key in ("team-b", "team-admin")] + [counted(teams, **base)]
+    for path in (COMPLETION, CHAT):
+        for stream in (False, True):
+            assert ask(teams, "key-b", OTHER, path, stream=stream).status_code == 200
+    assert ask(teams, "key-b", BASE).status_code == 200
+    assert ask(teams, "key-admin", OTHER).status_code == 200
+    assert ask(teams, "key-b", OTHER, fail=True).status_code == 400  # passed on, without tokens
+    assert ask(teams, "key-b", NAME).status_code == 403
+    after = [counted(teams, key=key, **version) for key in ("team-b", "team-admin")] + [counted(teams, **base)]
+    grown = [tuple(b - a for a, b in zip(*each, strict=True)) for each in zip(before, after, strict=True)]
+    assert grown == [(5, 4 * PROMPT_TOKENS, 4 * COMPLETION_TOKENS), (1, PROMPT_TOKENS, COMPLETION_TOKENS),
+                     (1, PROMPT_TOKENS, COMPLETION_TOKENS)]
+    assert counted(teams, key="team-b", alias=NAME) == (0, 0, 0)
+    for secret in ("key-a", hashlib.sha256(b"key-a").hexdigest(), "single"):
+        assert secret not in httpx.get(teams.url + "/metrics").text
+
+
+def test_a_stream_is_passed_on_as_it_is_whether_or_not_the_client_wants_its_usage(teams: World) -> None:
+    for options in (None, {"include_usage": True}, {"include_usage": False}):
+        assert ask(teams, "key-a", NAME, stream=True, stream_options=options).text.count("data: ") == 3
+        assert teams.vllm.asked[-1]["stream_options"] == options
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_reply_that_the_client_cuts_off_is_counted_as_far_as_it_came(keyed: World, stream: bool) -> None:
+    before = counted(keyed, key="team-a", alias=NAME)
+    keyed.vllm.hold = threading.Event()
+    body = json.dumps({"model": NAME, "prompt": "x", "stream": stream})
+    with socket.create_connection(("127.0.0.1", int(keyed.url.rpartition(":")[2]))) as client:
+        client.sendall(f"POST {COMPLETION} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key-a\r\n"
+                       f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        until(lambda: keyed.vllm.engine.output_processor.request_states)
+    after = tuple(count + grown for count, grown in zip(before, (1, PROMPT_TOKENS, 1), strict=True))
+    until(lambda: counted(keyed, key="team-a", alias=NAME) == after, 5)
+
+
+def test_of_a_request_in_progress_each_prompt_counts_once_each_sequence_and_no_other_request() -> None:
+    def state(prompt: int, completion: int) -> SimpleNamespace:
+        return SimpleNamespace(prompt_len=prompt, detokenizer=SimpleNamespace(num_output_tokens=lambda: completion))
+
+    processor = SimpleNamespace(
+        external_req_ids={"cmpl-1-0": ["a", "b", "ended"], "cmpl-1-1": ["c"], "cmpl-10-0": ["d"], "cmpl-1-x": ["d"],
+                          "cmpl-2": ["d"], "cmpl-3": []},
+        request_states={"a": state(10, 1), "b": state(10, 2), "c": state(20, 3), "d": state(1000, 1000)})
+    engine = SimpleNamespace(output_processor=processor)
+    assert usage._in_progress(engine, "cmpl-1") == (30, 6)
+    assert usage._in_progress(engine, "cmpl-2") == (1000, 1000)
+    assert usage._in_progress(engine, "cmpl-3") == usage._in_progress(engine, "cmp") == (0, 0)
+    for other in (None, object(), SimpleNamespace(output_processor=None)):  # of another version of vLLM
+        assert usage._in_progress(other, "cmpl-1") == (0, 0)
+
+
+def test_without_keys_requests_are_counted_too(world: World) -> None:
+    before = counted(world, key="(none)", alias=BASE)
+    assert world.ask(BASE).status_code == 200
+    after = counted(world, key="(none)", alias=BASE)
+    assert tuple(b - a for a, b in zip(before, after, strict=True)) == (1, PROMPT_TOKENS, COMPLETION_TOKENS)
+
+
+def test_the_series_of_usage_are_bounded_and_those_used_last_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "USAGE_SERIES", 3)
+    monkeypatch.setattr(events, "_used", {})
+    for i in (0, 1, 2, 0, 3, 4):
+        events.requested("bounded", NAME, str(i))
+        events.used("bounded", NAME, str(i), prompt=1, completion=1)
+    events.used("bounded", NAME, "1", prompt=1, completion=1)  # of a request that ends late
+    for metric in (events.REQUESTS, events.PROMPT_TOKENS, events.COMPLETION_TOKENS):
+        assert sorted(labels[2] for labels in metric._metrics if labels[0] == "bounded") == ["0", "3", "4"]
 
 
 # Replies

@@ -1,9 +1,10 @@
-"""overlays/gpu: the stages as one JobSet that lets no GPU wait, its hardware in one place, and what can be added."""
+"""overlays/gpu: one JobSet an adapter that lets no GPU wait, its hardware in one place, and what can be added."""
 
 from __future__ import annotations
 
 import functools
 import re
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 
 import pytest
 
-from jobs.tools import pods
+from jobs.tools import kustomization, pods
 from serving import drain
 from tests import manifests, renderings
 from tests.manifests import CHECKOUT, Manifest, by_name, containers, of_kind, pod_templates, quantity, render
+from tests.validation import problems
 
 GPU = CHECKOUT / "overlays" / "gpu"
+# Of the Jobs of an adapter, by name, which replicated Job each has become.
+STAGES = {"dataset-relocation": "relocate", "model-training": "train", "model-evaluation": "evaluate"}
 rendered = functools.cache(render)
 
 
@@ -30,9 +34,25 @@ def edit(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
+def add_adapter(overlay: Path, name: str) -> None:
+    """Another adapter with the first one's files, as a person would add it."""
+    shutil.copytree(overlay / "adapters" / "seville-hotels", overlay / "adapters" / name)
+    for file in (overlay / "adapters" / name).glob("*.yaml"):
+        file.write_text(file.read_text().replace("seville-hotels", name))
+    edit(overlay / "kustomization.yaml", "- adapters/seville-hotels\n",
+         f"- adapters/seville-hotels\n- adapters/{name}\n")
+    edit(overlay / "kustomization.yaml", "  - seville-hotels.yaml=adapters/seville-hotels/pipeline.yaml\n",
+         "  - seville-hotels.yaml=adapters/seville-hotels/pipeline.yaml\n"
+         f"  - {name}.yaml=adapters/{name}/pipeline.yaml\n")
+
+
+def job_sets(found: list[Manifest]) -> dict[str, Manifest]:
+    """The JobSets by the names of their adapters."""
+    return {m["metadata"]["labels"]["app.kubernetes.io/instance"]: m for m in of_kind(found, "JobSet")}
+
+
 def job_set(folder: Path = GPU) -> Manifest:
-    (found,) = of_kind(rendered(folder) if folder == GPU else render(folder), "JobSet")
-    return found
+    return job_sets(rendered(folder) if folder == GPU else render(folder))["seville-hotels"]
 
 
 def replicated(folder: Path = GPU) -> dict[str, Manifest]:
@@ -56,39 +76,101 @@ def env(container: Manifest) -> dict[str, Any]:
 def test_the_job_set_holds_what_the_jobs_would_be(tmp_path: Path) -> None:
     """Nothing is described twice: without the JobSet the same overlay has the Jobs, with the same pods."""
     overlay = copy(tmp_path)
-    edit(overlay / "kustomization.yaml", "- jobset\n- jobset/only\n", "")
-    jobs = by_name(render(overlay), "Job")
-    assert set(replicated()) == {*jobs, "relocated"}
-    assert not of_kind(rendered(GPU), "Job")
-    for name in jobs.keys() - {"model-training"}:
-        assert replicated()[name]["template"]["spec"] == jobs[name]["spec"], name
-    training, job = replicated()["model-training"]["template"]["spec"], jobs["model-training"]["spec"]
-    assert main(replicated()["model-training"])["args"] == ["train"]
+    edit(overlay / "adapter" / "kustomization.yaml", "- ../jobset\n- ../jobset/only\n", "")
+    jobs = {name.removesuffix("-seville-hotels"): job for name, job in by_name(render(overlay), "Job").items()}
+    assert set(replicated()) == {*STAGES.values(), "await"}
+    assert jobs.keys() - by_name(rendered(GPU), "Job") == STAGES.keys()
+    for name in ("dataset-relocation", "model-evaluation"):
+        assert replicated()[STAGES[name]]["template"]["spec"] == jobs[name]["spec"], name
+    training, job = replicated()["train"]["template"]["spec"], jobs["model-training"]["spec"]
+    assert main(replicated()["train"])["args"] == ["train"]
     assert training["template"]["spec"]["volumes"] == job["template"]["spec"]["volumes"]
+    assert training["template"]["metadata"] == job["template"]["metadata"]
 
 
 def test_the_job_set_renders_without_the_hardware(tmp_path: Path) -> None:
     """For a cluster whose nodes need neither selector nor toleration."""
     overlay = copy(tmp_path)
-    edit(overlay / "kustomization.yaml", "- hardware\n", "")
+    edit(overlay / "adapter" / "kustomization.yaml", "- ../hardware/adapter\n", "")
+    edit(overlay / "kustomization.yaml", "- hardware/environment\n", "")
     assert replicated(overlay).keys() == replicated().keys()
-    spec = replicated(overlay)["relocated"]["template"]["spec"]["template"]["spec"]
+    spec = replicated(overlay)["await"]["template"]["spec"]["template"]["spec"]
     assert not {"nodeSelector", "tolerations"} & spec.keys()
+
+
+def test_each_part_of_the_hardware_is_needed_where_it_is_listed() -> None:
+    """`check` finds patches that match nothing: there is none, for the environment or for the adapters."""
+    assert kustomization.patches_without_effect(GPU, rendered(GPU)) == []
+
+
+def test_models_are_relocated_once_for_all_adapters_and_without_a_gpu(tmp_path: Path) -> None:
+    overlay = copy(tmp_path)
+    add_adapter(overlay, "cordoba-hotels")
+    found = render(overlay)
+    jobs = by_name(found, "Job")
+    assert jobs.keys() == {"model-relocation", "tokenizer-relocation", "model-reference-relocation"}
+    assert jobs == by_name(rendered(GPU), "Job")
+    for job in jobs.values():
+        assert not any("gpu" in key for c in containers(job["spec"]["template"]) for key in c["resources"]["limits"])
+        assert "nodeSelector" not in job["spec"]["template"]["spec"]
+
+
+def test_each_adapter_has_a_job_set_of_its_own(tmp_path: Path) -> None:
+    """Its pods mount its own pipeline and bear its name; the first adapter's set does not change by it."""
+    overlay = copy(tmp_path)
+    add_adapter(overlay, "cordoba-hotels")
+    found = render(overlay)
+    assert job_sets(found).keys() == {"seville-hotels", "cordoba-hotels"}
+    assert job_sets(found)["seville-hotels"] == job_set()
+    configs = {m["metadata"]["name"] for m in of_kind(found, "ConfigMap")}
+    for name, each in job_sets(found).items():
+        assert re.fullmatch(rf"ft-{name}-[a-z0-9]{{10}}", each["metadata"]["name"])
+        for job in each["spec"]["replicatedJobs"]:
+            template = job["template"]["spec"]["template"]
+            assert template["metadata"]["labels"]["app.kubernetes.io/instance"] == name
+            mounted = {v["name"]: v["configMap"]["name"] for v in template["spec"]["volumes"] if "configMap" in v}
+            assert re.fullmatch(rf"pipeline-{name}-[a-z0-9]{{10}}", mounted["pipeline"])
+            assert re.fullmatch(r"environment-[a-z0-9]{10}", mounted["environment"])
+            assert set(mounted.values()) <= configs
+
+
+def test_the_trainings_of_two_adapters_do_not_talk_to_each_other(tmp_path: Path) -> None:
+    """Each has learned, and holds in memory, what its team does not share."""
+    overlay = copy(tmp_path)
+    add_adapter(overlay, "cordoba-hotels")
+    found = render(overlay)
+    pods_ = {name: next(j for j in each["spec"]["replicatedJobs"] if j["name"] == "train")["template"]["spec"][
+        "template"]["metadata"]["labels"] for name, each in job_sets(found).items()}
+    policies = [m["spec"] for m in of_kind(found, "NetworkPolicy") if m["metadata"]["name"].startswith("training-")]
+    assert len(policies) == 2
+    for spec in policies:
+        into, out = spec["ingress"][0]["from"][0]["podSelector"], spec["egress"][0]["to"][0]["podSelector"]
+        assert into == out == spec["podSelector"]
+        assert len([labels for labels in pods_.values() if kustomization.selects(into, labels)]) == 1
 
 
 def test_no_gpu_waits_for_another_stage() -> None:
     """A pod that has a GPU exists only when what it needs is there: each stage with one depends on another Job."""
     jobs = replicated()
     with_gpu = {name for name, job in jobs.items() if "nvidia.com/gpu" in main(job)["resources"]["limits"]}
-    assert with_gpu == {"model-training", "model-evaluation"}
-    assert jobs["model-training"]["dependsOn"] == [{"name": "relocated", "status": "Complete"}]
-    assert jobs["model-evaluation"]["dependsOn"] == [{"name": "model-training", "status": "Complete"}]
-    assert main(jobs["relocated"])["args"] == ["await", "dataset", "acceptability", "base-model", "tokenizer",
-                                               "reference-model"]
+    assert with_gpu == {"train", "evaluate"}
+    assert jobs["train"]["dependsOn"] == [{"name": "await", "status": "Complete"}]
+    assert jobs["evaluate"]["dependsOn"] == [{"name": "train", "status": "Complete"}]
+    assert main(jobs["await"])["args"] == ["await", "dataset", "acceptability", "base-model", "tokenizer",
+                                           "reference-model"]
     seen: list[str] = []
     for name, job in jobs.items():  # JobSet accepts only names that stand before
         assert {d["name"] for d in job.get("dependsOn", [])} <= set(seen), name
         seen.append(name)
+
+
+def test_a_hundred_adapters_that_wait_leave_room_on_a_small_node() -> None:
+    """What waits holds neither a GPU nor what relocation needs on a node of 4 CPUs and 16 GiB."""
+    waits = main(replicated()["await"])["resources"]["requests"]
+    relocates = [main_of["resources"]["requests"] for name, job in by_name(rendered(GPU), "Job").items()
+                 for main_of in job["spec"]["template"]["spec"]["containers"] if name.startswith("model-")]
+    assert 100 * quantity(waits["cpu"]) + sum(quantity(r["cpu"]) for r in relocates) < 4
+    assert 100 * quantity(waits["memory"]) + sum(quantity(r["memory"]) for r in relocates) < 14 * 2**30
 
 
 def test_what_waits_without_a_gpu_is_not_kept_for_gpu_nodes() -> None:
@@ -96,39 +178,56 @@ def test_what_waits_without_a_gpu_is_not_kept_for_gpu_nodes() -> None:
         wants = any("nvidia.com/gpu" in c["resources"]["limits"] for c in containers(template))
         assert bool(template["spec"].get("tolerations")) == wants, name
         assert bool(template["spec"].get("nodeSelector")) == wants, name
-        assert wants == name.endswith(("model-training", "model-evaluation", "model-inference")), name
+        assert wants == name.endswith(("/train", "/evaluate", "model-inference")), name
 
 
 def test_one_number_says_how_many_nodes_train(tmp_path: Path) -> None:
     overlay = copy(tmp_path)
-    edit(overlay / "hardware" / "training.yaml", "parallelism: 1", "parallelism: 4")
-    edit(overlay / "hardware" / "training.yaml", "nvidia.com/gpu: 1", "nvidia.com/gpu: 8")
-    job = replicated(overlay)["model-training"]
+    edit(overlay / "hardware" / "adapter" / "training.yaml", "parallelism: 1", "parallelism: 4")
+    edit(overlay / "hardware" / "adapter" / "training.yaml", "nvidia.com/gpu: 1", "nvidia.com/gpu: 8")
+    job = replicated(overlay)["train"]
     spec = job["template"]["spec"]
     assert (spec["parallelism"], spec["completions"], spec["completionMode"]) == (4, 4, "Indexed")
     assert env(main(job))["NODES"] == "4"
     assert main(job)["resources"]["limits"]["nvidia.com/gpu"] == 8
-    assert main(replicated(overlay)["model-evaluation"])["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert main(replicated(overlay)["evaluate"])["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
 def test_the_nodes_of_a_training_find_each_other() -> None:
-    """JobSet writes the coordinator's host name on every pod, as a label: one of more than 63 characters is refused."""
-    assert job_set()["spec"]["coordinator"] == {"replicatedJob": "model-training", "jobIndex": 0, "podIndex": 0}
-    assert env(main(replicated()["model-training"]))["MASTER_ADDR"] == {
+    """By names of one headless Service, which is there before the first JobSet: JobSet makes one only if it is missing."""
+    spec = job_set()["spec"]
+    assert spec["coordinator"] == {"replicatedJob": "train", "jobIndex": 0, "podIndex": 0}
+    assert env(main(replicated()["train"]))["MASTER_ADDR"] == {
         "fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/coordinator']"}}
-    name = job_set()["metadata"]["name"]
-    assert len(f"{name}-model-training-0-0.{name}") <= 63
+    service = by_name(rendered(GPU), "Service")[spec["network"]["subdomain"]]["spec"]
+    assert (service["clusterIP"], service["publishNotReadyAddresses"]) == ("None", True)
+    labels = replicated()["train"]["template"]["spec"]["template"]["metadata"]["labels"]
+    assert service["selector"].items() <= labels.items()
+
+
+@pytest.mark.parametrize(("nodes", "longest"), [(1, 33), (10, 33), (11, 32)])
+def test_an_adapters_name_may_be_as_long_as_the_comments_say(nodes: int, longest: int, tmp_path: Path) -> None:
+    """Of the names that JobSet makes, the pods' and the meeting point's of training are the longest."""
+    overlay = copy(tmp_path)
+    edit(overlay / "hardware" / "adapter" / "training.yaml", "parallelism: 1", f"parallelism: {nodes}")
+    for letters in (longest, longest + 1):
+        add_adapter(overlay, "a" * letters)
+    found = job_sets(render(overlay))
+    assert problems(found["a" * longest]) == []
+    assert any("pods' names have 64 characters" in line for line in problems(found["a" * (longest + 1)]))
+    comment = (overlay / "jobset" / "jobset.yaml").read_text()
+    assert f"leave {longest} to the adapter's name" in comment or f"({longest} from {nodes} nodes on)" in comment
 
 
 # The messages of a failed Job, as Kubernetes 1.32 words them, and what JobSet is to do.
 FAILURES = [
-    ("model-training", "PodFailurePolicy", "Pod ns/training-0-x has condition DisruptionTarget matching FailJob rule "
+    ("train", "PodFailurePolicy", "Pod ns/training-0-x has condition DisruptionTarget matching FailJob rule "
      "at index 1", "RestartJobSetAndIgnoreMaxRestarts"),
-    ("model-training", "PodFailurePolicy", "Container job for pod ns/training-0-x failed with exit code 2 matching "
+    ("train", "PodFailurePolicy", "Container job for pod ns/training-0-x failed with exit code 2 matching "
      "FailJob rule at index 0", "FailJobSet"),
-    ("model-relocation", "PodFailurePolicy", "Container job for pod ns/relocation-0-x failed with exit code 2 matching "
+    ("relocate", "PodFailurePolicy", "Container job for pod ns/relocation-0-x failed with exit code 2 matching "
      "FailJob rule at index 0", "FailJobSet"),
-    ("model-training", "BackoffLimitExceeded", "Job has reached the specified backoff limit", "RestartJobSet"),
+    ("train", "BackoffLimitExceeded", "Job has reached the specified backoff limit", "RestartJobSet"),
 ]
 
 
@@ -145,7 +244,7 @@ def test_only_a_user_error_ends_the_set_and_a_disruption_costs_no_restart(
 
 def test_a_user_error_ends_the_set_and_a_lost_node_restarts_it() -> None:
     assert job_set()["spec"]["failurePolicy"]["maxRestarts"] >= 1
-    training = replicated()["model-training"]["template"]["spec"]
+    training = replicated()["train"]["template"]["spec"]
     assert training["backoffLimit"] == 0  # one pod alone cannot come back
     rules = training["podFailurePolicy"]["rules"]
     disruption = rules.index({"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]})
@@ -159,16 +258,24 @@ def test_a_user_error_ends_the_set_and_a_lost_node_restarts_it() -> None:
     assert "ttlSecondsAfterFinished" not in job_set()["spec"]
 
 
+SEVILLE = Path("adapters") / "seville-hotels"
 RERUN: dict[str, Callable[[Path], object]] = {
-    "training": lambda gpu: edit(gpu / "pipeline.yaml", "epochs: 3", "epochs: 4"),
-    "data without its pin": lambda gpu: (gpu / "dataset.jsonl").write_text('{"prompt": "a", "completion": "b"}\n'),
+    "training": lambda gpu: edit(gpu / SEVILLE / "pipeline.yaml", "epochs: 3", "epochs: 4"),
+    "data without its pin": lambda gpu: (gpu / SEVILLE / "dataset.jsonl").write_text(
+        '{"prompt": "a", "completion": "b"}\n'),
+    "base model": lambda gpu: edit(gpu / "environment.yaml", "source: hf://Qwen/Qwen3-4B", "source: hf://Qwen/Qwen3-1.7B"),
     "image": lambda gpu: edit(gpu / "kustomization.yaml", "team/lora-gitops-jobs", "other/lora-gitops-jobs"),
-    "nodes": lambda gpu: edit(gpu / "hardware" / "training.yaml", "parallelism: 1", "parallelism: 2"),
+    "nodes": lambda gpu: edit(gpu / "hardware" / "adapter" / "training.yaml", "parallelism: 1", "parallelism: 2"),
 }
 NO_RERUN: dict[str, Callable[[Path], None]] = {
-    "serving flags": lambda gpu: edit(gpu / "hardware" / "inference.yaml", "model-len=8192", "model-len=4096"),
+    "serving flags": lambda gpu: edit(gpu / "hardware" / "environment" / "inference.yaml", "model-len=8192",
+                                      "model-len=4096"),
     "serving image": lambda gpu: edit(gpu / "kustomization.yaml", "team/lora-gitops-serving", "other/serving"),
-    "storage class": lambda gpu: edit(gpu / "hardware" / "storage.yaml", "value: standard-rwx", "value: efs-sc"),
+    "storage class": lambda gpu: edit(gpu / "hardware" / "environment" / "storage.yaml", "value: standard-rwx",
+                                      "value: efs-sc"),
+    "memory of relocation": lambda gpu: edit(gpu / "hardware" / "environment" / "relocation.yaml", "memory: 1Gi",
+                                             "memory: 2Gi"),
+    "another adapter": lambda gpu: add_adapter(gpu, "cordoba-hotels"),
 }
 
 
@@ -190,11 +297,14 @@ def test_an_unrelated_change_starts_no_set(change: Callable[[Path], None], tmp_p
 
 
 def test_the_same_overlay_runs_without_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`jobs local` takes the JobSet apart into the same pods, by the names that people know."""
+    """`jobs local` takes the JobSets apart into the same pods, by the names that people know from other overlays."""
     monkeypatch.setenv("VLLM_API_KEY", "secret")
-    local = {pod.title: pod for pod in pods.pods(rendered(GPU), tmp_path)}
-    assert set(replicated()) < set(local)
-    training = local["model-training"]
+    overlay = copy(tmp_path / "copy")
+    add_adapter(overlay, "cordoba-hotels")
+    local = {pod.title: pod for pod in pods.pods(render(overlay), tmp_path / "state")}
+    assert {f"{name}-{adapter}" for name in [*STAGES, "await"] for adapter in ("seville-hotels", "cordoba-hotels")} | {
+        "model-relocation", "tokenizer-relocation", "model-reference-relocation"} <= set(local)
+    training = local["model-training-seville-hotels"]
     assert training.kind == "Job"
     assert training.fatal_exit_codes == {2}
     assert training.containers[0].argv[1:] == ["-m", "jobs", "train"]
@@ -203,7 +313,7 @@ def test_the_same_overlay_runs_without_a_cluster(tmp_path: Path, monkeypatch: py
 
 
 def test_a_stage_that_was_given_a_gpu_does_not_compute_without() -> None:
-    for name in ("model-training", "model-evaluation"):
+    for name in ("train", "evaluate"):
         container = main(replicated()[name])
         assert container["resources"]["limits"]["nvidia.com/gpu"], name
         assert env(container)["REQUIRE_GPU"] == "1", name
@@ -213,7 +323,7 @@ def test_the_nodes_disk_is_asked_for_and_bounded() -> None:
     """An image pull that fills the disk evicts first what asked for none of it."""
     for name, template in pod_templates(rendered(GPU)).items():
         for container in template["spec"]["containers"]:
-            if "model-" not in name or "tokenizer" in name:
+            if not template["metadata"]["labels"]["app.kubernetes.io/name"].startswith("model-"):
                 continue
             resources = container["resources"]
             asked, bound = (quantity(resources[key]["ephemeral-storage"]) for key in ("requests", "limits"))
@@ -289,10 +399,10 @@ def test_replicas_spread_over_nodes_without_needing_them() -> None:
     assert constraint["whenUnsatisfiable"] == "ScheduleAnyway"
 
 
-def test_an_overlay_on_top_brings_its_own_images_pipeline_and_namespace(tmp_path: Path) -> None:
+def test_an_overlay_on_top_brings_its_own_images_models_and_namespace(tmp_path: Path) -> None:
     top = copy(tmp_path).parent / "top"
     top.mkdir()
-    (top / "pipeline.yaml").write_text((GPU / "pipeline.yaml").read_text().replace("seville-hotels", "other-adapter"))
+    (top / "environment.yaml").write_text((GPU / "environment.yaml").read_text().replace("keep: 3", "keep: 4"))
     (top / "kustomization.yaml").write_text("""\
 namespace: other
 resources: [../gpu]
@@ -301,8 +411,8 @@ images:
 - {name: registry.example.com/team/lora-gitops-jobs, newName: mine/jobs, digest: "sha256:%s"}
 - {name: registry.example.com/team/lora-gitops-serving, newName: mine/serving, newTag: 1.2.3}
 configMapGenerator:
-- {name: pipeline, behavior: merge, files: [pipeline.yaml]}
-- {name: serving-pipeline, behavior: merge, files: [pipeline.yaml], options: {disableNameSuffixHash: true}}
+- {name: environment, behavior: merge, files: [environment.yaml]}
+- {name: serving-pipelines, behavior: merge, files: [environment.yaml], options: {disableNameSuffixHash: true}}
 """ % ("0" * 64))
     found = render(top)
     assert {m["metadata"].get("namespace", m["metadata"]["name"]) for m in found} == {"other"}
@@ -311,8 +421,8 @@ configMapGenerator:
     for name, template in pod_templates(found).items():
         assert all(c["image"].startswith("mine/") for c in containers(template)), name
         for volume in template["spec"]["volumes"]:
-            if "configMap" in volume:
-                assert "adapter: other-adapter" in config[volume["configMap"]["name"]]["pipeline.yaml"], name
+            if volume["name"] == "environment":
+                assert "keep: 4" in config[volume["configMap"]["name"]]["environment.yaml"], name
 
 
 # --- beside other environments --------------------------------------------------------------------------------------
@@ -331,6 +441,6 @@ def test_environments_in_one_cluster_share_nothing() -> None:
 
 
 def test_the_examples_data_is_the_same_everywhere() -> None:
-    kind = (CHECKOUT / "overlays" / "kind" / "dataset.jsonl").read_bytes()
-    for overlay in ("gpu", "kind-smollm2"):
-        assert (CHECKOUT / "overlays" / overlay / "dataset.jsonl").read_bytes() == kind, overlay
+    data = {overlay: (CHECKOUT / "overlays" / overlay / SEVILLE / "dataset.jsonl").read_bytes()
+            for overlay in ("kind", "gpu", "kind-smollm2")}
+    assert len(set(data.values())) == 1

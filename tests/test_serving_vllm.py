@@ -26,7 +26,7 @@ from jobs.training import merge
 from serving.guard import ALLOWED
 from tests import build_adapter, build_models
 from tests.build_server import raw_request
-from tests.build_vllm import BASE, NAME, OPENED, Server
+from tests.build_vllm import BASE, NAME, OPENED, OTHER, Server
 
 ENUMERATE = """
 import json
@@ -317,6 +317,63 @@ def test_under_load_no_swap_fails_a_request_or_mixes_adapters_and_old_versions_g
     server.until(lambda: len(list((server.folder / f"serving-adapters-{server.port}" / NAME).iterdir())) == 1, 10)
     # Half of the swaps are for the server to reach its working size in.
     assert memory[-1] < memory[len(memory) // 2] * 1.03, [f"{each / 1e6:.0f} MB" for each in memory]
+
+
+@pytest.mark.slow
+def test_each_teams_key_opens_counts_and_caches_its_own(server: Server) -> None:
+    """The last test of this server: with a file of keys, it is closed to clients without one."""
+    server.promote(seed=1)
+    pipeline, planned = build_adapter.declare(server.folder / "pipelines", adapter=OTHER, training__seed=4)
+    build_adapter.promote(server.volumes, pipeline)
+    server.until(lambda: server.serves(planned.adapter.path(server.volumes), OTHER), 60)
+    server.write_keys({"a": [NAME], "b": [OTHER], "none": "*"})
+    server.until(lambda: httpx.get(server.url + "/v1/models").status_code == 401, 10)
+    a, b = (openai.OpenAI(base_url=server.url + "/v1", api_key=key, max_retries=0) for key in "ab")
+    assert ({model.id for model in a.models.list()}, {model.id for model in b.models.list()}) == ({NAME}, {OTHER})
+    for model in (OTHER, planned.adapter.digest, f"{OTHER}@{planned.adapter.digest}", BASE, "no-such-hotels"):
+        with pytest.raises(openai.PermissionDeniedError):
+            a.completions.create(model=model, prompt="Hello")
+    with pytest.raises(openai.AuthenticationError):
+        a.with_options(api_key="c").models.list()
+
+    def counted(key: str) -> list[float]:
+        names = ("serving_requests_total", "serving_prompt_tokens_total", "serving_completion_tokens_total")
+        return [sum(value for labels, value in server.metrics(name).items() if f'key="team-{key}"' in labels)
+                for name in names]
+
+    options: Any = {"max_tokens": 5, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    plain = a.completions.create(model=NAME, prompt="Hello", n=2, **{**options, "temperature": 1}).usage
+    talk: Any = {"model": NAME, "messages": MESSAGES, **options}
+    chat = a.chat.completions.create(**talk).usage
+    chunks = list(a.completions.create(model=NAME, prompt="Hello", stream=True, **options))
+    assert all(chunk.choices and not chunk.usage for chunk in chunks)
+    *_, last = a.chat.completions.create(**talk, stream=True, stream_options={"include_usage": True})
+    assert plain and (plain.completion_tokens, chat.completion_tokens, last.usage.completion_tokens) == (10, 5, 5)
+    prompts = 2 * plain.prompt_tokens + chat.prompt_tokens + last.usage.prompt_tokens
+    assert counted("a") == [4, prompts, 10 + 5 + 5 + 5]
+    for stream, timeout in ((True, 30), (False, 0.5)):  # of what is cut off, what was computed
+        before = counted("a")
+        body = {"model": NAME, "prompt": "Hello", "max_tokens": 240, "ignore_eos": True, "stream": stream}
+        with contextlib.suppress(httpx.ReadTimeout), httpx.stream(
+                "POST", server.url + "/v1/completions", json=body, headers={"Authorization": "Bearer a"},
+                timeout=timeout) as cut:
+            next((line for i, line in enumerate(cut.iter_lines()) if i > 5), None)
+        server.until(lambda before=before: counted("a")[1] > before[1], 10)  # type: ignore[misc]
+        requests, prompt, completion = (now - then for then, now in zip(before, counted("a"), strict=True))
+        assert (requests, prompt) == (1, plain.prompt_tokens)
+        assert 1 <= completion < 240
+    assert counted("b") == [0, 0, 0]
+
+    def hits(client: openai.OpenAI, **body: str) -> float:
+        """How many tokens of the prompt vLLM found in its cache."""
+        before = sum(server.metrics("vllm:prefix_cache_hits_total").values())
+        client.completions.create(model=OTHER, prompt=PROMPTS[0], max_tokens=1, extra_body=body)
+        return sum(server.metrics("vllm:prefix_cache_hits_total").values()) - before
+
+    assert (hits(b), hits(b) > 100) == (0, True)
+    assert (hits(server.client), hits(server.client) > 100) == (0, True)
+    assert (hits(b, cache_salt="own"), hits(b, cache_salt="own") > 100) == (0, True)
+    assert hits(server.client, cache_salt="own") == 0
 
 
 @pytest.mark.slow

@@ -51,9 +51,11 @@ def description(error: jsonschema.ValidationError) -> str:
 
 @functools.cache
 def _registry() -> Registry[Any]:
-    """Kubernetes' own types, to which the schemas of custom resources refer (metadata, pod templates, selectors)."""
+    """What the schemas of custom resources refer to: Kubernetes' own types (metadata, pod templates, selectors), and each
+    other by the names of their files."""
     types = schema_contents(f"kubernetes-json-schema/v{KUBERNETES}.0-local-strict/_definitions.json", KUBERNETES)
-    return Resource.from_contents(types) @ Registry()
+    files = [(file.name, Resource.from_contents(json.loads(file.read_text()))) for file in SCHEMAS.glob("*.json")]
+    return (Resource.from_contents(types) @ Registry()).with_resources(files)
 
 
 def _jobset(manifest: Manifest) -> Iterator[str]:
@@ -66,7 +68,10 @@ def _jobset(manifest: Manifest) -> Iterator[str]:
             if dependency["name"] not in known:
                 yield f"{title}: dependsOn {dependency['name']}, which does not stand before it"
         known.append(title)
-        pod = f"{name}-{title}-{job.get('replicas', 1) - 1}-{job['template']['spec'].get('completions', 1) - 1}-abcde"
+        # JobSet makes every Job an indexed one, whose pods have these host names. With `completions`, its webhook also
+        # counts the random suffix of the pods' names.
+        completions = job["template"]["spec"].get("completions")
+        pod = f"{name}-{title}-{job.get('replicas', 1) - 1}-{(completions or 1) - 1}{'-abcde' if completions else ''}"
         if len(pod) > NAME_LENGTH:
             yield f"{title}: its pods' names have {len(pod)} characters, e.g. {pod}"
     rules = spec.get("failurePolicy", {}).get("rules", [])

@@ -219,6 +219,8 @@ def _problem(document: Document, model: type[BaseModel], error: dict[str, Any]) 
 def _fields(model: type[BaseModel], keys: list[str]) -> list[str]:
     """The keys that the model at `keys` allows."""
     for key in keys:
+        if key.isdecimal():  # an index of a list, whose annotation was followed already
+            continue
         annotation = model.model_fields[key].annotation
         kinds = [annotation, *getattr(annotation, "__args__", ())]
         model = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))

@@ -33,9 +33,13 @@ class Document:
     node: yaml.Node | None
 
     def line_of(self, keys: Sequence[str]) -> int:
-        """The line (from 1) of the deepest of `keys` that the document has."""
+        """The line (from 1) of the deepest of `keys` that the document has; in a list, a key is the index (from 0)."""
         line, node = 1, self.node
         for key in keys:
+            if isinstance(node, yaml.SequenceNode) and key.isdecimal() and int(key) < len(node.value):
+                node = node.value[int(key)]
+                line = node.start_mark.line + 1
+                continue
             children = node.value if isinstance(node, yaml.MappingNode) else []
             match = next(((k, v) for k, v in children if k.value == key), None)
             if match is None:

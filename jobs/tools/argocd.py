@@ -18,11 +18,22 @@ REFRESH = "argocd.argoproj.io/refresh"
 
 
 def with_settings(folder: Path, repo: str, revision: str, overlay: str, namespace: str) -> Path:
-    """Copy argocd/ into `folder`, which must not have it, with its settings edited; returns the copy."""
+    """Copy argocd/ into `folder`, which must not have it, with its settings edited; returns the copy.
+
+    It deploys this one environment: those that are listed in the settings are left out.
+    """
     copy = Path(shutil.copytree(CHECKOUT / "argocd", folder / "argocd"))
-    settings = yaml.safe_load((copy / "settings.yaml").read_text())
-    settings["data"] = {"repoURL": repo, "revision": revision, "overlay": overlay, "namespace": namespace}
-    (copy / "settings.yaml").write_text(yaml.safe_dump(settings))
+    documents = list(yaml.safe_load_all((copy / "settings.yaml").read_text()))
+    for document in documents:
+        match document["kind"]:
+            case "ConfigMap":
+                document["data"] = {"repoURL": repo, "revision": revision, "overlay": overlay, "namespace": namespace}
+            case "ApplicationSet":
+                document["spec"]["generators"] = [{"list": {"elements": []}}]
+            case "AppProject":  # the first of each list is the one of `namespace`
+                for key in ("destinations", "clusterResourceWhitelist"):
+                    del document["spec"][key][1:]
+    (copy / "settings.yaml").write_text(yaml.safe_dump_all(documents))
     return copy
 
 

@@ -148,7 +148,7 @@ def error_in(stderr: str) -> str:
 def pods(manifests: list[Manifest], state: Path, port_offset: int = 0) -> list[Pod]:
     """Lay out volumes, ConfigMaps and pod roots below `state`, and return every pod to run.
 
-    Layout: `volumes/<claim>/` (kept), `configmaps/<name>/` (replaced), `pods/<name>/` (made anew).
+    Layout: `volumes/<claim>/` and `secrets/<name>/` (kept), `configmaps/<name>/` (replaced), `pods/<name>/` (new).
 
     Raises:
         UserError: a pod cannot run without a cluster; names the workload and what it lacks.
@@ -193,16 +193,16 @@ def _named(manifest: Manifest) -> Iterator[None]:
 
 
 def _jobs(manifests: list[Manifest]) -> Iterator[Manifest]:
-    """The Jobs of every JobSet, named like those of an overlay without one. What one depends on it waits for by itself,
-    so all start at once here."""
+    """The Jobs of every JobSet, named by their pods' labels as the Jobs of other overlays are. What one depends on it
+    waits for by itself, so all start at once here."""
     for manifest in manifests:
         if manifest["kind"] == "JobSet":
             suffix = HASH_SUFFIX.search(manifest["metadata"]["name"])
             with _named(manifest):
-                labels = manifest["metadata"].get("labels", {})
-                adapter = f"-{labels[ADAPTER_LABEL]}" if ADAPTER_LABEL in labels else ""
                 for job in manifest["spec"]["replicatedJobs"]:
-                    name = job["name"].removesuffix(adapter) + adapter + (suffix.group() if suffix else "")
+                    labels = job["template"]["spec"]["template"].get("metadata", {}).get("labels", {})
+                    parts = (labels.get("app.kubernetes.io/name", job["name"]), labels.get(ADAPTER_LABEL))
+                    name = "-".join(part for part in parts if part) + (suffix.group() if suffix else "")
                     yield {"kind": "Job", "metadata": {"name": name, "labels": labels}, "spec": job["template"]["spec"]}
 
 

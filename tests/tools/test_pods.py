@@ -298,3 +298,18 @@ def test_an_overlay_that_does_not_render_shows_kustomizes_words(tmp_path: Path) 
     shutil.copytree(OVERLAY, tmp_path / "copy")
     with pytest.raises(UserError, match="does not render"):
         pods.render(tmp_path / "copy")
+
+
+def test_a_mounted_secret_that_may_be_absent_is_a_folder_of_the_users(tmp_path: Path) -> None:
+    manifest = job(volumeMounts=[{"name": "keys", "mountPath": "/etc/keys"}])
+    volumes = manifest["spec"]["template"]["spec"]["volumes"]
+    volumes.append({"name": "keys", "secret": {"secretName": "serving-keys", "optional": True}})
+    place = tmp_path / "pods" / "some-job-47ht86d9bm" / "etc" / "keys"
+    only([manifest], tmp_path)
+    assert not list(place.iterdir())
+    (tmp_path / "secrets" / "serving-keys" / "keys.yaml").write_text("keys: []")
+    only([manifest], tmp_path)
+    assert (place / "keys.yaml").read_text() == "keys: []"
+    del volumes[-1]["secret"]["optional"]
+    with pytest.raises(UserError, match="no meaning without a cluster"):
+        only([manifest], tmp_path)

@@ -1,0 +1,451 @@
+"""What a push changes: the artifacts of an overlay's files compared with those of an earlier revision of them.
+
+An artifact is new because its own settings changed or because an input is new. Both follow from its `Spec`: a changed
+key is a reason if changing it alone, in the files of either side, changes the artifact's settings. So a new key needs
+no code here. Only the rules of serving are written down again, from serving/base.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from jobs.core import promotion
+from jobs.core.artifacts import Spec
+from jobs.core.environment import Environment
+from jobs.core.errors import UserError
+from jobs.core.layout import read_manifest
+from jobs.core.pipeline import Pipeline
+from jobs.core.plan import (
+    BASE_MODEL_VOLUME,
+    DATASET_VOLUME,
+    FINE_TUNED_VOLUME,
+    REFERENCE_VOLUME,
+    TOKENIZER_VOLUME,
+    EnvironmentPlan,
+    plan,
+    plan_environment,
+)
+from jobs.tools import workloads
+from jobs.tools.local import INFERENCE
+from jobs.tools.pods import Manifest
+from jobs.tools.values import shown
+from jobs.tools.workloads import Workload
+
+File = Environment | Pipeline
+Status = Literal["added", "removed", "changed", "unchanged"]
+# What clients of an adapter get after the push.
+Service = Literal["unchanged",  # what they get now
+                  "kept",  # the promoted adapter, until the new one passes the gate
+                  "unavailable",  # 503, until it passes the gate
+                  "at once",  # the desired adapter: it is there and passed
+                  "rejected",  # the promoted adapter: the desired one is there and did not pass
+                  "removed"]  # 404
+# When serving restarts.
+When = Literal["rollout",  # at the sync: the pods are replaced
+               "at once",  # when the file reaches the pod
+               "base model there",
+               "adapters passed"]
+
+# The artifacts of each stage, in the order in which it makes them.
+STAGES = {
+    "relocate base-model": ("base_model",),
+    "relocate tokenizer": ("tokenizer",),
+    "relocate reference-model": ("reference_model",),
+    "relocate dataset": ("dataset", "acceptability"),
+    "train": ("adapter", "merged_model"),
+    "evaluate": ("base_scores", "adapter_scores", "reference_scores", "evaluation"),
+}
+SHARED = tuple(each.name for each in dataclasses.fields(EnvironmentPlan))
+COMMANDS = {command: not set(made) <= set(SHARED) for command, made in STAGES.items()}
+VOLUMES = (DATASET_VOLUME, BASE_MODEL_VOLUME, TOKENIZER_VOLUME, REFERENCE_VOLUME, FINE_TUNED_VOLUME)
+Specs = dict[str, Spec]
+
+
+@dataclass(frozen=True)
+class Side:
+    """An overlay in one revision, or in the working tree."""
+
+    environment: Environment
+    adapters: Mapping[str, Pipeline]
+    manifests: list[Manifest]
+    recipes: Mapping[str, int] | None = None  # of its code, if they are not those of this code
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key of environment.yaml or pipeline.yaml whose value changed, and the artifacts that follow from it."""
+
+    key: str
+    before: Any
+    after: Any
+    artifacts: tuple[str, ...]
+    shared: bool = False  # in environment.yaml, seen from an adapter
+
+    def __str__(self) -> str:
+        return f"{self.key}: {shown(self.before)} -> {shown(self.after)}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One artifact."""
+
+    name: str  # as in `python -m jobs await NAME`
+    stage: str
+    spec: Spec
+    before: str | None  # the digest before
+    reasons: tuple[str, ...]  # why it is new
+    there: bool | None = None  # whether it is on the volume; None if nobody looked
+
+    @property
+    def new(self) -> bool:
+        return self.before != self.spec.digest
+
+
+@dataclass(frozen=True)
+class Part:
+    """The environment, or one adapter."""
+
+    status: Status
+    artifacts: Sequence[Change] = ()
+    settings: Sequence[Setting] = ()
+    service: Service = "unchanged"
+    promoted: str | None = None  # the digest of the promoted adapter, if volumes were given
+
+    def artifact(self, name: str) -> Change | None:
+        return next((each for each in self.artifacts if each.name == name), None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A Job or JobSet after the push."""
+
+    workload: Workload
+    before: str | None  # the name of its predecessor
+    new: bool  # whether it gets a new name, and runs
+    makes: tuple[str, ...]  # the new artifacts, as ADAPTER/NAME; if there are none, it finds its results and ends
+
+
+@dataclass(frozen=True)
+class Restart:
+    """A reason for which serving restarts."""
+
+    when: When
+    reason: str
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Everything that a push changes."""
+
+    environment: Part
+    adapters: Mapping[str, Part]
+    runs: Sequence[Run]
+    removed: Sequence[str]  # Jobs and JobSets of before that are no more, except predecessors
+    restarts: Sequence[Restart]
+    server: Literal["none", "starts", "runs", "stops"]
+    rollouts: Sequence[str]  # other Deployments whose pods are replaced
+    notes: list[str] = field(default_factory=list)
+
+
+def compare(before: Side | None, after: Side, volumes: Path | None = None) -> Changes:
+    """What changes from `before` to `after`.
+
+    Args:
+        before: None if there was nothing.
+        volumes: a folder with a folder for each volume, named X or X-pvc; also say what is there.
+    Raises:
+        UserError: `volumes` holds no volume.
+    """
+    if volumes is not None:
+        check_volumes(volumes)
+    old = before.adapters if before else {}
+    environment = _environment(before, after, volumes)
+    adapters = {name: _adapter(name, before, after.adapters[name], volumes) if name in after.adapters
+                else Part("removed", service="removed", promoted=_promoted(name, volumes))
+                for name in sorted({*old, *after.adapters})}
+    parts: list[tuple[str | None, Part]] = [(None, environment), *adapters.items()]
+    made = {(name, each.name): each for name, part in parts for each in part.artifacts}
+    runs, removed = _runs(before, after, made)
+    restarts, rollouts = _restarts(before, after)
+    notes = []
+    if before and before.manifests and _moves(before, after):
+        notes.append(f"the namespace changes from {workloads.namespace(before.manifests)} to "
+                     f"{workloads.namespace(after.manifests)}, which has volumes of its own; new ones are empty")
+    served = {stage[1] for run in runs for stage in run.workload.stages}
+    if idle := sorted(after.adapters.keys() - served):
+        notes.append(f"no kustomization lists {', '.join(f'adapters/{name}' for name in idle)}: nothing of it runs")
+    return Changes(environment, adapters, runs, removed, restarts, _server(before, after), rollouts, notes)
+
+
+# --- artifacts --------------------------------------------------------------------------------------------------------
+
+
+def _environment(before: Side | None, after: Side, volumes: Path | None) -> Part:
+    old = before.environment if before else None
+    return _part(old, after.environment, environment_specs, before.recipes if before else None, volumes)
+
+
+def _adapter(name: str, before: Side | None, after: Pipeline, volumes: Path | None) -> Part:
+    old = before.adapters.get(name) if before else None
+    part = _part(old, after, adapter_specs, before.recipes if before else None, volumes)
+    promoted = _promoted(name, volumes)
+    return dataclasses.replace(part, promoted=promoted, service=_service(part, volumes, promoted))
+
+
+def environment_specs(environment: Environment, recipes: Mapping[str, int] | None = None) -> Specs:
+    """The artifacts of an environment, by their names in the plan."""
+    return _with_recipes(vars(plan_environment(environment)), recipes)
+
+
+def adapter_specs(pipeline: Pipeline, recipes: Mapping[str, int] | None = None) -> Specs:
+    """The artifacts of an adapter, without those of its environment, by their names in the plan."""
+    specs = _with_recipes(vars(plan(pipeline)), recipes)
+    merged = pipeline.environment.serving.mode == "merged"
+    return {name: spec for name, spec in specs.items() if name not in SHARED and (merged or name != "merged_model")}
+
+
+def _with_recipes(specs: Mapping[str, Spec], recipes: Mapping[str, int] | None) -> Specs:
+    """The artifacts as code with other recipe numbers (jobs/core/plan.py) names them. Inputs come first in `specs`."""
+    if recipes is None:
+        return dict(specs)
+    digests: dict[str, str] = {}
+    renamed: Specs = {}
+    for name, spec in specs.items():
+        numbers = {"recipe": recipes.get(spec.kind), "embedded": recipes.get("embedded")}
+        settings = dict(spec.spec) | {key: number for key, number in numbers.items()
+                                      if key in spec.spec and number is not None}
+        inputs = {key: digests.get(digest, digest) for key, digest in spec.inputs.items()}
+        renamed[name] = Spec(spec.volume, spec.kind, settings, inputs)
+        digests[spec.digest] = renamed[name].digest
+    return renamed
+
+
+def _part(old: File | None, new: File, specs_of: Callable[..., Specs], recipes: Mapping[str, int] | None,
+          volumes: Path | None) -> Part:
+    """The artifacts of a file, compared with those that the file before desired."""
+    after, before = specs_of(new), specs_of(old, recipes) if old else {}
+    settings = list(_settings(old, new, specs_of)) if old else []
+    everything = plan(new) if isinstance(new, Pipeline) else plan_environment(new)
+    names = {spec.digest: _typed(name) for name, spec in vars(everything).items()}
+    artifacts = []
+    for stage, made in STAGES.items():
+        for name in made:
+            if name in after:
+                reasons = tuple(_reasons(before.get(name), after[name], name, settings, names)) if old else ()
+                digest = before[name].digest if name in before else None
+                there = None if volumes is None else path(after[name], volumes).is_dir()
+                artifacts.append(Change(_typed(name), stage, after[name], digest, reasons, there))
+    own = [each for each in settings if each.artifacts or not each.shared]
+    changed = own or any(each.new for each in artifacts)
+    return Part("added" if old is None else "changed" if changed else "unchanged", artifacts, own)
+
+
+def _typed(name: str) -> str:
+    """The name of an artifact as people type it."""
+    return name.replace("_", "-")
+
+
+def _settings(old: File, new: File, specs_of: Callable[..., Specs]) -> Iterator[Setting]:
+    """The keys that differ, each with the artifacts whose own settings it changes."""
+    before, after = specs_of(old), specs_of(new)
+    for keys, was, now in changed_keys(old, new):
+        # In both directions: a pin matters only beside the source that needs it, on the old side or on the new one.
+        affected = {*_affected(before, specs_of(_with(old, keys, now))),
+                    *_affected(after, specs_of(_with(new, keys, was)))}
+        shared = keys[0] == "environment" and isinstance(old, Pipeline)
+        yield Setting(".".join(keys[1:] if shared else keys), was, now,
+                      tuple(_typed(name) for name in after if name in affected), shared)
+
+
+def _affected(one: Specs, other: Specs) -> Iterator[str]:
+    """The artifacts that differ by more than their inputs."""
+    for name in {*one, *other}:
+        if name not in one or name not in other or one[name].spec != other[name].spec:
+            yield name
+
+
+def changed_keys(before: BaseModel, after: BaseModel, at: tuple[str, ...] = ()) \
+        -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Every key whose value differs between two files, defaults included: its path, and both values."""
+    for name in type(after).model_fields:
+        was, now = getattr(before, name), getattr(after, name)
+        if isinstance(was, BaseModel) and isinstance(now, BaseModel):
+            yield from changed_keys(was, now, (*at, name))
+        elif was != now:
+            yield (*at, name), was, now
+
+
+def _with(file: Any, keys: Sequence[str], value: Any) -> Any:
+    """The file with another value. Not validated: one half of a change may be invalid alone."""
+    key, *rest = keys
+    return file.model_copy(update={key: _with(getattr(file, key), rest, value) if rest else value})
+
+
+def _reasons(before: Spec | None, after: Spec, name: str, settings: Sequence[Setting], names: Mapping[str, str]) \
+        -> Iterator[str]:
+    """Why an artifact is new, in words; nothing if it is not."""
+    if before is not None and before.digest == after.digest:
+        return
+    own = [str(each) for each in settings if _typed(name) in each.artifacts]
+    yield from own
+    if before is None:
+        return
+    numbers = [key for key in ("recipe", "embedded") if key in before.spec and key in after.spec
+               and before.spec[key] != after.spec[key]]
+    for key in numbers:
+        yield f"{key}: {before.spec[key]} -> {after.spec[key]} (RECIPES in jobs/core/plan.py)"
+    if before.spec != after.spec and not own and not numbers:
+        yield "its settings changed"
+    inputs = [names.get(digest, _typed(key)) for key, digest in after.inputs.items()
+              if before.inputs.get(key) != digest]
+    if inputs:
+        yield f"new input: {', '.join(inputs)}"
+
+
+# --- volumes ----------------------------------------------------------------------------------------------------------
+
+
+def check_volumes(volumes: Path) -> None:
+    """The folder must hold a folder for at least one volume.
+
+    Raises:
+        UserError: it does not.
+    """
+    if any((volumes / folder).is_dir() for volume in VOLUMES for folder in (volume, f"{volume}-pvc")):
+        return
+    hint = f" Did you mean {volumes / 'volumes'}?" if (volumes / "volumes").is_dir() else ""
+    raise UserError(f"--volumes {volumes}: holds no folder of a volume, such as {FINE_TUNED_VOLUME} or "
+                    f"{FINE_TUNED_VOLUME}-pvc.{hint}")
+
+
+def path(spec: Spec, volumes: Path) -> Path:
+    """Where the artifact is, or will be."""
+    return _volume(spec.volume, volumes) / spec.kind / spec.digest
+
+
+def _volume(name: str, volumes: Path) -> Path:
+    """The folder of a volume: X-pvc, as `jobs local` keeps it, or X, as a cluster mounts it."""
+    claim = volumes / f"{name}-pvc"
+    return claim if claim.is_dir() else volumes / name
+
+
+def _promoted(name: str, volumes: Path | None) -> str | None:
+    """The digest of the promoted adapter. A damaged promotion counts as none, as serving takes it."""
+    try:
+        current = promotion.current(_volume(FINE_TUNED_VOLUME, volumes), name) if volumes else None
+    except (UserError, OSError):
+        return None
+    return current.adapter if current else None
+
+
+def _service(part: Part, volumes: Path | None, promoted: str | None) -> Service:
+    """What clients of an adapter get: serving/candidates.py has the order."""
+    adapter, evaluation = part.artifact("adapter"), part.artifact("evaluation")
+    if adapter is None or evaluation is None or not evaluation.new:
+        return "unchanged"
+    if volumes is not None and adapter.there and evaluation.there:
+        return "at once" if _passed(path(evaluation.spec, volumes)) else "rejected"
+    serves = part.status != "added" if volumes is None else promoted is not None
+    return "kept" if serves else "unavailable"
+
+
+def _passed(evaluation: Path) -> bool:
+    """Whether an evaluation's verdict is that the adapter passed, by its manifest."""
+    try:
+        return read_manifest(evaluation)["about"]["passed"] is True
+    except (UserError, OSError, ValueError, RecursionError, LookupError, TypeError):
+        return False
+
+
+# --- Jobs and serving -------------------------------------------------------------------------------------------------
+
+
+def _runs(before: Side | None, after: Side, made: Mapping[tuple[str | None, str], Change]) \
+        -> tuple[list[Run], list[str]]:
+    """The Jobs and JobSets after the push, and the names of those that are no more."""
+    old = workloads.find(before.manifests, COMMANDS) if before else []
+    predecessors = {(each.kind, each.title): each.name for each in old}
+    names = {each.name for each in old}
+    runs = []
+    for each in workloads.find(after.manifests, COMMANDS):
+        makes = tuple(f"{adapter}/{change.name}" if adapter else change.name
+                      for command, adapter in each.stages for (of, _), change in made.items()
+                      if of == adapter and change.stage == command and is_made(change, made.get((of, "evaluation"))))
+        runs.append(Run(each, predecessors.pop((each.kind, each.title), None), each.name not in names, makes))
+    return runs, sorted(predecessors.values())
+
+
+def is_made(change: Change, evaluation: Change | None) -> bool:
+    """Whether a run of its stage makes the artifact."""
+    if change.there is None:
+        return change.new
+    if change.stage == "evaluate" and evaluation is not None and evaluation.there:
+        return False  # without an evaluation to make, the scores are not needed
+    return not change.there
+
+
+def _server(before: Side | None, after: Side) -> Literal["none", "starts", "runs", "stops"]:
+    was = before is not None and INFERENCE in workloads.pod_templates(before.manifests) and not _moves(before, after)
+    if INFERENCE in workloads.pod_templates(after.manifests):
+        return "runs" if was else "starts"
+    return "stops" if was else "none"
+
+
+def _moves(before: Side, after: Side) -> bool:
+    """Whether the overlay gets another namespace."""
+    return workloads.namespace(before.manifests) != workloads.namespace(after.manifests)
+
+
+def _restarts(before: Side | None, after: Side) -> tuple[list[Restart], list[str]]:
+    """Why serving restarts, and the names of other Deployments whose pods are replaced."""
+    if before is None or _moves(before, after):
+        return [], []
+    old, new = workloads.pod_templates(before.manifests), workloads.pod_templates(after.manifests)
+    changed = [name for name in new if name in old and old[name] != new[name]]
+    rollouts = [name for name in changed if name != INFERENCE]
+    if INFERENCE not in old or INFERENCE not in new:
+        return [], rollouts
+    found = list(_restarts_by_file(before, after))
+    if INFERENCE in changed:
+        found.insert(0, Restart("rollout", _difference(old[INFERENCE], new[INFERENCE])))
+    return found, rollouts
+
+
+def _difference(before: Manifest, after: Manifest) -> str:
+    """What differs between two pod templates, in words."""
+    found = [_in_words(*difference) for difference in workloads.differences(before, after)]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"its pods change: {'; '.join(found[:3])}{more}"
+
+
+def _in_words(at: str, was: Any, now: Any) -> str:
+    if isinstance(was, list) and isinstance(now, list):  # such as arguments: without those that stay
+        was, now = [each for each in was if each not in now] or None, [each for each in now if each not in was] or None
+    return f"{at}: {shown(was)} -> {shown(now)}"
+
+
+def _restarts_by_file(before: Side, after: Side) -> Iterator[Restart]:
+    """Why a server that runs restarts by itself: the rules of serving/base.py."""
+    old, new = before.environment, after.environment
+    was, now = environment_specs(old, before.recipes), environment_specs(new)
+    reasons = [f"the {_typed(name).replace('-', ' ')} changes" for name in ("base_model", "tokenizer")
+               if was[name].digest != now[name].digest]
+    if old.serving.mode != new.serving.mode:
+        reasons.append(f"serving.mode changes from {old.serving.mode} to {new.serving.mode}")
+    if reasons:
+        wait = new.serving.when_base_changes == "wait-for-adapters"
+        yield Restart("adapters passed" if wait else "base model there", " and ".join(reasons))
+    elif new.serving.mode == "merged" and any(
+            name not in before.adapters or adapter_specs(each)["evaluation"].digest
+            != adapter_specs(before.adapters[name], before.recipes)["evaluation"].digest
+            for name, each in after.adapters.items()):
+        yield Restart("adapters passed", "in mode merged, a new adapter needs a restart")
+    if new.serving.mode == old.serving.mode == "lora" and new.serving.max_lora_rank > old.serving.max_lora_rank:
+        yield Restart("at once", f"serving.max_lora_rank is raised from {old.serving.max_lora_rank} to "
+                                 f"{new.serving.max_lora_rank}")

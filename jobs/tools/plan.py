@@ -1,0 +1,98 @@
+"""What a push of an overlay would do: which artifacts are new and why, which Jobs run, whether serving restarts.
+
+Compares the files in the working tree, also those that are not committed, with those of REVISION. By default that is
+the upstream of the current branch, as it was last fetched: what a push sends. A branch without an upstream is compared
+with HEAD: what is not committed yet. In CI, name the commit that the pull request is merged into, e.g.
+`--since HEAD^1` on GitHub's merge commit; docs/plan.md has complete examples. Needs git and kubectl, no network and
+no cluster, and changes nothing. The exit code is 0 whether or not anything changes, and 2 for invalid files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jobs.core.pipeline import LoadedPipeline
+    from jobs.tools.changes_report import Report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    parser.add_argument("--since", metavar="REVISION",
+                        help="the commit, tag or branch to compare with (default: the upstream of the current branch, "
+                             "else HEAD)")
+    # `dest`: the option of the stages with the same name comes before the command, and has a default.
+    parser.add_argument("--volumes", type=Path, metavar="DIR", dest="plan_volumes",
+                        help="also show what is on the volumes: a folder with a folder for each, as a cluster mounts "
+                             "them (/volumes) and `jobs local` keeps them (.local/NAME/volumes)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="write Markdown, for a comment on a pull request")
+    form.add_argument("--json", action="store_true", help="write JSON, for programs (docs/plan.md describes the keys)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the plan.
+
+    Raises:
+        UserError: the overlay's files are invalid or do not render, or a named revision or folder does not exist.
+    """
+    from jobs.tools import changes_report
+
+    report = make(args.overlay, args.since, args.plan_volumes)
+    form = changes_report.as_json if args.json else changes_report.markdown if args.markdown else changes_report.table
+    sys.stdout.write(form(report))
+
+
+def make(path: Path, since: str | None = None, volumes: Path | None = None) -> Report:
+    """Compare the overlay in the working tree with an earlier revision of it.
+
+    Args:
+        path: the overlay's folder.
+        since: the revision; by default the upstream of the current branch, else HEAD.
+        volumes: also look there for what exists.
+    Raises:
+        UserError: as `run`.
+    """
+    from jobs.tools import changes, earlier, kustomization, overlay, pods, revision
+    from jobs.tools.changes_report import Report
+
+    new = overlay.load(overlay.find(path).folder)
+    if volumes is not None:
+        changes.check_volumes(volumes)
+    found = revision.find(new.folder, since)
+    notes: list[str] = []
+    before = None
+    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(1) as pool:
+        rendering = pool.submit(pods.render, new.folder)  # takes seconds for many adapters
+        if isinstance(found, revision.Revision):
+            if since is None and found.name == "HEAD":
+                notes.append("the current branch has no upstream: compared with HEAD, which has all that is committed. "
+                             "Name what the cluster follows, e.g. --since origin/main")
+            before = earlier.read(found, new.folder, Path(place), notes)
+        else:
+            notes.append(f"nothing to compare with: {found}")
+        adapters = {each.pipeline.adapter: each.pipeline for each in new.adapters.values()}
+        after = changes.Side(new.environment.environment, adapters, rendering.result())
+        if isinstance(found, revision.Revision):
+            notes += revision.notes(found, [file.parent for file in kustomization.kustomizations(new.folder)])
+    notes += [note for each in new.adapters.values() for note in _wrong_pins(each)]
+    compared = changes.compare(before, after, volumes)
+    since_revision = found if isinstance(found, revision.Revision) else None
+    return Report(new.folder, since_revision, [*notes, *compared.notes], compared)
+
+
+def _wrong_pins(loaded: LoadedPipeline) -> Iterator[str]:
+    """Data in git that changed while its pin did not: the digests below would be those of the data before."""
+    from jobs.relocation.sources import file
+
+    for key, source in loaded.pipeline.sources().items():
+        data = loaded.resolve(source)
+        if source.scheme == "file" and (not data.exists() or file.path_sha256(data) != source.sha256):
+            yield (f"{data} is not what {loaded.path} pins as {key}: its relocation would fail. Run: "
+                   f"python -m jobs pin {loaded.path.parent}")

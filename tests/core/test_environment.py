@@ -1,0 +1,89 @@
+"""Promises of the environment file: what all adapters share is validated and pinned, and each source is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.core import environment
+from jobs.core.declarations import Source
+from jobs.core.environment import SERVABLE_RANKS
+from jobs.core.errors import UserError
+from tests import build_pipeline
+from tests.build_pipeline import COMMIT, SHA256
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    """Write `folder/environment.yaml` and return it."""
+    build_pipeline.write_yaml(folder / "environment.yaml", build_pipeline.environment(**changes))
+    return folder / "environment.yaml"
+
+
+def test_an_overlays_folder_stands_for_its_file(tmp_path: Path) -> None:
+    file = write(tmp_path)
+    assert environment.load(tmp_path) == environment.load(file)
+    assert environment.load(tmp_path).path == file
+
+
+def test_what_is_not_written_has_its_default(tmp_path: Path) -> None:
+    found = environment.load(write(tmp_path)).environment
+    assert (found.serving.mode, found.serving.max_lora_rank, found.serving.when_base_changes, found.retention.keep) == (
+        "lora", 64, "wait-for-adapters", 5)
+
+
+@pytest.mark.parametrize(("tokenizer", "source"), [
+    ({}, Source(source="hf://HuggingFaceTB/SmolLM2-135M-Instruct", revision=COMMIT)),
+    ({"source": "hf://acme/tokenizer", "revision": "0" * 40}, Source(source="hf://acme/tokenizer", revision="0" * 40)),
+    ({"source": "file:tokenizer", "sha256": SHA256}, Source(source="file:tokenizer", sha256=SHA256)),
+])
+def test_the_tokenizer_is_the_base_models_unless_another_is_named(
+        tmp_path: Path, tokenizer: dict[str, str], source: Source) -> None:
+    found = environment.load(write(tmp_path, tokenizer=tokenizer)).environment
+    assert found.tokenizer_source == source
+    named = {"base_model": found.base_model, "tokenizer": source, "reference_model": found.reference_model}
+    if not tokenizer:
+        del named["tokenizer"]
+    assert found.sources() == named
+
+
+@pytest.mark.parametrize(("changes", "key"), [
+    ({"base_model": {"source": "hf://acme/a"}}, "base_model"),
+    ({"tokenizer": {"source": "hf://acme/b"}}, "tokenizer"),
+    ({"reference_model": {"source": "hf://acme/c", "revision": "main"}}, "reference_model")])
+def test_every_source_must_be_pinned_except_for_pin_itself(tmp_path: Path, changes: dict[str, Any], key: str) -> None:
+    file = write(tmp_path, **changes)
+    line = next(n for n, text in enumerate(file.read_text().splitlines(), 1) if text.startswith(key))
+    with pytest.raises(UserError) as raised:
+        environment.load(file)
+    assert str(raised.value).startswith(f"{file}:{line}: {key}: {changes[key]['source']} is not pinned: ")
+    assert str(raised.value).endswith(f"Run: python -m jobs pin {tmp_path}")
+    assert environment.load(file, pinned=False).environment.sources()[key].source == changes[key]["source"]
+
+
+@pytest.mark.parametrize("rank", [*SERVABLE_RANKS, 2, 7, 24, 63, 513])
+def test_only_ranks_that_vllm_serves_are_taken(rank: int) -> None:
+    if rank in SERVABLE_RANKS:
+        assert environment.Serving(max_lora_rank=rank).max_lora_rank == rank
+    else:
+        with pytest.raises(ValueError, match=f"max_lora_rank {rank} is not one vLLM serves; allowed: 1, 8, 16,"):
+            environment.Serving(max_lora_rank=rank)
+
+
+def test_a_folder_without_the_file_says_what_to_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        environment.load(tmp_path)
+    assert str(raised.value) == (f"{tmp_path}/environment.yaml: no such file. Name an overlay's folder, or its "
+                                 "environment.yaml")
+
+
+def test_a_path_that_cannot_be_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a+: cannot be read: File name too long"):
+        environment.load(tmp_path / ("a" * 300))
+
+
+def test_a_file_without_a_mapping_names_the_key_that_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "environment.yaml").write_text("- a\n")
+    with pytest.raises(UserError, match="must hold a mapping with the key `base_model` and others, not a list"):
+        environment.load(tmp_path)
