@@ -446,6 +446,8 @@ def _restarts_by_file(before: Side, after: Side) -> Iterator[Restart]:
             != adapter_specs(before.adapters[name], before.recipes)["evaluation"].digest
             for name, each in after.adapters.items()):
         yield Restart("adapters passed", "in mode merged, a new adapter needs a restart")
-    if new.serving.mode == old.serving.mode == "lora" and new.serving.max_lora_rank > old.serving.max_lora_rank:
-        yield Restart("at once", f"serving.max_lora_rank is raised from {old.serving.max_lora_rank} to "
-                                 f"{new.serving.max_lora_rank}")
+    if new.serving.mode == old.serving.mode == "lora":  # the others are flags of vLLM, which are fixed at its start
+        for (key,), before_value, after_value in changed_keys(old.serving, new.serving):
+            lowered = key == "max_lora_rank" and after_value < before_value
+            if key not in ("mode", "when_base_changes") and not lowered:
+                yield Restart("at once", f"serving.{key}: {shown(before_value)} -> {shown(after_value)}")

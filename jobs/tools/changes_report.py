@@ -16,6 +16,7 @@ from jobs.tools.values import shown
 
 FORMAT = 1  # of the JSON; raised when a key changes its meaning
 COLUMNS = 98  # of prose
+MARKDOWN_CHARACTERS = 30_000  # after which artifacts are left out: GitHub refuses a comment with more than 65,536
 LISTED = 20  # Jobs that the table lists one by one
 
 SERVICE = {
@@ -210,8 +211,8 @@ def markdown(report: Report) -> str:
     """For a comment on a pull request: the summary first, the details folded."""
     changes = report.changes
     volumes = any(each.there is not None for each in changes.environment.artifacts)
-    lines = [f"**{summary(changes)}**", "", f"`{report.overlay}`: the working tree compared with "
-             f"{_code(str(report.since)) if report.since else 'nothing: everything is new'}.", ""]
+    lines = [f"### {report.overlay}", "", f"**{summary(changes)}**", "",
+             f"Compared with {_code(str(report.since))}." if report.since else "Everything is new.", ""]
     if report.notes:  # a note begins its line, so it cannot end the block
         lines += ["```text", *(f"note: {note}" for note in report.notes), "```", ""]
     lines += [f"- {restart(each)}: {_code(each.reason)}" for each in changes.restarts]
@@ -223,8 +224,11 @@ def markdown(report: Report) -> str:
         [f"`{name}`", title(name, part).partition(": ")[2]] for name, part in listed if name)), ""] if any(
         name for name, _ in listed) else []
     head = ["stage", "artifact", "digest", "compared", *(["on the volume"] if volumes else []), "Job", "why"]
+    folded = 0
     for name, part in listed:
-        if part.artifacts:
+        if len("\n".join(lines)) > MARKDOWN_CHARACTERS:
+            folded += 1
+        elif part.artifacts:
             runs = running(changes, name)
             lines += ["<details>", f"<summary>{name or 'environment'}: {work(part) if name else 'changed'}</summary>",
                       "", *_cells(head, (
@@ -234,8 +238,10 @@ def markdown(report: Report) -> str:
                           for each in part.artifacts)), ""]
             lines += [f"- no artifact depends on {_code(str(each))}" for each in without_effect(part)]
             lines += ["", "</details>", ""]
+    if folded:
+        lines += [f"The artifacts of {folded} more: `python -m jobs plan {report.overlay}`.", ""]
     new = [run for run in changes.runs if run.new]
-    if new or changes.removed:
+    if (new or changes.removed) and not folded:
         lines += ["<details>", f"<summary>Jobs: {len(new)} new names, {len(changes.removed)} no longer declared"
                   "</summary>", "", *_cells(["before", "after", ""], (
                       [f"`{run.before}`" if run.before else "", f"`{run.workload.name}`", _makes(run)] for run in new)),

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from jobs import __main__ as cli
 from jobs.core import promotion
 from jobs.core.artifacts import publish
+from jobs.core.environment import Serving
 from jobs.core.errors import UserError
 from jobs.core.files import sha256_of
 from jobs.core.pipeline import Pipeline
@@ -222,7 +224,7 @@ def test_an_adapter_that_no_kustomization_lists_is_said_not_to_run(overlay: Path
     ("cpu/vllm-cpu.yaml", "--max-model-len=512", "--max-model-len=256",
      [("rollout", "its pods change: spec.containers.vllm.args: [--max-model-len=512] -> [--max-model-len=256]")]),
     ("environment.yaml", "max_lora_rank: 64", "max_lora_rank: 128",
-     [("at once", "serving.max_lora_rank is raised from 64 to 128")]),
+     [("at once", "serving.max_lora_rank: 64 -> 128")]),
     ("environment.yaml", "max_lora_rank: 64", "max_lora_rank: 32", []),
     ("environment.yaml", "keep: 5", "keep: 6", []),
     ("environment.yaml", "serving:\n", "serving:\n  mode: merged\n",
@@ -232,6 +234,19 @@ def test_whether_serving_restarts_and_when(overlay: Path, file: str, before: str
                                            restarts: list[tuple[str, str]]) -> None:
     edit(overlay / file, before, after)
     assert [(each.when, each.reason) for each in planned(overlay).restarts] == restarts
+
+
+def test_a_further_setting_of_the_server_restarts_it() -> None:
+    """Until serving/base.py has a rule for it, a wrong "does not restart" would be the worse mistake."""
+    class More(Serving):
+        threads: int = 1
+
+    pipeline = build_pipeline.build()
+    deployment = {"kind": "Deployment", "metadata": {"name": "model-inference"}, "spec": {"template": {}}}
+    sides = [Side(pipeline.environment.model_copy(update={"serving": More(threads=number)}), {}, [deployment])
+             for number in (1, 2)]
+    assert [str(each) for each in changes.compare(sides[0], sides[1]).restarts] == [
+        str(changes.Restart("at once", "serving.threads: 1 -> 2"))]
 
 
 def test_mode_merged_makes_one_more_artifact_and_restarts_with_every_adapter(overlay: Path) -> None:
@@ -593,6 +608,20 @@ def test_invalid_files_are_exit_code_2_with_a_line_for_each(overlay: Path, capsy
     assert [line.count("training.lora.r") for line in capsys.readouterr().err.splitlines()] == [1, 1]
 
 
+def test_it_needs_no_more_packages_than_the_page_installs(overlay: Path) -> None:
+    """A CI job need not install torch."""
+    page = (CHECKOUT / "docs" / "plan.md").read_text()
+    allowed = {name.lower().replace("-", "_") for match in re.findall(r"\^\(([\w|-]+)\)==", page)
+               for name in match.split("|")} - {"pyyaml"} | {"yaml", "_yaml", "_distutils_hack"}
+    program = ("import sys; from jobs.__main__ import main; main(['plan', sys.argv[1]]); "
+               "print(*{name.partition('.')[0] "
+               "for name, m in sys.modules.items() if 'site-packages' in (getattr(m, '__file__', None) or '')}, "
+               "file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", program, str(overlay)], cwd=CHECKOUT, capture_output=True, text=True,
+                          check=True)
+    assert {"yaml", "pydantic"} <= set(done.stderr.splitlines()[-1].split()) <= allowed
+
+
 @pytest.mark.parametrize("before", ["r: 16", "# Every rule"])
 def test_the_exit_code_is_0_whether_or_not_anything_changes(
         overlay: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], before: str) -> None:
@@ -629,7 +658,7 @@ def test_markdown_shows_values_as_they_are(overlay: Path) -> None:
          "target_modules: ['a|b', '`@team`', '<img src=x>']")
     text = changes_report.markdown(command.make(overlay))
     assert "`training.lora.target_modules: all-linear -> [a\\|b, '@team', <img src=x>]`" in text
-    assert text.startswith("**1 adapter trained again, 1 unchanged; ")
+    assert text.splitlines()[2].startswith("**1 adapter trained again, 1 unchanged; ")
     for row in (line for line in text.splitlines() if line.startswith("| train")):
         assert len(re.findall(r"(?<!\\)\|", row)) == 7
 
@@ -651,6 +680,8 @@ def test_fifty_adapters_are_planned_within_seconds(overlay: Path) -> None:
     assert len(new(report.changes.adapters[B])) == 3
     assert len(running(report.changes)) == 3 + 50 * 3
     assert len(changes_report.table(report).splitlines()) < 120
+    edit(overlay / "environment.yaml", "source: builtin:tiny-reference", "source: builtin:tiny")
+    assert len(changes_report.markdown(command.make(overlay))) < 65536, "GitHub refuses a longer comment"
 
 
 def test_the_yaml_of_a_new_key_needs_no_code() -> None:
