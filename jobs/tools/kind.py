@@ -297,12 +297,13 @@ def serve(cluster: Cluster, overlay: Overlay, args: argparse.Namespace) -> None:
 def show_evaluations(cluster: Cluster, digests: Mapping[str, str]) -> list[str]:
     """Print the end of the newest evaluation's log of every adapter; returns the names of those that were rejected."""
     rejected = []
-    jobs = oldest_first(cluster.kubectl.get(cluster.namespace, "jobs"))
+    jobs = cluster.kubectl.get(cluster.namespace, "jobs")
     for name, digest in digests.items():
-        evaluations = [job["metadata"]["name"] for job in jobs
-                       if HASH_SUFFIX.sub("", job["metadata"]["name"]) == f"model-evaluation-{name}"]
+        evaluations = oldest_first(job for job in jobs
+                                   if HASH_SUFFIX.sub("", job["metadata"]["name"]) == f"model-evaluation-{name}")
         if evaluations:
-            text = cluster.kubectl("-n", cluster.namespace, "logs", f"job/{evaluations[-1]}", "--tail=40").stdout
+            job = f"job/{evaluations[-1]['metadata']['name']}"
+            text = cluster.kubectl("-n", cluster.namespace, "logs", job, "--tail=40").stdout
             print(text if len(digests) <= IN_DETAIL else "\n".join(
                 line for line in text.splitlines() if f"{name}@{digest} " in line and "gate" in line))
             if f"{name}@{digest} {NOT_PROMOTED}" in text:

@@ -71,12 +71,11 @@ def verdicts(results: Sequence[Result]) -> str:
     detailed = len(results) <= IN_DETAIL
     width = max(len(f"{result.name}@{result.digest}") for result in results)
     for result in results:
-        lines += ["", *_scores(result)] if detailed else [
+        lines += [*_scores(result), ""] if detailed else [
             f"  {f'{result.name}@{result.digest}':<{width}}  {content.verdict(result.evaluation)}",
             *(f"    ✗ {check.description}" for check in content.checks(result.evaluation) if not check.passed)]
-    if any(result.evaluation["embedded"] for result in results):
-        lines += ["", f"  {content.EMBEDDED}"]
-    return "\n".join(["", *lines, ""])
+    notes = [f"  {content.EMBEDDED}", ""] if any(result.evaluation["embedded"] for result in results) else []
+    return "\n".join(["", *lines, *([] if detailed else [""]), *notes])
 
 
 def _scores(result: Result) -> list[str]:
@@ -90,8 +89,8 @@ def _scores(result: Result) -> list[str]:
                      f"{'✓' if check.passed else '✗'} {check.expression} is {check.value_text}, must be "
                      f"{check.requirement}"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    title = f"{result.name}@{result.digest} on {scores['fine_tuned']['records']} held-out records"
-    return [f"  {title}: {content.verdict(result.evaluation)}",
+    records = f"{scores['fine_tuned']['records']} held-out records"
+    return [f"  {result.name}@{result.digest} {content.verdict(result.evaluation)} on {records}",
             *("    " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in
                                                              zip(row[1:-1], widths[1:-1], strict=True)), row[-1]])
               for row in rows)]

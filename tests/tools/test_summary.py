@@ -31,7 +31,8 @@ def evaluated(name: str = "seville-hotels", *, ratio: float = 0.25, **changes: A
 
 def test_of_few_adapters_each_rule_is_shown_with_the_scores_of_the_three_models() -> None:
     shown = summary.verdicts([evaluated("a"), evaluated("b", ratio=0.75)])
-    assert "on 60 held-out records: passed: the rule of the gate holds" in shown
+    assert f"  a@{evaluated('a').digest} passed: the rule of the gate holds on 60 held-out records\n" in shown
+    assert "rejected: 1 of 1 rule of the gate does not hold on 60 held-out records" in shown
     assert re.search(r"perplexity +800 +200 +400  ✓ fine-tuned / base is 0\.25, must be at most 0\.5\n", shown)
     assert "✗ fine-tuned / base is 0.75, must be at most 0.5" in shown
     assert shown.count("Embedded models") == 1
