@@ -31,7 +31,7 @@ def node_at(text: str, path: Sequence[str | int]) -> Any:
 def replace(text: str, path: Sequence[str | int], value: str) -> str:
     """The text with another value, written as YAML, in place of the one at `path`."""
     node = node_at(text, path)
-    end = len(text[:node.end_mark.index].rstrip())  # of a block of lines, the mark is at the next key
+    end = _end(text, node)
     start = node.start_mark.index
     block = isinstance(node, yaml.CollectionNode) and not node.flow_style
     if block:  # it stands on lines of its own: the value goes behind its key
@@ -51,7 +51,7 @@ def append(text: str, path: Sequence[str | int], item: str, *, after: int = -1) 
         raise LookupError(path)
     if not node.value:
         return replace(text, path, f"[{item}]")
-    end = len(text[:node.value[after].end_mark.index].rstrip())
+    end = _end(text, node.value[after])
     if node.flow_style:
         return f"{text[:end]}, {item}{text[end:]}"
     line = text.find("\n", end)
@@ -59,3 +59,14 @@ def append(text: str, path: Sequence[str | int], item: str, *, after: int = -1) 
     newline = "\r\n" if text[:line].endswith("\r") else "\n"
     line -= len(newline) - 1
     return f"{text[:line]}{newline}{' ' * node.start_mark.column}- {item}{text[line:]}"
+
+
+def _end(text: str, node: Any) -> int:
+    """Where the text of a node ends. The mark of a block of lines is behind the comments that follow it."""
+    while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        if isinstance(last, tuple):  # of a mapping
+            key, value = last
+            last = value if value.end_mark.index > value.start_mark.index else key
+        node = last
+    return len(text[:node.end_mark.index].rstrip())

@@ -251,7 +251,7 @@ def test_settings_of_another_adapter_are_written_as_people_write_them(overlay: P
     text = (overlay / "adapters/reviews/pipeline.yaml").read_text()
     assert max(map(len, text.splitlines()[4:])) <= 120
     for line in ("lora: {r: 16, alpha: 32, dropout: 0.1, target_modules: all-linear}", "learning_rate: 3.0e-5",
-                 "sharding: fsdp", f"    revision: {build_pipeline.COMMIT}", "perplexity: {max_ratio: 0.5}"):
+                 "sharding: fsdp", f"  revision: {build_pipeline.COMMIT}", "perplexity: {max_ratio: 0.5}"):
         assert f"  {line}" in text, text
 
 
