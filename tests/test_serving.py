@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from jobs.core.errors import UserError
 from serving import __main__ as serving
 from serving import room
 from tests import build_adapter
+from tests.build_guarded import World, publish_base
+from tests.build_server import StandIn
 from tests.build_vllm import free_port
 
 NAME = "seville-hotels"
@@ -221,6 +224,15 @@ def test_there_are_slots_for_all_adapters_as_far_as_a_quarter_of_the_base_models
     assert [room.slots(None, adapters, 64, tmp_path) for adapters in (6, 8, 100)] == [8, 10, 11]
     assert room.slots(None, 100, 16, tmp_path) == 46
     assert room.slots(None, 20, 16, tmp_path) == 22
+
+
+@pytest.mark.parametrize(("shield", "slots"), [(False, "8"), (True, "9")])
+def test_vllm_gets_the_slots_and_on_a_cpu_one_more_for_the_shield(tmp_path: Path, shield: bool, slots: str) -> None:
+    served = replace(publish_base(World(tmp_path, StandIn())), cpu_shield=shield)
+    arguments = serving.vllm_arguments(served, tmp_path, "0.0.0.0", 8000, 8)
+    values = dict(zip(arguments, arguments[1:], strict=False))
+    assert (values["--max-loras"], values["--max-lora-rank"]) == (slots, "64")
+    assert int(values["--max-cpu-loras"]) > 1000, "a number only; memory is limited in bytes"
 
 
 def test_adapters_get_a_quarter_of_the_containers_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
