@@ -27,6 +27,7 @@ from jobs.core.errors import UserError
 CHECKOUT = Path(__file__).resolve().parents[2]  # the folder that holds the packages `jobs` and `serving`
 Manifest = dict[str, Any]
 HASH_SUFFIX = re.compile(r"-[24-9bcdfghkmt]{10}$")  # in the alphabet of kustomize, which spells no words
+ADAPTER_LABEL = "app.kubernetes.io/instance"  # on the Jobs of an adapter: its name
 LOGGED = re.compile(r'[EF]\d{4} .*\] "command failed" err=')  # how klog begins the line of an error
 KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")  # the names that kustomize knows
 
@@ -182,9 +183,9 @@ def _jobs(manifests: list[Manifest]) -> Iterator[Manifest]:
             with _named(manifest):
                 for job in manifest["spec"]["replicatedJobs"]:
                     labels = job["template"]["spec"]["template"].get("metadata", {}).get("labels", {})
-                    stage, adapter = (labels.get(f"app.kubernetes.io/{key}") for key in ("name", "instance"))
-                    name = "-".join(filter(None, (stage or job["name"], adapter))) + (suffix.group() if suffix else "")
-                    yield {"kind": "Job", "metadata": {"name": name}, "spec": job["template"]["spec"]}
+                    parts = (labels.get("app.kubernetes.io/name", job["name"]), labels.get(ADAPTER_LABEL))
+                    name = "-".join(part for part in parts if part) + (suffix.group() if suffix else "")
+                    yield {"kind": "Job", "metadata": {"name": name, "labels": labels}, "spec": job["template"]["spec"]}
 
 
 def write_config_map(folder: Path, data: Mapping[str, str]) -> None:
