@@ -759,8 +759,9 @@ def test_serving_reads_its_volumes_and_writes_only_scratch() -> None:
     assert vllm["command"] == ["python", "-m", "serving"]
     assert {"--host=0.0.0.0", "--port=8000"} <= set(vllm["args"])
     read_only = {path for path, mount in mounts(vllm).items() if mount.get("readOnly")}
-    assert read_only == {"/volumes/base-model", "/volumes/base-tokenizer", "/volumes/fine-tuned-model",
-                         "/etc/pipelines"}
+    assert {path for path in read_only if path.startswith("/volumes/")} == {
+        "/volumes/base-model", "/volumes/base-tokenizer", "/volumes/fine-tuned-model"}
+    assert "/etc/pipelines" in read_only
     volumes = {v["name"]: v for v in spec["volumes"]}
     writable = {path: volumes[m["name"]] for path, m in mounts(vllm).items() if path not in read_only}
     assert writable.keys() == {"/tmp", "/dev/shm"}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from jobs.tools import kustomization, pods
 from serving import drain
@@ -97,9 +98,17 @@ def test_the_job_set_renders_without_the_hardware(tmp_path: Path) -> None:
     assert not {"nodeSelector", "tolerations"} & spec.keys()
 
 
-def test_each_part_of_the_hardware_is_needed_where_it_is_listed() -> None:
-    """`check` finds patches that match nothing: there is none, for the environment or for the adapters."""
-    kustomization.check(GPU)
+@pytest.mark.parametrize(("part", "index"), [
+    (file.parent.name, index) for file in sorted((GPU / "hardware").glob("*/kustomization.yaml"))
+    for index in range(len(yaml.safe_load(file.read_text())["patches"]))])
+def test_each_patch_of_the_hardware_has_an_effect(part: str, index: int, tmp_path: Path) -> None:
+    """On the environment or on the adapters. kustomize ignores one that matches nothing, and `check` refuses it."""
+    overlay = copy(tmp_path)
+    file = overlay / "hardware" / part / "kustomization.yaml"
+    content = yaml.safe_load(file.read_text())
+    del content["patches"][index]
+    file.write_text(yaml.safe_dump(content))
+    assert render(overlay) != rendered(GPU)
 
 
 def test_models_are_relocated_once_for_all_adapters_and_without_a_gpu(tmp_path: Path) -> None:
