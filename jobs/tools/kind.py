@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 
 from jobs.core.errors import RetryableError, UserError
 from jobs.tools import argocd
-from jobs.tools.kubectl import Kubectl
+from jobs.tools.kubectl import Kubectl, KubectlError
 from jobs.tools.pods import CHECKOUT, HASH_SUFFIX, Manifest, containers, error_in, pod_templates, render
 from jobs.tools.status import POLL_SECONDS, State, deployment_state, find, job_state, oldest_first, watch
 from jobs.tools.summary import IN_DETAIL
-from jobs.tools.waiting import ALIAS_SECONDS, Late, served_adapter, wait_until
+from jobs.tools.waiting import ALIAS_SECONDS, Late, served_adapters, wait_until
 
 if TYPE_CHECKING:
     from jobs.tools.overlay import Overlay
@@ -272,9 +272,9 @@ def serve(cluster: Cluster, overlay: Overlay, args: argparse.Namespace) -> None:
 
     def missing() -> list[str]:
         """The adapters that are not served. The commit that Argo CD deploys may have another version of them."""
-        found = {name: served_adapter(endpoint, name) for name in wanted}
+        found = served_adapters(endpoint)
         return [name if args.argocd else f"{name}@{digest}" for name, digest in wanted.items()
-                if found[name] is None or (not args.argocd and found[name] != digest)]
+                if name not in found or (not args.argocd and found[name] != digest)]
 
     while True:
         with cluster.kubectl.forward(cluster.namespace, f"service/{INFERENCE}", 8000, args.port) as tunnel:
@@ -303,7 +303,11 @@ def show_evaluations(cluster: Cluster, digests: Mapping[str, str]) -> list[str]:
                                    if HASH_SUFFIX.sub("", job["metadata"]["name"]) == f"model-evaluation-{name}")
         if evaluations:
             job = f"job/{evaluations[-1]['metadata']['name']}"
-            text = cluster.kubectl("-n", cluster.namespace, "logs", job, "--tail=40").stdout
+            try:
+                text = cluster.kubectl("-n", cluster.namespace, "logs", job, "--tail=40").stdout
+            except KubectlError as error:  # its pod is gone, for example with its node
+                log.warning("the log of %s cannot be read: %s", job, error)
+                continue
             print(text if len(digests) <= IN_DETAIL else "\n".join(
                 line for line in text.splitlines() if f"{name}@{digest} " in line and "gate" in line))
             if f"{name}@{digest} {NOT_PROMOTED}" in text:
