@@ -42,10 +42,12 @@ Status = Literal["added", "removed", "changed", "unchanged"]
 # What clients of an adapter get after the push.
 Service = Literal["unchanged",  # what they get now
                   "kept",  # the promoted adapter, until the new one passes the gate
+                  "interrupted",  # the promoted adapter until serving restarts on another base model, then 503
                   "unavailable",  # 503, until it passes the gate
                   "at once",  # the desired adapter: it is there and passed
                   "rejected",  # the promoted adapter: the desired one is there and did not pass
                   "removed"]  # 404
+Server = Literal["none", "starts", "runs", "stops", "unknown"]  # unknown: the manifests of before do not render
 # When serving restarts.
 When = Literal["rollout",  # at the sync: the pods are replaced
                "at once",  # when the file reaches the pod
@@ -73,7 +75,7 @@ class Side:
 
     environment: Environment
     adapters: Mapping[str, Pipeline]
-    manifests: list[Manifest]
+    manifests: list[Manifest] | None  # None if they do not render
     recipes: Mapping[str, int] | None = None  # of its code, if they are not those of this code
 
 
@@ -148,7 +150,7 @@ class Changes:
     runs: Sequence[Run]
     removed: Sequence[str]  # Jobs and JobSets of before that are no more, except predecessors
     restarts: Sequence[Restart]
-    server: Literal["none", "starts", "runs", "stops"]
+    server: Server
     rollouts: Sequence[str]  # other Deployments whose pods are replaced
     notes: list[str] = field(default_factory=list)
 
@@ -173,13 +175,13 @@ def compare(before: Side | None, after: Side, volumes: Path | None = None) -> Ch
     made = {(name, each.name): each for name, part in parts for each in part.artifacts}
     runs, removed = _runs(before, after, made)
     restarts, rollouts = _restarts(before, after)
+    if any(each.when == "base model there" for each in restarts):
+        adapters = {name: dataclasses.replace(part, service="interrupted") if part.service == "kept" else part
+                    for name, part in adapters.items()}
     notes = []
-    if before and before.manifests and _moves(before, after):
-        notes.append(f"the namespace changes from {workloads.namespace(before.manifests)} to "
-                     f"{workloads.namespace(after.manifests)}, which has volumes of its own; new ones are empty")
-    served = {stage[1] for run in runs for stage in run.workload.stages}
-    if idle := sorted(after.adapters.keys() - served):
-        notes.append(f"no kustomization lists {', '.join(f'adapters/{name}' for name in idle)}: nothing of it runs")
+    if before and _moves(before, after):
+        notes.append(f"the namespace changes from {_namespace(before)} to {_namespace(after)}, which has volumes of its "
+                     "own; new ones are empty")
     return Changes(environment, adapters, runs, removed, restarts, _server(before, after), rollouts, notes)
 
 
@@ -369,11 +371,11 @@ def _passed(evaluation: Path) -> bool:
 def _runs(before: Side | None, after: Side, made: Mapping[tuple[str | None, str], Change]) \
         -> tuple[list[Run], list[str]]:
     """The Jobs and JobSets after the push, and the names of those that are no more."""
-    old = workloads.find(before.manifests, COMMANDS) if before else []
+    old = workloads.find(before.manifests or [], COMMANDS) if before else []
     predecessors = {(each.kind, each.title): each.name for each in old}
     names = {each.name for each in old}
     runs = []
-    for each in workloads.find(after.manifests, COMMANDS):
+    for each in workloads.find(after.manifests or [], COMMANDS):
         makes = tuple(f"{adapter}/{change.name}" if adapter else change.name
                       for command, adapter in each.stages for (of, _), change in made.items()
                       if of == adapter and change.stage == command and is_made(change, made.get((of, "evaluation"))))
@@ -390,26 +392,36 @@ def is_made(change: Change, evaluation: Change | None) -> bool:
     return not change.there
 
 
-def _server(before: Side | None, after: Side) -> Literal["none", "starts", "runs", "stops"]:
-    was = before is not None and INFERENCE in workloads.pod_templates(before.manifests) and not _moves(before, after)
-    if INFERENCE in workloads.pod_templates(after.manifests):
+def _server(before: Side | None, after: Side) -> Server:
+    if before is not None and before.manifests is None:
+        return "unknown"
+    was = before is not None and INFERENCE in _templates(before) and not _moves(before, after)
+    if INFERENCE in _templates(after):
         return "runs" if was else "starts"
     return "stops" if was else "none"
 
 
+def _templates(side: Side) -> dict[str, Manifest]:
+    return workloads.pod_templates(side.manifests or [])
+
+
 def _moves(before: Side, after: Side) -> bool:
     """Whether the overlay gets another namespace."""
-    return workloads.namespace(before.manifests) != workloads.namespace(after.manifests)
+    return bool(before.manifests and after.manifests) and _namespace(before) != _namespace(after)
+
+
+def _namespace(side: Side) -> str | None:
+    return workloads.namespace(side.manifests or [])
 
 
 def _restarts(before: Side | None, after: Side) -> tuple[list[Restart], list[str]]:
     """Why serving restarts, and the names of other Deployments whose pods are replaced."""
     if before is None or _moves(before, after):
         return [], []
-    old, new = workloads.pod_templates(before.manifests), workloads.pod_templates(after.manifests)
+    old, new = _templates(before), _templates(after)
     changed = [name for name in new if name in old and old[name] != new[name]]
     rollouts = [name for name in changed if name != INFERENCE]
-    if INFERENCE not in old or INFERENCE not in new:
+    if INFERENCE not in new or (INFERENCE not in old and before.manifests is not None):
         return [], rollouts
     found = list(_restarts_by_file(before, after))
     if INFERENCE in changed:

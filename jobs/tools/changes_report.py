@@ -21,11 +21,13 @@ LISTED = 20  # Jobs that the table lists one by one
 
 SERVICE = {
     "kept": "the promoted adapter is served until the new one passes the gate",
+    "interrupted": "the promoted adapter is served until serving restarts; then 503 until the new one passes the gate",
     "unavailable": "answers 503 until it passes the gate",
     "at once": "is served at once: it is there and passed the gate",
     "rejected": "is there and did not pass the gate: the promoted adapter is served",
     "removed": "is no longer served; its artifacts stay on the volumes",
 }
+NOW = ("kept", "interrupted", "rejected")  # what clients get first is the promoted adapter
 WHEN = {
     "rollout": "at the sync",
     "at once": "as soon as the file reaches the pod",
@@ -84,8 +86,10 @@ def work(part: Part) -> str:
 
 def serving(changes: Changes) -> str:
     """What happens to the server, in a few words."""
-    return {"none": "nothing is served", "starts": "serving starts", "stops": "serving stops"}.get(
-        changes.server, f"serving {'restarts' if changes.restarts else 'does not restart'}")
+    if changes.restarts:
+        return "serving restarts"
+    return {"none": "nothing is served", "starts": "serving starts", "stops": "serving stops",
+            "unknown": "whether serving restarts is not known"}.get(changes.server, "serving does not restart")
 
 
 def details(changes: Changes) -> list[str]:
@@ -104,7 +108,7 @@ def rollout(deployment: str) -> str:
 def title(name: str, part: Part) -> str:
     """An adapter in one line: its name, what it needs and what its clients get."""
     service = SERVICE.get(part.service)
-    promoted = f" (now {name}@{part.promoted})" if part.promoted and part.service in ("kept", "rejected") else ""
+    promoted = f" (now {name}@{part.promoted})" if part.promoted and part.service in NOW else ""
     return f"{name}: {work(part)}{f'; {service}{promoted}' if service else ''}"
 
 
@@ -230,7 +234,7 @@ def markdown(report: Report) -> str:
             folded += 1
         elif part.artifacts:
             runs = running(changes, name)
-            lines += ["<details>", f"<summary>{name or 'environment'}: {work(part) if name else 'changed'}</summary>",
+            lines += ["<details>", f"<summary>{name or 'environment'}: {work(part) if name else part.status}</summary>",
                       "", *_cells(head, (
                           [each.stage, each.name, f"`{each.spec.digest}`", "**new**" if each.new else "unchanged",
                            *([there(each, part, each.stage in runs)] if volumes else []),
@@ -251,12 +255,13 @@ def markdown(report: Report) -> str:
 
 
 def _cells(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    escaped = ([cell.replace("|", "\\|") for cell in cells] for cells in (header, ["---"] * len(header), *rows))
+    return [f"| {' | '.join(cells)} |" for cells in escaped]
 
 
 def _code(text: str) -> str:
-    """A text that Markdown shows as it is: no markup, no mention, no end of a table's cell."""
-    return f"`{text.replace('`', chr(39))}`".replace("|", "\\|")
+    """A text that Markdown shows as it is: no markup, no mention."""
+    return f"`{text.replace('`', chr(39))}`"
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def check_kustomization(files: Files, environment: LoadedEnvironment | None,
     """Folders, names and entries agree; the overlay renders, and an edit of its files does what it should."""
     from jobs.tools import entries, kustomization
 
-    found = list(entries.problems(files.folder, adapters)) if kustomization.find(files.folder) else []
+    found = list(entries.problems(files.folder, adapters))
     problems = [problem.message for problem in found if files.adapter in (None, problem.adapter)]
     wrong = {problem.adapter for problem in found if problem.adapter}
     try:

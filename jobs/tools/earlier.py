@@ -12,6 +12,7 @@ from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from jobs.tools import overlay, pods, revision
 from jobs.tools.changes import Side
+from jobs.tools.pods import Manifest
 from jobs.tools.revision import GitError, Revision
 
 
@@ -44,10 +45,10 @@ def read(found: Revision, folder: Path, place: Path, notes: list[str]) -> Side |
         return None
     notes += [f"an adapter is taken as new: {readable(problem)}" for problem in problems]
     try:
-        manifests = pods.render(old)
+        manifests: list[Manifest] | None = pods.render(old)
     except UserError as error:
         notes.append(f"all Jobs are taken as new: {readable(error)}")
-        manifests = []
+        manifests = None
     return Side(shared, adapters, manifests, _recipes(tree, found))
 
 

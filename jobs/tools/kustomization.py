@@ -99,20 +99,20 @@ def check(overlay: Path, environment: LoadedEnvironment | None = None,
     Raises:
         UserError: it does not render, or with a line for each problem that was found.
     """
-    if find(overlay) is None:
+    if not any((overlay / name).exists() for name in pods.KUSTOMIZATIONS):
         return
     present = frozenset(names(overlay)) - frozenset(without)
+    if only is not None:
+        present &= {only}
     problems: list[str] = []
     try:
-        whole = rendered(overlay, present) if without else pods.render(overlay)
+        whole = rendered(overlay, present) if without or only is not None else pods.render(overlay)
     except UserError as error:
         broken = not_rendering(overlay, present)
-        if not broken:
-            raise
-        problems += [message for name, message in broken.items() if only in (None, name)]
-        present -= broken.keys()
+        problems += broken.values()
+        present -= frozenset(broken)
         try:
-            whole = rendered(overlay, present)
+            whole = rendered(overlay, present) if broken else pods.render(overlay)
         except UserError:
             raise UserError("\n".join([*problems, str(error)])) from None
     scope = narrowed(overlay, whole, present, only)

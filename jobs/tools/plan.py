@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.core.errors import UserError
+
 if TYPE_CHECKING:
     from jobs.core.pipeline import LoadedPipeline
     from jobs.tools.changes_report import Report
@@ -59,7 +61,7 @@ def make(path: Path, since: str | None = None, volumes: Path | None = None) -> R
     Raises:
         UserError: as `run`.
     """
-    from jobs.tools import changes, earlier, kustomization, overlay, pods, revision
+    from jobs.tools import changes, earlier, entries, kustomization, overlay, pods, revision
     from jobs.tools.changes_report import Report
 
     new = overlay.load(overlay.find(path).folder)
@@ -81,6 +83,7 @@ def make(path: Path, since: str | None = None, volumes: Path | None = None) -> R
         after = changes.Side(new.environment.environment, adapters, rendering.result())
         if isinstance(found, revision.Revision):
             notes += revision.notes(found, [file.parent for file in kustomization.kustomizations(new.folder)])
+    notes += [problem.message for problem in entries.problems(new.folder, new.adapters)]
     notes += [note for each in new.adapters.values() for note in _wrong_pins(each)]
     compared = changes.compare(before, after, volumes)
     since_revision = found if isinstance(found, revision.Revision) else None
@@ -89,10 +92,10 @@ def make(path: Path, since: str | None = None, volumes: Path | None = None) -> R
 
 def _wrong_pins(loaded: LoadedPipeline) -> Iterator[str]:
     """Data in git that changed while its pin did not: the digests below would be those of the data before."""
-    from jobs.relocation.sources import file
+    from jobs.tools import check
 
-    for key, source in loaded.pipeline.sources().items():
-        data = loaded.resolve(source)
-        if source.scheme == "file" and (not data.exists() or file.path_sha256(data) != source.sha256):
-            yield (f"{data} is not what {loaded.path} pins as {key}: its relocation would fail. Run: "
-                   f"python -m jobs pin {loaded.path.parent}")
+    for key, source in check.data_in_git(loaded).items():
+        try:
+            check.require_pin(loaded, key, source)
+        except UserError as error:
+            yield f"its relocation would fail: {error}"

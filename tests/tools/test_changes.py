@@ -23,7 +23,7 @@ from jobs.core.errors import UserError
 from jobs.core.files import sha256_of
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import RECIPES, Plan, plan
-from jobs.tools import changes, changes_report, values, workloads
+from jobs.tools import changes, changes_report, earlier, values, workloads
 from jobs.tools import plan as command
 from jobs.tools.changes import Changes, Side
 from jobs.tools.pods import CHECKOUT, Manifest
@@ -148,7 +148,8 @@ def test_new_data_is_a_reason_by_its_pin(overlay: Path) -> None:
     report = command.make(overlay)
     assert new(report.changes.adapters[B]) == {}
     assert running(report.changes).keys() == of(B)
-    assert any("its relocation would fail. Run: python -m jobs pin" in note for note in report.notes)
+    assert any(note.startswith("its relocation would fail: ") and "python -m jobs pin" in note
+               for note in report.notes)
     edit(folder / "pipeline.yaml", before, after := sha256_of(folder / "dataset.jsonl"))
     report = command.make(overlay)
     why = new(report.changes.adapters[B])
@@ -173,7 +174,9 @@ def test_a_new_base_model_makes_every_adapter_new_and_serving_waits_for_them(ove
     assert [(each.when, each.reason) for each in found.restarts] == [
         ("adapters passed", "the base model changes and the tokenizer changes")]
     edit(overlay / "environment.yaml", "  max_lora_rank: 64", "  max_lora_rank: 64\n  when_base_changes: at-once")
-    assert [each.when for each in planned(overlay).restarts] == ["base model there"]
+    found = planned(overlay)
+    assert [each.when for each in found.restarts] == ["base model there"]
+    assert {part.service for part in found.adapters.values()} == {"interrupted"}
 
 
 def test_only_the_gate_is_evaluated_again(overlay: Path) -> None:
@@ -200,6 +203,11 @@ def test_a_job_that_runs_for_nothing_is_told_from_one_that_works(
                                              "restart")
 
 
+def test_the_folder_of_an_adapter_stands_for_its_overlay(overlay: Path) -> None:
+    report = command.make(overlay / "adapters" / A)
+    assert (report.overlay, report.changes.adapters.keys()) == (overlay, {A, B})
+
+
 def test_adapters_come_and_go_without_a_restart(overlay: Path) -> None:
     remove_adapter(overlay, B)
     add_adapter(overlay, "third")
@@ -217,7 +225,8 @@ def test_an_adapter_that_no_kustomization_lists_is_said_not_to_run(overlay: Path
     before = (overlay / "kustomization.yaml").read_text()
     add_adapter(overlay, "third")
     (overlay / "kustomization.yaml").write_text(before)
-    assert planned(overlay).notes == ["no kustomization lists adapters/third: nothing of it runs"]
+    notes = command.make(overlay).notes
+    assert any("`resources` does not list adapters/third, so its Jobs would not run" in note for note in notes)
 
 
 @pytest.mark.parametrize(("file", "before", "after", "restarts"), [
@@ -327,6 +336,19 @@ def test_another_recipe_is_a_reason_too() -> None:
     number = RECIPES["adapter"]
     assert why["adapter"] == (f"recipe: {number + 1} -> {number} (RECIPES in jobs/core/plan.py)",)
     assert why.keys() == {"adapter", "adapter-scores", "evaluation"}
+
+
+def test_the_recipes_of_the_revision_are_those_of_its_code(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = overlay.parents[1] / "jobs" / "core" / "plan.py"
+    code.parent.mkdir(parents=True)
+    shutil.copy(CHECKOUT / "jobs" / "core" / "plan.py", code)
+    number = RECIPES["acceptability"]
+    edit(code, f'"acceptability": {number}', f'"acceptability": {number + 1}')
+    commit(overlay)
+    assert new(planned(overlay).adapters[A]) == {}, "the code that runs is of another repository"
+    monkeypatch.setattr(earlier.plan, "__file__", str(code))
+    assert new(planned(overlay).adapters[A])["acceptability"] == (
+        f"recipe: {number + 1} -> {number} (RECIPES in jobs/core/plan.py)",)
 
 
 def test_a_secret_in_a_url_is_not_shown() -> None:
@@ -555,6 +577,7 @@ def test_an_overlay_of_one_file_is_compared_by_its_settings(overlay: Path) -> No
     report = command.make(overlay)
     assert {part.status for part in [report.changes.environment, *report.changes.adapters.values()]} == {"unchanged"}
     assert "all Jobs are taken as new: HEAD:overlays/kind: has no kustomization.yaml" in " ".join(report.notes)
+    assert changes_report.summary(report.changes).endswith("; whether serving restarts is not known")
 
 
 def test_what_cannot_be_read_of_the_old_side_is_taken_as_new_and_said(overlay: Path) -> None:

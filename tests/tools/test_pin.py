@@ -10,6 +10,7 @@ import pytest
 
 from jobs.core import environment, pipeline
 from jobs.core.errors import UserError
+from jobs.core.files import write_atomically
 from jobs.tools import pin
 from tests.hub_server import Hub, serve
 
@@ -141,7 +142,7 @@ def test_when_one_file_cannot_be_written_all_stay_as_they_were(
         overlay: tuple[Path, Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = overlay
     before = contents(folder)
-    write = pin.write_atomically
+    write = write_atomically
 
     def fail(file: Path, text: str) -> None:
         if "sha256" in text and file.parent.name == "hotels":
