@@ -266,6 +266,8 @@ def serve(cluster: Cluster, overlay: Overlay, args: argparse.Namespace) -> None:
     digests = {name: plan(loaded.pipeline).adapter.digest for name, loaded in overlay.adapters.items()}
     rejected = show_evaluations(cluster, digests)
     wanted = {name: digest for name, digest in digests.items() if name not in rejected}
+    if overlay.environment.environment.serving.mode == "merged":
+        wanted = dict(list(wanted.items())[:1])  # a server runs one model: that of the first adapter by name
     endpoint = f"http://127.0.0.1:{args.port}"
     reports = {name: plan(overlay.adapters[name].pipeline).evaluation.path(Path("/volumes")) / "report.html"
                for name in digests}
