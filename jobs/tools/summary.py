@@ -49,6 +49,13 @@ class Result:
         return plan(self.pipeline).adapter.digest
 
 
+def served(results: Sequence[Result]) -> list[Result]:
+    """The adapters that the server serves: those that passed; in mode merged the first of them by name, since a server
+    then runs one model."""
+    passed = [result for result in results if result.passed]
+    return passed[:1] if passed and passed[0].pipeline.environment.serving.mode == "merged" else passed
+
+
 def path_of(spec: Spec, volumes: Path) -> Path:
     """Where the artifact is, or will be, in `volumes`, which holds one folder a claim, named X-pvc."""
     return volumes / f"{spec.volume}-pvc" / spec.kind / spec.digest
@@ -113,7 +120,7 @@ def _tokenizer(environment: Environment) -> Spec:
 
 
 def ask(results: Sequence[Result], volumes: Path, endpoint: str, question: str) -> str:
-    """The question, answered by the base model and by each adapter that passed, through the `openai` client.
+    """The question, answered by the base model and by each adapter that is served, through the `openai` client.
 
     In mode merged the fine-tuned model answers alone: it is served instead of the base model.
 
@@ -122,9 +129,8 @@ def ask(results: Sequence[Result], volumes: Path, endpoint: str, question: str) 
     """
     from openai import OpenAI, OpenAIError
 
-    for result in results:
-        if result.passed:
-            _wait_until_served(result, endpoint)
+    for result in served(results):
+        _wait_until_served(result, endpoint)
     with OpenAI(base_url=f"{endpoint}/v1", api_key=os.environ.get("VLLM_API_KEY", "not-needed")) as client:
         try:
             return _answers(client, results, question, chats=chats(results[0].pipeline.environment, volumes))
@@ -145,7 +151,7 @@ def _wait_until_served(result: Result, endpoint: str) -> None:
 def _answers(client: Any, results: Sequence[Result], question: str, *, chats: bool) -> str:
     environment = results[0].pipeline.environment
     models = [(_title(result), result.name, result.pipeline.evaluation.max_new_tokens)
-              for result in results if result.passed]
+              for result in served(results)]
     if environment.serving.mode == "lora":
         name = environment.base_model.name
         models.insert(0, (f"base model ({name})", name, max(tokens for *_, tokens in models)))
@@ -157,7 +163,9 @@ def _answers(client: Any, results: Sequence[Result], question: str, *, chats: bo
             answers[title] = (reply.choices[0].message.content or "").strip()
         else:
             answers[title] = client.completions.create(**options, prompt=f"{question}\n").choices[0].text.strip()
-    answers |= {_title(result): "(not asked: it did not pass its gate)" for result in results if not result.passed}
+    answers |= {_title(result): "(not asked: " + ("in mode merged, one adapter is served)" if result.passed else
+                                                  "it did not pass its gate)")
+                for result in results if result not in served(results)}
     width = max(map(len, answers))
     return "\n".join([f"  {question}", *(f"    {title:<{width}}  {answer}" for title, answer in answers.items()), ""])
 
@@ -185,8 +193,8 @@ def places(environment: Environment, results: Sequence[Result], volumes: Path, e
         lines.append(f"  TensorBoard  {tensorboard}")
     if endpoint:
         chat = chats(environment, volumes)
-        served = [result.name for result in results if result.passed]
-        models = [*served, *([environment.base_model.name] if environment.serving.mode == "lora" else [])]
+        models = [*(result.name for result in served(results)),
+                  *([environment.base_model.name] if environment.serving.mode == "lora" else [])]
         listed = [*models[:NAMED], *([f"{len(models) - NAMED} more"] if len(models) > NAMED else [])]
         url = f"{endpoint}/v1/{'chat/completions' if chat else 'completions'}"
         lines.append(f"  Endpoint     {endpoint}/v1  (models: {', '.join(listed)})")

@@ -205,7 +205,7 @@ def test_a_job_that_runs_for_nothing_is_told_from_one_that_works(
 
 def test_the_folder_of_an_adapter_stands_for_its_overlay(overlay: Path) -> None:
     report = command.make(overlay / "adapters" / A)
-    assert (report.overlay, report.changes.adapters.keys()) == (overlay, {A, B})
+    assert (report.overlay, set(report.changes.adapters)) == (overlay, {A, B})
 
 
 def test_adapters_come_and_go_without_a_restart(overlay: Path) -> None:

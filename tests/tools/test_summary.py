@@ -55,6 +55,14 @@ def test_a_rejected_adapter_is_not_asked_and_does_not_hide_the_others(tmp_path: 
         "answer of HuggingFaceTB/SmolLM2-135M-Instruct", "answer of passed", "(not asked: it did not pass its gate)"]
 
 
+def test_in_mode_merged_the_one_adapter_that_is_served_is_asked(tmp_path: Path) -> None:
+    first, second = evaluated("first", serving__mode="merged"), evaluated("second", serving__mode="merged")
+    with endpoint(("first", first.digest)) as url:
+        shown = summary.ask([first, second], tmp_path, url, "Who?").splitlines()
+    assert [line.split(")", 1)[1].strip() for line in shown if ")" in line] == [
+        "answer of first", "(not asked: in mode merged, one adapter is served)"]
+
+
 def test_every_report_is_listed_and_of_many_models_the_first(tmp_path: Path) -> None:
     results = [evaluated(f"team-{n}") for n in range(12)]
     shown = summary.places(results[0].pipeline.environment, results, tmp_path, "http://127.0.0.1:8000", None, "Who?",
