@@ -1055,6 +1055,7 @@ def test_health_and_ready_say_why_they_fail_and_else_ask_vllm_for_its_health(mon
 
     async def vllm(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append((scope["path"], scope["raw_path"]))
+        assert (await receive())["type"] == "http.request"
         await Response(b"vLLM is well")(scope, receive, send)
 
     def drains(guarded: Any) -> None:
@@ -1091,6 +1092,8 @@ def test_a_reply_in_its_shortest_form_is_passed_on_and_closes_the_connection_of_
                            prepare=prepare)
         headers = dict(start["headers"])
         assert (headers[b"content-length"], headers.get(b"connection"), body["body"]) == (b"0", connection, b"")
+    start, _ = call(shortest, monkeypatch, "GET", "/metrics", prepare=drains)
+    assert start["headers"] == [(b"connection", b"close")]
 
 
 def test_a_stream_may_end_in_the_shortest_form_and_what_is_no_part_of_its_body_is_passed_on(
