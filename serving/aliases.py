@@ -139,7 +139,8 @@ class Aliases:
                 if not prepared:
                     await self._prepare_base()
                     prepared = True
-                await self.poll()
+                with events.LOOK.time():
+                    await self.poll()
                 self._logged.pop("poll", None)
                 pause = POLL_SECONDS
             except Exception as error:  # what is served stays in service

@@ -14,7 +14,7 @@ import logging
 import sys
 from contextlib import suppress
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, Summary
 
 log = logging.getLogger("serving")
 
@@ -40,6 +40,7 @@ STATE = Gauge("serving_alias_state", "1 for the state of the alias: current (the
               "(another one of its adapters is), waiting or refused (none is).", ["alias", "state"])
 RESIDENCY = Gauge("serving_adapter_residency", "1 for where a loaded adapter is: slot, memory or disk.",
                   ["alias", "digest", "place"])
+LOOK = Summary("serving_look_seconds", "How long the server takes to look for changes, twice a second.")
 HELD = Gauge("serving_requests_held", "Requests that wait for a LoRA slot.")
 SLOT_WAIT = Histogram("serving_slot_wait_seconds", "How long a request waited for a LoRA slot, if it had to wait.",
                       buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60))
