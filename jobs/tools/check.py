@@ -140,7 +140,8 @@ def check_kustomization(files: Files, environment: LoadedEnvironment | None,
     wrong = {problem.adapter for problem in found if problem.adapter}
     try:
         if files.adapter not in wrong:
-            kustomization.check(files.folder, environment, adapters, only=files.adapter, without=wrong)
+            shared = None if files.adapter else environment
+            kustomization.check(files.folder, shared, adapters, only=files.adapter, without=wrong)
     except UserError as error:
         problems.append(str(error))
     if problems:

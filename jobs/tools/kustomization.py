@@ -93,7 +93,7 @@ def check(overlay: Path, environment: LoadedEnvironment | None = None,
 
     Args:
         overlay: its folder.
-        environment, adapters: its valid files, whose sources must be in reach.
+        environment, adapters: its valid files, whose sources must be in reach; the environment's only for all of it.
         only: the adapter to check; by default all, and what they share.
         without: adapters with entries that are known to be wrong: they are left out.
     Raises:
@@ -274,7 +274,7 @@ def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest], environment:
     wanted += [("dataset-relocation", name, list(loaded.pipeline.sources().values()))
                for name, loaded in adapters.items()]
     policies = [m.get("spec") or {} for m in whole if m["kind"] == "NetworkPolicy"]
-    open_without_need = bool(adapters)
+    open_without_need = bool(environment and adapters)  # of one adapter alone it cannot be told
     for job, adapter, sources in wanted:
         outside = [source.source for source in sources if source.scheme not in ("builtin", "file")]
         labels = {"app.kubernetes.io/name": job, "app.kubernetes.io/component": "relocation"}
@@ -425,8 +425,8 @@ def rendered(overlay: Path, kept: Collection[str], edit: tuple[Path, Change] | N
         except OSError as error:  # e.g. a file was removed meanwhile
             raise UserError(f"{overlay}: cannot be copied to be checked: {error}") from None
         folder = overlay.resolve() / ADAPTERS
-        for file in own(overlay):
-            if file.parent.parent != folder:
+        for file in parts:
+            if file.is_relative_to(overlay.resolve()) and file.parent.parent != folder:
                 _keep(_below(root, file), partial(_is_left_out, file.parent, folder, kept))
         if edit:
             edit[1](_below(root, edit[0]))

@@ -151,6 +151,19 @@ def test_one_adapter_is_checked_without_the_others(tmp_path: Path) -> None:
     assert "python -m jobs pin" in line
 
 
+def test_one_adapter_is_not_blamed_for_the_environment(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nor is it told to close a network that others need."""
+    overlay = build_overlay.build(tmp_path)
+    file = overlay / "environment.yaml"
+    hub = f"source: hf://acme/base\n  revision: {build_pipeline.COMMIT}\n  architecture: LlamaForCausalLM\n"
+    file.write_text(file.read_text().replace("source: builtin:tiny\n", hub, 1))
+    check.run(overlay / "adapters" / "seville-hotels")
+    assert any("let model-relocation reach nothing" in line for line in lines(overlay))
+    build_overlay.edit(overlay, lambda content: content["components"].insert(1, "../../base/egress"))
+    check.run(overlay / "adapters" / "seville-hotels")
+    assert "models-only" not in caplog.text
+
+
 def test_target_modules_are_checked_for_each_adapter(tmp_path: Path) -> None:
     overlay = build_overlay.build(tmp_path, "boats")
     adapter(overlay, "boats", training__lora__target_modules=["c_attn"])
