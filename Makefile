@@ -8,6 +8,7 @@
 # make images   the two container images (FLAVOUR=cuda: for GPUs, ENGINE=podman); docs/registries.md
 # make push REGISTRY=registry.example.com/team    to your registry; prints the digests to pin
 # make bench-serving    what the guard costs vLLM: ten minutes on an idle machine (ARGS=--quick: three)
+# make bench-many       what many adapters on one server cost: ten minutes on an idle machine (ARGS=--quick: three)
 # Everything is installed into .venv by the first of them (about 3 GB, once).
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -25,7 +26,7 @@ FLAVOUR ?= cpu
 # The tags that the overlays use: the version, with `-cuda` for GPUs.
 TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)$(if $(filter-out cpu,$(FLAVOUR)),-$(FLAVOUR))
 
-.PHONY: demo test e2e kind kind-argocd scan mutants images push engine bench-serving setup clean
+.PHONY: demo test e2e kind kind-argocd scan mutants images push engine bench-serving bench-many setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -86,6 +87,9 @@ engine:
 
 bench-serving: setup
 	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+bench-many: setup
+	$(BIN)/python -m benchmarks.many $(ARGS)
 
 setup: .venv/installed
 

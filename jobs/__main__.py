@@ -63,18 +63,25 @@ def parser() -> argparse.ArgumentParser:
     wait = commands.add_parser("await", description="wait until artifacts are there; their readers verify them")
     wait.add_argument("artifacts", nargs="+", choices=AWAITABLE, metavar="ARTIFACT", help=", ".join(AWAITABLE))
 
-    pin = commands.add_parser("pin", description="fill or refresh the pins of an overlay's pipeline.yaml")
-    check = commands.add_parser("check", description="validate an overlay offline")
+    from jobs.tools import kind as kind_module
+    from jobs.tools import local as local_module
+    from jobs.tools import new as new_module
+    from jobs.tools import plan as plan_module
+
+    new = commands.add_parser("new", description=new_module.DESCRIPTION, formatter_class=raw)
+    pin = commands.add_parser("pin", description="fill or refresh the pins in the files of an overlay or an adapter")
+    check = commands.add_parser("check", description="validate an overlay or an adapter offline")
     plan_parser = commands.add_parser("plan", description="show what a push would do", formatter_class=raw)
     local = commands.add_parser("local", description="run an overlay as local processes", formatter_class=raw)
     kind = commands.add_parser("kind", description="run an overlay in a kind cluster", formatter_class=raw)
-    for command in (pin, check, plan_parser, local, kind):
-        command.add_argument("overlay", type=Path, help="the overlay's folder, e.g. overlays/kind")
+    for command in (new, plan_parser, local, kind):
+        command.add_argument("overlay", type=Path, metavar="OVERLAY", help="the overlay's folder, e.g. overlays/kind")
+    for command in (pin, check):
+        command.add_argument("overlay", type=Path, metavar="OVERLAY",
+                             help="the overlay's folder, e.g. overlays/kind, or that of one of its adapters, "
+                                  "overlays/kind/adapters/NAME")
     pin.add_argument("--update", action="store_true", help="also move pins that are there to the newest revision")
-    from jobs.tools import kind as kind_module
-    from jobs.tools import local as local_module
-    from jobs.tools import plan as plan_module
-
+    new_module.add_arguments(new)
     plan_module.add_arguments(plan_parser)
     local_module.add_arguments(local)
     kind_module.add_arguments(kind)
@@ -87,6 +94,10 @@ def run(args: argparse.Namespace) -> None:
 
     wait_seconds = variables.wait_seconds(args.wait_seconds)  # not in the parser: `--help` must work in any environment
     match args.command:
+        case "new":
+            from jobs.tools import new
+
+            new.run(args.overlay, args.name, data=args.data, old=args.old)
         case "pin":
             from jobs.tools import pin
 

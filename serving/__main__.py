@@ -25,7 +25,8 @@ from packaging.version import Version
 from jobs.core import variables
 from jobs.core.command import fail, run_command
 from jobs.core.errors import RetryableError, Terminated, UserError
-from serving import base, bodies, cpu_shield, drain, heartbeat, merged
+from jobs.core.files import human_bytes
+from serving import base, bodies, cpu_shield, drain, heartbeat, merged, room
 from serving.events import log_to_stderr
 from serving.files import Files
 from serving.served import Served
@@ -49,6 +50,8 @@ FROM_FILES = "it follows from the environment file"
 TAKEN = {
     "--model": FROM_FILES, "--tokenizer": FROM_FILES, "--served-model-name": FROM_FILES,
     "--max-lora-rank": "set serving.max_lora_rank in environment.yaml",
+    "--max-loras": "set serving.slots in environment.yaml",
+    "--max-cpu-loras": "set --adapter-memory",
     "--lora-modules": "adapters are served when they are promoted",
     "--enable-lora": "LoRA is always on", "--no-enable-lora": "LoRA is always on",
     "--middleware": "the guard must be the outermost middleware",
@@ -83,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
                 least=1)
     _add_number(top, "--body-memory", bodies.MEMORY_BYTES // 2**20, "MIB", "memory for all bodies that are being "
                 "received, in MiB", least=1, whole=True)
+    _add_number(top, "--adapter-memory", None, "MIB", "main memory for adapters beyond the LoRA slots, in MiB", least=1,
+                whole=True, otherwise="a quarter of the container's limit")
     _add_number(top, "--max-sequences", None, "N", "maximum number of sequences (n for each prompt) of one request",
                 least=1, whole=True, otherwise="a quarter of vLLM's --max-num-seqs")
     _add_number(top, "--restart-slot-seconds", 0, "S", "for several replicas: the duration of a restart. Each replica "
@@ -184,7 +189,9 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     base_folder, tokenizer = start.base.folders(args.volumes)
     served = Served(pipelines=str(args.pipelines), volumes=str(args.volumes), base_name=start.base_name,
                     base_model=start.base.base_model, tokenizer=start.base.tokenizer, base_folder=str(base_folder),
-                    mode=start.base.mode, max_lora_rank=start.max_lora_rank, drain_seconds=args.drain_seconds,
+                    mode=start.base.mode, max_lora_rank=start.max_lora_rank, slots=start.slots,
+                    adapter_memory=args.adapter_memory * 2**20 if args.adapter_memory else room.memory(),
+                    drain_seconds=args.drain_seconds,
                     restart_slot_seconds=args.restart_slot_seconds, max_sequences=args.max_sequences,
                     body_seconds=args.body_seconds, body_memory=args.body_memory * 2**20,
                     hang_seconds=args.hang_seconds, private_folder=str(private_folder(args.port)))
@@ -196,7 +203,11 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     os.environ.update(environment(flags))
     log.info("serving %s (%s) in mode %s on %s:%d, adapters: %s", served.base_name, served.base_model, served.mode,
              args.host, args.port, ", ".join(start.declared.adapters) or "none")
-    sys.argv = [MODULE, *vllm_arguments(served, tokenizer, args.host, args.port, start.adapters), *flags]
+    slots = 0
+    if served.mode == "lora":
+        slots = room.slots(served.slots, start.adapters, served.max_lora_rank, base_folder)
+        log.info("%d LoRA slots, %s of main memory for adapters", slots, human_bytes(served.adapter_memory))
+    sys.argv = [MODULE, *vllm_arguments(served, tokenizer, args.host, args.port, slots), *flags]
     # In this process, not by exec: process 1 of a container ignores SIGTERM until it sets a handler, which vLLM does
     # only after many seconds of imports. The handler of `main` is in place from the start.
     try:
@@ -221,7 +232,7 @@ def environment(flags: list[str]) -> dict[str, str]:
     return values
 
 
-def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, adapters: int) -> list[str]:
+def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, slots: int) -> list[str]:
     """vLLM's command line. The user's flags follow it and override it, except those in `TAKEN`."""
     ours = ["--tokenizer", str(tokenizer), "--middleware", "serving.guard.Guard", "--host", host, "--port", str(port),
             # Probes and scrapes every few seconds would hide other lines.
@@ -230,9 +241,8 @@ def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, adapte
         return [*merged.vllm_arguments(served), *ours]
     return ["--model", served.base_folder, "--served-model-name", served.base_name, *ours,
             "--enable-lora", "--max-lora-rank", str(served.max_lora_rank),
-            # One slot for each adapter, and two more: a new version is loaded beside the old one, and the next one
-            # too while a long reply still uses the first. A version without a free slot waits (Aliases._check_slots).
-            "--max-loras", str(adapters + 2 + cpu_shield.slots(served))]
+            "--max-loras", str(slots + cpu_shield.slots(served)),
+            "--max-cpu-loras", str(max(slots, room.MOST_IN_MEMORY) + cpu_shield.slots(served))]
 
 
 def terminate(*_: object) -> NoReturn:

@@ -15,8 +15,8 @@ import math
 import shutil
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,16 @@ from typing import Any, TypeVar
 
 from starlette.types import ASGIApp
 
+from jobs.core import promotion
 from jobs.core.pipeline import Pipeline
+from jobs.core.plan import FINE_TUNED_VOLUME
 from serving import base, candidates, cpu_shield, events, lora, untrusted, verification
 from serving.candidates import Candidate
 from serving.engine import Engine
 from serving.files import ENVIRONMENT, Declared, Files
 from serving.refusal import NotYet, Refused
+from serving.residency import NoSlot, Residency
+from serving.residency import Version as Version
 from serving.served import Served
 
 log = logging.getLogger("serving")
@@ -39,6 +43,11 @@ POLL_SECONDS = 0.5  # a promotion is to be live within two seconds
 BACKOFF_SECONDS = 5.0  # after an unexpected error, such as an unreadable volume; doubled three times at most
 FAILURES_UNTIL_READY = 3  # after so many failed attempts on one alias, `first_look_done` does not wait for it
 RETRY_SECONDS = 60.0  # until an adapter that vLLM did not load is tried again: vLLM may have been out of memory
+# Where promotions and artifacts appear on the volume of fine-tuned models: by a rename, which changes a folder's time.
+WATCHED = (promotion.FOLDER, "adapter", "evaluation", "merged-model")
+# For so long after a change, another one may have the same time, which has the resolution of the file system.
+RECENT_SECONDS = 2.0
+WAITING_AT_A_TIME = 8  # aliases without the desired adapter that one look covers if nothing seems to have changed
 # From the end of a version's last request to its removal. If a client disconnects, its request ends here first and in
 # the engine a moment later. Without its weights, the engine would try to read them from the disk, and fail.
 SETTLE_SECONDS = 1.0
@@ -46,43 +55,15 @@ SETTLE_SECONDS = 1.0
 PROBE_TOLERANCE = 1e-6
 
 
-@dataclass(eq=False)
-class Version:
-    """One adapter in vLLM. It is unloaded when no alias points to it and its last request has ended."""
-
-    name: str
-    digest: str
-    requests: int = 0
-    idle_since: float = 0.0  # when its last request ended (monotonic)
-    removing: bool = False  # its removal began; vLLM may have forgotten its name already
-
-    @property
-    def model(self) -> str:
-        """The model name inside vLLM."""
-        return f"{self.name}@{self.digest}"
-
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Keeps the version in vLLM while a request uses it."""
-        self.requests += 1
-        try:
-            yield
-        finally:
-            self.requests -= 1
-            self.idle_since = time.monotonic()
-
-
 @dataclass
 class Alias:
     version: Version | None = None
     why: str = "the server has not looked for its adapter yet"  # why there is no version, or not the desired one
     promotion: Candidate | None = None  # the last one that was seen
+    looked_at: float = 0.0  # when (monotonic) the last look began
     looked: bool = False  # whether one look was completed: the adapter is served, refused or not there yet
+    settled: bool = False  # whether the last look left nothing to wait for: the desired adapter is served
     failures: int = 0  # failed looks in a row, for example because of an unreadable volume
-
-
-class NoSlot(NotYet):
-    """All slots are in use until a replaced version has finished its last request."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +89,15 @@ class Aliases:
         # Set after the first look for the adapters of all aliases. The server is ready from then on.
         self.first_look_done = asyncio.Event()
         self.engine = Engine(vllm)
+        self.residency = Residency(self.engine, served.adapter_memory, cpu_shield.slots(served))
         self._restart = restart
         self._restarting = False
         self._turns: dict[str, tuple[str, float]] = {}  # by subject: why the server restarts, and when (Unix time)
         self._volumes = Path(served.volumes)
-        self._loaded: list[Version] = []
-        self._loading = 0  # versions that are being loaded and proven
+        self._loaded: dict[str, Version] = {}  # by their names inside vLLM
         self._files = Files(Path(served.pipelines))
         self._declared = Declared()
+        self._seen: tuple[int, ...] = ()  # when something last appeared on the volume
         self._proven: set[tuple[str, Candidate]] = set()
         self._refusals: dict[str, KnownRefusal] = {}
         self._modules: lora.Modules | None = None
@@ -125,6 +107,14 @@ class Aliases:
         self._started = time.time()
         self._task: asyncio.Task[None] | None = None
 
+    def request(self, version: Version | None) -> AbstractAsyncContextManager[None]:
+        """Let a client's request use a version, once that has a LoRA slot; None: the base model itself.
+
+        Raises:
+            NotYet, Refused: it cannot be served at the moment; the client may try again.
+        """
+        return self.residency.request(version)
+
     def start(self, state: Any) -> None:
         """Look for adapters from now on.
 
@@ -132,6 +122,7 @@ class Aliases:
             state: of vLLM's application.
         """
         self.engine.attach(state)
+        self.residency.start()
         self._task = asyncio.get_running_loop().create_task(self._forever())
 
     async def stop(self) -> None:
@@ -139,6 +130,7 @@ class Aliases:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.residency.stop()
 
     async def _forever(self) -> None:
         prepared = False
@@ -147,7 +139,8 @@ class Aliases:
                 if not prepared:
                     await self._prepare_base()
                     prepared = True
-                await self.poll()
+                with events.LOOK.time():
+                    await self.poll()
                 self._logged.pop("poll", None)
                 pause = POLL_SECONDS
             except Exception as error:  # what is served stays in service
@@ -159,7 +152,8 @@ class Aliases:
         """Look once: point every alias to the best version that may be served, and unload unused versions."""
         if self._restarting:
             return
-        before, self._declared = self._declared, await asyncio.to_thread(self._files.read)
+        before, seen = self._declared, self._seen
+        self._declared, self._seen = await asyncio.to_thread(self._look_around)
         if self._declared is not before:
             self._report_problems(before)
         named = self._declared.adapters
@@ -168,16 +162,38 @@ class Aliases:
             events.removed(name, gone.version.digest if gone.version else None)
         for name in named:
             self.current.setdefault(name, Alias())
+        everything = self._declared is not before or self._seen != seen or _is_recent(self._seen)
         # One task for each: the others do not wait for the verification of a large adapter or a new base model.
-        work: dict[str, Callable[[], Awaitable[None]]] = {"": self._follow_base}
-        work |= {name: partial(self._update, name, self.current[name], each) for name, each in named.items()}
+        work: dict[str, Callable[[], Awaitable[None]]] = {
+            name: partial(self._update, name, self.current[name], named[name])
+            for name in (named if everything else self._take_turns())}
+        if base.changed(self._declared, self.served) or "base" in self._logged or not self.first_look_done.is_set():
+            work[""] = self._follow_base
         for name in work.keys() - self._updates.keys():
             self._updates[name] = asyncio.create_task(self._attempt(name, work[name]))
-        await asyncio.wait(self._updates.values(), timeout=POLL_SECONDS)
+        if self._updates:
+            await asyncio.wait(self._updates.values(), timeout=POLL_SECONDS)
         self._updates = {name: task for name, task in self._updates.items() if not task.done()}
         if all(alias.looked for alias in self.current.values()):
             self.first_look_done.set()
         await self._unload_unused()
+
+    def _look_around(self) -> tuple[Declared, tuple[int, ...]]:
+        """The files, and when (ns) something last appeared in the folders of the volume. Runs in a thread."""
+        times = []
+        for folder in WATCHED:
+            try:
+                times.append((self._volumes / FINE_TUNED_VOLUME / folder).stat().st_mtime_ns)
+            except OSError:
+                times.append(0)
+        return self._files.read(), tuple(times)
+
+    def _take_turns(self) -> list[str]:
+        """The aliases to look at though nothing seems to have changed: files can be replaced in place."""
+        names = sorted(self.current, key=lambda name: self.current[name].looked_at)
+        waiting = [name for name in names if not self.current[name].settled]
+        settled = [name for name in names if self.current[name].settled]
+        return [*waiting[:WAITING_AT_A_TIME], *settled[:1]]
 
     def _report_problems(self, before: Declared) -> None:
         """Report the files that are invalid now, and those that are valid again."""
@@ -229,6 +245,7 @@ class Aliases:
 
     async def _attempt(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         alias = self.current.get(name) or Alias()
+        alias.looked_at = time.monotonic()
         try:
             await work()
             self._logged.pop(f"attempt {name}", None)
@@ -247,7 +264,7 @@ class Aliases:
 
         If the alias has no version, as after a restart, earlier promotions follow.
         """
-        reasons, failure = list[str](), None
+        reasons, failure, refusals = list[str](), None, 0
         found: list[tuple[str, Candidate | NotYet | Refused]]
         found = [("pipeline file", await self._look(name, "pipeline file", partial(self._desired, pipeline))),
                  ("last promotion", await self._look(name, "last promotion", partial(self._promoted, name)))]
@@ -270,6 +287,7 @@ class Aliases:
                     break  # a short wait: do not switch to another adapter meanwhile
                 continue
             except Refused as refused:  # the log has the whole message; clients do not see paths
+                refusals += 1
                 reasons.append(f"the adapter of the {by} was refused: {refused.reason}")
                 continue
             except Exception as error:
@@ -286,6 +304,10 @@ class Aliases:
                                await asyncio.to_thread(self._seconds_since_proof, name, candidate))
             break
         alias.why = "; ".join(dict.fromkeys(reasons))
+        alias.settled = not reasons
+        if self.current.get(name) is alias:
+            events.state(name, "current" if not reasons else "previous" if alias.version else
+                         "refused" if refusals else "waiting")
         if reasons:
             self._log_change(name, alias.why,
                              partial(events.waiting, name, alias.version.digest if alias.version else None))
@@ -357,13 +379,11 @@ class Aliases:
         if (name, candidate) not in self._proven:
             await self._check_gate(name, candidate, evaluation)
             self._proven.add((name, candidate))
-        for version in self._loaded:
-            if (version.name, version.digest) == (name, candidate.adapter):
-                if not version.removing:
-                    return version
-                await self._unload(version)  # the first attempt to remove it failed; vLLM can load it after this one
-                break
         version = Version(name, candidate.adapter)
+        if loaded := self._loaded.get(version.model):
+            if not loaded.removing:
+                return loaded
+            await self._unload(loaded)  # the first attempt to remove it failed; vLLM can load it after this one
         await self._unless_refused(name, f"adapter {version.model}", [folder], partial(self._admit, version))
         return version
 
@@ -405,38 +425,18 @@ class Aliases:
 
     async def _admit(self, version: Version) -> None:
         """Verify a version, load it into vLLM and probe it. If a step fails, the version is removed again."""
-        self._check_slots()
         if version.name in self.current:
             self.current[version.name].why = "its adapter is being verified and loaded"
-        self._loading += 1
+        version.folder = await asyncio.to_thread(verification.copy_verified, version.name, version.digest, self.served,
+                                                 self._base_modules)
+        version.size = (version.folder / lora.WEIGHTS).stat().st_size
         try:
-            copy = await asyncio.to_thread(verification.copy_verified, version.name, version.digest, self.served,
-                                           self._base_modules)
-            try:
-                await self.engine.load(version.model, copy)
+            async with self.residency.request(version, client=False):
                 await self._probe(version)
-            except Exception:
-                await self._remove(version)
-                raise
-            self._loaded.append(version)
-        finally:
-            self._loading -= 1
-
-    def _check_slots(self) -> None:
-        """Raise `NoSlot` if no slot of the engine is free but one will be soon.
-
-        Without a free slot, vLLM evicts the least recently used adapter. That may be an idle adapter that is served,
-        or one with requests in progress, whose next token would wait for a read from the disk in the engine's loop.
-        """
-        served = [alias.version for alias in self.current.values()]
-        taken, slots = len(self._loaded) + self._loading + (self.base is not None), self.engine.slots
-        if taken < slots:
-            self._logged.pop("slots", None)
-        elif self._loading or any(version not in served for version in self._loaded):
-            raise NoSlot(f"all {slots} LoRA slots are taken until replaced versions have finished their requests")
-        else:
-            self._log_change("slots", f"more adapters than the {slots} LoRA slots of this server: vLLM evicts the "
-                                      "least recently used one. Restart the server to get a slot for each")
+        except Exception:
+            await self._remove(version)
+            raise
+        self._loaded[version.model] = version
 
     async def _prepare_base(self) -> None:
         """Before the first adapter: read the base model's layers; on a CPU, load the shield's adapter of zeros."""
@@ -471,21 +471,21 @@ class Aliases:
             raise Refused("no effect", "the probabilities are the same as the base model's")
 
     async def _unload_unused(self) -> None:
-        used = [alias.version for alias in self.current.values()]
+        used = {alias.version for alias in self.current.values()}
         settled = time.monotonic() - SETTLE_SECONDS
         # Not while its alias is being updated: the update may point back to it.
-        for version in [v for v in self._loaded if v not in used and not v.requests and v.idle_since <= settled
+        for version in [v for v in self._loaded.values() if v not in used and not v.requests and v.idle_since <= settled
                         and v.name not in self._updates]:
             await self._unload(version)
 
     async def _unload(self, version: Version) -> None:
         version.removing = True
         await self._remove(version)
-        self._loaded.remove(version)
+        del self._loaded[version.model]
         events.unloaded(version.name, version.digest)
 
     async def _remove(self, version: Version) -> None:
-        await self.engine.remove(version.model)
+        await self.residency.forget(version)
         await asyncio.to_thread(shutil.rmtree, verification.private_copy(version.name, version.digest, self.served),
                                 ignore_errors=True)
 
@@ -498,3 +498,9 @@ class Aliases:
         if self._logged.get(about) != message:
             self._logged[about] = message
             report(message)
+
+
+def _is_recent(times: tuple[int, ...]) -> bool:
+    """Whether one of these times (ns) is so recent that another change could have the same."""
+    now = time.time()
+    return any(abs(now - each / 1e9) < RECENT_SECONDS for each in times)

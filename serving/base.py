@@ -77,6 +77,7 @@ class Start:
     adapters: int  # of how many aliases an adapter may be served on this base
     base_name: str  # the model name that clients send for the base model
     max_lora_rank: int
+    slots: int | None  # `serving.slots`
 
 
 # --- which base -------------------------------------------------------------------------------------------------------
@@ -243,7 +244,8 @@ def start(files: Files, volumes: Path, deadline_s: float) -> Start:
         desired = declared.environment and of(declared.environment) == base
         fitting = [name for name in declared.adapters if desired or name in proven]
         return Start(base, declared, len(fitting), base_name(base, declared, volumes),
-                     max_lora_rank(base, declared, proven))
+                     max_lora_rank(base, declared, proven),
+                     declared.environment.serving.slots if declared.environment else None)
     raise refused or UserError("there is no base model to start on")
 
 
@@ -324,6 +326,8 @@ def changed(declared: Declared, served: Served) -> str | None:
     rank = max_lora_rank(ours, declared, {})
     if served.mode == "lora" and rank > served.max_lora_rank:
         return f"serving.max_lora_rank was raised from {served.max_lora_rank} to {rank}"
+    if served.mode == "lora" and environment.serving.slots != served.slots:
+        return f"serving.slots changed from {served.slots or 'derived'} to {environment.serving.slots or 'derived'}"
     return None
 
 

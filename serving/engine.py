@@ -3,9 +3,9 @@
 Loading and probing use vLLM's HTTP API, behind the guard, like a client with the API key.
 
 Removing takes two steps. `/v1/unload_lora_adapter` only makes vLLM's API server forget the name. The weights keep their
-slot in the engine until the least recently used adapter is evicted, which may be an idle one that is served; its next
-request would then read the disk in the engine's loop, and all requests would wait. So the engine must remove the
-weights, too.
+slot and their memory in the engine until the least recently used adapter is evicted, which may be an idle one that is
+served; its next request would then read the disk in the engine's loop, and all requests would wait. So the engine must
+remove the weights, too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Engine:
     def __init__(self, vllm: ASGIApp) -> None:
         self._vllm = vllm
         self._state: Any = None
-        self._ids: dict[str, int] = {}  # the engine's number of each adapter that was loaded
+        self._requests: dict[str, Any] = {}  # vLLM's LoRARequest of each adapter that was loaded
 
     def attach(self, state: Any) -> None:
         """Call it when vLLM is up.
@@ -50,11 +50,37 @@ class Engine:
 
     @property
     def slots(self) -> int:
-        """How many adapters the engine holds at once (--max-loras)."""
+        """How many adapters the engine computes with at once (--max-loras)."""
         return int(self._state.engine_client.vllm_config.lora_config.max_loras)
 
+    @property
+    def most_in_memory(self) -> int:
+        """How many adapters the engine keeps in main memory (--max-cpu-loras)."""
+        return int(self._state.engine_client.vllm_config.lora_config.max_cpu_loras)
+
+    async def activate(self, model: str, folder: Path) -> None:
+        """Put an adapter into a slot. If it is not in memory, it is read from `folder` first.
+
+        Raises:
+            Refused: with reason `load`, when vLLM cannot load it.
+        """
+        if model not in self._requests:
+            await self.load(model, folder)
+            return
+        try:
+            async with asyncio.timeout(CALL_SECONDS):
+                await self._state.engine_client.add_lora(self._requests[model])
+        except Exception as error:
+            raise Refused("load", f"vLLM cannot load {model} again: {error!r}") from None
+
+    async def evict(self, model: str) -> None:
+        """Free the adapter's memory and its slot. vLLM keeps its name and can load it again."""
+        if model in self._requests:
+            async with asyncio.timeout(CALL_SECONDS):
+                await self._state.engine_client.remove_lora(self._requests[model].lora_int_id)
+
     async def load(self, model: str, folder: Path) -> None:
-        """Load the adapter in `folder`.
+        """Load the adapter in `folder` for the first time.
 
         Raises:
             Refused: with reason `load`, when vLLM cannot load it.
@@ -62,17 +88,15 @@ class Engine:
         status, reply = await self._post("/v1/load_lora_adapter", {"lora_name": model, "lora_path": str(folder)})
         if status != 200:
             raise Refused("load", f"vLLM cannot load it: {reply}")
-        self._ids[model] = self._state.openai_serving_models.lora_requests[model].lora_int_id
+        self._requests[model] = self._state.openai_serving_models.lora_requests[model]
 
     async def remove(self, model: str) -> None:
-        """Free the adapter's slot; no request may use it any more. Does nothing if it was never loaded."""
+        """Make vLLM forget the adapter; no request may use it any more. Does nothing if it was never loaded."""
         status, reply = await self._post("/v1/unload_lora_adapter", {"lora_name": model})
         if status not in (200, 404):  # 404: vLLM does not know the name
             raise RuntimeError(f"vLLM does not unload {model}: {reply}")
-        if model in self._ids:
-            async with asyncio.timeout(CALL_SECONDS):
-                await self._state.engine_client.remove_lora(self._ids[model])
-            del self._ids[model]
+        await self.evict(model)
+        self._requests.pop(model, None)
 
     async def logprobs(self, model: str) -> Logprobs:
         """The log-probabilities of the most likely tokens after a fixed prompt.

@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from contextlib import suppress
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, Summary
 
 log = logging.getLogger("serving")
 
@@ -35,6 +36,17 @@ COMPLETION_TOKENS = Counter("serving_completion_tokens_total", "Tokens of replie
 USAGE_SERIES = 10_000
 KEYS_REFUSED = Counter("serving_keys_refusals_total", "Invalid contents of the file of keys.")
 DRAINING = Gauge("serving_draining", "1 while the server drains.")
+STATE = Gauge("serving_alias_state", "1 for the state of the alias: current (the desired adapter is served), previous "
+              "(another one of its adapters is), waiting or refused (none is).", ["alias", "state"])
+RESIDENCY = Gauge("serving_adapter_residency", "1 for where a loaded adapter is: slot, memory or disk.",
+                  ["alias", "digest", "place"])
+LOOK = Summary("serving_look_seconds", "How long the server takes to look for changes, twice a second.")
+HELD = Gauge("serving_requests_held", "Requests that wait for a LoRA slot.")
+SLOT_WAIT = Histogram("serving_slot_wait_seconds", "How long a request waited for a LoRA slot, if it had to wait.",
+                      buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60))
+SWITCHES = Counter("serving_slot_switches_total", "Adapters that got a LoRA slot, by where they were before.",
+                   ["source"])
+STATES, PLACES = ("current", "previous", "waiting", "refused"), ("slot", "memory", "disk")
 
 _used: dict[tuple[str, str, str], None] = {}  # the labels of the metrics by key, least recently used first
 
@@ -110,19 +122,22 @@ def removed(alias: str, adapter: str | None) -> None:
     """No pipeline file names the alias any more."""
     if adapter:
         ADAPTER.remove(alias, adapter)
+    state(alias, None)
     _log(logging.INFO, f"{alias}: no pipeline file names it any more", "removal", alias=alias,
          adapter=adapter or "none")
 
 
 def requested(key: str, alias: str, digest: str) -> None:
     """A request is passed on to vLLM."""
-    labels = (key, alias, digest)
-    _used.pop(labels, None)
-    _used[labels] = None
+    labels, metrics = (key, alias, digest), (REQUESTS, PROMPT_TOKENS, COMPLETION_TOKENS)
+    if labels not in _used:
+        for metric in metrics:
+            metric.labels(*labels)  # from 0 on: the first increase must show
+    _used[labels] = _used.pop(labels, None)  # to the end
     if len(_used) > USAGE_SERIES:
         oldest = next(iter(_used))
         del _used[oldest]
-        for metric in (REQUESTS, PROMPT_TOKENS, COMPLETION_TOKENS):
+        for metric in metrics:
             metric.remove(*oldest)
     REQUESTS.labels(*labels).inc()
 
@@ -138,6 +153,26 @@ def keys_refused(message: str, consequence: str) -> None:
     """The file of keys is invalid."""
     KEYS_REFUSED.inc()
     _log(logging.ERROR, f"keys refused: {message}; {consequence}", "keys_refusal")
+
+
+def state(alias: str, now: str | None) -> None:
+    """The alias is in one of `STATES`; None: it was removed."""
+    _set_one(STATE, (alias,), STATES, now)
+
+
+def resident(alias: str, adapter: str, place: str | None) -> None:
+    """A loaded adapter is in one of `PLACES`; None: it is not loaded any more."""
+    _set_one(RESIDENCY, (alias, adapter), PLACES, place)
+
+
+def _set_one(gauge: Gauge, labels: tuple[str, ...], values: tuple[str, ...], now: str | None) -> None:
+    """Set a gauge to 1 for one of the last label's values, and remove the others."""
+    for value in values:
+        if value == now:
+            gauge.labels(*labels, value).set(1)
+        else:
+            with suppress(KeyError):  # it was never set
+                gauge.remove(*labels, value)
 
 
 def draining(reason: str) -> None:

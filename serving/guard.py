@@ -24,6 +24,7 @@ from serving.drain import Drain
 from serving.heartbeat import Heartbeat
 from serving.keys import Key, Keys
 from serving.merged import MergedAliases
+from serving.refusal import NotYet, Refused
 from serving.replies import RETRY_AFTER_SECONDS, error
 from serving.served import Served
 from serving.usage import Usage
@@ -173,12 +174,14 @@ class Guard:
         version, body = target
         usage = self._usage(key, version)
         scope, receive = usage.scope(_with_length(scope, body)), usage.receive(_replay(body, receive))
-        with usage:
-            if version is None:
-                await self.app(scope, receive, send)
-            else:
-                with version.request():
-                    await self.app(scope, receive, _Renamed(version, send))
+        try:
+            async with self.aliases.request(version):
+                with usage:
+                    await self.app(scope, receive, _Renamed(version, send) if version else send)
+        except (NotYet, Refused) as reason:  # before vLLM got the request
+            why = reason if isinstance(reason, NotYet) else "its adapter could not be loaded; the server tries again"
+            await error(503, f"The model `{version.name if version else ''}` is not ready: {why}",
+                        code="model_not_ready", headers={"Retry-After": str(RETRY_AFTER_SECONDS)})(scope, receive, send)
 
     def _usage(self, key: Key, version: Version | None) -> Usage:
         if version is None or version is self.aliases.base:

@@ -60,7 +60,7 @@ class Entry(Strict):
     @model_validator(mode="before")
     @classmethod
     def _check_entry(cls, values: Any) -> Any:
-        # Here and not in a validator of `sha256`, whose message would quote the value: it may be the key itself.
+        # Not in a validator of `sha256`: its message would quote the value, which may be the key itself.
         found = values.get("sha256") if isinstance(values, dict) else None
         if found is not None and not (isinstance(found, str) and re.fullmatch(r"[0-9a-fA-F]{64}", found)):
             raise PydanticCustomError("sha256", "`sha256` must be 64 hex digits in quotes: the hash of the key, never "
@@ -127,7 +127,7 @@ def load(file: Path) -> dict[bytes, Key]:
     """Read and validate `keys.yaml`; returns its keys by their sha256.
 
     Raises:
-        UserError: with one line for each problem: file, line, key, what is wrong. It never quotes a hash or a key.
+        UserError: with one line for each problem: file, line, key, what is wrong. It does not quote a wrong `sha256`.
     """
     document = declarations.read(file, "keys")
     entries = declarations.validate(document, File, document.values).keys

@@ -162,7 +162,7 @@ class MergedAliases(Aliases):
             self._ran_unfit = version.model
             await asyncio.to_thread(_remember_unfit, self.served, version.model)
         else:
-            self._loaded.append(version)
+            self._loaded[version.model] = version
 
     async def _update(self, name: str, alias: Alias, pipeline: Pipeline | None) -> None:
         runs = self.served.merged and self.served.merged.partition("@")[0]

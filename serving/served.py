@@ -23,6 +23,8 @@ class Served:
     max_lora_rank: int
     private_folder: str  # for verified copies of adapters; other users cannot write to it
     mode: Mode = "lora"
+    slots: int | None = None  # LoRA slots, as the environment file desires; None: derived (serving/room.py)
+    adapter_memory: int = 2**30  # bytes of main memory for adapters
     merged: str | None = None  # in mode merged: the model that vLLM runs, as NAME@ADAPTER; None: the base model
     cpu_shield: bool = False  # whether vLLM computes LoRA on a CPU (serving/cpu_shield.py)
     drain_seconds: float = 55.0  # how long replies in progress may take when the server shuts down

@@ -37,9 +37,10 @@ class Engine:
 
     def __init__(self) -> None:
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=128),
-                                           lora_config=SimpleNamespace(max_loras=16))
+                                           lora_config=SimpleNamespace(max_loras=16, max_cpu_loras=64))
         self.hangs = False
-        self.adapters: dict[int, str] = {}  # what holds a slot: number and name
+        self.adapters: dict[int, str] = {}  # what is in memory: number and name
+        self.activations: list[str] = []  # what was put into a slot again
         # What is computed now: the engine's numbers by those of the API, and the state of each.
         self.output_processor = SimpleNamespace(external_req_ids={}, request_states={})
 
@@ -47,6 +48,11 @@ class Engine:
         while self.hangs:
             await asyncio.sleep(0.01)
         return False
+
+    async def add_lora(self, request: SimpleNamespace) -> bool:
+        self.adapters[request.lora_int_id] = request.lora_name
+        self.activations.append(request.lora_name)
+        return True
 
     async def remove_lora(self, number: int) -> bool:
         return self.adapters.pop(number, None) is not None
@@ -110,7 +116,7 @@ class StandIn:
         self.loaded[name] = body["lora_path"]
         number = len(self.ever_loaded)
         self.engine.adapters[number] = name
-        self.lora_requests[name] = SimpleNamespace(lora_int_id=number)
+        self.lora_requests[name] = SimpleNamespace(lora_int_id=number, lora_name=name)
         return PlainTextResponse("Success")
 
     async def _unload(self, request: Request) -> Response:
@@ -154,10 +160,12 @@ class StandIn:
         request.state.request_metadata = metadata  # where vLLM reports to middleware
         if asked.get("stream"):
             return StreamingResponse(self._stream(reply, metadata), media_type="text/event-stream")
-        with self._computing(metadata):
-            while self.hold and not self.hold.is_set() and not await request.is_disconnected():
-                await asyncio.sleep(0.01)
-        metadata.final_usage_info = None if await request.is_disconnected() else USAGE
+        if asked.get("endless"):
+            with self._computing(metadata):
+                while not await request.is_disconnected():
+                    await asyncio.sleep(0.01)
+        else:
+            metadata.final_usage_info = USAGE
         return JSONResponse(reply)
 
     async def _stream(self, reply: dict[str, Any], metadata: SimpleNamespace) -> AsyncIterator[bytes]:

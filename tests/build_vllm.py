@@ -38,8 +38,9 @@ def free_port() -> int:
 class Server:
     """One serving process after another over the same volumes, and what a client does with it."""
 
-    def __init__(self, folder: Path, key: str | None = None) -> None:
+    def __init__(self, folder: Path, key: str | None = None, **variables: str) -> None:
         self.folder, self.volumes, self.key = folder, folder / "volumes", key
+        self.variables = variables  # of the server's environment
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = openai.OpenAI(base_url=self.url + "/v1", api_key=key or "none", max_retries=0)
@@ -56,7 +57,7 @@ class Server:
         values = {**os.environ, **OPENED, "OMP_NUM_THREADS": "1", "PATH": f"{self.folder}/bin", "HANG_SECONDS": "15",
                   "TMPDIR": str(self.folder), "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
                   "VLLM_CACHE_ROOT": str(self.folder / "cache"), "VLLM_RPC_BASE_PATH": self._sockets.name,
-                  "KEYS_FILE": str(self.folder / "keys.yaml")}
+                  "KEYS_FILE": str(self.folder / "keys.yaml"), **self.variables}
         values.pop("VLLM_API_KEY", None)
         if self.key:
             values["VLLM_API_KEY"] = self.key

@@ -9,8 +9,12 @@ from typing import Any
 
 from jobs.tools.pods import CHECKOUT, Manifest, containers, pod_templates, render
 
-__all__ = ["CHECKOUT", "Manifest", "by_name", "containers", "copy", "of_kind", "pod_templates", "quantity", "render",
-           "restricted_violations", "unhashed"]
+__all__ = ["ADAPTER_JOBS", "CHECKOUT", "ENVIRONMENT_JOBS", "Manifest", "adapters", "add_adapter", "by_name",
+           "containers", "copy", "jobs_of", "of_kind", "pod_templates", "quantity", "render", "restricted_violations",
+           "unhashed"]
+
+ENVIRONMENT_JOBS = {"model-relocation", "tokenizer-relocation", "model-reference-relocation"}
+ADAPTER_JOBS = {"dataset-relocation", "model-training", "model-evaluation"}  # each with the adapter's name behind it
 
 
 def copy(folder: Path) -> Path:
@@ -19,6 +23,28 @@ def copy(folder: Path) -> Path:
     for name in ("base", "serving", "overlays"):
         shutil.copytree(CHECKOUT / name, folder / name, ignore=ignored, dirs_exist_ok=True)
     return folder / "overlays" / "kind"
+
+
+def adapters(overlay: Path) -> list[str]:
+    """The names of an overlay's adapters."""
+    return sorted(file.parent.name for file in overlay.glob("adapters/*/kustomization.yaml"))
+
+
+def jobs_of(adapter: str) -> set[str]:
+    """The Jobs of an adapter, without their hashes."""
+    return {f"{job}-{adapter}" for job in ADAPTER_JOBS}
+
+
+def add_adapter(overlay: Path, name: str, source: str = "seville-hotels") -> None:
+    """Another adapter in a copy of an overlay, with the files of one that is there, as a person would add it."""
+    shutil.copytree(overlay / "adapters" / source, overlay / "adapters" / name)
+    for file in (overlay / "adapters" / name).glob("*.yaml"):
+        file.write_text(file.read_text().replace(source, name))
+    file = overlay / "kustomization.yaml"
+    for line in (f"- adapters/{source}\n", f"  - {source}.yaml=adapters/{source}/pipeline.yaml\n"):
+        text = file.read_text()
+        assert text.count(line) == 1, line
+        file.write_text(text.replace(line, line + line.replace(source, name)))
 
 
 def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:

@@ -29,6 +29,7 @@ PACKAGES = ROOT / ".venv-mutants"
 WORK = ROOT / ".local" / "mutants"
 LOG = "mutmut.log"
 AIM = 90  # percent
+HANGS_SECONDS = 30  # for one test, far below mutmut's limit for all of a mutant's tests; no quick test takes as long
 UNUSABLE = 255  # mutmut's exit code for a run that pytest refuses; it takes it for a timeout
 COPIED = ("jobs", "serving", "base", "overlays", "argocd", "tests", "pyproject.toml")
 # mutmut leaves decorated functions alone. Of these it is known that they take the mutant like the function itself.
@@ -52,7 +53,8 @@ class Module:
 def read_modules() -> dict[str, Module]:
     table = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text(encoding="utf-8"))
     heavy = table.pop("heavy")
-    return {path: Module(path, entry["tests"], heavy if entry.get("heavy") else [], entry.get("survivors", {}))
+    return {path: Module(path, entry["tests"], [*(heavy if entry.get("heavy") else []), *entry.get("imports", [])],
+                         entry.get("survivors", {}))
             for path, entry in table.items()}
 
 
@@ -107,7 +109,9 @@ def _prepare(module: Module, fresh: bool) -> None:
         "source_paths": ["jobs", "serving"], "only_mutate": [module.path],
         "also_copy": [name for name in COPIED if name not in ("jobs", "serving")],
         "pytest_add_cli_args_test_selection": ["-m", "not slow", *module.tests],
-        "pytest_add_cli_args": ["-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]}
+        "pytest_add_cli_args": [
+            "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", f"--timeout={HANGS_SECONDS}",
+            "-p", "no:unraisableexception"]}  # which collects garbage ten times: a second for each mutant
     lines = [f"{key} =" + "".join(f"\n    {value}" for value in values) for key, values in lists.items()]
     settings = ["process_isolation = forkserver", "use_git_change_detection = false", "timeout_multiplier = 10.0",
                 "timeout_constant = 3.0"]

@@ -320,18 +320,21 @@ def test_a_version_stays_for_a_moment_after_its_last_request_because_the_engine_
     assert time.monotonic() - ended > 0.8
 
 
-def test_the_shields_adapter_of_zeros_counts_among_the_slots(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_shields_adapter_of_zeros_keeps_a_slot_of_its_own(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for world in start(tmp_path, monkeypatch, cpu_shield=True):
-        world.vllm.engine.vllm_config.lora_config.max_loras = 1
-        pipeline, planned = world.write()
-        build_adapter.promote(world.volumes, pipeline)
-        assert until(world.served) == world.model(planned)
-        assert "more adapters than the 1 LoRA slots" in caplog.text
+        world.vllm.engine.vllm_config.lora_config.max_loras = 2
+        for name in (NAME, "granada-hotels"):
+            build_adapter.promote(world.volumes, world.write(adapter=name)[0])
+        for name in (NAME, "granada-hotels") * 3:
+            until(lambda name=name: world.ask(name).status_code == 200)  # type: ignore[misc]  # noqa: B023
+            assert world.ask(BASE).status_code == 200
+        assert world.vllm.guards[-1].aliases.residency.slots == 1
+        assert world.vllm.ever_loaded.count(f"{BASE}@zero") == 1
+        assert f"{BASE}@zero" not in world.vllm.engine.activations
 
 
-def test_a_version_for_which_there_is_no_slot_waits_for_one_and_nothing_is_evicted(
-        world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_new_version_goes_live_though_every_slot_but_that_of_a_long_reply_is_taken(world: World) -> None:
     world.vllm.engine.vllm_config.lora_config.max_loras = 2
     first, first_plan = world.write()
     build_adapter.promote(world.volumes, first)
@@ -340,32 +343,146 @@ def test_a_version_for_which_there_is_no_slot_waits_for_one_and_nothing_is_evict
     with world.stream() as stream:
         lines = stream.iter_lines()
         next(lines)
+        for seed in (1, 2, 3):
+            version, planned = world.write(training__seed=seed)
+            build_adapter.promote(world.volumes, version)
+            until(lambda planned=planned: world.served() == world.model(planned))  # type: ignore[misc]
+        assert world.model(first_plan) in world.vllm.loaded
+        world.vllm.hold.set()
+        assert list(lines)[-2] == "data: [DONE]"
+    until(lambda: list(world.vllm.engine.adapters.values()) == [world.model(planned)])
+
+
+def test_while_all_slots_are_busy_a_request_waits_and_a_new_version_does_not_go_live_or_fall_back(
+        world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("serving.residency.HOLD_SECONDS", 0.3)
+    world.vllm.engine.vllm_config.lora_config.max_loras = 1
+    first, first_plan = world.write()
+    build_adapter.promote(world.volumes, first)
+    assert until(world.served) == world.model(first_plan)
+    world.vllm.hold = threading.Event()
+    with world.stream() as stream:
+        lines = stream.iter_lines()
+        next(lines)
         second, second_plan = world.write(training__seed=1)
-        build_adapter.adapter(world.volumes, second)
-        build_adapter.evaluation(world.volumes, second)
-        until(lambda: world.served() == world.model(second_plan))
-        third, third_plan = build_adapter.load(world.folder / "elsewhere", training__seed=2)
-        build_adapter.adapter(world.volumes, third)
-        build_adapter.evaluation(world.volumes, third)
-        world.write(training__seed=2)
-        until(lambda: "all 2 LoRA slots are taken" in caplog.text)
-        time.sleep(0.3)  # more than ten looks
-        assert world.served() == world.model(second_plan)  # and not the first, which was promoted and is loaded
-        assert set(world.vllm.engine.adapters.values()) == {world.model(first_plan), world.model(second_plan)}
+        build_adapter.promote(world.volumes, second)
+        until(lambda: "all 1 LoRA slots are busy" in caplog.text)
+        assert world.served() == world.model(first_plan)
         world.vllm.hold.set()
         list(lines)
-    until(lambda: world.served() == world.model(third_plan))
+    until(lambda: world.served() == world.model(second_plan))
 
 
-def test_more_aliases_than_slots_are_served_all_the_same_and_it_is_said(
-        world: World, caplog: pytest.LogCaptureFixture) -> None:
-    world.vllm.engine.vllm_config.lora_config.max_loras = 1
-    one, _ = world.write()
-    two, _ = world.write(adapter="granada-hotels", training__seed=1)
-    for pipeline in (one, two):
+def test_more_adapters_than_slots_answer_and_metrics_tell_where_each_is(world: World) -> None:
+    world.vllm.engine.vllm_config.lora_config.max_loras = 2
+    names = [NAME, *(f"hotels-{number}" for number in range(4))]
+    plans = {}
+    for seed, name in enumerate(names, start=60):
+        pipeline, plans[name] = world.write(adapter=name, training__seed=seed)
         build_adapter.promote(world.volumes, pipeline)
-    until(lambda: {world.ask(NAME).status_code, world.ask("granada-hotels").status_code} == {200})
-    assert "more adapters than the 1 LoRA slots" in caplog.text
+    for name in names * 3:
+        until(lambda name=name: world.ask(name).status_code == 200)  # type: ignore[misc]
+        assert world.vllm.asked[-1]["model"] == f"{name}@{plans[name].adapter.digest}"
+    assert {m["id"] for m in httpx.get(world.url + "/v1/models").json()["data"]} == {BASE, *names}
+    loaded = list(world.vllm.ever_loaded)
+    assert len(loaded) == len(names), "each is loaded once and verified once"
+
+    def places(name: str) -> list[str]:
+        digest = plans[name].adapter.digest
+        return [place for place in ("slot", "memory", "disk")
+                if world.metric("serving_adapter_residency", alias=name, digest=digest, place=place)]
+
+    assert [places(name) for name in names] == [["memory"]] * 3 + [["slot"]] * 2
+    assert all(world.metric("serving_alias_state", alias=name, state="current") == 1 for name in names)
+    assert world.metric("serving_slot_switches_total", source="memory") > 0
+
+
+def test_an_adapter_that_is_not_in_memory_is_read_from_its_verified_copy(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happened to the volume since it was verified."""
+    for world in start(tmp_path, monkeypatch, adapter_memory=1):
+        world.vllm.engine.vllm_config.lora_config.max_loras = 1
+        names = [NAME, "granada-hotels"]
+        for seed, name in enumerate(names):
+            path = build_adapter.promote(world.volumes, world.write(adapter=name, training__seed=seed)[0])
+            until(lambda name=name: world.ask(name).status_code == 200)  # type: ignore[misc]  # noqa: B023
+            shutil.rmtree(path)
+        for name in names * 2:
+            assert world.ask(name).status_code == 200
+            assert len(world.vllm.engine.adapters) == 1
+        assert len(world.vllm.engine.activations) >= 3
+
+
+# The state of each alias
+
+
+def test_one_damaged_missing_or_rejected_adapter_touches_nobody_and_is_seen_in_the_metrics(world: World) -> None:
+    good, damaged, rejected, missing = names = ("good", "damaged", "rejected", "missing")
+    written = {name: world.write(adapter=name, training__seed=80 + seed)[0] for seed, name in enumerate(names)}
+    build_adapter.promote(world.volumes, written[good])
+    (build_adapter.adapter(world.volumes, written[damaged]) / "adapter_model.safetensors").write_bytes(b"torn")
+    build_adapter.evaluation(world.volumes, written[damaged])
+    build_adapter.adapter(world.volumes, written[rejected])
+    build_adapter.evaluation(world.volumes, written[rejected], passed=False)
+    until(lambda: world.ask(good).status_code == 200)
+    states = {good: "current", damaged: "refused", rejected: "refused", missing: "waiting"}
+    for name, state in states.items():
+        until(lambda name=name, state=state: world.metric(  # type: ignore[misc]
+            "serving_alias_state", alias=name, state=state) == 1)
+        assert sum(world.metric("serving_alias_state", alias=name, state=each) for each in (
+            "current", "previous", "waiting", "refused")) == 1
+        assert world.ask(name).status_code == (200 if name == good else 503)
+    assert [m["id"] for m in httpx.get(world.url + "/v1/models").json()["data"]] == [BASE, good]
+    assert world.looked()
+    world.write(adapter=good, training__seed=99)  # not trained yet
+    until(lambda: world.metric("serving_alias_state", alias=good, state="previous") == 1)
+    (world.files / f"{good}.yaml").unlink()
+    until(lambda: world.ask(good).status_code == 404)
+    assert not any(world.metric("serving_alias_state", alias=good, state=each) for each in ("current", "previous"))
+
+
+def test_an_adapter_whose_file_is_removed_finishes_its_requests_and_is_gone(world: World) -> None:
+    pipeline, planned = world.write()
+    build_adapter.promote(world.volumes, pipeline)
+    assert until(world.served) == world.model(planned)
+    world.vllm.hold = threading.Event()
+    with world.stream() as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        (world.files / f"{NAME}.yaml").unlink()
+        until(lambda: world.ask().status_code == 404)
+        time.sleep(0.2)
+        assert world.model(planned) in world.vllm.loaded
+        world.vllm.hold.set()
+        assert list(lines)[-2] == "data: [DONE]"
+    until(lambda: not world.vllm.engine.adapters)
+    assert world.ask(BASE).status_code == 200
+    assert not world.ended()
+    world.write()
+    until(lambda: world.served() == world.model(planned))
+
+
+def test_an_idle_server_with_many_adapters_looks_at_a_few_at_a_time_and_misses_nothing(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.aliases.RECENT_SECONDS", 0.0)
+    names = [f"hotels-{number:02}" for number in range(40)]
+    plans = {name: world.write(adapter=name, training__seed=7) for name in names}
+    until(lambda: world.looked() and len(world.vllm.guards[-1].aliases.current) == 41)
+    looked: list[str] = []
+    update = world.vllm.guards[-1].aliases._update
+
+    async def counting(name: str, *rest: Any) -> None:
+        looked.append(name)
+        await update(name, *rest)
+
+    monkeypatch.setattr(world.vllm.guards[-1].aliases, "_update", counting)
+    time.sleep(0.2)
+    looked.clear()
+    until(lambda: len(set(looked)) == 41)  # in turns: files can be replaced in place
+    assert all(looked.count(name) <= 3 for name in names)
+    looked.clear()
+    build_adapter.promote(world.volumes, plans["hotels-33"][0])
+    until(lambda: world.ask("hotels-33").status_code == 200)
 
 
 # Promotions that cannot be read

@@ -18,6 +18,8 @@ from jobs.core import artifacts
 from tests.manifests import (
     CHECKOUT,
     Manifest,
+    adapters,
+    add_adapter,
     by_name,
     containers,
     copy,
@@ -26,7 +28,7 @@ from tests.manifests import (
     render,
     restricted_violations,
 )
-from tests.renderings import NAMES, rendered, with_options
+from tests.renderings import NAMES, rendered
 from tests.validation import problems
 
 ARGOCD = CHECKOUT / "argocd"
@@ -38,12 +40,12 @@ SHOWN = {("", "Pod"), ("apps", "ReplicaSet")}
 
 @pytest.fixture
 def both() -> list[Manifest]:
-    """argocd/ with the second Application switched on, as a person would, by removing the comment sign."""
+    """argocd/ with the second environment switched on, as a person would, by removing the comment signs."""
     return rendered("argocd with options")
 
 
 def settings() -> dict[str, str]:
-    values: dict[str, str] = yaml.safe_load((ARGOCD / "settings.yaml").read_text())["data"]
+    values: dict[str, str] = next(yaml.safe_load_all((ARGOCD / "settings.yaml").read_text()))["data"]
     return values
 
 
@@ -52,8 +54,35 @@ def project(found: list[Manifest]) -> Manifest:
     return only
 
 
+def application_set(found: list[Manifest]) -> Manifest:
+    (only,) = of_kind(found, "ApplicationSet")
+    return only
+
+
+def elements(found: list[Manifest]) -> list[dict[str, str]]:
+    """The environments in the ApplicationSet's list."""
+    (generator,) = application_set(found)["spec"]["generators"]
+    listed: list[dict[str, str]] = generator["list"]["elements"]
+    return listed
+
+
+def filled_in(template: Any, element: dict[str, str]) -> Any:
+    """What Argo CD makes of a template for an element; like `missingkey=error`, a missing key is an error."""
+    if isinstance(template, dict):
+        return {key: filled_in(value, element) for key, value in template.items()}
+    if isinstance(template, list):
+        return [filled_in(value, element) for value in template]
+    if isinstance(template, str):
+        return re.sub(r"{{ \.(\w+) }}", lambda found: element[found[1]], template)
+    return template
+
+
 def applications(found: list[Manifest]) -> dict[str, Manifest]:
-    return {a["metadata"]["name"]: a for a in of_kind(found, "Application")}
+    """All Applications: the one in git, and those that Argo CD makes of the list."""
+    template = application_set(found)["spec"]["template"]
+    made = [{"apiVersion": "argoproj.io/v1alpha1", "kind": "Application", **filled_in(template, element)}
+            for element in elements(found)]
+    return {a["metadata"]["name"]: a for a in [*of_kind(found, "Application"), *made]}
 
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -62,37 +91,89 @@ def applications(found: list[Manifest]) -> dict[str, Manifest]:
 def test_only_the_project_and_applications_reach_the_cluster() -> None:
     """And all of them in Argo CD's namespace. The settings are read, not applied."""
     found = rendered("argocd")
-    assert {(m["kind"], m["metadata"]["namespace"]) for m in found} == {("AppProject", "argocd"),
-                                                                        ("Application", "argocd")}
+    assert sorted((m["kind"], m["metadata"]["namespace"]) for m in found) == [
+        ("AppProject", "argocd"), ("Application", "argocd"), ("ApplicationSet", "argocd")]
 
 
-def test_a_fork_edits_one_file(tmp_path: Path) -> None:
-    """Repository, branch, overlay and namespace stand once; nothing of the old values is left anywhere."""
+def test_one_environment_is_a_plain_application_and_nothing_else() -> None:
+    assert elements(rendered("argocd")) == []
+    assert applications(rendered("argocd")).keys() == {"lora-gitops"}
+
+
+# Three environments, one of them in another cluster.
+MANY = [{"name": "gpu", "path": "overlays/gpu", "namespace": "lora-gitops-gpu",
+         "cluster": "https://kubernetes.default.svc"},
+        {"name": "berlin", "path": "overlays/berlin", "namespace": "berlin", "cluster": "https://berlin.example.com:6443"}]
+NEW = {"repoURL": "https://git.example.org/mine.git", "revision": "release", "overlay": "overlays/mine",
+       "namespace": "mine"}
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> list[Manifest]:
+    """argocd/ of a fork with three environments, for which settings.yaml is edited and nothing else."""
     argocd = Path(shutil.copytree(ARGOCD, tmp_path / "argocd"))
-    (argocd / "kustomization.yaml").write_text(with_options(argocd / "kustomization.yaml"))
-    file = argocd / "settings.yaml"
-    text = file.read_text()
-    new = {"repoURL": "https://git.example.org/mine.git", "revision": "release", "overlay": "overlays/mine",
-           "namespace": "mine"}
-    for key, value in settings().items():
-        assert text.count(f"{key}: {value}") == 1
-        text = text.replace(f"{key}: {value}", f"{key}: {new[key]}")
-    file.write_text(text)
-    found = render(argocd)
-    mine, gpu = applications(found)["lora-gitops"]["spec"], applications(found)["lora-gitops-gpu"]["spec"]
-    assert mine["source"] == {"repoURL": new["repoURL"], "targetRevision": "release", "path": "overlays/mine"}
-    assert mine["destination"]["namespace"] == "mine"
-    assert gpu["source"] == {"repoURL": new["repoURL"], "targetRevision": "release", "path": "overlays/gpu"}
-    spec = project(found)["spec"]
-    assert spec["sourceRepos"] == [new["repoURL"]]
-    assert {d["namespace"] for d in spec["destinations"]} == {"mine", "lora-gitops-gpu"}
-    assert {k["name"] for k in spec["clusterResourceWhitelist"]} == {"mine", "lora-gitops-gpu"}
-    assert settings()["repoURL"] not in yaml.safe_dump_all(found)
+    documents = {d["kind"]: d for d in yaml.safe_load_all((argocd / "settings.yaml").read_text())}
+    documents["ConfigMap"]["data"] = NEW
+    documents["ApplicationSet"]["spec"]["generators"][0]["list"]["elements"] = MANY
+    spec = documents["AppProject"]["spec"]
+    spec["destinations"] += [{"server": e["cluster"], "namespace": e["namespace"]} for e in MANY]
+    spec["clusterResourceWhitelist"] += [{"group": "", "kind": "Namespace", "name": e["namespace"]} for e in MANY]
+    (argocd / "settings.yaml").write_text(yaml.safe_dump_all(documents.values()))
+    return render(argocd)
+
+
+def test_a_fork_edits_one_file(many: list[Manifest]) -> None:
+    """Nothing of the old values is left anywhere, and each environment has an Application, valid as one in git."""
+    assert [problem for document in many for problem in problems(document)] == []
+    found = applications(many)
+    assert found.keys() == {"lora-gitops", "lora-gitops-gpu", "lora-gitops-berlin"}
+    wanted = [{"name": "", "path": NEW["overlay"], "namespace": NEW["namespace"],
+               "cluster": "https://kubernetes.default.svc"}, *MANY]
+    for environment in wanted:
+        application = found["-".join(filter(None, ("lora-gitops", environment["name"])))]
+        assert problems(application) == []
+        assert application["spec"]["source"] == {"repoURL": NEW["repoURL"], "targetRevision": NEW["revision"],
+                                                 "path": environment["path"]}
+        assert application["spec"]["destination"] == {"server": environment["cluster"],
+                                                      "namespace": environment["namespace"]}
+    spec = project(many)["spec"]
+    assert spec["sourceRepos"] == [NEW["repoURL"]]
+    text = yaml.safe_dump_all(many)
+    assert settings()["repoURL"] not in text
+    assert settings()["overlay"] not in text
+    assert "namespace: lora-gitops\n" not in text
+
+
+def test_all_applications_have_everything_else_in_common(many: list[Manifest]) -> None:
+    """What the sync does, and what happens when an Application is deleted."""
+    first, *others = applications(many).values()
+    assert len(others) == 2
+    for other in others:
+        for key in ("annotations", "finalizers", "labels"):
+            assert other["metadata"][key] == first["metadata"][key], key
+        for key in ("project", "syncPolicy"):
+            assert other["spec"][key] == first["spec"][key], key
+        assert other["spec"].keys() == first["spec"].keys()
+
+
+@pytest.mark.parametrize("key", ["name", "path", "namespace", "cluster"])
+def test_an_environment_without_a_key_is_an_error_and_not_one_somewhere_else(many: list[Manifest], key: str) -> None:
+    spec = application_set(many)["spec"]
+    assert (spec["goTemplate"], spec["goTemplateOptions"]) == (True, ["missingkey=error"])
+    with pytest.raises(KeyError, match=key):
+        filled_in(spec["template"], {k: v for k, v in MANY[0].items() if k != key})
+
+
+def test_a_removed_environment_frees_its_gpus_and_keeps_its_volumes(many: list[Manifest]) -> None:
+    """Its Application goes, as if it were deleted by hand. (That the volumes stay is tested below.)"""
+    spec = application_set(many)["spec"]
+    assert spec["syncPolicy"] == {"preserveResourcesOnDeletion": False}
+    assert spec["template"]["metadata"]["finalizers"] == ["resources-finalizer.argocd.argoproj.io"]
 
 
 def test_an_application_follows_an_overlay_into_its_namespace(both: list[Manifest]) -> None:
     assert applications(both).keys() == {"lora-gitops", "lora-gitops-gpu"}
-    for application in applications(both).values():
+    for application in applications(both).values():  # in a fork, this finds a path or a namespace that is wrong
         (namespace,) = of_kind(rendered(application["spec"]["source"]["path"]), "Namespace")
         assert application["spec"]["destination"] == {"server": "https://kubernetes.default.svc",
                                                       "namespace": namespace["metadata"]["name"]}
@@ -101,14 +182,20 @@ def test_an_application_follows_an_overlay_into_its_namespace(both: list[Manifes
 # --- what Argo CD may do ------------------------------------------------------------------------------------------
 
 
-def test_the_project_allows_only_this_repository_and_these_namespaces(both: list[Manifest]) -> None:
-    spec = project(both)["spec"]
+@pytest.mark.parametrize("name", ["argocd", "argocd with options"])
+def test_the_project_allows_only_this_repository_and_the_places_of_its_applications(name: str) -> None:
+    """In a fork, this finds lists in settings.yaml that do not agree."""
+    found = rendered(name)
+    spec = project(found)["spec"]
     assert spec["sourceRepos"] == [settings()["repoURL"]]
-    namespaces = [a["spec"]["destination"]["namespace"] for a in applications(both).values()]
-    assert sorted(d["namespace"] for d in spec["destinations"]) == sorted(namespaces)
-    assert {d["server"] for d in spec["destinations"]} == {"https://kubernetes.default.svc"}
-    assert {a["spec"]["project"] for a in applications(both).values()} == {project(both)["metadata"]["name"]}
-    assert project(both)["metadata"]["finalizers"]  # it outlives its Applications
+    places = [(a["spec"]["destination"]["server"], a["spec"]["destination"]["namespace"])
+              for a in applications(found).values()]
+    assert sorted((d["server"], d["namespace"]) for d in spec["destinations"]) == sorted(places)
+    assert len(set(places)) == len(places)  # two Applications in one namespace would prune each other's objects
+    assert {a["spec"]["project"] for a in applications(found).values()} == {project(found)["metadata"]["name"]}
+    assert project(found)["metadata"]["finalizers"]  # it outlives its Applications
+    names = [e["name"] for e in elements(found)]
+    assert len(set(names)) == len(names)
 
 
 def test_the_project_allows_exactly_the_kinds_that_are_rendered() -> None:
@@ -122,16 +209,17 @@ def test_the_project_allows_exactly_the_kinds_that_are_rendered() -> None:
     assert "Secret" not in {kind for _, kind in allowed}
 
 
-def test_argo_cd_may_touch_no_namespace_but_its_own_environments(both: list[Manifest]) -> None:
+@pytest.mark.parametrize("name", ["argocd", "argocd with options"])
+def test_argo_cd_may_touch_no_namespace_but_its_own_environments(name: str) -> None:
     """By name: a push cannot relabel kube-system."""
-    spec = project(both)["spec"]
-    namespaces = {d["namespace"] for d in spec["destinations"]}
-    assert {(k["group"], k["kind"], k["name"]) for k in spec["clusterResourceWhitelist"]} == {
-        ("", "Namespace", name) for name in namespaces}
+    spec = project(rendered(name))["spec"]
+    assert sorted((k["group"], k["kind"], k["name"]) for k in spec["clusterResourceWhitelist"]) == sorted(
+        ("", "Namespace", d["namespace"]) for d in spec["destinations"])
 
 
 def test_a_push_cannot_weaken_pod_security(both: list[Manifest]) -> None:
-    """The API server refuses it, in exactly the namespaces that Argo CD may change."""
+    """The API server refuses it, in exactly the namespaces that Argo CD may change by the settings, or by what they
+    offer."""
     policy, binding = yaml.safe_load_all((ARGOCD / "pod-security.yaml").read_text())
     assert problems(policy) == problems(binding) == []
     (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]
@@ -253,27 +341,33 @@ def with_entry(file: Path, key: str, entry: Any) -> None:
 @pytest.mark.parametrize("name", ["kind", "kind-smollm2", "gpu"])
 def test_the_documented_mirror_is_known_to_relocation_alone_in_every_overlay(tmp_path: Path, name: str) -> None:
     text = (CHECKOUT / "docs" / "registries.md").read_text()
-    files = dict(re.findall(r"```yaml\n# mirror/(\S+)\n(.*?)```", text, re.DOTALL)) | {"ca.crt": "certificates"}
+    files = dict(re.findall(r"```yaml\n# mirror/(\S+)\n(.*?)```", text, re.DOTALL))
+    (generator,) = re.findall(r"```yaml\n(components:\n- mirror\n.*?)```", text, re.DOTALL)
     overlay = copy(tmp_path).parent / name
+    (overlay / "ca.crt").write_text("certificates")
     (overlay / "mirror").mkdir()
     for file, content in files.items():
         (overlay / "mirror" / file).write_text(content)
-    assert files.keys() == {"kustomization.yaml", "mirror.yaml", "ca.crt"}
-    with_entry(overlay / "kustomization.yaml", "components", "mirror")
+    assert files.keys() == {"kustomization.yaml", "mirror.yaml"}
+    for key, (entry,) in yaml.safe_load(generator).items():
+        with_entry(overlay / "kustomization.yaml", key, entry)
+    if name == "gpu":
+        with_entry(overlay / "adapter" / "kustomization.yaml", "components", "../mirror")
     found = render(overlay)
     templates = pod_templates(found)
-    assert len([title for title in templates if "-relocation" in title]) == 4
+    roles = {title: t["metadata"]["labels"]["app.kubernetes.io/component"] for title, t in templates.items()}
+    assert list(roles.values()).count("relocation") == 3 + len(adapters(overlay))
     for title, template in templates.items():
         container = containers(template)[-1]
         variables = {e["name"]: e.get("value") for e in container["env"]}
         knows = (variables.get("HF_ENDPOINT"), variables.get("SSL_CERT_FILE")) == (
             "https://hub.example.com", "/etc/authority/ca.crt")
-        assert knows == ("-relocation" in title), title
+        assert knows == (roles[title] == "relocation"), title
         volumes = {v["name"]: v for v in template["spec"]["volumes"]}
         assert {m["name"] for m in container["volumeMounts"]} == volumes.keys(), title
         if knows:
             assert volumes["authority"]["configMap"]["name"] in by_name(found, "ConfigMap")
-            assert {"PIPELINE", "VOLUMES"} <= variables.keys()
+            assert {"ENVIRONMENT_FILE", "VOLUMES"} <= variables.keys()
 
 
 def test_the_documented_patch_sets_the_environment_of_the_server(tmp_path: Path) -> None:
@@ -344,3 +438,17 @@ def test_the_documented_bucket_credentials_are_those_of_relocation_alone(tmp_pat
     given = {name for name, account in by_name(render(kind), "ServiceAccount").items()
              if "eks.amazonaws.com/role-arn" in account["metadata"].get("annotations", {})}
     assert given == {"relocation"}
+
+
+def test_the_documented_bucket_secret_reaches_the_relocation_of_every_adapters_data_alone(tmp_path: Path) -> None:
+    text = (CHECKOUT / "docs" / "registries.md").read_text().partition("## Buckets")[2]
+    blocks = re.findall(r"```yaml\n# (kustomization|bucket)\.yaml\n(.*?)```", text, re.DOTALL)
+    files = dict(blocks)
+    kind = copy(tmp_path)
+    add_adapter(kind, "cordoba-hotels")
+    (kind / "bucket.yaml").write_text(files["bucket"])
+    (entry,) = yaml.safe_load(files["kustomization"])["patches"]
+    with_entry(kind / "kustomization.yaml", "patches", entry)
+    given = {title.removeprefix("Job/")[:-11] for title, template in pod_templates(render(kind)).items()
+             if "AWS_ACCESS_KEY_ID" in {e["name"] for e in containers(template)[-1]["env"]}}
+    assert given == {f"dataset-relocation-{name}" for name in adapters(kind)}

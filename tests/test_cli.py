@@ -26,11 +26,11 @@ def jobs(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_every_command_and_shows_examples() -> None:
     done = jobs("--help")
     assert done.returncode == 0
-    for word in ("relocate", "train", "evaluate", "await", "pin", "check", "local", "examples"):
+    for word in ("relocate", "train", "evaluate", "await", "new", "pin", "check", "local", "examples"):
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["check", "overlays/kind"], ["local", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "overlays/kind"], ["local", "--help"], ["new", "--help"]])
 def test_it_answers_without_loading_torch(arguments: list[str]) -> None:
     """Loading torch and transformers takes seconds; `--help`, `check` and a typo must not."""
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "jobs", *arguments], cwd=CHECKOUT,
@@ -39,6 +39,23 @@ def test_it_answers_without_loading_torch(arguments: list[str]) -> None:
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
     assert "jobs.tools.local" in modules, "the measurement works"
     assert not modules & {"torch", "transformers", "peft", "datasets", "vllm", "huggingface_hub"}
+
+
+@pytest.mark.parametrize("command", ["new", "pin", "check"])
+@pytest.mark.parametrize("path", ["absent", ".", "file"])
+def test_a_path_that_is_no_overlay_is_one_line(tmp_path: Path, command: str, path: str) -> None:
+    (tmp_path / "file").touch()
+    done = jobs(command, str(tmp_path / path), *(["reviews"] if command == "new" else []))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "Name an overlay" in done.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("command", ["pin", "check"])
+def test_help_of_what_takes_an_overlay_names_the_folder_of_an_adapter_too(command: str) -> None:
+    done = jobs(command, "--help")
+    assert done.returncode == 0
+    assert "overlays/kind/adapters/NAME" in " ".join(done.stdout.split())
 
 
 def test_bad_input_is_one_message_and_exit_code_2(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -178,6 +179,11 @@ def test_a_length_that_the_http_server_lets_through_is_the_clients_error_all_the
     assert outcome(bodies.Bodies(1, 1), [], *headers).status_code == (413 if len(headers[0]) > 5 else 400)
 
 
+@pytest.mark.parametrize("lengths", [[b"5"], [b"5", b"5"], [b"0" * 5_000 + b"5"], [b"0" * 10_000], []])
+def test_a_length_that_is_one_number_in_any_spelling_is_read(lengths: list[bytes]) -> None:
+    assert outcome(bodies.Bodies(0.01, 1), [], *lengths).status_code == 408  # it waits for the body
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b'{"model": "seville-hotels"', b"\xff\xfe", b"[" * 100_000, b"[]", b"1"])
 def test_malformed_json_is_400_and_not_passed_on(door: World, body: bytes) -> None:
     seen = len(door.vllm.bodies)
@@ -212,10 +218,20 @@ def arrival(*chunks: bytes, ends: bool = False) -> Receive:
     return receive
 
 
-def outcome(reader: bodies.Bodies, chunks: list[bytes], *lengths: bytes) -> Response:
-    """The error reply to a client that sends these chunks and does not end."""
+def messages(*these: Message) -> Receive:
+    """A client or a server that sends these messages, one after the other."""
+    left = iter(these)
+
+    async def receive() -> Message:
+        return next(left)
+
+    return receive
+
+
+def outcome(reader: bodies.Bodies, chunks: list[bytes], *lengths: bytes, ends: bool = False) -> Response:
+    """The error reply to a client that sends these chunks; by default its body does not end."""
     scope = {"headers": [(b"content-length", length) for length in lengths]}
-    reply = asyncio.run(reader.read(scope, arrival(*chunks)))
+    reply = asyncio.run(reader.read(scope, arrival(*chunks, ends=ends)))
     assert isinstance(reply, Response)
     return reply
 
@@ -263,6 +279,31 @@ def test_what_every_outcome_held_is_given_back() -> None:
     assert asyncio.run(bodies.Bodies(1, 0).read(scope, arrival(small, ends=True))) == small
 
 
+def test_the_reply_to_a_refused_body_names_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "MAX_BODY_BYTES", 100_000)
+    most = b"x" * bodies.FREE_BYTES
+    for reply, words in ((outcome(bodies.Bodies(0.1, 1), []), "did not arrive within 0.1 s"),
+                         (outcome(bodies.Bodies(1, 1), [], b"x"), "Content-Length must be one number"),
+                         (outcome(bodies.Bodies(1, 1), [], b"100001"), "larger than 100000 bytes"),
+                         (outcome(bodies.Bodies(1, 10**9), [most, most]), "larger than 100000 bytes"),
+                         (outcome(bodies.Bodies(1, 1), [most, b"xx"], ends=True), "too many large requests")):
+        assert words in json.loads(bytes(reply.body))["error"]["message"]
+
+
+def test_a_body_of_the_largest_size_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "MAX_BODY_BYTES", 1000)
+    scope: Scope = {"headers": [(b"content-length", b"1000")]}
+    largest = b"x" * 1000
+    assert asyncio.run(bodies.Bodies(1, 0).read(scope, arrival(largest[:1], largest[1:], ends=True))) == largest
+
+
+def test_a_body_in_the_shortest_form_of_its_message_is_empty() -> None:
+    async def receive() -> Message:
+        return {"type": "http.request"}  # ASGI: no bytes, and nothing follows
+
+    assert asyncio.run(bodies.Bodies(1, 0).read({"headers": []}, receive)) == b""
+
+
 def test_a_body_for_which_there_is_no_memory_holds_none_while_its_rest_is_read() -> None:
     most = b"x" * (bodies.FREE_BYTES + 1000)
 
@@ -286,7 +327,7 @@ def test_a_body_for_which_there_is_no_memory_holds_none_while_its_rest_is_read()
     {"n": 33}, {"n": 16384}, {"n": "33"}, {"n": 33.0}, {"n": "3_3"}, {"prompt": ["x"] * 33},
     {"n": 10**4299, "prompt": ["x"] * 1000},
     {"prompt": [[1, 2]] * 33}, {"prompt": ["x"] * 3, "n": 11}, {"prompt": None, "prompt_embeds": ["eA=="] * 33},
-    {"prompt": "x", "prompt_embeds": ["eA=="] * 32}, {"n": 33, "use_beam_search": True}])
+    {"prompt": "x", "prompt_embeds": ["eA=="] * 32}, {"n": 33, "use_beam_search": True}, {"prompt": None, "n": 33}])
 def test_more_sequences_than_a_share_of_the_batch_are_the_clients_error(door: World, asks: dict[str, Any]) -> None:
     seen = len(door.vllm.bodies)
     reply = door.ask(BASE, **asks)  # the stand-in for vLLM computes 128 at once
@@ -298,9 +339,16 @@ def test_more_sequences_than_a_share_of_the_batch_are_the_clients_error(door: Wo
 @pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("asks", [
     {"n": 32}, {"n": None}, {"n": "32"}, {"n": True}, {"prompt": ["x"] * 32}, {"prompt": list(range(1000))},
-    {"prompt": [[1, 2]] * 16, "n": 2}, {"n": 0}, {"n": "many"}, {"n": -1, "prompt": []}, {"prompt": [1, "x"]}])
+    {"prompt": [[1, 2]] * 16, "n": 2}, {"n": 0}, {"n": "many"}, {"n": -1, "prompt": []}, {"prompt": [1, "x"]},
+    {"prompt": None, "n": 32}])
 def test_up_to_that_share_is_passed_on_as_is_what_vllm_will_refuse(door: World, asks: dict[str, Any]) -> None:
     assert door.ask(BASE, **asks).status_code == 200
+
+
+@pytest.mark.parametrize(("path", "what"), [(COMPLETION, {"prompt": "x"}), (CHAT, {"messages": MESSAGES})])
+def test_a_number_in_words_is_read_as_vllm_reads_requests_to_that_route(path: str, what: dict[str, Any]) -> None:
+    parameters._class.cache_clear()
+    assert parameters.sequences(path, {**what, "n": "3"}) == 3
 
 
 @pytest.mark.usefixtures("loaded")
@@ -789,8 +837,8 @@ def test_a_stream_is_passed_on_as_it_is_whether_or_not_the_client_wants_its_usag
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_reply_that_the_client_cuts_off_is_counted_as_far_as_it_came(keyed: World, stream: bool) -> None:
     before = counted(keyed, key="team-a", alias=NAME)
-    keyed.vllm.hold = threading.Event()
-    body = json.dumps({"model": NAME, "prompt": "x", "stream": stream})
+    keyed.vllm.hold = threading.Event()  # of streams
+    body = json.dumps({"model": NAME, "prompt": "x", "stream": stream, "endless": True})
     with socket.create_connection(("127.0.0.1", int(keyed.url.rpartition(":")[2]))) as client:
         client.sendall(f"POST {COMPLETION} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key-a\r\n"
                        f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
@@ -829,8 +877,10 @@ def test_the_series_of_usage_are_bounded_and_those_used_last_stay(monkeypatch: p
         events.requested("bounded", NAME, str(i))
         events.used("bounded", NAME, str(i), prompt=1, completion=1)
     events.used("bounded", NAME, "1", prompt=1, completion=1)  # of a request that ends late
+    for i in range(5, 9):
+        events.requested("bounded", NAME, str(i))  # in progress
     for metric in (events.REQUESTS, events.PROMPT_TOKENS, events.COMPLETION_TOKENS):
-        assert sorted(labels[2] for labels in metric._metrics if labels[0] == "bounded") == ["0", "3", "4"]
+        assert sorted(labels[2] for labels in metric._metrics if labels[0] == "bounded") == ["6", "7", "8"]
 
 
 # Replies
@@ -875,8 +925,14 @@ def through_the_guard(chunks: list[bytes], content_type: bytes, served: Served) 
 
 SERVED = Served("", "", BASE, "", "", "", 16, "")
 def call(vllm: ASGIApp, monkeypatch: pytest.MonkeyPatch, method: str, path: str, body: bytes = b"",
-         *headers: tuple[bytes, bytes]) -> list[Message]:
-    """What the guard sends for one request, with an alias and with this application in place of vLLM."""
+         *headers: tuple[bytes, bytes], prepare: Callable[[Any], object] = lambda _: None,
+         receive: Receive | None = None) -> list[Message]:
+    """What the guard sends for one request, with an alias and with this application in place of vLLM.
+
+    Args:
+        prepare: has its way with the guard before the request.
+        receive: the client, if it is not one that sends `body`.
+    """
     for name, value in SERVED.to_environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
@@ -890,8 +946,10 @@ def call(vllm: ASGIApp, monkeypatch: pytest.MonkeyPatch, method: str, path: str,
         guarded.max_sequences = 32  # as at the start of a server
         guarded.aliases.current[NAME] = Alias(Version(NAME, MODEL.partition("@")[2]))
         guarded.aliases.current["loading"] = Alias(Version("loading", "0" * 16))
+        guarded.aliases.current["waiting"] = Alias()
+        prepare(guarded)
         scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": list(headers)}
-        await guarded(scope, arrival(body, ends=True), send)
+        await guarded(scope, receive or arrival(body, ends=True), send)
 
     asyncio.run(talk())
     return sent
@@ -925,8 +983,8 @@ def test_a_request_that_vllms_classes_cannot_nest_into_is_not_passed_on(monkeypa
 def test_the_list_of_models_has_what_vllm_has_loaded_and_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [{"id": BASE, "root": "/path/of/this/machine"}, {"id": MODEL, "root": "/path"}, {"id": "x@1", "root": "/"}]
     _, body = call(JSONResponse({"object": "list", "data": cards}), monkeypatch, "GET", "/v1/models")
-    assert json.loads(body["body"])["data"] == [
-        {"id": BASE, "root": f"{BASE}@{SERVED.base_model}"}, {"id": NAME, "root": MODEL, "parent": BASE}]
+    assert json.loads(body["body"]) == {"object": "list", "data": [
+        {"id": BASE, "root": f"{BASE}@{SERVED.base_model}"}, {"id": NAME, "root": MODEL, "parent": BASE}]}
 
 
 def test_a_list_that_vllm_cannot_give_is_vllms_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -940,6 +998,208 @@ def test_an_error_within_a_stream_names_the_alias_in_its_text(monkeypatch: pytes
     reply = Response(text_event + event, media_type="text/event-stream")
     _, body = call(reply, monkeypatch, "POST", COMPLETION, json.dumps({"model": NAME}).encode())
     assert body["body"] == text_event + event.replace(MODEL.encode(), NAME.encode())
+
+
+REFUSED: list[tuple[str, str, object, int, str, str | None, str | None]] = [  # request, status, words, param, code
+    ("GET", "/docs", "", 404, "Not found", None, None),
+    ("PUT", CHAT, "", 405, f"{CHAT} takes POST only", None, None),
+    ("POST", COMPLETION, "[" * 100_000, 400, "nested too deeply", None, None),
+    ("POST", COMPLETION, "{", 400, "not valid JSON: Expecting", None, None),
+    ("POST", COMPLETION, "[]", 400, "must be a JSON object", None, None),
+    ("POST", COMPLETION, "{}", 400, "must name a model", "model", None),
+    ("POST", COMPLETION, {"model": "x" * 101}, 404, f"model `{'x' * 100}` does not exist. See /v1/models", "model",
+     "model_not_found"),
+    ("POST", COMPLETION, {"model": "waiting"}, 503, "`waiting` is not ready: the server has not looked", None,
+     "model_not_ready"),
+    ("POST", COMPLETION, {"model": NAME, "n": 33}, 400, "at most 32 sequences", "n", None),
+    ("POST", COMPLETION, {"model": NAME, "prompt": ["x"] * 33}, 400, "at most 32 sequences", "prompt", None),
+    ("POST", COMPLETION, {"model": NAME, "prompt": ["x"] * 33, "n": 1}, 400, "at most 32", "prompt", None),
+    ("GET", "/ready", "", 503, "still looking for its adapters", None, None)]
+
+
+@pytest.mark.parametrize(("method", "path", "body", "status", "words", "param", "code"), REFUSED)
+def test_a_refusal_says_what_is_wrong_with_what(
+        monkeypatch: pytest.MonkeyPatch, method: str, path: str, body: object, status: int, words: str,
+        param: str | None, code: str | None) -> None:
+    content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+    start, reply = call(Response(b"passed on"), monkeypatch, method, path, content)
+    error = json.loads(reply["body"])["error"]
+    assert start["status"] == status
+    assert words in error["message"]
+    assert (error["param"], error["code"]) == (param, code)
+    if code == "model_not_ready":
+        assert dict(start["headers"])[b"retry-after"] == b"5"
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize(("shield", "asks", "status"), [
+    (True, {"echo": True}, 400), (False, {"echo": True}, 200), (True, {}, 200),
+    (True, {"n": 32}, 200), (True, {"n": 33}, 400), (True, {"prompt": ["x"] * 33}, 200)])  # no prompts in a chat
+def test_a_request_is_passed_on_if_it_can_hurt_nobody(
+        monkeypatch: pytest.MonkeyPatch, shield: bool, asks: dict[str, Any], status: int) -> None:
+    def prepare(guarded: Any) -> None:
+        guarded.served = replace(SERVED, cpu_shield=shield)
+
+    body = json.dumps({"model": NAME, "messages": MESSAGES, **asks}).encode()
+    start, _ = call(Response(b"passed on"), monkeypatch, "POST", CHAT, body, prepare=prepare)
+    assert start["status"] == status
+
+
+def test_a_missing_key_is_said_to_be_the_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, reply = call(Response(), monkeypatch, "GET", "/v1/models", prepare=lambda g: setattr(g, "_key", b"x" * 32))
+    assert "API key is missing or wrong" in json.loads(reply["body"])["error"]["message"]
+
+
+def test_health_and_ready_say_why_they_fail_and_else_ask_vllm_for_its_health(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bytes]] = []
+
+    async def vllm(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append((scope["path"], scope["raw_path"]))
+        assert (await receive())["type"] == "http.request"
+        await Response(b"vLLM is well")(scope, receive, send)
+
+    def drains(guarded: Any) -> None:
+        guarded.aliases.first_look_done.set()
+        guarded.drain.reason = "stopped by a test"
+
+    def hangs(guarded: Any) -> None:
+        guarded.aliases.first_look_done.set()
+        guarded.heartbeat = SimpleNamespace(hangs=True)
+
+    for prepare, path, status, words in (
+            (drains, "/ready", 503, "Draining: stopped by a test"), (drains, "/health", 200, "vLLM is well"),
+            (hangs, "/ready", 503, "engine does not answer"), (hangs, "/health", 503, "engine does not answer"),
+            (lambda guarded: guarded.aliases.first_look_done.set(), "/ready", 200, "vLLM is well"),
+            (lambda _: None, "/health", 200, "vLLM is well")):
+        start, reply = call(vllm, monkeypatch, "GET", path, prepare=prepare)
+        assert (start["status"], words in reply["body"].decode()) == (status, True)
+    assert set(seen) == {("/health", b"/health")}
+
+
+async def shortest(scope: Scope, receive: Receive, send: Send) -> None:
+    """A reply that leaves out all that ASGI has defaults for."""
+    await send({"type": "http.response.start", "status": 200})
+    await send({"type": "http.response.body"})
+
+
+def test_a_reply_in_its_shortest_form_is_passed_on_and_closes_the_connection_of_a_server_that_drains(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    def drains(guarded: Any) -> None:
+        guarded.drain.reason = "stopped by a test"
+
+    for prepare, connection in ((drains, b"close"), (lambda _: None, None)):
+        start, body = call(shortest, monkeypatch, "POST", COMPLETION, json.dumps({"model": NAME}).encode(),
+                           prepare=prepare)
+        headers = dict(start["headers"])
+        assert (headers[b"content-length"], headers.get(b"connection"), body["body"]) == (b"0", connection, b"")
+    start, _ = call(shortest, monkeypatch, "GET", "/metrics", prepare=drains)
+    assert start["headers"] == [(b"connection", b"close")]
+
+
+def test_a_stream_may_end_in_the_shortest_form_and_what_is_no_part_of_its_body_is_passed_on(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    trailers = {"type": "http.response.trailers", "headers": []}
+
+    async def vllm(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"data: half", "more_body": True})
+        await send({"type": "http.response.body"})
+        await send(trailers)
+
+    _, body, passed = call(vllm, monkeypatch, "POST", COMPLETION, json.dumps({"model": NAME}).encode())
+    assert (body["body"], body["more_body"], passed) == (b"data: half", False, trailers)
+
+
+def test_all_events_that_are_whole_are_passed_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def vllm(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"data: 1\n\ndata: 2\n\nda", "more_body": True})
+        await send({"type": "http.response.body", "body": b"ta: 3\n\n"})
+
+    _, first, second = call(vllm, monkeypatch, "POST", COMPLETION, json.dumps({"model": NAME}).encode())
+    assert (first["body"], second["body"]) == (b"data: 1\n\ndata: 2\n\n", b"data: 3\n\n")
+
+
+@pytest.mark.parametrize(("status", "shown"), [(400, NAME), (500, NAME), (200, MODEL)])
+def test_an_error_names_the_alias_in_its_text_and_another_reply_keeps_its_text(
+        monkeypatch: pytest.MonkeyPatch, status: int, shown: str) -> None:
+    text = f'{{"error": {{"message": "`{MODEL}` failed"}}}}'.encode()
+    _, body = call(Response(text, status), monkeypatch, "POST", COMPLETION, json.dumps({"model": NAME}).encode())
+    assert body["body"] == text.replace(MODEL.encode(), shown.encode())
+
+
+def test_a_changed_reply_has_one_length_and_keeps_its_other_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def vllm(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"Content-Length", b"5"), (b"X-Request-Id", b"7")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"Hello"})
+
+    start, _ = call(vllm, monkeypatch, "POST", COMPLETION, json.dumps({"model": NAME}).encode())
+    assert start["headers"] == [(b"X-Request-Id", b"7"), (b"content-length", b"5")]
+
+
+def test_vllm_learns_that_the_client_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Message] = []
+
+    async def vllm(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend([await receive(), await receive()])
+        await Response()(scope, receive, send)
+
+    client = messages({"type": "http.request", "body": json.dumps({"model": NAME}).encode()},
+                      {"type": "http.disconnect"})
+    call(vllm, monkeypatch, "POST", COMPLETION, receive=client)
+    assert [message["type"] for message in seen] == ["http.request", "http.disconnect"]
+    assert seen[0]["more_body"] is False
+
+
+def test_a_client_that_disconnects_within_its_body_is_not_asked_of_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = messages({"type": "http.disconnect"})
+    assert call(Response(b"passed on"), monkeypatch, "POST", COMPLETION, receive=client) == []
+
+
+@pytest.mark.parametrize(("setting", "batch", "bound"), [(None, 128, 32), (None, 7, 1), (None, 3, 1), (5, 128, 5)])
+def test_the_guard_works_while_vllm_is_up_and_bounds_requests_by_its_batch(
+        monkeypatch: pytest.MonkeyPatch, setting: int | None, batch: int, bound: int) -> None:
+    seen: list[object] = []
+    engine = Engine()
+    engine.vllm_config.scheduler_config.max_num_seqs = batch
+    state = SimpleNamespace(engine_client=engine, server=SimpleNamespace(config=SimpleNamespace()))
+
+    async def vllm(scope: Scope, receive: Receive, send: Send) -> None:
+        for request, reply in (("startup", "startup.complete"), ("shutdown", "shutdown.complete")):
+            assert (await receive())["type"] == f"lifespan.{request}"
+            seen.append(request)
+            await send({"type": f"lifespan.{reply}"})
+
+    class Work:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def start(self, of: object) -> None:
+            assert of is (engine if self.name == "heartbeat" else state)
+            seen.append(f"{self.name} starts")
+
+        async def stop(self) -> None:
+            seen.append(f"{self.name} stops")
+
+    async def live() -> int | None:
+        for name, value in replace(SERVED, max_sequences=setting).to_environment().items():
+            monkeypatch.setenv(name, value)
+        guarded: Any = guard.Guard(vllm)
+        guarded.aliases, guarded.heartbeat = Work("aliases"), Work("heartbeat")
+
+        async def send(message: Message) -> None:
+            seen.append(message["type"].partition(".")[2])
+
+        await guarded({"type": "lifespan", "app": SimpleNamespace(state=state)},
+                      messages({"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}), send)
+        return guarded.max_sequences  # type: ignore[no-any-return]
+
+    assert asyncio.run(live()) == bound
+    assert seen == ["startup", "heartbeat starts", "aliases starts", "startup.complete",
+                    "aliases stops", "heartbeat stops", "shutdown", "shutdown.complete"]
 
 
 text = st.text() | st.sampled_from([

@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.core.errors import UserError
-from jobs.tools.pods import write_config_map
+from jobs.tools.pods import CHECKOUT, write_config_map
 from serving import events, keys
 from serving.keys import ANYBODY, Keys
 
@@ -382,3 +383,18 @@ def test_the_command_line_needs_no_package_of_the_server() -> None:
 @pytest.fixture(autouse=True)
 def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
+
+
+# The Deployment
+
+
+def test_the_deployment_mounts_the_secret_so_that_changes_reach_the_running_pod() -> None:
+    deployment = yaml.safe_load((CHECKOUT / "serving" / "deployment.yaml").read_text())
+    spec = deployment["spec"]["template"]["spec"]
+    volume = next(each for each in spec["volumes"] if "secret" in each)
+    assert volume["secret"] == {"secretName": "serving-keys", "optional": True}  # overlays without it work
+    container = spec["containers"][0]
+    mount = next(each for each in container["volumeMounts"] if each["name"] == volume["name"])
+    assert "subPath" not in mount  # the kubelet never updates such a mount
+    assert {"name": "KEYS_FILE", "value": f"{mount['mountPath']}/keys.yaml"} in container["env"]
+    assert f"{mount['mountPath']}/keys.yaml" == keys.FILE

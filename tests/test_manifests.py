@@ -7,7 +7,7 @@ import ipaddress
 import json
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,29 @@ from jobs.tools.kustomization import selects
 from serving import drain
 from tests import renderings
 from tests.manifests import (
+    ADAPTER_JOBS,
     CHECKOUT,
+    ENVIRONMENT_JOBS,
     Manifest,
+    adapters,
+    add_adapter,
     by_name,
     containers,
     copy,
+    jobs_of,
     of_kind,
     pod_templates,
     quantity,
     render,
     restricted_violations,
-    unhashed,
 )
 from tests.validation import KUBERNETES, problems
 
 KIND = CHECKOUT / "overlays" / "kind"
 OVERLAYS = sorted(p.parent for p in (CHECKOUT / "overlays").glob("*/kustomization.yaml"))
 PVCS = {f"{name}-pvc" for name in ("dataset", "base-model", "base-tokenizer", "reference-model", "fine-tuned-model")}
+
+SEVILLE = Path("adapters") / "seville-hotels"
 
 # As the README lists the stages: the arguments of each Job, the volumes it reads and the one it writes.
 STAGES: dict[str, tuple[list[str], set[str], str]] = {
@@ -60,6 +66,23 @@ every_overlay = pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.nam
 
 def names(manifests: list[Manifest], kind: str) -> set[str]:
     return {m["metadata"]["name"] for m in of_kind(manifests, kind)}
+
+
+def all_jobs(overlay: Path) -> set[str]:
+    """The Jobs of an overlay without a JobSet: those of the environment and of each adapter."""
+    return ENVIRONMENT_JOBS.union(*(jobs_of(adapter) for adapter in adapters(overlay)))
+
+
+def instance(manifest: Manifest) -> str | None:
+    """The adapter of which an object or a pod template is."""
+    name: str | None = manifest["metadata"]["labels"].get("app.kubernetes.io/instance")
+    return name
+
+
+def stage(manifest: Manifest) -> str:
+    """The name of a Job or of a pod's role, without adapter and hash."""
+    name: str = manifest["metadata"]["labels"]["app.kubernetes.io/name"]
+    return name
 
 
 def mounts(container: Manifest) -> dict[str, Manifest]:
@@ -97,10 +120,12 @@ def test_the_stages_are_the_jobs_of_the_design() -> None:
     """Each Job runs its stage, reads its inputs read-only and can write its own volume alone."""
     manifests = rendered(KIND)
     jobs = by_name(manifests, "Job")
-    assert jobs.keys() == STAGES.keys()
+    assert STAGES.keys() == ENVIRONMENT_JOBS | ADAPTER_JOBS
+    assert jobs.keys() == all_jobs(KIND)
     assert names(manifests, "PersistentVolumeClaim") == PVCS
-    for name, (args, reads, writes) in STAGES.items():
-        spec = jobs[name]["spec"]["template"]["spec"]
+    for name, manifest in jobs.items():
+        args, reads, writes = STAGES[stage(manifest)]
+        spec = manifest["spec"]["template"]["spec"]
         (job,) = spec["containers"]
         assert (job["command"], job["args"]) == (["python", "-m", "jobs"], args)
         claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"]
@@ -110,7 +135,23 @@ def test_the_stages_are_the_jobs_of_the_design() -> None:
             assert claim == f"{volume}-pvc"
             mount = mounts(job)[f"/volumes/{volume}"]
             assert (mount["name"], mount.get("readOnly", False)) == (volume, volume != writes)
-        assert mounts(job)["/etc/pipeline"]["readOnly"] is True
+        config = {path for path in mounts(job) if path.startswith("/etc/")}
+        assert config == {"/etc/lora-gitops"} | ({"/etc/pipeline"} if stage(manifest) in ADAPTER_JOBS else set()), name
+        assert all(mounts(job)[path]["readOnly"] for path in config)
+
+
+@every_overlay
+def test_what_belongs_to_an_adapter_says_to_which(overlay: Path) -> None:
+    """By the recommended label, on the object and on its pods; what all adapters share has no such label."""
+    named = set()
+    for manifest in rendered(overlay):
+        own = next((name for name in adapters(overlay) if re.search(rf"-{name}(-[a-z0-9]{{10}})?$",
+                                                                    manifest["metadata"]["name"])), None)
+        assert instance(manifest) == own, manifest["metadata"]["name"]
+        named.add(own)
+        for title, template in pod_templates([manifest]).items():
+            assert instance(template) == own, title
+    assert named == {None, *adapters(overlay)}
 
 
 def test_every_job_command_is_one_that_the_program_knows() -> None:
@@ -142,8 +183,9 @@ def test_every_object_says_what_it_is_of(name: str) -> None:
         assert labels["app.kubernetes.io/part-of"] == "lora-gitops", title
         assert labels["app.kubernetes.io/managed-by"] == "kustomize", title
         assert labels["app.kubernetes.io/version"] == version, title
-    for title, template in pod_templates(renderings.rendered(name)).items():
-        assert template["metadata"]["labels"].keys() == {
+    workloads = [m for m in renderings.rendered(name) if m["kind"] != "ApplicationSet"]  # whose template is of no pod
+    for title, template in pod_templates(workloads).items():
+        assert template["metadata"]["labels"].keys() - {"app.kubernetes.io/instance"} == {
             f"app.kubernetes.io/{key}" for key in ("name", "component", "part-of")}, title
     for manifest in renderings.rendered(name):
         if manifest["kind"] in ("Job", "Deployment"):
@@ -190,8 +232,9 @@ def test_pods_that_share_one_node_volumes_are_kept_on_one_node(overlay: Path) ->
 @every_overlay
 def test_every_service_reaches_the_port_of_one_deployment(overlay: Path) -> None:
     manifests = rendered(overlay)
-    services = by_name(manifests, "Service")
-    assert {"model-inference", "tensorboard"} <= services.keys()
+    services = {name: service for name, service in by_name(manifests, "Service").items()
+                if service["spec"].get("clusterIP") != "None"}  # one without an address only gives pods names
+    assert services.keys() == {"model-inference", "tensorboard"}
     templates = pod_templates(manifests)
     for name, service in services.items():
         selected = [t for t in templates.values()
@@ -202,27 +245,40 @@ def test_every_service_reaches_the_port_of_one_deployment(overlay: Path) -> None
 
 
 @every_overlay
-def test_the_pipeline_files_are_where_the_programs_look(overlay: Path) -> None:
-    """PIPELINE (or PIPELINES) leads into a mounted ConfigMap, with the data beside it; all say the same."""
+def test_the_files_that_people_edit_are_where_the_programs_look(overlay: Path) -> None:
+    """Each variable leads into a mounted ConfigMap. All Jobs have the environment, an adapter's also its pipeline with
+    the data beside it, and the server has all of them by name."""
     manifests = rendered(overlay)
     config = by_name(manifests, "ConfigMap")
-    texts = set()
+    environment = (overlay / "environment.yaml").read_text()
+    pipelines = {name: (overlay / "adapters" / name / "pipeline.yaml").read_text() for name in adapters(overlay)}
+    seen = set()
     for name, template in pod_templates(manifests).items():
         volumes = {v["name"]: v for v in template["spec"]["volumes"]}
         for container in containers(template):
+            def data(folder: str, container: Manifest = container, volumes: Manifest = volumes) -> dict[str, str]:
+                found: dict[str, str] = config[volumes[mounts(container)[folder]["name"]]["configMap"]["name"]]["data"]
+                return found
+
             variables = env(container)
-            if "PIPELINE" in variables:
-                folder = variables["PIPELINE"].removesuffix("/pipeline.yaml")
-            elif "PIPELINES" in variables:
-                folder = variables["PIPELINES"] + "/default"
-            else:
-                continue  # TensorBoard
-            data = config[volumes[mounts(container)[folder]["name"]]["configMap"]["name"]]["data"]
-            texts.add(data["pipeline.yaml"])
-            if name.startswith("Job"):
-                source = pipeline.load(overlay).pipeline.dataset
-                assert source.scheme != "file" or source.location in data, name
-    assert texts == {(overlay / "pipeline.yaml").read_text()}
+            if "PIPELINES" in variables:
+                assert data(variables["PIPELINES"]) == {"environment.yaml": environment} | {
+                    f"{adapter}.yaml": text for adapter, text in pipelines.items()}
+                continue
+            if "ENVIRONMENT_FILE" not in variables:
+                assert name == "Deployment/tensorboard"
+                continue
+            folder, _, file = variables["ENVIRONMENT_FILE"].rpartition("/")
+            assert data(folder) == {file: environment}, name
+            adapter = instance(template)
+            assert ("PIPELINE" in variables) == bool(adapter), name
+            if adapter:
+                folder, _, file = variables["PIPELINE"].rpartition("/")
+                assert data(folder)[file] == pipelines[adapter], name
+                source = pipeline.load(overlay / "adapters" / adapter).pipeline.dataset
+                assert source.scheme != "file" or source.location in data(folder), name
+            seen.add(adapter)
+    assert seen == {None, *adapters(overlay)}
 
 
 @every_overlay
@@ -331,7 +387,7 @@ def test_every_role_has_a_service_account_of_its_own(overlay: Path) -> None:
 def test_only_relocation_sees_the_hub_token_and_only_relocation_is_online(overlay: Path) -> None:
     for name, template in pod_templates(rendered(overlay)).items():
         relocates = template["metadata"]["labels"]["app.kubernetes.io/component"] == "relocation"
-        assert relocates == ("-relocation" in name)
+        assert relocates == stage(template).endswith("-relocation"), name
         for container in template["spec"]["containers"]:
             variables = env(container)
             assert ("HF_TOKEN" in variables) == relocates, name
@@ -376,7 +432,8 @@ def test_pods_talk_to_nobody_but_whom_their_role_needs(overlay: Path) -> None:
         out = [rule for policy in egress for rule in policy["spec"].get("egress", [])]
         into = [rule for policy in ingress for rule in policy["spec"].get("ingress", [])]
         if name.startswith("JobSet") and role == "training":  # its processes, on several nodes, are one training
-            own = {"podSelector": {"matchLabels": {"app.kubernetes.io/component": "training"}}}
+            own = {"podSelector": {"matchLabels": {"app.kubernetes.io/component": "training",
+                                                   "app.kubernetes.io/instance": instance(template)}}}
             assert (into.pop(), out.pop(0)) == ({"from": [own]}, {"to": [own]})
         ports = {(p["protocol"], p["port"]) for rule in out for p in rule["ports"]}
         dns = {("UDP", 53), ("TCP", 53)}
@@ -480,22 +537,55 @@ def test_the_same_data_gives_the_same_adapter_on_a_laptop() -> None:
         assert env(main)["OMP_NUM_THREADS"] == "1", name
 
 
-def test_all_pods_together_fit_a_small_node() -> None:
-    """All pods start at once and wait for each other: for one that is Pending for want of CPU or memory, for ever.
-
-    The node is one of kind with 2 CPUs and 7 GiB; kind's own pods request 0.95 CPUs and 0.3 GiB of them.
-    """
+def requests(templates: Iterable[Manifest]) -> dict[str, float]:
+    """What pods request of a node: CPUs and bytes of memory."""
     total = {"cpu": 0.0, "memory": 0.0}
-    for name, template in pod_templates(rendered(KIND)).items():
-        for container in containers(template):
-            resources = container["resources"]
-            assert quantity(resources["requests"]["memory"]) <= quantity(resources["limits"]["memory"]), name
+    for template in templates:
         for key in total:
-            requests = [quantity(c["resources"]["requests"][key]) for c in template["spec"]["containers"]]
+            main = [quantity(c["resources"]["requests"][key]) for c in template["spec"]["containers"]]
             init = [quantity(c["resources"]["requests"][key]) for c in template["spec"].get("initContainers", [])]
-            total[key] += max([sum(requests), *init])
-    assert total["cpu"] < 2 - 0.95
-    assert total["memory"] < (7 - 0.3) * 2**30
+            total[key] += max([sum(main), *init])
+    return total
+
+
+def test_all_pods_together_fit_a_small_node() -> None:
+    """All pods start at once and wait for each other: for one that is Pending for want of CPU or memory, for hours.
+
+    The nodes are those of kind with 2 CPUs and 7 GiB, and with 4 and 16; kind's own pods request 0.95 CPUs and 0.3 GiB.
+    """
+    templates = list(pod_templates(rendered(KIND)).values())
+    for container in (c for template in templates for c in containers(template)):
+        resources = container["resources"]
+        assert quantity(resources["requests"]["memory"]) <= quantity(resources["limits"]["memory"])
+    shared = requests(template for template in templates if not instance(template))
+    adapter = requests(template for template in templates if instance(template) == "seville-hotels")
+    for cpus, gib, many in ((2, 7, 2), (4, 16, 8)):
+        assert shared["cpu"] + many * adapter["cpu"] < cpus - 0.95
+        assert shared["memory"] + many * adapter["memory"] < (gib - 0.3) * 2**30
+    assert len(adapters(KIND)) <= 2
+    comment = " ".join((CHECKOUT / "base" / "jobs" / "job.yaml").read_text().replace("#", " ").split())
+    assert f"requests {shared['cpu']:.1f} CPUs and {shared['memory'] / 2**30:.1f} GiB with its server" in comment
+    assert f"each adapter {adapter['cpu']:.2f} CPUs and {adapter['memory'] / 2**30:.1f} GiB" in comment
+
+
+# What each stage waits for (jobs/core/plan.py).
+WAITS = {"model-training": {"dataset-relocation", "model-relocation", "tokenizer-relocation"},
+         "model-evaluation": {*STAGES} - {"model-evaluation"},
+         **{name: set() for name in STAGES if name.endswith("-relocation")}}
+
+
+def test_with_priorities_by_stage_no_number_of_adapters_keeps_out_what_they_wait_for() -> None:
+    """A Job that finds no room takes that of the Jobs that may wait for it, so some Job always makes progress."""
+    classes = {c["metadata"]["name"]: c for c in
+               yaml.safe_load_all((CHECKOUT / "base" / "priorities" / "classes.yaml").read_text())}
+    used = {stage(job): classes[job["spec"]["template"]["spec"]["priorityClassName"]]
+            for job in of_kind(renderings.rendered("overlays/kind with options"), "Job")}
+    assert used.keys() == WAITS.keys()
+    for waiting, producers in WAITS.items():
+        for producer in producers:
+            assert used[producer]["value"] > used[waiting]["value"], f"{waiting} keeps out {producer}"
+            assert used[producer].get("preemptionPolicy", "PreemptLowerPriority") == "PreemptLowerPriority", producer
+    assert classes["lora-gitops-serving"]["value"] > max(c["value"] for c in used.values())
 
 
 @every_overlay
@@ -507,13 +597,12 @@ def test_no_autoscaler_ends_a_training_to_save_a_node(overlay: Path) -> None:
         assert (annotations.get("cluster-autoscaler.kubernetes.io/safe-to-evict") == "false") == trains, name
 
 
-@pytest.mark.parametrize("name", ["overlays/kind with options", "overlays/gpu with options"])
-def test_serving_goes_before_jobs_where_the_cluster_has_the_classes(name: str) -> None:
+def test_serving_goes_before_jobs_where_the_cluster_has_the_classes() -> None:
     classes = {c["metadata"]["name"]: c for c in
                yaml.safe_load_all((CHECKOUT / "base" / "priorities" / "classes.yaml").read_text())}
     assert [problem for c in classes.values() for problem in problems(c)] == []
     used: dict[str, set[str]] = {}
-    for template in pod_templates(renderings.rendered(name)).values():
+    for template in pod_templates(renderings.rendered("overlays/gpu with options")).values():
         role = template["metadata"]["labels"]["app.kubernetes.io/component"]
         used.setdefault(template["spec"].get("priorityClassName", ""), set()).add(role)
     assert used == {"lora-gitops-serving": {"inference"}, "lora-gitops-jobs": {"relocation", "training", "evaluation"},
@@ -526,47 +615,53 @@ def test_serving_goes_before_jobs_where_the_cluster_has_the_classes(name: str) -
 
 Edit = Callable[[Path], None]
 
-RERUN: dict[str, Edit] = {
-    "rank": lambda kind: replace(kind / "pipeline.yaml", "r: 16,", "r: 8,"),
-    "learning rate": lambda kind: replace(kind / "pipeline.yaml", "learning_rate: 2.0e-3", "learning_rate: 1.0e-3"),
-    "gate": lambda kind: replace(kind / "pipeline.yaml", "max_ratio: 0.5", "max_ratio: 0.4"),
-    "base model": lambda kind: replace(kind / "pipeline.yaml", "source: builtin:tiny\n", "source: file:model\n"),
-    "image": lambda kind: replace(kind / "kustomization.yaml", "newName: lora-gitops-jobs", "newName: mine/jobs"),
-    "data": lambda kind: change_data(kind),
-    "data without its pin": lambda kind: add_record(kind),
+# What is edited, and whose Jobs run again: those of the adapter `seville-hotels`, or all.
+RERUN: dict[str, tuple[Edit, bool]] = {
+    "rank": (lambda kind: replace(kind / SEVILLE / "pipeline.yaml", "r: 16,", "r: 8,"), False),
+    "learning rate": (lambda kind: replace(kind / SEVILLE / "pipeline.yaml", "learning_rate: 2.0e-3",
+                                           "learning_rate: 1.0e-3"), False),
+    "gate": (lambda kind: replace(kind / SEVILLE / "pipeline.yaml", "max_ratio: 0.5", "max_ratio: 0.4"), False),
+    "base model": (lambda kind: replace(kind / "environment.yaml", "source: builtin:tiny\n", "source: file:model\n"),
+                   True),
+    "image": (lambda kind: replace(kind / "kustomization.yaml", "newName: lora-gitops-jobs", "newName: mine/jobs"),
+              True),
+    "data": (lambda kind: change_data(kind / SEVILLE), False),
+    "data without its pin": (lambda kind: add_record(kind / SEVILLE), False),
 }
 NO_RERUN: dict[str, Edit] = {
-    "serving flags": lambda kind: replace(kind / "vllm-cpu.yaml", "--max-model-len=512", "--max-model-len=256"),
+    "serving flags": lambda kind: replace(kind / "cpu" / "vllm-cpu.yaml", "--max-model-len=512", "--max-model-len=256"),
     "serving image": lambda kind: replace(kind / "kustomization.yaml", "newName: lora-gitops-serving",
                                               "newName: mine/serving"),
-    "tensorboard": lambda kind: replace(kind / "../../base/tensorboard.yaml", "cpu: 50m", "cpu: 60m"),
-    "volume size": lambda kind: replace(kind / "../../base/volumes.yaml", "storage: 5Gi", "storage: 50Gi"),
+    "tensorboard": lambda kind: replace(kind / "../../base/environment/tensorboard.yaml", "cpu: 50m", "cpu: 60m"),
+    "volume size": lambda kind: replace(kind / "../../base/environment/volumes.yaml", "storage: 5Gi", "storage: 50Gi"),
     "unrelated file": lambda kind: write(kind / "README.md", "hello"),
-    "comment in a manifest": lambda kind: replace(kind / "one-thread.yaml", "# One thread a Job.", "# One."),
+    "comment in a manifest": lambda kind: replace(kind / "cpu" / "one-thread.yaml", "# One thread a Job.", "# One."),
 }
 
 
-def add_record(kind: Path) -> None:
-    with (kind / "dataset.jsonl").open("a") as stream:
+def add_record(adapter: Path) -> None:
+    with (adapter / "dataset.jsonl").open("a") as stream:
         stream.write(json.dumps({"prompt": "Is there a pool?", "completion": "Yes.", "split": "train"}) + "\n")
 
 
-def change_data(kind: Path) -> None:
+def change_data(adapter: Path) -> None:
     """Add a record and pin the data again, as `jobs pin` does."""
-    before = sha256_of(kind / "dataset.jsonl")
-    add_record(kind)
-    replace(kind / "pipeline.yaml", before, sha256_of(kind / "dataset.jsonl"))
+    before = sha256_of(adapter / "dataset.jsonl")
+    add_record(adapter)
+    replace(adapter / "pipeline.yaml", before, sha256_of(adapter / "dataset.jsonl"))
 
 
-@pytest.mark.parametrize("edit", RERUN.values(), ids=RERUN)
-def test_a_changed_config_starts_new_jobs_and_undoing_it_brings_the_old_ones_back(edit: Edit, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("edit", "shared"), RERUN.values(), ids=RERUN)
+def test_a_changed_config_starts_new_jobs_and_undoing_it_brings_the_old_ones_back(
+        edit: Edit, shared: bool, tmp_path: Path) -> None:
     kind = copy(tmp_path)
     edit(kind)
-    before, after = rendered(KIND), render(kind)
-    assert by_name(after, "Job").keys() == STAGES.keys()
-    assert not names(before, "Job") & names(after, "Job")
+    before, after = by_name(rendered(KIND), "Job"), by_name(render(kind), "Job")
+    assert after.keys() == before.keys() == all_jobs(KIND)
+    same = {name for name in before if after[name]["metadata"]["name"] == before[name]["metadata"]["name"]}
+    assert same == (set() if shared else all_jobs(KIND) - jobs_of("seville-hotels"))
     copy(tmp_path)
-    assert of_kind(render(kind), "Job") == of_kind(before, "Job")
+    assert by_name(render(kind), "Job") == before
 
 
 @pytest.mark.parametrize("edit", NO_RERUN.values(), ids=NO_RERUN)
@@ -579,16 +674,27 @@ def test_an_unrelated_change_starts_no_job(edit: Edit, tmp_path: Path) -> None:
 def test_a_pipeline_edit_restarts_neither_serving_nor_tensorboard(tmp_path: Path) -> None:
     """It reaches the running pod instead: the same ConfigMap, by the same name, with the new text."""
     kind = copy(tmp_path)
-    RERUN["rank"](kind)
+    RERUN["rank"][0](kind)
     before, after = rendered(KIND), render(kind)
     assert of_kind(after, "Deployment") == of_kind(before, "Deployment")
-    assert by_name(after, "ConfigMap")["serving-pipeline"] != by_name(before, "ConfigMap")["serving-pipeline"]
+    assert by_name(after, "ConfigMap")["serving-pipelines"] != by_name(before, "ConfigMap")["serving-pipelines"]
+
+
+def test_an_added_adapter_touches_neither_the_others_nor_the_server(tmp_path: Path) -> None:
+    """Its objects are new, and of all that was there only the text of the server's ConfigMap changes."""
+    kind = copy(tmp_path)
+    add_adapter(kind, "cordoba-hotels")
+    before = {(m["kind"], m["metadata"]["name"]): m for m in rendered(KIND)}
+    after = {(m["kind"], m["metadata"]["name"]): m for m in render(kind)}
+    assert before.keys() <= after.keys()
+    assert {key for key in before if after[key] != before[key]} == {("ConfigMap", "serving-pipelines")}
+    assert {instance(after[key]) for key in after.keys() - before.keys()} == {"cordoba-hotels"}
 
 
 def test_a_job_of_ones_own_keeps_its_name(tmp_path: Path) -> None:
-    """And need not mount the pipeline."""
+    """And need not mount the environment."""
     kind = copy(tmp_path)
-    job = deepcopy(by_name(rendered(KIND), "Job")["dataset-relocation"])
+    job = deepcopy(by_name(rendered(KIND), "Job")["model-relocation"])
     job["metadata"] = {"name": "own"}
     job["spec"]["template"]["spec"]["volumes"].clear()
     (kind / "own.yaml").write_text(yaml.safe_dump(job))
@@ -596,23 +702,27 @@ def test_a_job_of_ones_own_keeps_its_name(tmp_path: Path) -> None:
     assert names(render(kind), "Job") == names(rendered(KIND), "Job") | {"own"}
 
 
-def test_a_jobs_pod_never_sees_a_config_of_another_version(tmp_path: Path) -> None:
-    """A Job's ConfigMap is named by its content, so a retried pod reads what its Job was started with."""
+@pytest.mark.parametrize("edit", ["rank", "base model"])
+def test_a_jobs_pod_never_sees_a_config_of_another_version(edit: str, tmp_path: Path) -> None:
+    """A Job's ConfigMaps are named by their content, so a retried pod reads what its Job was started with."""
     kind = copy(tmp_path)
-    RERUN["rank"](kind)
-    config = {volume["configMap"]["name"] for manifests in (rendered(KIND), render(kind))
-              for job in of_kind(manifests, "Job") for volume in job["spec"]["template"]["spec"]["volumes"]
-              if "configMap" in volume}
-    assert len(config) == 2
-    assert all(re.fullmatch("pipeline-[a-z0-9]{10}", name) for name in config)
+    RERUN[edit][0](kind)
+    before, after = ({name: {v["name"]: v["configMap"]["name"] for v in job["spec"]["template"]["spec"]["volumes"]
+                             if "configMap" in v} for name, job in by_name(manifests, "Job").items()}
+                     for manifests in (rendered(KIND), render(kind)))
+    for mounted in [*before.values(), *after.values()]:
+        assert all(re.fullmatch(r"(environment|pipeline-.*)-[a-z0-9]{10}", name) for name in mounted.values())
+    for name in before:
+        changed = {"rank": {"pipeline"} if name in jobs_of("seville-hotels") else set(), "base model": {"environment"}}
+        assert {volume for volume in before[name] if before[name][volume] != after[name][volume]} == changed[edit], name
 
 
 def test_ten_lines_on_top_of_an_overlay_make_another_environment(tmp_path: Path) -> None:
-    """Other pipeline, other registry, other namespace: nothing of the first environment is left in it."""
+    """Other models, other registry, other namespace: the same adapters, and nothing else of the first environment."""
     kind = copy(tmp_path)
     top = kind.parent / "top"
     top.mkdir()
-    (top / "pipeline.yaml").write_text((kind / "pipeline.yaml").read_text().replace("seville-hotels", "other-adapter"))
+    (top / "environment.yaml").write_text((kind / "environment.yaml").read_text().replace("keep: 5", "keep: 4"))
     (top / "kustomization.yaml").write_text("""\
 namespace: other
 resources: [../kind]
@@ -621,19 +731,19 @@ images:
 - {name: lora-gitops-jobs, newName: registry.example.com/jobs, digest: "sha256:%s"}
 - {name: lora-gitops-serving, newName: registry.example.com/serving, newTag: 1.2.3}
 configMapGenerator:
-- {name: pipeline, behavior: merge, files: [pipeline.yaml]}
-- {name: serving-pipeline, behavior: merge, files: [pipeline.yaml], options: {disableNameSuffixHash: true}}
+- {name: environment, behavior: merge, files: [environment.yaml]}
+- {name: serving-pipelines, behavior: merge, files: [environment.yaml], options: {disableNameSuffixHash: true}}
 """ % ("0" * 64))
     manifests = render(top)
     assert names(manifests, "Namespace") == {"other"}
     assert {m["metadata"]["namespace"] for m in manifests if m["kind"] != "Namespace"} == {"other"}
-    assert by_name(manifests, "Job").keys() == STAGES.keys()
+    assert by_name(manifests, "Job").keys() == all_jobs(KIND)
     assert not names(manifests, "Job") & names(rendered(KIND), "Job")
     for template in pod_templates(manifests).values():
         assert all(c["image"].startswith("registry.example.com/") for c in containers(template))
-    configs = of_kind(manifests, "ConfigMap")
-    assert {unhashed(c) for c in configs} == {"pipeline", "serving"}  # pipeline-HASH and serving-pipeline
-    assert all("adapter: other-adapter" in c["data"]["pipeline.yaml"] for c in configs)
+    texts = [c["data"]["environment.yaml"] for c in of_kind(manifests, "ConfigMap") if "environment.yaml" in c["data"]]
+    assert len(texts) == 2
+    assert all("keep: 4" in text for text in texts)
 
 
 # --- serving ------------------------------------------------------------------------------------------------------
@@ -649,8 +759,9 @@ def test_serving_reads_its_volumes_and_writes_only_scratch() -> None:
     assert vllm["command"] == ["python", "-m", "serving"]
     assert {"--host=0.0.0.0", "--port=8000"} <= set(vllm["args"])
     read_only = {path for path, mount in mounts(vllm).items() if mount.get("readOnly")}
-    assert read_only == {"/volumes/base-model", "/volumes/base-tokenizer", "/volumes/fine-tuned-model",
-                         "/etc/pipelines/default"}
+    assert {path for path in read_only if path.startswith("/volumes/")} == {
+        "/volumes/base-model", "/volumes/base-tokenizer", "/volumes/fine-tuned-model"}
+    assert "/etc/pipelines" in read_only
     volumes = {v["name"]: v for v in spec["volumes"]}
     writable = {path: volumes[m["name"]] for path, m in mounts(vllm).items() if path not in read_only}
     assert writable.keys() == {"/tmp", "/dev/shm"}
@@ -662,7 +773,7 @@ def test_serving_reads_its_volumes_and_writes_only_scratch() -> None:
 def test_a_changed_pipeline_reaches_the_running_pod() -> None:
     """Its ConfigMap keeps its name, and is mounted as a folder: subPath mounts are never updated."""
     spec = serving()["spec"]["template"]["spec"]
-    assert "serving-pipeline" in {v["configMap"]["name"] for v in spec["volumes"] if "configMap" in v}
+    assert "serving-pipelines" in {v["configMap"]["name"] for v in spec["volumes"] if "configMap" in v}
     for container in containers(serving()["spec"]["template"]):
         assert all("subPath" not in mount for mount in mounts(container).values())
 
@@ -720,12 +831,15 @@ def test_a_node_drain_takes_one_serving_pod_at_a_time_and_is_never_blocked() -> 
     assert budget["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
 
 
-# --- the pipeline file --------------------------------------------------------------------------------------------
+# --- the files that people edit -----------------------------------------------------------------------------------
 
 
 @every_overlay
-def test_the_committed_pipeline_is_valid_and_its_data_is_as_pinned(overlay: Path) -> None:
-    loaded = pipeline.load(overlay)
-    dataset = loaded.pipeline.dataset
-    if dataset.scheme == "file":
-        assert sha256_of(loaded.resolve(dataset)) == dataset.sha256, f"run: python -m jobs pin {overlay}"
+def test_the_committed_files_are_valid_and_the_data_is_as_pinned(overlay: Path) -> None:
+    assert adapters(overlay)
+    for name in adapters(overlay):
+        loaded = pipeline.load(overlay / "adapters" / name)
+        assert loaded.pipeline.adapter == name
+        dataset = loaded.pipeline.dataset
+        if dataset.scheme == "file":
+            assert sha256_of(loaded.resolve(dataset)) == dataset.sha256, f"run: python -m jobs pin {overlay}"

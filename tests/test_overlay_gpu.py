@@ -11,11 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from jobs.tools import kustomization, pods
 from serving import drain
 from tests import manifests, renderings
-from tests.manifests import CHECKOUT, Manifest, by_name, containers, of_kind, pod_templates, quantity, render
+from tests.manifests import (
+    CHECKOUT,
+    ENVIRONMENT_JOBS,
+    Manifest,
+    add_adapter,
+    by_name,
+    containers,
+    of_kind,
+    pod_templates,
+    quantity,
+    render,
+)
 from tests.validation import problems
 
 GPU = CHECKOUT / "overlays" / "gpu"
@@ -32,18 +44,6 @@ def edit(file: Path, old: str, new: str) -> None:
     text = file.read_text()
     assert text.count(old) == 1, f"{file} has {text.count(old)} of {old!r}"
     file.write_text(text.replace(old, new))
-
-
-def add_adapter(overlay: Path, name: str) -> None:
-    """Another adapter with the first one's files, as a person would add it."""
-    shutil.copytree(overlay / "adapters" / "seville-hotels", overlay / "adapters" / name)
-    for file in (overlay / "adapters" / name).glob("*.yaml"):
-        file.write_text(file.read_text().replace("seville-hotels", name))
-    edit(overlay / "kustomization.yaml", "- adapters/seville-hotels\n",
-         f"- adapters/seville-hotels\n- adapters/{name}\n")
-    edit(overlay / "kustomization.yaml", "  - seville-hotels.yaml=adapters/seville-hotels/pipeline.yaml\n",
-         "  - seville-hotels.yaml=adapters/seville-hotels/pipeline.yaml\n"
-         f"  - {name}.yaml=adapters/{name}/pipeline.yaml\n")
 
 
 def job_sets(found: list[Manifest]) -> dict[str, Manifest]:
@@ -98,9 +98,17 @@ def test_the_job_set_renders_without_the_hardware(tmp_path: Path) -> None:
     assert not {"nodeSelector", "tolerations"} & spec.keys()
 
 
-def test_each_part_of_the_hardware_is_needed_where_it_is_listed() -> None:
-    """`check` finds patches that match nothing: there is none, for the environment or for the adapters."""
-    kustomization.check(GPU)
+@pytest.mark.parametrize(("part", "index"), [
+    (file.parent.name, index) for file in sorted((GPU / "hardware").glob("*/kustomization.yaml"))
+    for index in range(len(yaml.safe_load(file.read_text())["patches"]))])
+def test_each_patch_of_the_hardware_has_an_effect(part: str, index: int, tmp_path: Path) -> None:
+    """On the environment or on the adapters. kustomize ignores one that matches nothing, and `check` refuses it."""
+    overlay = copy(tmp_path)
+    file = overlay / "hardware" / part / "kustomization.yaml"
+    content = yaml.safe_load(file.read_text())
+    del content["patches"][index]
+    file.write_text(yaml.safe_dump(content))
+    assert render(overlay) != rendered(GPU)
 
 
 def test_models_are_relocated_once_for_all_adapters_and_without_a_gpu(tmp_path: Path) -> None:
@@ -108,7 +116,7 @@ def test_models_are_relocated_once_for_all_adapters_and_without_a_gpu(tmp_path: 
     add_adapter(overlay, "cordoba-hotels")
     found = render(overlay)
     jobs = by_name(found, "Job")
-    assert jobs.keys() == {"model-relocation", "tokenizer-relocation", "model-reference-relocation"}
+    assert jobs.keys() == ENVIRONMENT_JOBS
     assert jobs == by_name(rendered(GPU), "Job")
     for job in jobs.values():
         assert not any("gpu" in key for c in containers(job["spec"]["template"]) for key in c["resources"]["limits"])
@@ -193,8 +201,23 @@ def test_one_number_says_how_many_nodes_train(tmp_path: Path) -> None:
     assert main(replicated(overlay)["evaluate"])["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
+def test_adapters_of_one_environment_can_have_different_hardware(tmp_path: Path) -> None:
+    """As docs/gpu.md describes it: by another folder from which an adapter starts."""
+    overlay = copy(tmp_path)
+    add_adapter(overlay, "cordoba-hotels")
+    for folder in ("hardware/adapter", "adapter"):
+        shutil.copytree(overlay / folder, overlay / f"{folder}-large")
+    edit(overlay / "hardware" / "adapter-large" / "training.yaml", "parallelism: 1", "parallelism: 4")
+    edit(overlay / "adapter-large" / "kustomization.yaml", "- ../hardware/adapter\n", "- ../hardware/adapter-large\n")
+    edit(overlay / "adapters" / "cordoba-hotels" / "kustomization.yaml", "- ../../adapter ", "- ../../adapter-large ")
+    found = job_sets(render(overlay))
+    assert found["seville-hotels"] == job_set()
+    training = next(j for j in found["cordoba-hotels"]["spec"]["replicatedJobs"] if j["name"] == "train")
+    assert (training["template"]["spec"]["completions"], env(main(training))["NODES"]) == (4, "4")
+
+
 def test_the_nodes_of_a_training_find_each_other() -> None:
-    """By names of one headless Service, which is there before the first JobSet: JobSet makes one only if it is missing."""
+    """By names of one headless Service, which is in git: JobSet makes one only if there is none of this name."""
     spec = job_set()["spec"]
     assert spec["coordinator"] == {"replicatedJob": "train", "jobIndex": 0, "podIndex": 0}
     assert env(main(replicated()["train"]))["MASTER_ADDR"] == {
@@ -302,8 +325,8 @@ def test_the_same_overlay_runs_without_a_cluster(tmp_path: Path, monkeypatch: py
     overlay = copy(tmp_path / "copy")
     add_adapter(overlay, "cordoba-hotels")
     local = {pod.title: pod for pod in pods.pods(render(overlay), tmp_path / "state")}
-    assert {f"{name}-{adapter}" for name in [*STAGES, "await"] for adapter in ("seville-hotels", "cordoba-hotels")} | {
-        "model-relocation", "tokenizer-relocation", "model-reference-relocation"} <= set(local)
+    assert {f"{name}-{adapter}" for name in [*STAGES, "await"] for adapter in ("seville-hotels", "cordoba-hotels")
+            } | ENVIRONMENT_JOBS <= set(local)
     training = local["model-training-seville-hotels"]
     assert training.kind == "Job"
     assert training.fatal_exit_codes == {2}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,37 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from jobs.core.files import sha256_of
-from tests.manifests import CHECKOUT, Manifest, copy, of_kind, render, unhashed
+from tests.manifests import (
+    ADAPTER_JOBS,
+    CHECKOUT,
+    ENVIRONMENT_JOBS,
+    Manifest,
+    adapters,
+    add_adapter,
+    copy,
+    jobs_of,
+    of_kind,
+    render,
+    unhashed,
+)
 
-RELOCATION = {"dataset-relocation", "model-relocation", "tokenizer-relocation", "model-reference-relocation"}
-OFFLINE = {"model-training", "model-evaluation"}
+KIND = "overlays/kind"
+OTHER = "cordoba-hotels"  # an adapter that each copy gets beside the committed ones
+NAMES = [OTHER, *adapters(CHECKOUT / KIND)]
+MINE = "seville-hotels"  # the adapter whose files are edited
+PIPELINE = f"{KIND}/adapters/{MINE}/pipeline.yaml"
+
+
+def of_all(jobs: set[str]) -> set[str]:
+    """These Jobs of every adapter."""
+    return {f"{job}-{name}" for job in jobs for name in NAMES}
+
+
+RELOCATION = ENVIRONMENT_JOBS | of_all({"dataset-relocation"})
+OFFLINE = of_all({"model-training", "model-evaluation"})
 ALL = RELOCATION | OFFLINE
+OWN = jobs_of(MINE)
 NONE: set[str] = set()
-KIND, PATCHES = "overlays/kind", "base/patches"
 
 NUMBERS = st.integers(1, 2**31 - 1).map(str)
 MEMORY = st.integers(64, 4096).map(lambda n: f"{n}Mi")
@@ -60,52 +85,71 @@ def comment(file: Path, jobs: set[str]) -> Place:
 
 
 RELATED = [
-    # the pipeline: all Jobs, even for a comment, because what they run with is the file's text
-    Place(f"{KIND}/pipeline.yaml", r"adapter: (\S+)", WORDS, ALL),
-    Place(f"{KIND}/pipeline.yaml", r"{r: (\d+)", NUMBERS, ALL),
-    Place(f"{KIND}/pipeline.yaml", r"epochs: (\d+)", NUMBERS, ALL),
-    Place(f"{KIND}/pipeline.yaml", r"learning_rate: (\S+)", st.floats(1e-6, 0.1).map(str), ALL),
-    Place(f"{KIND}/pipeline.yaml", r"seed: (\d+)", NUMBERS, ALL),
-    Place(f"{KIND}/pipeline.yaml", r"max_ratio: ([\d.]+)", st.floats(0.1, 2).map(str), ALL),
-    comment(CHECKOUT / KIND / "pipeline.yaml", ALL),
+    # an adapter's pipeline: all of its Jobs, even for a comment, because what they run with is the file's text
+    Place(PIPELINE, r"adapter: (\S+)", WORDS, OWN),
+    Place(PIPELINE, r"{r: (\d+)", NUMBERS, OWN),
+    Place(PIPELINE, r"epochs: (\d+)", NUMBERS, OWN),
+    Place(PIPELINE, r"learning_rate: (\S+)", st.floats(1e-6, 0.1).map(str), OWN),
+    Place(PIPELINE, r"seed: (\d+)", NUMBERS, OWN),
+    Place(PIPELINE, r"max_ratio: ([\d.]+)", st.floats(0.1, 2).map(str), OWN),
+    comment(CHECKOUT / PIPELINE, OWN),
+    # the environment: all Jobs
+    Place(f"{KIND}/environment.yaml", r"\n  source: (builtin:tiny)\n", WORDS.map("file:{}".format), ALL),
+    Place(f"{KIND}/environment.yaml", r"max_lora_rank: (\d+)", NUMBERS, ALL),
+    Place(f"{KIND}/environment.yaml", r"keep: (\d+)", NUMBERS, ALL),
+    comment(CHECKOUT / KIND / "environment.yaml", ALL),
     # what several Jobs have in common
-    Place(f"{PATCHES}/job.yaml", r"backoffLimit: (\d+)", NUMBERS, ALL),
-    Place(f"{PATCHES}/job.yaml", r"HF_HOME, value: (\S+)}", WORDS.map("/tmp/{}".format), ALL),
-    Place(f"{PATCHES}/relocation.yaml", r"secretKeyRef: {name: (\S+),", WORDS, RELOCATION),
-    Place(f"{PATCHES}/offline.yaml", r'TRANSFORMERS_OFFLINE, value: "(\d+)"', NUMBERS, OFFLINE),
-    Place(f"{KIND}/one-thread.yaml", r'OMP_NUM_THREADS, value: "(\d+)"', NUMBERS, ALL),
+    Place("base/jobs/job.yaml", r"backoffLimit: (\d+)", NUMBERS, ALL),
+    Place("base/jobs/job.yaml", r"HF_HOME, value: (\S+)}", WORDS.map("/tmp/{}".format), ALL),
+    Place("base/jobs/relocation.yaml", r"secretKeyRef: {name: (\S+),", WORDS, RELOCATION),
+    Place("base/jobs/offline.yaml", r'TRANSFORMERS_OFFLINE, value: "(\d+)"', NUMBERS, OFFLINE),
+    Place("base/adapter/pipeline.yaml", r"name: PIPELINE, value: (\S+)}", WORDS.map("/etc/{}".format),
+          of_all(ADAPTER_JOBS)),
+    Place(f"{KIND}/cpu/one-thread.yaml", r'OMP_NUM_THREADS, value: "(\d+)"', NUMBERS, ALL),
     Place(f"{KIND}/kustomization.yaml", r"newName: (lora-gitops-jobs)\n", WORDS.map("example.com/{}".format), ALL),
     Place("base/metadata/kustomization.yaml", r"version: (\S+)", WORDS, ALL),
-    # one Job
-    *(Place(f"base/{job}.yaml", r"memory: (\w+)", MEMORY, {job}) for job in sorted(ALL)),
-    Place("base/model-training.yaml", r"terminationGracePeriodSeconds: (\d+)", NUMBERS, {"model-training"}),
+    # one stage
+    *(Place(f"base/environment/{job}.yaml", r"memory: (\w+)", MEMORY, {job}) for job in sorted(ENVIRONMENT_JOBS)),
+    *(Place(f"base/adapter/{job}.yaml", r"memory: (\w+)", MEMORY, of_all({job})) for job in sorted(ADAPTER_JOBS)),
+    Place("base/adapter/model-training.yaml", r"terminationGracePeriodSeconds: (\d+)", NUMBERS,
+          of_all({"model-training"})),
 ]
 # Nothing that a Job is made of.
 UNRELATED = [
     Place(f"{KIND}/kustomization.yaml", r"newName: (lora-gitops-serving)\n", WORDS.map("example.com/{}".format), NONE),
-    Place(f"{KIND}/vllm-cpu.yaml", r"--max-model-len=(\d+)", NUMBERS, NONE),
+    Place(f"{KIND}/cpu/vllm-cpu.yaml", r"--max-model-len=(\d+)", NUMBERS, NONE),
     Place("serving/deployment.yaml", r"memory: (\w+)", MEMORY, NONE),
-    Place("base/tensorboard.yaml", r"memory: (\w+)", MEMORY, NONE),
-    Place("base/volumes.yaml", r"storage: (\w+)", MEMORY, NONE),
-    Place("base/network-policies.yaml", r'matchLabels: {tensorboard-client: "(\w+)"}', WORDS, NONE),
+    Place("base/environment/tensorboard.yaml", r"memory: (\w+)", MEMORY, NONE),
+    Place("base/environment/volumes.yaml", r"storage: (\w+)", MEMORY, NONE),
+    Place("base/environment/network-policies.yaml", r'matchLabels: {tensorboard-client: "(\w+)"}', WORDS, NONE),
 ]
 REMARKS = [comment(file, NONE) for part in ("base", "serving", KIND)
-           for file in sorted((CHECKOUT / part).rglob("*.yaml")) if file.name != "pipeline.yaml"]
-PIN = Place(f"{KIND}/pipeline.yaml", r"sha256: (\w+)", st.nothing(), ALL)  # goes with the data
+           for file in sorted((CHECKOUT / part).rglob("*.yaml"))
+           if file.name not in ("pipeline.yaml", "environment.yaml")]
+PIN = Place(PIPELINE, r"sha256: (\w+)", st.nothing(), OWN)  # goes with the data
 Edits = list[tuple[Place, str]]
 
 # A failure is shown as it was found: at half a second each, looking for a smaller one would take minutes.
 RANDOM = settings(deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
-def jobs_of(kind: Path) -> dict[str, Manifest]:
+def copied(folder: Path) -> Path:
+    """The committed overlay, with another adapter."""
+    shutil.rmtree(folder / KIND, ignore_errors=True)
+    kind = copy(folder)
+    add_adapter(kind, OTHER)
+    return kind
+
+
+def jobs_in(kind: Path) -> dict[str, Manifest]:
     """The Jobs by their names without the hash."""
     return {unhashed(job): job for job in of_kind(render(kind), "Job")}
 
 
 @functools.cache
 def committed() -> dict[str, Manifest]:
-    return jobs_of(CHECKOUT / KIND)
+    with tempfile.TemporaryDirectory() as folder:
+        return jobs_in(copied(Path(folder)))
 
 
 SEEN: dict[str, str] = {}  # every Job that was rendered, by its name: what it is, without the name
@@ -137,22 +181,34 @@ def test_exactly_the_jobs_run_again_for_which_something_changed_and_undoing_brin
         related: Edits, unrelated: Edits, remarks: Edits) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for left in (related, []):  # with the edits that concern Jobs, and without them again
-            kind = copy(Path(folder))
+            kind = copied(Path(folder))
             for place, value in [*left, *unrelated, *remarks]:
                 place.edit(Path(folder), value)
-            assert changed(jobs_of(kind)) == NONE.union(*(place.jobs for place, _ in left))
+            assert changed(jobs_in(kind)) == NONE.union(*(place.jobs for place, _ in left))
 
 
 @settings(RANDOM, max_examples=5)
 @given(st.lists(st.tuples(COMMENTS, COMMENTS), min_size=1, max_size=5), st.booleans())
-def test_new_data_starts_every_job_with_its_pin_or_without(records: list[tuple[str, str]], pinned: bool) -> None:
+def test_new_data_starts_every_job_of_its_adapter_with_its_pin_or_without(
+        records: list[tuple[str, str]], pinned: bool) -> None:
     """Without its pin, the new Job says so and fails. Under the old name it would be refused as a change of a Job."""
     with tempfile.TemporaryDirectory() as folder:
-        kind = copy(Path(folder))
-        with (kind / "dataset.jsonl").open("a", encoding="utf-8") as stream:
+        kind = copied(Path(folder))
+        with (kind / "adapters" / MINE / "dataset.jsonl").open("a", encoding="utf-8") as stream:
             for prompt, completion in records:
                 record = {"prompt": f"?{prompt}", "completion": f"!{completion}"}
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
         if pinned:
-            PIN.edit(Path(folder), sha256_of(kind / "dataset.jsonl"))
-        assert changed(jobs_of(kind)) == ALL
+            PIN.edit(Path(folder), sha256_of(kind / "adapters" / MINE / "dataset.jsonl"))
+        assert changed(jobs_in(kind)) == OWN
+
+
+@settings(RANDOM, max_examples=5)
+@given(st.from_regex(r"[a-z][a-z0-9-]{0,30}[a-z0-9]", fullmatch=True).filter(lambda name: name not in NAMES))
+def test_an_added_adapter_starts_its_own_jobs_only_and_a_removed_one_takes_no_other_along(name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        kind = copied(Path(folder))
+        add_adapter(kind, name)
+        jobs = jobs_in(kind)
+        assert jobs.keys() - committed().keys() == jobs_of(name)
+        assert {job: jobs[job] for job in committed()} == committed()

@@ -64,6 +64,21 @@ spec:
     syncOptions: [ServerSideApply=true]
   ignoreDifferences: [{group: apps, kind: Deployment, jsonPointers: [/spec/replicas]}]
 ---
+apiVersion: argoproj.io/v1alpha1
+kind: ApplicationSet
+metadata: {name: environments, namespace: argocd}
+spec:
+  goTemplate: true
+  goTemplateOptions: [missingkey=error]
+  generators: [{list: {elements: [{name: kind, path: overlays/kind}]}}]
+  syncPolicy: {preserveResourcesOnDeletion: false, applicationsSync: sync}
+  template:
+    metadata: {name: "{{ .name }}", labels: {a: b}, finalizers: [resources-finalizer.argocd.argoproj.io]}
+    spec:
+      project: lora-gitops
+      source: {repoURL: https://git.example.com/lora-gitops.git, targetRevision: main, path: "{{ .path }}"}
+      destination: {server: https://kubernetes.default.svc, namespace: lora-gitops}
+---
 apiVersion: keda.sh/v1alpha1
 kind: ScaledObject
 metadata: {name: model-inference}
@@ -91,13 +106,19 @@ def test_every_document_is_valid(name: str) -> None:
     assert {document: lines for document, lines in found.items() if lines} == {}
 
 
-def test_every_component_and_application_is_in_what_is_checked() -> None:
+def test_every_component_is_in_what_is_checked() -> None:
     """As it is, or offered in a comment of a kustomization.yaml: nothing lies about that nobody renders."""
     checked = set().union(*(parts(folder) for folder in FOLDERS))
     components = {p.parent for part in ("base", "serving", "overlays")
                   for p in (CHECKOUT / part).rglob("kustomization.yaml") if "kind: Component" in p.read_text()}
-    applications = set((CHECKOUT / "argocd").glob("application*.yaml"))
-    assert components | applications <= checked
+    assert components <= checked
+
+
+def test_every_file_of_argocd_that_is_applied_is_in_what_is_rendered() -> None:
+    content = yaml.safe_load((CHECKOUT / "argocd" / "kustomization.yaml").read_text())
+    used = {*content["resources"], *(patch["path"] for patch in content["patches"])}
+    found = {file.name for file in (CHECKOUT / "argocd").glob("*.yaml")}
+    assert found - used == {"kustomization.yaml", "jobset-health.yaml", "pod-security.yaml"}  # settings of the cluster
 
 
 @pytest.mark.parametrize("kind", GOOD)
@@ -122,6 +143,8 @@ def test_every_schema_is_a_schema_and_tried_on_a_document(file: Any) -> None:
     ("AppProject", "spec.sourceRepo", ["*"], "'sourceRepo' was unexpected"),
     ("Application", "spec.syncPolicy.automated.selfheal", True, "'selfheal' was unexpected"),
     ("Application", "metadata.label", {}, "'label' was unexpected"),
+    ("ApplicationSet", "spec.template.spec.syncPolicy", {"automatic": {}}, "'automatic' was unexpected"),
+    ("ApplicationSet", "spec.generators.0.lists", {}, "'lists' was unexpected"),
     ("ScaledObject", "spec.maxReplicas", 4, "'maxReplicas' was unexpected"),
     ("PodMonitor", "spec.podMetricsEndpoints.0.intervall", "15s", "'intervall' was unexpected"),
     # of a wrong type
@@ -138,6 +161,7 @@ def test_every_schema_is_a_schema_and_tried_on_a_document(file: Any) -> None:
     ("JobSet", "spec.failurePolicy.rules.0.action", "Fail", "'Fail' is not one of"),
     ("JobSet", "spec.failurePolicy.rules.0.name", "user-error", "'user-error' does not match"),
     ("JobSet", "spec.failurePolicy.rules.0.onJobFailureReasons", ["Exit2"], "'Exit2' is not one of"),
+    ("ApplicationSet", "spec.syncPolicy.applicationsSync", "never", "'never' is not one of"),
     ("Application", "apiVersion", "argoproj.io/v1", "no schema for argoproj.io/v1 Application"),
     ("PodMonitor", "spec.podMetricsEndpoints.0.interval", "15 s", "'15 s' does not match"),
     # what JobSet's webhook refuses
@@ -145,7 +169,8 @@ def test_every_schema_is_a_schema_and_tried_on_a_document(file: Any) -> None:
     ("JobSet", "spec.replicatedJobs.0.dependsOn", [{"name": "second", "status": "Complete"}], "stand before it"),
     ("JobSet", "spec.failurePolicy.rules.0.targetReplicatedJobs", ["third"], "third: is named but not one"),
     ("JobSet", "spec.coordinator.replicatedJob", "third", "third: is named but not one"),
-    ("JobSet", "metadata.name", "a-name-" * 7, "its pods' names have 66 characters"),
+    ("JobSet", "metadata.name", "a-name-" * 8, "its pods' names have 66 characters"),
+    ("JobSet", "spec.replicatedJobs.1.template.spec.completions", 10**40, "its pods' names have 64 characters"),
     ("JobSet", "metadata.name", "a-name-" * 4, "coordinator: its address has 68 characters"),
 ])
 def test_a_mistake_in_a_custom_resource_is_found(kind: str, path: str, value: Any, message: str) -> None:
@@ -161,6 +186,7 @@ def test_a_mistake_in_a_custom_resource_is_found(kind: str, path: str, value: An
 @pytest.mark.parametrize(("kind", "path"), [
     ("JobSet", "spec.replicatedJobs.0.template"), ("JobSet", "spec.replicatedJobs.1.dependsOn.0.status"),
     ("AppProject", "spec"), ("Application", "spec.project"), ("Application", "spec.destination"),
+    ("ApplicationSet", "spec.template.spec.project"), ("ApplicationSet", "spec.generators.0.list.elements"),
     ("ScaledObject", "spec.scaleTargetRef"), ("ScaledObject", "spec.triggers"), ("PodMonitor", "spec.selector"),
     ("PodMonitor", "metadata"),
 ])

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jobs.core.errors import UserError
 from serving import __main__ as serving
+from serving import room
 from tests import build_adapter
+from tests.build_guarded import World, publish_base
+from tests.build_server import StandIn
 from tests.build_vllm import free_port
 
 NAME = "seville-hotels"
@@ -45,6 +50,7 @@ def test_help_answers_without_loading_vllm_and_explains_the_key_and_vllms_flags(
     ["--model", "x"], ["--model=x"], ["--tokenizer", "x"], ["--served-model-name", "x"], ["--served_model_name=x"],
     ["--enable-lora"], ["--no-enable-lora"], ["--enable_lora"], ["--max-lora-rank", "8"], ["--middleware", "x.Y"],
     ["--api-key", "secret"], ["--api-k", "secret"], ["--api_key=secret"], ["--lora-modules", "a=b"],
+    ["--max-loras", "4"], ["--max-cpu-loras=9"],
     ["--root-path", "/x"], ["--api-server-count", "2"], ["--config", "x.yaml"], ["--enforce-eager", "--middlew=x.Y"]])
 def test_a_flag_that_contradicts_what_is_served_or_guarded_is_refused_by_name_however_spelt(flag: list[str]) -> None:
     with pytest.raises(UserError, match=r"vLLM's flag --[a-z-]+ cannot be given: "):
@@ -52,7 +58,7 @@ def test_a_flag_that_contradicts_what_is_served_or_guarded_is_refused_by_name_ho
 
 
 def test_other_flags_of_vllm_pass() -> None:
-    serving.check_flags(["--max-model-len", "256", "--enforce-eager", "--max-loras=4", "--tokenizer-mode", "auto"])
+    serving.check_flags(["--max-model-len", "256", "--enforce-eager", "--tokenizer-mode", "auto"])
     serving.check_flags(["-tp", "2"])
 
 
@@ -195,3 +201,46 @@ def test_a_restart_slot_may_be_none_and_not_negative(monkeypatch: pytest.MonkeyP
     assert serving.parser().parse_args([]).restart_slot_seconds == 0
     with pytest.raises(UserError, match=r"--restart-slot-seconds .* is '-1', but must be a number of at least 0"):
         serving.parser().parse_args(["--restart-slot-seconds", "-1"])
+
+
+@pytest.mark.parametrize(("desired", "adapters", "slots"), [(3, 50, 3), (None, 0, 8), (None, 6, 8), (None, 300, 8)])
+def test_slots_are_as_desired_or_enough_for_a_few_adapters(
+        tmp_path: Path, desired: int | None, adapters: int, slots: int) -> None:
+    """At rank 64 a slot is larger than a quarter of the tiny base model, so 300 adapters get no more."""
+    _, planned = build_adapter.load(tmp_path)
+    build_adapter.base(tmp_path, planned)
+    assert room.slots(desired, adapters, 64, planned.base_model.path(tmp_path)) == slots
+
+
+def test_there_are_slots_for_all_adapters_as_far_as_a_quarter_of_the_base_models_memory_allows(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3-8B: 36 layers of these shapes, 16 GB of weights."""
+    width, heads, inner = 4096, 1024, 12288
+    shapes = [(width, width), (heads, width), (heads, width), (width, width), (inner, width), (inner, width),
+              (width, inner)]
+    modules = {f"{layer}.{i}": shape for layer in range(36) for i, shape in enumerate(shapes)}
+    monkeypatch.setattr("serving.lora.linear_modules", lambda _: modules)
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(16_400_000_000)
+    assert [room.slots(None, adapters, 64, tmp_path) for adapters in (6, 8, 100)] == [8, 10, 11]
+    assert room.slots(None, 100, 16, tmp_path) == 46
+    assert room.slots(None, 20, 16, tmp_path) == 22
+
+
+@pytest.mark.parametrize(("shield", "slots"), [(False, "8"), (True, "9")])
+def test_vllm_gets_the_slots_and_on_a_cpu_one_more_for_the_shield(tmp_path: Path, shield: bool, slots: str) -> None:
+    served = replace(publish_base(World(tmp_path, StandIn())), cpu_shield=shield)
+    arguments = serving.vllm_arguments(served, tmp_path, "0.0.0.0", 8000, 8)
+    values = dict(itertools.pairwise(arguments))
+    assert (values["--max-loras"], values["--max-lora-rank"]) == (slots, "64")
+    assert int(values["--max-cpu-loras"]) > 1000, "a number only; memory is limited in bytes"
+
+
+def test_adapters_get_a_quarter_of_the_containers_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "CGROUP_LIMIT", tmp_path / "memory.max")
+    machine = room.memory()
+    assert machine > 2**28
+    (tmp_path / "memory.max").write_text("max\n")
+    assert room.memory() == machine
+    (tmp_path / "memory.max").write_text(f"{2**26}\n")
+    assert room.memory() == 2**24

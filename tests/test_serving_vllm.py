@@ -406,6 +406,71 @@ def test_twenty_swaps_of_one_adapter_leave_an_idle_one_in_its_slot(tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_six_adapters_on_two_slots_answer_at_once_each_as_if_it_were_alone_while_one_is_swapped(tmp_path: Path) -> None:
+    """Three of them fit into memory, so every kind of switch happens: from memory, from the disk, and of a version."""
+    names = [NAME, *(f"hotels-{number}" for number in range(5))]
+    settings: dict[str, Any] = {"serving": {"slots": 2}, "training__lora__r": 64}
+    server = Server(tmp_path, ADAPTER_MEMORY="1")  # MiB; at rank 64 each has 0.3
+    paths = {name: build_adapter.promote(server.volumes, server.write(seed, adapter=name, **settings))
+             for seed, name in enumerate(names, start=50)}
+    other = build_adapter.promote(server.volumes, server.write(70, **settings))
+    server.write(50, **settings)
+    build_adapter.base(server.volumes, plan(server.write(50, **settings)))
+    prompt, tokens = PROMPTS[0], 16
+    wrong: list[object] = []
+    counts = dict.fromkeys([*names, BASE], 0)
+    stop = threading.Event()
+    try:
+        server.start()
+        server.until(lambda: server.health("/ready") == 200, 60)
+        assert all(server.serves(path, name) for name, path in paths.items())
+        expected = {name: [server.greedy(name, prompt, tokens)] for name in [*names, BASE]}
+        for name in names[-2:]:
+            assert expected[name][0] == reference(server, paths[name], prompt, tokens)
+        server.write(70, **settings)
+        server.until(lambda: server.serves(other), 30)
+        expected[NAME].append(server.greedy(NAME, prompt, tokens))
+        replies = [tuple(reply) for each in expected.values() for reply in each]
+        assert len(set(replies)) == len(names) + 2
+        for name in names[1:4] * 3:
+            assert server.greedy(name, prompt, tokens) == expected[name][0]
+
+        def work(name: str) -> None:
+            while not stop.is_set():
+                try:
+                    ids = server.greedy(name, prompt, tokens)
+                    if ids not in expected[name]:
+                        wrong.append((name, ids))
+                    counts[name] += 1
+                except Exception as error:
+                    wrong.append((name, error))
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in [*names, BASE] for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            for swap in range(6):
+                server.write((50, 70)[swap % 2], **settings)
+                path = (paths[NAME], other)[swap % 2]
+                server.until(lambda path=path: server.serves(path) or bool(wrong), 60)  # type: ignore[misc]
+                before = dict(counts)
+                server.until(lambda before=before: bool(wrong) or all(  # type: ignore[misc]
+                    counts[name] >= before[name] + 5 for name in counts), 120)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(60)
+        assert not wrong, wrong[:3]
+        assert {place for labels in server.metrics("serving_adapter_residency") for place in ("slot", "memory", "disk")
+                if f'place="{place}"' in labels} == {"slot", "memory", "disk"}
+        switches = server.metrics("serving_slot_switches_total")
+        assert len(switches) == 2 and min(switches.values()) > 5, switches
+        assert server.stop() == 0
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
 def test_it_drains_comes_back_with_the_same_adapter_follows_the_base_model_and_notices_a_dead_engine(
         tmp_path: Path) -> None:
     _, planned = build_adapter.declare(tmp_path / "pipelines")

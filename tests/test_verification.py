@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from jobs.core import artifacts, promotion
+from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan
 from serving import candidates, lora, untrusted, verification
@@ -160,6 +162,26 @@ def header(make: Callable[[dict[str, Any]], object]) -> Change:
         file.write_bytes(len(new).to_bytes(8, "little") + new + content[8 + length:])
 
     return change
+
+
+def diagonal(value: float) -> Change:
+    """Every A moves an input's first numbers as they are to its ranks, every B those, times `value`, to the output."""
+    def change(found: dict[str, Any]) -> None:
+        for key, tensor in found.items():
+            tensor.zero_()
+            tensor.diagonal().fill_(1.0 if "lora_A" in key else value)
+
+    return tensors(change)
+
+
+def full(a: float, b: float) -> Change:
+    """A layer with the same number everywhere: its largest output for inputs of 1 is 32 a 8 b 4."""
+    return both(retensored("A", lambda t: t.fill_(a)), retensored("B", lambda t: t.fill_(b)))
+
+
+def padded(length: int) -> Change:
+    """A header of the weights that has this many bytes."""
+    return header(lambda h: json.dumps(h).encode().ljust(length))
 
 
 def dtype(name: str, width: int) -> Change:
@@ -313,6 +335,9 @@ MADE_WRONG: dict[str, tuple[str, str, Change]] = {
         every("A", lambda t: t[:0].contiguous()), every("B", lambda t: t[:, :0].contiguous()))),
     "a product that is infinite": ("values", "multiply", scaled(1e4, 1e4)),
     "infinite once it is scaled": ("values", "infinite", filled(6e4)),
+    "a product just too large": ("values", "multiply", full(8.0, 8.1)),
+    "an effect just too small": ("no effect", "changes nothing", diagonal(2e-10)),
+    "a header just too long": ("damaged", "header", padded(2**20 + 1)),
     "numbers of 64 bits": ("values", "F64", every("A", lambda t: t.double())),
     **{f"numbers of the type {name}": ("values", name, dtype(name, width)) for name, width in (
         ("BOOL", 1), ("F8_E4M3", 1), ("F8_E8M0", 1), ("C64", 8), ("U64", 8), ("I32", 4))},
@@ -489,6 +514,62 @@ def test_a_volume_that_cannot_be_read_now_is_no_refusal(
     for look in (world.take, lambda: verification.check_gate(wanted(world), "seville-hotels", world.volumes)):
         with pytest.raises(OSError, match="cannot be read"):
             look()
+
+
+UP_TO_THE_LIMIT: dict[str, Change] = {
+    "large values": both(scaled(1, 1e-6), filled(65504.0, "A")),
+    "a large product": full(8.0, 7.9),
+    "a small effect": diagonal(4e-9),
+    "a long header": padded(2**20),
+    "large values that the scale makes larger": filled(1000.0),
+}
+
+
+@pytest.mark.parametrize("case", UP_TO_THE_LIMIT)
+def test_an_adapter_within_a_limit_passes(world: World, case: str) -> None:
+    build_adapter.adapter(world.volumes, world.pipeline, UP_TO_THE_LIMIT[case])
+    world.take()
+
+
+def test_an_adapter_of_the_servers_own_rank_passes(world: World) -> None:
+    world.served = replace(world.served, max_lora_rank=8)
+    build_adapter.adapter(world.volumes, world.pipeline)
+    world.take()
+
+
+def test_an_adapter_may_be_as_large_as_the_largest_rank_makes_it_and_no_larger(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.pipeline, world.plan = world.change(training__lora__r=16)
+    folder = build_adapter.adapter(world.volumes, world.pipeline)
+    weights = sum(4 * 16 * (inner + outer) for inner, outer in modules().values())
+    rest = sum(file.stat().st_size for file in folder.iterdir()) - weights
+    monkeypatch.setattr(verification, "LARGEST_REST", rest)
+    world.take()
+    monkeypatch.setattr(verification, "LARGEST_REST", rest - 1)
+    assert world.try_() == (None, "files")
+
+
+def test_an_artifact_may_have_a_hundred_files_and_no_more(tmp_path: Path) -> None:
+    for i in range(100):
+        (tmp_path / f"{i}.json").touch()
+    assert len(untrusted.plain_files(tmp_path)) == 100
+    (tmp_path / "100.json").touch()
+    with pytest.raises(Refused, match="more than 100 files") as caught:
+        untrusted.plain_files(tmp_path)
+    assert caught.value.reason == "files"
+
+
+@pytest.mark.parametrize("desired", [None, {}, {"r": 8, "alpha": 32}, {"r": 8, "alpha": 32, "target_modules": None}])
+def test_a_manifest_without_the_settings_of_its_lora_is_damaged(desired: object) -> None:
+    with pytest.raises(Refused, match="artifact.json lacks the LoRA settings") as caught:
+        lora.check_desired(lora.LoraConfig(8, 32, frozenset()), desired, modules())
+    assert caught.value.reason == "damaged"
+
+
+def test_a_base_model_without_lora_in_vllm_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    with pytest.raises(UserError, match=f"(?s){tmp_path}.*GPT2"):
+        lora.linear_modules(tmp_path)
 
 
 @pytest.mark.parametrize("type_", ["float16", "bfloat16"])

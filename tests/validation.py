@@ -51,8 +51,8 @@ def description(error: jsonschema.ValidationError) -> str:
 
 @functools.cache
 def _registry() -> Registry[Any]:
-    """What the schemas of custom resources refer to: Kubernetes' own types (metadata, pod templates, selectors), and each
-    other by the names of their files."""
+    """What the schemas of custom resources refer to: Kubernetes' own types (metadata, pod templates, selectors), and
+    each other by the names of their files."""
     types = schema_contents(f"kubernetes-json-schema/v{KUBERNETES}.0-local-strict/_definitions.json", KUBERNETES)
     files = [(file.name, Resource.from_contents(json.loads(file.read_text()))) for file in SCHEMAS.glob("*.json")]
     return (Resource.from_contents(types) @ Registry()).with_resources(files)

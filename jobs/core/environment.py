@@ -30,6 +30,9 @@ class Serving(Strict):
     mode: Mode = "lora"
     # Mode lora: vLLM reserves buffers of this rank at start, and cannot load an adapter of a higher one.
     max_lora_rank: Annotated[int, Field(ge=1)] = 64
+    # Mode lora: how many adapters vLLM computes with at once, each in a slot on the GPU. There may be more adapters
+    # than slots; a request then waits for one. By default 8, or more for more adapters if they fit (serving/room.py).
+    slots: Annotated[int, Field(ge=1, le=1024)] | None = None
     # wait-for-adapters: the server changes to another base model when every adapter that it serves has one for it that
     # passed the gate. at-once: as soon as the base model is there, and without adapters until they have passed.
     when_base_changes: Literal["wait-for-adapters", "at-once"] = "wait-for-adapters"

@@ -70,7 +70,7 @@ def read_plain_file(file: Path, limit: int, *, tail: bool = False, follow_links:
         size = os.fstat(stream.fileno()).st_size
         if tail and size > limit:
             stream.seek(size - limit)
-            return stream.read(limit) or b""
+            return stream.read(limit)
         content = stream.read(limit + 1) or b""  # None: a file of the kernel that has nothing right now
     if len(content) > limit:
         raise UserError(f"{file}: has {human_bytes(max(size, len(content)))}, and at most {limit} bytes are read")
@@ -96,8 +96,8 @@ def append_line(file: Path, line: str) -> None:
 def _plain_file(file: Path, flags: int, mode: Literal["rb", "r+b"], *,
                 follow_links: bool = False) -> Iterator[IO[bytes]]:
     """Open a plain file; errors name it. Without O_NONBLOCK, opening a named pipe would wait for its other end."""
-    flags |= os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | (0 if follow_links else os.O_NOFOLLOW)
-    handle = -1
+    flags |= os.O_NONBLOCK | os.O_NOCTTY | (0 if follow_links else os.O_NOFOLLOW)
+    handle = None
     try:
         handle = os.open(file, flags, 0o666)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -110,7 +110,7 @@ def _plain_file(file: Path, flags: int, mode: Literal["rb", "r+b"], *,
         error.filename = str(file)
         raise
     finally:
-        if handle >= 0:
+        if handle is not None:
             os.close(handle)
 
 

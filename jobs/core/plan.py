@@ -82,7 +82,7 @@ class _ByIdentity:
         return isinstance(other, _ByIdentity) and self.pipeline is other.pipeline
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _plan(key: _ByIdentity) -> Plan:
     pipeline = key.pipeline
     training = pipeline.training

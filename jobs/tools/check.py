@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from jobs.core import models
+from jobs.core import models, strict_yaml
 from jobs.core.declarations import Loaded, Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
@@ -135,8 +135,8 @@ def check_kustomization(files: Files, environment: LoadedEnvironment | None,
     """Folders, names and entries agree; the overlay renders, and an edit of its files does what it should."""
     from jobs.tools import entries, kustomization
 
-    found = list(entries.problems(files.folder, adapters)) if kustomization.find(files.folder) else []
-    problems = [problem.message for problem in found if files.adapter in (None, problem.adapter)]
+    found = list(entries.problems(files.folder, adapters))
+    problems = [strict_yaml.one_line(problem.message) for problem in found if files.adapter in (None, problem.adapter)]
     wrong = {problem.adapter for problem in found if problem.adapter}
     try:
         if files.adapter not in wrong:

@@ -17,10 +17,10 @@ from jobs.core import environment, pipeline
 from jobs.core.errors import UserError
 from jobs.core.pipeline import ADAPTERS, LoadedPipeline
 from jobs.tools import kustomization
-from jobs.tools.kustomization import Content
+from jobs.tools.kustomization import INSTANCE, Content
+from jobs.tools.overlay import pipelines
 
 SERVED = "serving-pipelines"  # the ConfigMap that serving mounts
-INSTANCE = "app.kubernetes.io/instance"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def problems(overlay: Path, adapters: Mapping[str, LoadedPipeline]) -> Iterator[
     if entries is None:
         return
     folder = overlay / ADAPTERS
-    there = {file.parent.name for file in folder.glob(f"*/{pipeline.FILE}")}
+    there = {file.parent.name for file in pipelines(overlay)}
     served = Counter(file.parent.name for _, file in entries.served
                      if file.parent.parent == folder.resolve() and file.name == pipeline.FILE)
     for name in sorted(there | set(entries.resources) | set(served)):

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 
 from jobs.core.errors import RetryableError, UserError
 from jobs.tools import argocd
-from jobs.tools.kubectl import Kubectl
+from jobs.tools.kubectl import Kubectl, KubectlError
 from jobs.tools.pods import CHECKOUT, HASH_SUFFIX, Manifest, containers, error_in, pod_templates, render
 from jobs.tools.status import POLL_SECONDS, State, deployment_state, find, job_state, oldest_first, watch
 from jobs.tools.summary import IN_DETAIL
-from jobs.tools.waiting import ALIAS_SECONDS, Late, served_adapter, wait_until
+from jobs.tools.waiting import ALIAS_SECONDS, Late, served_adapters, wait_until
 
 if TYPE_CHECKING:
     from jobs.tools.overlay import Overlay
@@ -266,15 +266,17 @@ def serve(cluster: Cluster, overlay: Overlay, args: argparse.Namespace) -> None:
     digests = {name: plan(loaded.pipeline).adapter.digest for name, loaded in overlay.adapters.items()}
     rejected = show_evaluations(cluster, digests)
     wanted = {name: digest for name, digest in digests.items() if name not in rejected}
+    if overlay.environment.environment.serving.mode == "merged":
+        wanted = dict(list(wanted.items())[:1])  # a server runs one model: that of the first adapter by name
     endpoint = f"http://127.0.0.1:{args.port}"
     reports = {name: plan(overlay.adapters[name].pipeline).evaluation.path(Path("/volumes")) / "report.html"
                for name in digests}
 
     def missing() -> list[str]:
         """The adapters that are not served. The commit that Argo CD deploys may have another version of them."""
-        found = {name: served_adapter(endpoint, name) for name in wanted}
+        found = served_adapters(endpoint)
         return [name if args.argocd else f"{name}@{digest}" for name, digest in wanted.items()
-                if found[name] is None or (not args.argocd and found[name] != digest)]
+                if name not in found or (not args.argocd and found[name] != digest)]
 
     while True:
         with cluster.kubectl.forward(cluster.namespace, f"service/{INFERENCE}", 8000, args.port) as tunnel:
@@ -297,12 +299,17 @@ def serve(cluster: Cluster, overlay: Overlay, args: argparse.Namespace) -> None:
 def show_evaluations(cluster: Cluster, digests: Mapping[str, str]) -> list[str]:
     """Print the end of the newest evaluation's log of every adapter; returns the names of those that were rejected."""
     rejected = []
-    jobs = oldest_first(cluster.kubectl.get(cluster.namespace, "jobs"))
+    jobs = cluster.kubectl.get(cluster.namespace, "jobs")
     for name, digest in digests.items():
-        evaluations = [job["metadata"]["name"] for job in jobs
-                       if HASH_SUFFIX.sub("", job["metadata"]["name"]) == f"model-evaluation-{name}"]
+        evaluations = oldest_first(job for job in jobs
+                                   if HASH_SUFFIX.sub("", job["metadata"]["name"]) == f"model-evaluation-{name}")
         if evaluations:
-            text = cluster.kubectl("-n", cluster.namespace, "logs", f"job/{evaluations[-1]}", "--tail=40").stdout
+            job = f"job/{evaluations[-1]['metadata']['name']}"
+            try:
+                text = cluster.kubectl("-n", cluster.namespace, "logs", job, "--tail=40").stdout
+            except KubectlError as error:  # its pod is gone, for example with its node
+                log.warning("the log of %s cannot be read: %s", job, error)
+                continue
             print(text if len(digests) <= IN_DETAIL else "\n".join(
                 line for line in text.splitlines() if f"{name}@{digest} " in line and "gate" in line))
             if f"{name}@{digest} {NOT_PROMOTED}" in text:

@@ -99,20 +99,20 @@ def check(overlay: Path, environment: LoadedEnvironment | None = None,
     Raises:
         UserError: it does not render, or with a line for each problem that was found.
     """
-    if find(overlay) is None:
+    if not any((overlay / name).exists() for name in pods.KUSTOMIZATIONS):
         return
     present = frozenset(names(overlay)) - frozenset(without)
+    if only is not None:
+        present &= {only}
     problems: list[str] = []
     try:
-        whole = rendered(overlay, present) if without else pods.render(overlay)
+        whole = rendered(overlay, present) if without or only is not None else pods.render(overlay)
     except UserError as error:
         broken = not_rendering(overlay, present)
-        if not broken:
-            raise
-        problems += [message for name, message in broken.items() if only in (None, name)]
-        present -= broken.keys()
+        problems += broken.values()
+        present -= frozenset(broken)
         try:
-            whole = rendered(overlay, present)
+            whole = rendered(overlay, present) if broken else pods.render(overlay)
         except UserError:
             raise UserError("\n".join([*problems, str(error)])) from None
     scope = narrowed(overlay, whole, present, only)
@@ -239,10 +239,15 @@ def representatives(overlay: Path, whole: list[pods.Manifest], adapters: Collect
     kinds: dict[str, str] = {}
     for name in sorted(adapters):
         file = find(overlay / ADAPTERS / name)
-        content = [read(file) if file else {}, *(m | {"data": sorted(m.get("data") or {})} for m in rest[name])]
+        content = [read(file) if file else {}, *map(_without_content, rest[name])]
         text = re.sub(r"-[24-9bcdfghkmt]{10}\b", "-HASH", json.dumps(content, sort_keys=True, default=str))
         kinds.setdefault(re.sub(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", "NAME", text), name)
     return set(kinds.values())
+
+
+def _without_content(manifest: pods.Manifest) -> pods.Manifest:
+    """The object, with the keys of a ConfigMap or Secret alone."""
+    return manifest | {key: sorted(manifest[key] or {}) for key in ("data", "binaryData") if key in manifest}
 
 
 def _instance(manifest: pods.Manifest) -> str | None:
@@ -414,8 +419,11 @@ def rendered(overlay: Path, kept: Collection[str], edit: tuple[Path, Change] | N
     """
     with tempfile.TemporaryDirectory() as root:
         parts = kustomizations(overlay)
-        for part in parts:  # each folder that it is made of, at its path below the temporary one
-            shutil.copytree(part.parent, _below(root, part.parent), ignore=_not_copied, dirs_exist_ok=True)
+        try:
+            for part in parts:  # each folder that it is made of, at its path below the temporary one
+                shutil.copytree(part.parent, _below(root, part.parent), ignore=_not_copied, dirs_exist_ok=True)
+        except OSError as error:  # e.g. a file was removed meanwhile
+            raise UserError(f"{overlay}: cannot be copied to be checked: {error}") from None
         folder = overlay.resolve() / ADAPTERS
         for file in own(overlay):
             if file.parent.parent != folder:
@@ -453,9 +461,11 @@ def _keep(file: Path, left_out: Callable[[str], bool]) -> None:
 
 
 def _not_copied(folder: str, names: list[str]) -> list[str]:
-    """What lies beside a kustomization and cannot be a part of it: large data, FIFOs, links to nowhere; and links to
-    folders, which may lead anywhere."""
+    """What lies beside a kustomization and cannot be a part of it: large data, FIFOs, links to nowhere, what this user
+    may not read; and links to folders, which may lead anywhere."""
     def copied(path: Path) -> bool:
+        if not os.access(path, os.R_OK):
+            return False
         if path.is_file():
             return path.stat().st_size <= COPIED_BYTES
         return path.is_dir() and not path.is_symlink()

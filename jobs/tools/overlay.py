@@ -46,9 +46,15 @@ def find(path: Path) -> Files:
         if not (path / environment.FILE).exists():
             raise UserError(f"{path}: has neither {environment.FILE} nor {pipeline.FILE}. Name an overlay, e.g. "
                             f"overlays/kind, or the folder of an adapter, overlays/kind/{ADAPTERS}/NAME")
-        return Files(path, path / environment.FILE, sorted((path / ADAPTERS).glob(f"*/{pipeline.FILE}")))
+        return Files(path, path / environment.FILE, pipelines(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def pipelines(folder: Path) -> list[Path]:
+    """The pipeline files of all adapters of an overlay."""
+    found = (folder / ADAPTERS).glob(f"*/{pipeline.FILE}")
+    return sorted(file for file in found if not file.parent.name.startswith("."))
 
 
 def load(path: Path, *, pinned: bool = True) -> Overlay:

@@ -49,6 +49,13 @@ class Result:
         return plan(self.pipeline).adapter.digest
 
 
+def served(results: Sequence[Result]) -> list[Result]:
+    """The adapters that the server serves: those that passed; in mode merged the first of them by name, since a server
+    then runs one model."""
+    passed = [result for result in results if result.passed]
+    return passed[:1] if passed and passed[0].pipeline.environment.serving.mode == "merged" else passed
+
+
 def path_of(spec: Spec, volumes: Path) -> Path:
     """Where the artifact is, or will be, in `volumes`, which holds one folder a claim, named X-pvc."""
     return volumes / f"{spec.volume}-pvc" / spec.kind / spec.digest
@@ -71,12 +78,11 @@ def verdicts(results: Sequence[Result]) -> str:
     detailed = len(results) <= IN_DETAIL
     width = max(len(f"{result.name}@{result.digest}") for result in results)
     for result in results:
-        lines += ["", *_scores(result)] if detailed else [
+        lines += [*_scores(result), ""] if detailed else [
             f"  {f'{result.name}@{result.digest}':<{width}}  {content.verdict(result.evaluation)}",
             *(f"    ✗ {check.description}" for check in content.checks(result.evaluation) if not check.passed)]
-    if any(result.evaluation["embedded"] for result in results):
-        lines += ["", f"  {content.EMBEDDED}"]
-    return "\n".join(["", *lines, ""])
+    notes = [f"  {content.EMBEDDED}", ""] if any(result.evaluation["embedded"] for result in results) else []
+    return "\n".join(["", *lines, *([] if detailed else [""]), *notes])
 
 
 def _scores(result: Result) -> list[str]:
@@ -90,8 +96,8 @@ def _scores(result: Result) -> list[str]:
                      f"{'✓' if check.passed else '✗'} {check.expression} is {check.value_text}, must be "
                      f"{check.requirement}"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    title = f"{result.name}@{result.digest} on {scores['fine_tuned']['records']} held-out records"
-    return [f"  {title}: {content.verdict(result.evaluation)}",
+    records = f"{scores['fine_tuned']['records']} held-out records"
+    return [f"  {result.name}@{result.digest} {content.verdict(result.evaluation)} on {records}",
             *("    " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in
                                                              zip(row[1:-1], widths[1:-1], strict=True)), row[-1]])
               for row in rows)]
@@ -114,7 +120,7 @@ def _tokenizer(environment: Environment) -> Spec:
 
 
 def ask(results: Sequence[Result], volumes: Path, endpoint: str, question: str) -> str:
-    """The question, answered by the base model and by each adapter that passed, through the `openai` client.
+    """The question, answered by the base model and by each adapter that is served, through the `openai` client.
 
     In mode merged the fine-tuned model answers alone: it is served instead of the base model.
 
@@ -123,9 +129,8 @@ def ask(results: Sequence[Result], volumes: Path, endpoint: str, question: str) 
     """
     from openai import OpenAI, OpenAIError
 
-    for result in results:
-        if result.passed:
-            _wait_until_served(result, endpoint)
+    for result in served(results):
+        _wait_until_served(result, endpoint)
     with OpenAI(base_url=f"{endpoint}/v1", api_key=os.environ.get("VLLM_API_KEY", "not-needed")) as client:
         try:
             return _answers(client, results, question, chats=chats(results[0].pipeline.environment, volumes))
@@ -146,7 +151,7 @@ def _wait_until_served(result: Result, endpoint: str) -> None:
 def _answers(client: Any, results: Sequence[Result], question: str, *, chats: bool) -> str:
     environment = results[0].pipeline.environment
     models = [(_title(result), result.name, result.pipeline.evaluation.max_new_tokens)
-              for result in results if result.passed]
+              for result in served(results)]
     if environment.serving.mode == "lora":
         name = environment.base_model.name
         models.insert(0, (f"base model ({name})", name, max(tokens for *_, tokens in models)))
@@ -158,7 +163,9 @@ def _answers(client: Any, results: Sequence[Result], question: str, *, chats: bo
             answers[title] = (reply.choices[0].message.content or "").strip()
         else:
             answers[title] = client.completions.create(**options, prompt=f"{question}\n").choices[0].text.strip()
-    answers |= {_title(result): "(not asked: it did not pass its gate)" for result in results if not result.passed}
+    answers |= {_title(result): "(not asked: " + ("in mode merged, one adapter is served)" if result.passed else
+                                                  "it did not pass its gate)")
+                for result in results if result not in served(results)}
     width = max(map(len, answers))
     return "\n".join([f"  {question}", *(f"    {title:<{width}}  {answer}" for title, answer in answers.items()), ""])
 
@@ -186,8 +193,8 @@ def places(environment: Environment, results: Sequence[Result], volumes: Path, e
         lines.append(f"  TensorBoard  {tensorboard}")
     if endpoint:
         chat = chats(environment, volumes)
-        served = [result.name for result in results if result.passed]
-        models = [*served, *([environment.base_model.name] if environment.serving.mode == "lora" else [])]
+        models = [*(result.name for result in served(results)),
+                  *([environment.base_model.name] if environment.serving.mode == "lora" else [])]
         listed = [*models[:NAMED], *([f"{len(models) - NAMED} more"] if len(models) > NAMED else [])]
         url = f"{endpoint}/v1/{'chat/completions' if chat else 'completions'}"
         lines.append(f"  Endpoint     {endpoint}/v1  (models: {', '.join(listed)})")

@@ -18,6 +18,7 @@ REMINDER_SECONDS = 30.0
 # From readiness to the promoted adapter. Verifying, loading and proving it takes seconds; in mode merged the server
 # restarts with it, which takes a minute with a small model.
 ALIAS_SECONDS = 300.0
+SERVED = re.compile(r'^serving_adapter_info{alias="([^"]*)",digest="([^"]*)"} 1(\.0)?$', re.MULTILINE)
 T = TypeVar("T")
 
 
@@ -64,13 +65,16 @@ def wait_until(what: str | Callable[[], str], look: Callable[[], T | None], seco
         time.sleep(every)
 
 
-def served_adapter(endpoint: str, alias: str) -> str | None:
-    """The digest of the adapter that answers under the alias, by /metrics; None while none does."""
+def served_adapters(endpoint: str) -> dict[str, str]:
+    """The digest of the adapter that answers under each alias, by /metrics; empty while the server starts."""
     try:
         with urllib.request.urlopen(f"{endpoint}/metrics", timeout=10) as reply:
             text = reply.read().decode()
     except (OSError, http.client.HTTPException):  # it starts, or restarts
-        return None
-    sample = rf'^serving_adapter_info{{alias="{re.escape(alias)}",digest="([^"]*)"}} 1(\.0)?$'
-    found = re.search(sample, text, re.MULTILINE)
-    return found[1] if found else None
+        return {}
+    return {alias: digest for alias, digest, _ in SERVED.findall(text)}
+
+
+def served_adapter(endpoint: str, alias: str) -> str | None:
+    """The digest of the adapter that answers under the alias; None while none does."""
+    return served_adapters(endpoint).get(alias)

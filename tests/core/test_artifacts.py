@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import logging
+import math
 import multiprocessing
 import os
+import platform
 import signal
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +47,73 @@ def test_a_published_artifact_says_what_it_is(tmp_path: Path) -> None:
     assert artifacts.find(SPEC, tmp_path) is not None
 
 
+def test_a_manifest_can_be_read_by_people_and_says_when_and_with_what_it_was_made(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "VERSIONED", ("not-installed", "pytest"))
+    artifact = artifacts.publish(SPEC, tmp_path, lambda _: {"city": "Málaga"}, keep=3, adapter_name="hotels")
+    text = (artifact.path / "artifact.json").read_text()
+    assert text.startswith('{\n  "kind": "thing",\n')
+    assert '"city": "Málaga"' in text
+    assert text.endswith("}\n")
+    manifest = json.loads(text)
+    assert manifest["about"] == {"adapter_name": "hotels", "city": "Málaga"}
+    assert manifest["versions"] == {"python": platform.python_version(), "pytest": pytest.__version__}
+    started, finished = (datetime.fromisoformat(manifest[key]) for key in ("started", "finished"))
+    assert timedelta() <= finished - started < timedelta(minutes=1)
+    assert (started.utcoffset(), started.microsecond, finished.utcoffset(), finished.microsecond) == (
+        timedelta(), 0, timedelta(), 0)
+
+
+def test_what_is_published_and_what_is_already_there_is_logged(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "jobs")
+    publish(tmp_path)
+    publish(tmp_path)
+    assert caplog.messages == [f"published {SPEC}: 2 files, 261 bytes",
+                               f"{SPEC} is already there and verified: nothing to do"]
+
+
+def test_an_artifact_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file and every folder is on the disk before the artifact has its name; then the name is."""
+    synced, fsync = [], os.fsync
+
+    def record(handle: int) -> None:
+        fsync(handle)
+        synced.append(Path(f"/proc/self/fd/{handle}").readlink())
+
+    monkeypatch.setattr(os, "fsync", record)
+    target = publish(tmp_path).path
+    draft = target.with_name(f".draft-{target.name}")
+    assert {draft, draft / "a.txt", draft / "sub", draft / "sub" / "b.bin"} <= set(synced)
+    assert synced[-1] == target.parent
+
+
 def test_whoever_mounts_the_volume_can_read_an_artifact(tmp_path: Path) -> None:
     def private(folder: Path) -> None:
-        (folder / "weights").write_text("w")
-        (folder / "weights").chmod(0o600)
+        (folder / "sub").mkdir(mode=0o700)
+        (folder / "sub" / "weights").write_text("w")
+        (folder / "sub" / "weights").chmod(0o600)
 
-    assert (artifacts.publish(SPEC, tmp_path, private, keep=3).path / "weights").stat().st_mode & 0o777 == 0o644
+    folder = artifacts.publish(SPEC, tmp_path, private, keep=3).path / "sub"
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder / "weights")] == [0o755, 0o644]
+
+
+def test_a_link_in_a_draft_is_refused_and_what_it_points_to_is_left_alone(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("x")
+    outside.chmod(0o600)
+    with pytest.raises(UserError, match="link: is not a plain file"):
+        artifacts.publish(SPEC, tmp_path, lambda folder: (folder / "link").symlink_to(outside), keep=3)
+    assert outside.stat().st_mode & 0o777 == 0o600
 
 
 def test_the_digest_is_the_sha256_of_canonical_json() -> None:
     """Anyone can compute it: this value came from `printf … | sha256sum`."""
     assert Spec("v", "k", {"b": 1, "a": 2}).digest == "8e8e6ff105c1d12b"
+    utf8 = '{"inputs":{},"kind":"k","spec":{"city":"Málaga"}}'.encode()
+    assert Spec("v", "k", {"city": "Málaga"}).digest == hashlib.sha256(utf8).hexdigest()[:16]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        artifacts.canonical(math.nan)
 
 
 def test_it_is_made_once(tmp_path: Path) -> None:
@@ -103,7 +164,24 @@ def test_a_damaged_artifact_is_refused_and_left_in_place(tmp_path: Path, damage:
             attempt()
         assert message in str(raised.value)
         assert str(folder) in str(raised.value)
+        assert damage is link or str(raised.value).endswith(f". Move {folder} away to have it made again")
     assert folder.is_dir()
+
+
+def test_of_a_changed_file_the_message_has_both_sizes_and_digests(tmp_path: Path) -> None:
+    folder = publish(tmp_path).path
+    (folder / "a.txt").write_text("fir")
+    was, is_ = (hashlib.sha256(content).hexdigest() for content in (b"first", b"fir"))
+    with pytest.raises(UserError, match=f"a.txt was changed: artifact.json says 5 bytes, sha256 {was}; "
+                                        f"the file has 3 bytes, sha256 {is_}. "):
+        artifacts.find(SPEC, tmp_path)
+
+
+def test_an_artifact_under_the_name_of_another_is_refused(tmp_path: Path) -> None:
+    other = Spec("volume", "thing", {"size": 2}, {"input": "abc"})
+    publish(tmp_path).path.rename(other.path(tmp_path))
+    with pytest.raises(UserError, match=rf"describes {SPEC.digest} \(computed: {SPEC.digest}\), not {other.digest}. "):
+        artifacts.find(other, tmp_path)
 
 
 def test_a_failed_write_publishes_nothing_and_the_next_attempt_starts_clean(tmp_path: Path) -> None:
@@ -172,6 +250,31 @@ def test_a_kill_while_writing_leaves_nothing_that_looks_whole(tmp_path: Path) ->
 def test_waiting_ends_with_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(RetryableError, match=f"waited 0 s for thing/{SPEC.digest}"):
         artifacts.wait([SPEC], tmp_path, 0.05, poll_s=0.01)
+
+
+def test_a_long_wait_is_logged_each_minute_and_ends_when_all_are_there(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "jobs")
+    there, late, later = (Spec("volume", "thing", {"size": size}) for size in (1, 2, 3))
+    publish(tmp_path, there)
+    clock = [5000.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        for moment, spec in ((100, late), (150, later)):
+            if clock[0] == 5000 + moment:
+                publish(tmp_path, spec)
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    caplog.clear()
+    found = artifacts.wait([there, late, later], tmp_path, 1000, poll_s=1)
+    assert [artifact.digest for artifact in found] == [there.digest, late.digest, later.digest]
+    assert [message for message in caplog.messages if "waiting" in message] == [
+        f"waiting for {late}, {later}", f"still waiting for {late}, {later} (61 s)",
+        f"still waiting for {later} (122 s)"]
+    with pytest.raises(RetryableError, match="waited 100 s for thing/"):
+        artifacts.wait([SPEC], tmp_path, 100, poll_s=1)
 
 
 @pytest.mark.timeout(30)

@@ -36,6 +36,7 @@ def planned(folder: Path, **changes: Any) -> Plan:
     ({"retention__keep": 9}, set()),
     ({"serving__max_lora_rank": 128}, set()),
     ({"serving__when_base_changes": "at-once"}, set()),
+    ({"serving__slots": 4}, set()),
     ({"serving__mode": "merged"}, set()),
     ({"adapter": "other"}, {"evaluation"}),
     ({"evaluation__gate__perplexity__max_ratio": 0.8}, {"evaluation"}),
@@ -184,6 +185,7 @@ KEYS = {
     "evaluation.gate.*": Key({"evaluation"}, st.floats(0.001, 100)),
     "serving.mode": Key(set(), st.sampled_from(["lora", "merged"])),
     "serving.max_lora_rank": Key(set(), st.sampled_from(SERVABLE_RANKS[2:])),
+    "serving.slots": Key(set(), st.integers(1, 1024)),
     "serving.when_base_changes": Key(set(), st.sampled_from(["wait-for-adapters", "at-once"])),
     "retention.keep": Key(set(), st.integers(1, 100)),
 }

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,43 @@ def test_retention_keeps_what_was_made_from_the_promoted(tmp_path: Path) -> None
     assert there(tmp_path, *three) == [True, False, True]
 
 
-def test_retention_does_not_remove_what_may_be_evidence(tmp_path: Path) -> None:
+def test_what_is_older_than_the_promoted_is_removed_all_the_same(tmp_path: Path) -> None:
+    three = specs(3)
+    for age, spec in zip((50, 40, 30), three, strict=True):
+        publish(tmp_path, spec, age=age)
+    promotion.promote(tmp_path / VOLUME, "name", three[1].digest, "0" * 16)
+    assert retention.retain(tmp_path / VOLUME / "adapter", keep=1, protected=set()) == [three[0].digest]
+
+
+@pytest.mark.parametrize("damaged", [0, 1])  # whichever is looked at first
+def test_retention_does_not_remove_what_may_be_evidence(tmp_path: Path, damaged: int) -> None:
     two = specs(2)
     for spec in two:
         publish(tmp_path, spec)
-    manifest = two[0].path(tmp_path) / "artifact.json"
+    manifest = two[damaged].path(tmp_path) / "artifact.json"
     manifest.write_text("{")
     os.utime(manifest, (0, 0))
-    assert retention.retain(tmp_path / VOLUME / "adapter", keep=1, protected=set()) == []
+    folder = tmp_path / VOLUME / "adapter"
+    assert retention.retain(folder, keep=1, protected=set()) == []
+    assert retention.retain(folder, keep=0, protected=set()) == [two[1 - damaged].digest]
+    assert manifest.is_file()
+
+
+def test_readers_find_an_artifact_whole_or_not_at_all_while_it_is_removed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, folder, unlink = specs(1)[0], tmp_path / VOLUME / "adapter", os.unlink
+    publish(tmp_path, spec)
+    folder_of_age(folder / f".draft-{spec.digest}", 0)  # an earlier attempt was killed while it removed it
+    seen = []
+
+    def read_meanwhile(*path: Any, **options: Any) -> None:
+        unlink(*path, **options)
+        seen.append(there(tmp_path, spec)[0])  # raises for an artifact in part
+
+    monkeypatch.setattr(os, "unlink", read_meanwhile)
+    assert retention.retain(folder, keep=0, protected=set()) == [spec.digest]
+    assert seen == [True, False, False]
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == []
 
 
 def test_an_artifact_that_was_used_again_counts_as_new(tmp_path: Path) -> None:
@@ -134,8 +164,9 @@ def test_a_damaged_promotion_stops_retention_and_no_publication(
     caplog.set_level(logging.WARNING, "jobs")
     publish(tmp_path, three[2], keep=1)
     assert there(tmp_path, *three) == [True, True, True]
-    assert "retention: removes no artifact from" in caplog.text
-    assert f"{tmp_path / VOLUME / 'promoted' / 'name'}: " in caplog.text
+    assert caplog.messages[0].startswith(
+        f"retention: removes no artifact from {tmp_path / VOLUME / 'adapter'}, because the promotions cannot be read: "
+        f"{tmp_path / VOLUME / 'promoted' / 'name'}: ")
 
 
 def test_an_artifact_whose_lock_another_process_holds_is_not_removed(tmp_path: Path) -> None:
@@ -147,18 +178,14 @@ def test_an_artifact_whose_lock_another_process_holds_is_not_removed(tmp_path: P
     assert retention.retain(tmp_path / VOLUME / "adapter", keep=1, protected=set()) == [two[0].digest]
 
 
-def test_an_artifact_that_is_used_meanwhile_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("happens", [artifacts.done, lambda spec, volumes: shutil.rmtree(spec.path(volumes))])
+def test_an_artifact_that_is_used_or_removed_meanwhile_is_not_removed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happens: Callable[[Spec, Path], object]) -> None:
     two = specs(2)
     for age, spec in zip((50, 40), two, strict=True):
         publish(tmp_path, spec, age=age)
-
-    def used_meanwhile(volume: Path) -> set[str]:
-        artifacts.done(two[0], volume.parent)
-        return set()
-
     by_adapter = retention._by_adapter
-    monkeypatch.setattr(retention, "_by_adapter",
-                        lambda folder: (by_adapter(folder), used_meanwhile(folder.parent))[0])
+    monkeypatch.setattr(retention, "_by_adapter", lambda folder: (by_adapter(folder), happens(two[0], tmp_path))[0])
     assert retention.retain(tmp_path / VOLUME / "adapter", keep=1, protected=set()) == []
 
 
@@ -172,7 +199,21 @@ def test_what_cannot_be_removed_is_reported_and_the_publication_stands(
     monkeypatch.setattr(shutil, "rmtree", forbidden)
     publish(tmp_path, two[1], keep=1)
     assert there(tmp_path, two[1]) == [True]
-    assert "cannot be removed" in caplog.text
+    assert retention.retain(tmp_path / VOLUME / "adapter", keep=0, protected=set()) == []
+    assert any(message.startswith("retention: ") and f"{two[0].digest} cannot be removed: " in message
+               and "Permission denied" in message for message in caplog.messages)
+
+
+def test_what_is_removed_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "jobs")
+    two, folder = specs(2), tmp_path / VOLUME / "adapter"
+    for age, spec in zip((50, 40), two, strict=True):
+        publish(tmp_path, spec, age=age)
+    left = folder_of_age(tmp_path / VOLUME / "checkpoints" / ("a" * 16), 90 * DAY)
+    caplog.clear()
+    retention.retain(folder, keep=1, protected=set())
+    assert caplog.messages == [f"retention: removed {left}, which did not change for 7 days",
+                               f"retention: removed adapter/{two[0].digest} (1 newer ones are kept)"]
 
 
 def test_a_draft_that_is_about_to_be_published_is_no_artifact(tmp_path: Path) -> None:
@@ -192,6 +233,32 @@ def test_an_abandoned_draft_is_removed_and_one_that_is_fresh_or_locked_is_not(tm
         retention.retain(folder, keep=1, protected={wanted.digest})
     assert sorted(p.name for p in folder.glob(".draft-*")) == sorted(
         f".draft-{spec.digest}" for spec in (fresh, running, wanted))
+
+
+def test_a_link_or_a_file_among_the_folders_is_left_alone(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It may lead to what others own; and each publication would warn that it cannot be removed."""
+    publish(tmp_path, specs(1)[0])
+    checkpoints = tmp_path / VOLUME / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / ("a" * 16)).symlink_to(folder_of_age(tmp_path / "others", 90 * DAY))
+    (checkpoints / ("b" * 16)).touch()
+    os.utime(checkpoints / ("a" * 16), (0, 0), follow_symlinks=False)
+    os.utime(checkpoints / ("b" * 16), (0, 0))
+    retention.retain(tmp_path / VOLUME / "adapter", keep=1, protected=set())
+    assert [path.name for path in sorted(checkpoints.iterdir())] == ["a" * 16, "b" * 16]
+    assert (tmp_path / "others" / "file").exists()
+    assert caplog.messages == []
+
+
+def test_a_draft_in_which_something_is_still_written_is_not_abandoned(tmp_path: Path) -> None:
+    """A download writes files deep inside, and the folder above keeps its age."""
+    draft = folder_of_age(tmp_path / VOLUME / "base-model" / f".draft-{'a' * 16}", 90 * DAY)
+    inside = folder_of_age(draft / "sub", 0)
+    for path in (inside, draft):
+        os.utime(path, (0, 0))
+    retention.retain(draft.parent, keep=1, protected=set())
+    assert (inside / "file").exists()
 
 
 @pytest.mark.parametrize("kind", ["adapter", "scores"])

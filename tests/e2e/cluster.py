@@ -224,11 +224,15 @@ class Environment:
         return plan(self.pipeline)
 
     def add(self, name: str) -> None:
-        """Add an adapter with NEIGHBOUR's data, trained with another seed: its folder, and its two entries in the
-        overlay's kustomization.yaml."""
+        """Add an adapter with NEIGHBOUR's data, trained with another seed and a gate that it passes in any case: its
+        folder, and its two entries in the overlay's kustomization.yaml."""
         folder = shutil.copytree(self.kind / "adapters" / NEIGHBOUR, self.kind / "adapters" / name)
-        for file in (folder / "pipeline.yaml", folder / "kustomization.yaml"):
-            file.write_text(file.read_text().replace(NEIGHBOUR, name).replace("seed: 0", "seed: 7"))
+        own, file = folder / "kustomization.yaml", folder / "pipeline.yaml"
+        own.write_text(own.read_text().replace(NEIGHBOUR, name))
+        values = yaml.safe_load(file.read_text()) | {"adapter": name}
+        values["training"]["seed"] = 7
+        values["evaluation"]["gate"] = {"perplexity": {"max_ratio": 0.5}}
+        file.write_text(yaml.safe_dump(values, sort_keys=False))
         kustomization = self.kind / "kustomization.yaml"
         values = yaml.safe_load(kustomization.read_text())
         values["resources"].append(f"adapters/{name}")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Gate
 from jobs.evaluation import metrics
-from jobs.evaluation.metrics import acceptability
+from jobs.evaluation.metrics import acceptability, rouge
 from jobs.evaluation.metrics.acceptability import Acceptability, best_threshold, choosing_half, matthews
 from jobs.evaluation.metrics.perplexity import Perplexity
 from jobs.evaluation.metrics.rouge import Rouge, Words
@@ -100,6 +100,22 @@ def test_only_english_words_are_stemmed() -> None:
     assert Words().tokenize("Rooms habitaciónes") == ["room", "habitaciónes"]
 
 
+def test_words_of_three_letters_are_not_stemmed() -> None:
+    """As in rouge_score: Porter's rules would make "ga" of "gas"."""
+    assert Words().tokenize("The gas bees") == ["the", "gas", "bee"]
+
+
+def test_rouge_compares_the_answers_with_the_references_of_their_questions() -> None:
+    questions = [{"prompt": "a", "completion": "one two"}, {"text": "three four"}]
+    measured = rouge.measure(metrics.Measurements([], [], questions, ["one two", "one two"], [], []))
+    assert measured == {"rouge1": 0.5, "rouge2": 0.5, "rougeL": 0.5, "rougeLsum": 0.5}
+
+
+def test_without_questions_rouge_is_not_measured() -> None:
+    measured = rouge.measure(metrics.Measurements([], [], [], [], [], []))
+    assert measured == {"rouge1": None, "rouge2": None, "rougeL": None, "rougeLsum": None}
+
+
 @given(st.text(st.characters(max_codepoint=127)))
 def test_rouge_reads_ascii_exactly_as_rouge_score_does(text: str) -> None:
     from rouge_score.tokenizers import DefaultTokenizer
@@ -119,6 +135,11 @@ def test_matthews_correlation_agrees_with_scikit_learn(tp: int, fp: int, fn: int
     assert float(matthews(tp, fp, fn, tn)) == pytest.approx(matthews_corrcoef(truth, judged), abs=1e-12)
 
 
+@pytest.mark.parametrize("count", [1, 100_000])  # whose product is more than 64 bits hold
+def test_matthews_correlation_of_a_perfect_judge_is_one_whatever_the_size_of_the_set(count: int) -> None:
+    assert float(matthews(count, 0, 0, count)) == 1.0
+
+
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from([-3.5, -3.0, -2.0, -1.5, -1.0, 0.25]), st.booleans()), min_size=1,
                 max_size=30))
@@ -134,6 +155,12 @@ def test_no_threshold_separates_better_than_the_chosen_one(pairs: list[tuple[flo
 def test_of_equally_good_thresholds_the_lowest_is_taken() -> None:
     """0.5 and 2.5 both have a correlation of 0.577 and three of four right."""
     assert best_threshold(np.array([3.0, 0.0, 2.0, 1.0]), np.array([True, False, False, True])) == 0.5
+
+
+def test_of_thresholds_with_the_same_correlation_the_more_accurate_is_taken() -> None:
+    """From 1.5 and from 5.5 up it is a third; from 5.5 up 6 of 8 are right instead of 4."""
+    acceptable = np.array([False, False, True, False, False, False, True, False])
+    assert best_threshold(np.arange(8.0), acceptable) == 5.5
 
 
 def test_acceptability_is_measured_on_the_half_that_did_not_choose_the_threshold() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +132,36 @@ def test_an_answer_is_text_without_the_tokens_of_the_template(loaded: tuple[Any,
     assert scoring.generate(model, tokenizer, [[5, 6]], 8, 96, Progress("test", 1)) == ["The cook reads"]
 
 
+def test_a_batch_takes_no_more_memory_than_it_may(monkeypatch: pytest.MonkeyPatch, loaded: tuple[Any, Any]) -> None:
+    """Logits are what takes memory while reading; keys and values, of the answer too, while writing."""
+    import torch
+
+    model, shapes = loaded[0], []
+    vocabulary = model.config.vocab_size
+    monkeypatch.setattr(scoring, "LOGITS_BYTES", 60 * vocabulary * 4)
+
+    def forward(input_ids: Any, **_: Any) -> Any:
+        shapes.append(tuple(input_ids.shape))
+        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, vocabulary))
+
+    monkeypatch.setattr(model, "forward", forward)
+    scoring.negative_log_likelihoods(model, [Encoded([5] * 10, [6] * 10)] * 6, Progress("test", 6))
+    assert shapes == [(3, 20), (3, 20)]
+
+    class Writer:
+        device, generation_config = torch.device("cpu"), None
+
+        def generate(self, input_ids: Any, **_: Any) -> Any:
+            shapes.append(tuple(input_ids.shape))
+            return input_ids
+
+    shapes.clear()
+    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", {"cpu": 60})
+    writer: Any = Writer()
+    scoring.generate(writer, loaded[1], [[5] * 12] * 6, 8, 96, Progress("test", 6))
+    assert shapes == [(3, 12), (3, 12)]
+
+
 def test_answers_never_run_past_the_positions_that_the_model_has(loaded: tuple[Any, Any]) -> None:
     """A GPT-2 with 96 positions and a long prompt must not end in an index error."""
     model, tokenizer = loaded
@@ -148,8 +181,30 @@ def test_the_scores_of_a_model_are_complete_and_follow_their_definitions(loaded:
     assert (scores["model"], scores["records"], scores["completion_tokens"]) == ("tiny", 4, tokens)
     assert (scores["questions"], scores["sentences"]) == (4, len(SENTENCES))
     assert scores["rougeL"] == pytest.approx(sum(line["rougeL"] for line in generations) / 4)
-    assert [line["question"] for line in generations][-1] == "system: Be brief.\nuser: How many rooms are there?"
+    assert [line["question"] for line in generations][1:] == [
+        "When is breakfast?", "May I bring my dog?", "system: Be brief.\nuser: How many rooms are there?"]
+    answers = scoring.generate(model, tokenizer, [e.prompt for e in encoded], 8, 96, Progress("test", 4))
+    assert [line["answer"] for line in generations] == answers
+    assert (scores["vocabulary"], scores["records_too_long"]) == (scoring.vocabulary(tokenizer), 0)
     assert {score.key for score in SCORES} <= scores.keys()
+
+
+def test_the_log_says_what_is_measured_and_how_far_it_is(
+        loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "jobs")
+    scoring.measure(*loaded, material(RECORDS), "tiny")
+    assert [re.sub(r"[\d.]+ s.*", "", message) for message in caplog.messages] == [
+        "tiny: held-out records read: 4 in ", "tiny: held-out questions answered: 4 in ",
+        f"tiny: sentences read: {len(SENTENCES)} in ", "tiny: measured in "]
+    assert re.fullmatch(r"tiny: measured in \d+ s", caplog.messages[-1])
+    assert int(caplog.messages[-1].split()[-2]) < 60
+
+
+def test_the_material_is_read_from_the_artifacts(tmp_path: Path) -> None:
+    (tmp_path / "holdout.jsonl").write_text('{"text": "Málaga"}\n{"text": "b"}\n', encoding="utf-8")
+    (tmp_path / "acceptability.jsonl").write_text('{"text": "Yes.", "acceptable": true}\n')
+    assert Material.read(tmp_path, tmp_path, max_length=90, max_new_tokens=8) == Material(
+        [{"text": "Málaga"}, {"text": "b"}], [("Yes.", True)], 90, 8)
 
 
 def test_a_sentence_is_scored_by_its_mean_token_log_probability(loaded: tuple[Any, Any]) -> None:
@@ -170,20 +225,34 @@ def test_plain_text_has_perplexity_and_no_rouge(loaded: tuple[Any, Any]) -> None
     assert scores["perplexity"] > 1 and scores["rougeL"] is None and scores["questions"] == 0 and generations == []
 
 
-def test_records_that_are_too_long_are_left_out_and_counted(loaded: tuple[Any, Any]) -> None:
+def test_records_that_are_too_long_are_left_out_and_counted(
+        loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = loaded
     lengths = sorted(len(encode(tokenizer, record)) for record in RECORDS)
     scores, generations = scoring.measure(model, tokenizer, material(RECORDS, max_length=lengths[1]), "tiny")
     assert (scores["records"], scores["records_too_long"], len(generations)) == (2, 2, 2)
+    assert f"tiny: 2 of 4 held-out records have more than {lengths[1]} tokens and are left out" in caplog.messages
+    caplog.clear()
+    scoring.measure(model, tokenizer, material(RECORDS), "tiny")
+    assert not any("left out" in message for message in caplog.messages)
     with pytest.raises(UserError, match=f"none of the 4 held-out records fits: the shortest has {lengths[0]} tokens"):
         scoring.measure(model, tokenizer, material(RECORDS, max_length=lengths[0] - 1), "tiny")
+    with pytest.raises(UserError, match="none of the 0 held-out records fits: the shortest has 0 tokens"):
+        scoring.measure(model, tokenizer, material([]), "tiny")
+
+
+def test_what_the_model_cannot_read_or_has_nothing_to_score_is_left_out(loaded: tuple[Any, Any]) -> None:
+    """A record longer than the model's positions, whatever max_length allows; and a text of no token but the end."""
+    odd = [{"text": "The cook reads the book. " * 40}, {"text": ""}]
+    scores, _ = scoring.measure(*loaded, material([*RECORDS, *odd], max_length=1000), "tiny")
+    assert (scores["records"], scores["records_too_long"]) == (4, 2)
 
 
 def test_a_sentence_beyond_the_positions_of_the_model_is_scored_as_far_as_they_go(loaded: tuple[Any, Any]) -> None:
     """GPT-2 would end in an index error; and a sentence of one token has nothing that could be scored."""
-    odd = [*SENTENCES, ("The cook reads the book. " * 40, True), ("x", True)]
+    odd = [*SENTENCES, ("The cook reads the book. " * 40, True), ("x", True), ("xq", True)]
     scores, _ = scoring.measure(*loaded, Material(RECORDS, odd, 90, 4), "tiny")
-    assert scores["sentences"] == len(SENTENCES) + 1
+    assert scores["sentences"] == len(SENTENCES) + 2
 
 
 def test_too_few_judged_sentences_is_an_error_that_names_the_setting(loaded: tuple[Any, Any]) -> None:
@@ -209,12 +278,17 @@ def test_batches_hold_every_item_once_within_the_budget() -> None:
     made = list(scoring.batches(lengths, 60))
     assert sorted(i for batch in made for i in batch) == list(range(7))
     assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 60 for batch in made)
+    assert [lengths[i] for batch in made for i in batch] == sorted(lengths, reverse=True), "memory is short at once"
 
 
 def test_models_with_the_same_tokens_have_the_same_vocabulary_digest(tmp_path: Path) -> None:
     one, same, other = (tiny_tokenizer(tmp_path / name, vocabulary=size)
                         for name, size in (("a", 300), ("b", 300), ("c", 310)))
     assert scoring.vocabulary(one) == scoring.vocabulary(same) != scoring.vocabulary(other)
+    assert re.fullmatch("[0-9a-f]{16}", scoring.vocabulary(one))
+    ids: list[Any] = [SimpleNamespace(get_vocab=lambda ids=ids: ids) for ids in (
+        {"a": 0, "b": 1}, {"b": 1, "a": 0}, {"a": 1, "b": 0})]
+    assert scoring.vocabulary(ids[0]) == scoring.vocabulary(ids[1]) != scoring.vocabulary(ids[2])
 
 
 def test_an_empty_sequence_list_measures_nothing(loaded: tuple[Any, Any]) -> None:

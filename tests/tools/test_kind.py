@@ -432,7 +432,7 @@ def test_a_port_that_is_taken_is_one_clear_line(tools: Tools, capsys: pytest.Cap
 def test_an_adapter_that_is_never_served_is_not_waited_for_without_end(
         tools: Tools, endpoint: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(kind, "ALIAS_SECONDS", 0.0)
-    monkeypatch.setattr(kind, "served_adapter", lambda *_: "0" * 16)  # the one before
+    monkeypatch.setattr(kind, "served_adapters", lambda _: dict.fromkeys(DIGESTS, "0" * 16))  # the ones before
     tools.say(("get jobs", [(0, cluster(*all_done()))]))
     assert main(["kind", str(OVERLAY), "--port", str(endpoint)]) == 1
     assert "not served: " + ", ".join(f"{n}@{d}" for n, d in DIGESTS.items()) in capsys.readouterr().err
@@ -443,6 +443,7 @@ def test_an_adapter_that_its_gate_rejected_is_shown_and_not_waited_for(
     rejected = f"hostel-guide@{DIGESTS['hostel-guide']} did not pass the gate and is not promoted:"
     tools.say(("logs job/model-evaluation-hostel-guide", [(0, rejected)]), ("logs", [(0, "passed")]),
               ("get jobs", [(0, cluster(*all_done()))]))
+    tools.say(("logs job/model-evaluation-seville-hotels", [(1, "error: pods not found")]))  # no reason to give up
     with serving(("seville-hotels", DIGESTS["seville-hotels"])) as url:
         assert main(["kind", str(OVERLAY), "--port", url.rpartition(":")[2], "--exit"]) == 0
     output = capsys.readouterr().out

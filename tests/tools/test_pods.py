@@ -100,13 +100,17 @@ def test_a_mounted_secret_is_a_folder_of_the_state_and_may_be_missing_if_it_is_o
 
 def test_a_pod_knows_its_adapter_and_the_jobs_of_two_job_sets_have_names_of_their_own(tmp_path: Path) -> None:
     def job_set(adapter: str) -> dict[str, Any]:
-        labels = {pods.ADAPTER_LABEL: adapter}
-        return {"kind": "JobSet", "metadata": {"name": f"pipeline-{adapter}-47ht86d9bm", "labels": labels}, "spec": {
-            "replicatedJobs": [{"name": name, "template": {"spec": job()["spec"]}} for name in ("train", "evaluate")]}}
+        jobs = []
+        for stage in ("model-training", "model-evaluation"):
+            spec = job()["spec"]
+            spec["template"]["metadata"] = {"labels": {"app.kubernetes.io/name": stage, pods.ADAPTER_LABEL: adapter}}
+            jobs.append({"name": stage.removeprefix("model-"), "template": {"spec": spec}})
+        return {"kind": "JobSet", "metadata": {"name": f"ft-{adapter}-47ht86d9bm"}, "spec": {"replicatedJobs": jobs}}
 
     found = pods.pods([SETTINGS, job(), job_set("a"), job_set("b")], tmp_path)
     assert {pod.title: pod.adapter for pod in found} == {
-        "some-job": None, "train-a": "a", "evaluate-a": "a", "train-b": "b", "evaluate-b": "b"}
+        "some-job": None, "model-training-a": "a", "model-evaluation-a": "a", "model-training-b": "b",
+        "model-evaluation-b": "b"}
 
 
 def test_the_overlays_jobs_mount_the_environment_and_the_file_of_their_own_adapter(tmp_path: Path) -> None:
@@ -298,18 +302,3 @@ def test_an_overlay_that_does_not_render_shows_kustomizes_words(tmp_path: Path) 
     shutil.copytree(OVERLAY, tmp_path / "copy")
     with pytest.raises(UserError, match="does not render"):
         pods.render(tmp_path / "copy")
-
-
-def test_a_mounted_secret_that_may_be_absent_is_a_folder_of_the_users(tmp_path: Path) -> None:
-    manifest = job(volumeMounts=[{"name": "keys", "mountPath": "/etc/keys"}])
-    volumes = manifest["spec"]["template"]["spec"]["volumes"]
-    volumes.append({"name": "keys", "secret": {"secretName": "serving-keys", "optional": True}})
-    place = tmp_path / "pods" / "some-job-47ht86d9bm" / "etc" / "keys"
-    only([manifest], tmp_path)
-    assert not list(place.iterdir())
-    (tmp_path / "secrets" / "serving-keys" / "keys.yaml").write_text("keys: []")
-    only([manifest], tmp_path)
-    assert (place / "keys.yaml").read_text() == "keys: []"
-    del volumes[-1]["secret"]["optional"]
-    with pytest.raises(UserError, match="no meaning without a cluster"):
-        only([manifest], tmp_path)

@@ -31,7 +31,8 @@ def evaluated(name: str = "seville-hotels", *, ratio: float = 0.25, **changes: A
 
 def test_of_few_adapters_each_rule_is_shown_with_the_scores_of_the_three_models() -> None:
     shown = summary.verdicts([evaluated("a"), evaluated("b", ratio=0.75)])
-    assert "on 60 held-out records: passed: the rule of the gate holds" in shown
+    assert f"  a@{evaluated('a').digest} passed: the rule of the gate holds on 60 held-out records\n" in shown
+    assert "rejected: 1 of 1 rule of the gate does not hold on 60 held-out records" in shown
     assert re.search(r"perplexity +800 +200 +400  ✓ fine-tuned / base is 0\.25, must be at most 0\.5\n", shown)
     assert "✗ fine-tuned / base is 0.75, must be at most 0.5" in shown
     assert shown.count("Embedded models") == 1
@@ -52,6 +53,14 @@ def test_a_rejected_adapter_is_not_asked_and_does_not_hide_the_others(tmp_path: 
         shown = summary.ask([rejected, passed], tmp_path, url, "Who?").splitlines()
     assert [line.split(")", 1)[1].strip() for line in shown if ")" in line] == [
         "answer of HuggingFaceTB/SmolLM2-135M-Instruct", "answer of passed", "(not asked: it did not pass its gate)"]
+
+
+def test_in_mode_merged_the_one_adapter_that_is_served_is_asked(tmp_path: Path) -> None:
+    first, second = evaluated("first", serving__mode="merged"), evaluated("second", serving__mode="merged")
+    with endpoint(("first", first.digest)) as url:
+        shown = summary.ask([first, second], tmp_path, url, "Who?").splitlines()
+    assert [line.split(")", 1)[1].strip() for line in shown if ")" in line] == [
+        "answer of first", "(not asked: in mode merged, one adapter is served)"]
 
 
 def test_every_report_is_listed_and_of_many_models_the_first(tmp_path: Path) -> None:

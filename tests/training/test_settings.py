@@ -89,6 +89,64 @@ def test_what_the_packs_and_the_machine_ask_of_trainer() -> None:
     assert (found.save_total_limit, found.disable_tqdm, found.dataloader_pin_memory) == (2, True, False)
 
 
+def test_on_a_gpu_it_computes_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    import transformers.training_args
+
+    monkeypatch.setattr(transformers, "TrainingArguments", dict)  # the real ones look for the GPU
+    for gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        found = arguments()
+        assert (found["bf16"], found["use_cpu"]) == (gpu, not gpu)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_process_takes_every_batch_in_the_same_order(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Each of them computes its share of each batch: see `distributed.share`."""
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler, DataLoader
+    from transformers import Trainer
+
+    def divided(_: Any, numbers: list[int], *, batch_size: int) -> Any:
+        """As accelerate does: each process gets other batches."""
+        sampler = BatchSamplerShard(BatchSampler(numbers, batch_size, False), 2, rank)
+        return DataLoader(numbers, batch_sampler=sampler)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "_get_dataloader", divided)
+    one_of = trainer.team_trainer(team_of(2))
+    loader = one_of._get_dataloader(one_of.__new__(one_of), list(range(8)), batch_size=2)
+    assert list(loader.batch_sampler) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_a_checkpoint_of_a_divided_model_holds_the_adapter_and_is_written_once(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the base model, which Trainer would gather from all processes."""
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    def weights(folder: Path) -> list[str]:
+        assert sorted(path.suffix for path in folder.iterdir() if path.suffix != ".md") == [
+            ".bin", ".json", ".safetensors"]
+        with safe_open(folder / "adapter_model.safetensors", "pt") as opened:
+            return sorted(opened.keys())
+
+    build_models.tiny_llama(tmp_path / "base")
+    model = train.add_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), Training(**TRAINING), ["q_proj"])
+    for rank in (0, 1):
+        team = team_of(2)
+        team.rank = rank
+        settings = trainer.training_arguments(Training(**TRAINING), tmp_path / "checkpoints", 350, Team())
+        one_of = trainer.team_trainer(team)(model=model, args=settings, eval_dataset=[])
+        one_of.save_model(str(tmp_path / f"whole-{rank}"))
+        one_of.is_fsdp_enabled = True
+        monkeypatch.setattr(model, "state_dict", None)  # it would gather everything
+        one_of.save_model(str(tmp_path / f"divided-{rank}"))
+        monkeypatch.undo()
+    assert weights(tmp_path / "divided-0") == weights(tmp_path / "whole-0")
+    assert len(weights(tmp_path / "divided-0")) == 4
+    assert not (tmp_path / "divided-1").exists()
+
+
 def test_of_a_divided_model_the_adapter_is_gathered_and_nothing_else() -> None:
     import torch
 

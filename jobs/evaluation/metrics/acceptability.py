@@ -91,7 +91,7 @@ def best_threshold(scores: np.ndarray, acceptable: np.ndarray) -> float:
 
     Candidates lie midway between neighbouring scores (and at the lowest score, which accepts everything).
     """
-    order = np.argsort(scores, kind="stable")
+    order = np.argsort(scores)
     scores, acceptable = scores[order], acceptable[order]
     fn = np.concatenate([[0], np.cumsum(acceptable)])[:-1]  # acceptable sentences below candidate i
     tn = np.concatenate([[0], np.cumsum(~acceptable)])[:-1]

@@ -63,7 +63,7 @@ class Rouge(evaluate.Metric):  # type: ignore[misc]
                                         "references": datasets.Value("string")}))
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        pairs = [each(r, p) for p, r in zip(predictions, references, strict=True)]
+        pairs = list(map(each, references, predictions))
         return {kind: math.fsum(pair[kind] for pair in pairs) / len(pairs) for kind in TYPES}
 
 

@@ -1,0 +1,310 @@
+"""Promises of residency: no more adapters in the engine than slots, nobody waits for ever, and the busy ones go on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from serving import residency
+from serving.refusal import Refused
+from serving.residency import NoSlot, Residency, Version
+
+
+class Engine:
+    """Counts what is asked of vLLM."""
+
+    def __init__(self, slots: int, most_in_memory: int = 100) -> None:
+        self.slots, self.most_in_memory = slots, most_in_memory
+        self.calls: list[str] = []
+        self.memory: set[str] = set()
+        self.fails = False
+        self.seconds = 0.0
+
+    async def activate(self, model: str, folder: Path) -> None:
+        self.calls.append(("activate " if model in self.memory else "load ") + model.partition("@")[0])
+        await asyncio.sleep(self.seconds)
+        if self.fails:
+            raise Refused("load", "no room")
+        self.memory.add(model)
+        assert len(self.memory) <= self.most_in_memory, "vLLM would evict by itself"
+
+    async def evict(self, model: str) -> None:
+        self.calls.append("evict " + model.partition("@")[0])
+        self.memory.discard(model)
+
+    remove = evict
+
+
+class Setting:
+    """A `Residency` over a counted engine, versions by name, and requests that last until they are ended."""
+
+    def __init__(self, slots: int, memory: int = 100, most_in_memory: int = 100, reserved: int = 0) -> None:
+        self.engine = Engine(slots, most_in_memory)
+        self.residency = Residency(self.engine, memory, reserved)  # type: ignore[arg-type]
+        self.versions: dict[str, Version] = {}
+        self.most = 0  # versions that had requests in the engine at once
+        self.order: list[str] = []
+
+    def version(self, name: str, size: int = 1) -> Version:
+        return self.versions.setdefault(name, Version(name, "1", Path("/x"), size))
+
+    async def ask(self, name: str, end: asyncio.Event | None = None) -> None:
+        async with self.residency.request(self.version(name)):
+            self.order.append(name)
+            self.most = max(self.most, sum(v.running > 0 for v in self.versions.values()))
+            await (end.wait() if end else asyncio.sleep(0))
+
+
+def run(setting: Setting, work: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        setting.residency.start()
+        try:
+            async with asyncio.timeout(20):
+                await work()
+        finally:
+            await setting.residency.stop()
+        assert not any(v.running or v.requests for v in setting.versions.values())
+        assert not setting.residency._waiting
+
+    asyncio.run(main())
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PATIENCE_SECONDS", 0.05), ("CLOSED_SECONDS", 0.3), ("LONGEST_PAUSE_SECONDS", 0.0)):
+        monkeypatch.setattr(residency, name, value)
+
+
+def test_enough_slots_are_filled_once_and_then_no_request_waits() -> None:
+    setting = Setting(3)
+
+    async def work() -> None:
+        await asyncio.gather(*(setting.ask(name) for name in "abcabcabc"))
+        await asyncio.gather(*(setting.ask(name) for name in "cba"))
+
+    run(setting, work)
+    assert sorted(setting.engine.calls) == ["load a", "load b", "load c"]
+
+
+def test_more_adapters_than_slots_take_turns_and_each_is_loaded_once() -> None:
+    setting = Setting(2)
+
+    async def work() -> None:
+        await asyncio.gather(*(setting.ask(name) for name in "abcdef" * 20))
+
+    run(setting, work)
+    assert setting.most <= 2
+    assert sorted(call for call in setting.engine.calls if call.startswith("load")) == [f"load {n}" for n in "abcdef"]
+    assert not any(call.startswith("evict") for call in setting.engine.calls)
+    assert len(setting.order) == 120
+
+
+def test_a_reserved_slot_is_not_given_away() -> None:
+    setting = Setting(2, reserved=1)
+
+    async def work() -> None:
+        await asyncio.gather(*(setting.ask(name) for name in "abab"))
+
+    run(setting, work)
+    assert setting.most == 1
+
+
+def test_the_least_recently_used_adapter_gives_up_its_slot() -> None:
+    setting = Setting(2)
+
+    async def work() -> None:
+        for name in "abac":
+            await setting.ask(name)
+        assert [setting.residency.place(setting.version(n)) for n in "abc"] == ["slot", "memory", "slot"]
+
+    run(setting, work)
+
+
+def test_an_adapter_that_waits_gets_a_slot_though_the_others_are_never_idle() -> None:
+    """What vLLM's own scheduler does not promise."""
+    setting, stop = Setting(2), asyncio.Event()
+
+    async def busy(name: str) -> None:
+        while not stop.is_set():
+            async with setting.residency.request(setting.version(name)):
+                await asyncio.sleep(0.02)
+
+    async def work() -> None:
+        hot = [asyncio.create_task(busy(name)) for name in "aabb" for _ in range(2)]
+        await asyncio.sleep(0.1)
+        started = time.monotonic()
+        await setting.ask("c")
+        waited = time.monotonic() - started
+        stop.set()
+        await asyncio.gather(*hot)
+        assert waited < 1, f"it waited {waited:.2f} s"
+
+    run(setting, work)
+    assert setting.most <= 2
+
+
+def test_while_one_adapter_waits_the_other_busy_ones_go_on_and_a_very_long_reply_keeps_no_slot_closed() -> None:
+    setting, long, stop = Setting(2), asyncio.Event(), asyncio.Event()
+    counts = {"a": 0, "b": 0}
+
+    async def busy(name: str) -> None:
+        while not stop.is_set():
+            async with setting.residency.request(setting.version(name)):
+                await asyncio.sleep(0.01)
+                counts[name] += 1
+
+    async def work() -> None:
+        endless = asyncio.create_task(setting.ask("a", long))
+        hot = [asyncio.create_task(busy(name)) for name in "aabb"]
+        await asyncio.sleep(0.05)
+        await setting.ask("c")  # a was closed first or b was; both replies go on
+        before = dict(counts)
+        await asyncio.sleep(0.5)
+        assert all(counts[name] > before[name] for name in counts), "nobody is closed for ever"
+        stop.set()
+        long.set()
+        await asyncio.gather(endless, *hot)
+
+    run(setting, work)
+
+
+def test_a_request_waits_for_a_limited_time_and_only_so_many_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "HOLD_SECONDS", 0.2)
+    monkeypatch.setattr(residency, "MOST_HELD", 2)
+    setting, end = Setting(1), asyncio.Event()
+
+    async def work() -> None:
+        first = asyncio.create_task(setting.ask("a", end))
+        await asyncio.sleep(0.05)
+        waiting = [asyncio.create_task(setting.ask("b")) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(NoSlot, match="too many requests wait"):
+            await setting.ask("c")
+        for each in waiting:
+            with pytest.raises(NoSlot, match="all 1 LoRA slots are busy"):
+                await each
+        end.set()
+        await first
+        await setting.ask("b")
+
+    run(setting, work)
+
+
+def test_a_client_that_gives_up_keeps_nothing() -> None:
+    setting, end = Setting(1), asyncio.Event()
+
+    async def work() -> None:
+        first = asyncio.create_task(setting.ask("a", end))
+        await asyncio.sleep(0.02)
+        gone = asyncio.create_task(setting.ask("b"))
+        await asyncio.sleep(0.02)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        end.set()
+        await first
+        # In the moment in which it gets its slot.
+        setting.engine.seconds = 0.05
+        gone = asyncio.create_task(setting.ask("b"))
+        await asyncio.sleep(0.02)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        await asyncio.gather(setting.ask("a"), setting.ask("b"))
+
+    run(setting, work)
+
+
+def test_an_adapter_that_vllm_does_not_load_fails_its_own_requests_only() -> None:
+    setting = Setting(2)
+
+    async def work() -> None:
+        await setting.ask("a")
+        setting.engine.fails = True
+        results = await asyncio.gather(setting.ask("b"), setting.ask("b"), setting.ask("a"), return_exceptions=True)
+        assert [type(each) for each in results] == [Refused, Refused, type(None)]
+        setting.engine.fails = False
+        await setting.ask("b")
+
+    run(setting, work)
+
+
+@pytest.mark.parametrize(("memory", "most_in_memory"), [(3, 100), (100, 3)])
+def test_what_does_not_fit_into_memory_is_evicted_by_last_use_and_read_again(memory: int, most_in_memory: int) -> None:
+    setting = Setting(1, memory, most_in_memory)
+
+    async def work() -> None:
+        for name in "abcbd":
+            await setting.ask(name)
+        assert [setting.residency.place(setting.version(n)) for n in "abcd"] == ["disk", "memory", "memory", "slot"]
+        await setting.ask("a")
+        assert setting.residency.place(setting.version("c")) == "disk"
+
+    run(setting, work)
+    assert setting.engine.calls == ["load a", "load b", "load c", "activate b", "evict a", "load d", "evict c",
+                                    "load a"]
+
+
+def test_slots_always_fit_whatever_the_memory() -> None:
+    setting = Setting(2, memory=0)
+
+    async def work() -> None:
+        for name in "abcabc":
+            await setting.ask(name)
+
+    run(setting, work)
+    assert len(setting.engine.memory) <= 2
+
+
+def test_a_removed_version_frees_its_slot_for_whoever_waits() -> None:
+    setting = Setting(1)
+
+    async def work() -> None:
+        await setting.ask("a")
+        await setting.residency.forget(setting.version("a"))
+        assert setting.residency.place(setting.version("a")) == "disk"
+        await setting.ask("b")
+
+    run(setting, work)
+    assert setting.engine.calls == ["load a", "evict a", "load b"]
+
+
+def test_switching_takes_a_limited_share_of_the_engines_time_while_clients_wait_for_it(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "LONGEST_PAUSE_SECONDS", 10.0)
+    setting, end = Setting(2), asyncio.Event()
+    setting.engine.seconds = 0.01
+
+    async def work() -> None:
+        client = asyncio.create_task(setting.ask("a", end))
+        await asyncio.sleep(0.05)
+        started = time.monotonic()
+        for name in "bcdefg":
+            await setting.ask(name)
+        switching, took = 6 * 0.01, time.monotonic() - started
+        end.set()
+        await client
+        assert switching / took < 1.3 * residency.SHARE
+        started = time.monotonic()
+        for name in "hijklm":  # nobody else waits
+            await setting.ask(name)
+        assert time.monotonic() - started < took / 2
+
+    run(setting, work)
+
+
+def test_the_servers_own_requests_and_what_needs_no_slot_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(1)
+    model = Version("base", "zero")
+
+    async def work() -> None:
+        async with setting.residency.request(model), setting.residency.request(None):
+            assert setting.residency._clients == 2
+            await setting.ask("a")
+        async with setting.residency.request(setting.version("a"), client=False):
+            assert setting.residency._clients == 0
+
+    run(setting, work)
+    assert setting.engine.calls == ["load a"]
