@@ -180,8 +180,8 @@ def compare(before: Side | None, after: Side, volumes: Path | None = None) -> Ch
                     for name, part in adapters.items()}
     notes = []
     if before and _moves(before, after):
-        notes.append(f"the namespace changes from {_namespace(before)} to {_namespace(after)}, which has volumes of its "
-                     "own; new ones are empty")
+        notes.append(f"the namespace changes from {_namespace(before)} to {_namespace(after)}, which has volumes of "
+                     "its own; new ones are empty")
     return Changes(environment, adapters, runs, removed, restarts, _server(before, after), rollouts, notes)
 
 

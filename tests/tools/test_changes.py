@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from jobs import __main__ as cli
+from jobs.core import plan as core_plan
 from jobs.core import promotion
 from jobs.core.artifacts import publish
 from jobs.core.environment import Serving
@@ -23,7 +24,7 @@ from jobs.core.errors import UserError
 from jobs.core.files import sha256_of
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import RECIPES, Plan, plan
-from jobs.tools import changes, changes_report, earlier, values, workloads
+from jobs.tools import changes, changes_report, values, workloads
 from jobs.tools import plan as command
 from jobs.tools.changes import Changes, Side
 from jobs.tools.pods import CHECKOUT, Manifest
@@ -346,7 +347,7 @@ def test_the_recipes_of_the_revision_are_those_of_its_code(overlay: Path, monkey
     edit(code, f'"acceptability": {number}', f'"acceptability": {number + 1}')
     commit(overlay)
     assert new(planned(overlay).adapters[A]) == {}, "the code that runs is of another repository"
-    monkeypatch.setattr(earlier.plan, "__file__", str(code))
+    monkeypatch.setattr(core_plan, "__file__", str(code))
     assert new(planned(overlay).adapters[A])["acceptability"] == (
         f"recipe: {number + 1} -> {number} (RECIPES in jobs/core/plan.py)",)
 
