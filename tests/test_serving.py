@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -230,7 +231,7 @@ def test_there_are_slots_for_all_adapters_as_far_as_a_quarter_of_the_base_models
 def test_vllm_gets_the_slots_and_on_a_cpu_one_more_for_the_shield(tmp_path: Path, shield: bool, slots: str) -> None:
     served = replace(publish_base(World(tmp_path, StandIn())), cpu_shield=shield)
     arguments = serving.vllm_arguments(served, tmp_path, "0.0.0.0", 8000, 8)
-    values = dict(zip(arguments, arguments[1:], strict=False))
+    values = dict(itertools.pairwise(arguments))
     assert (values["--max-loras"], values["--max-lora-rank"]) == (slots, "64")
     assert int(values["--max-cpu-loras"]) > 1000, "a number only; memory is limited in bytes"
 
