@@ -257,7 +257,7 @@ class Aliases:
             self._logged.pop(f"attempt {name}", None)
             alias.looked, alias.failures = True, 0
         except Exception as error:  # an unreadable volume or an overloaded engine, for example
-            alias.failures += 1
+            alias.failures, alias.settled = alias.failures + 1, False
             if alias.version is None:
                 alias.why = "its adapter could not be loaded; the server tries again"
             # One alias that fails must not keep the whole server from being ready.
