@@ -47,6 +47,7 @@ RETRY_SECONDS = 60.0  # until an adapter that vLLM did not load is tried again: 
 WATCHED = (promotion.FOLDER, "adapter", "evaluation", "merged-model")
 # For so long after a change, another one may have the same time, which has the resolution of the file system.
 RECENT_SECONDS = 2.0
+FOLLOW_PAUSES = 50  # a look for a new base model takes one part of so many and one
 WAITING_AT_A_TIME = 8  # aliases without the desired adapter that one look covers if nothing seems to have changed
 # From the end of a version's last request to its removal. If a client disconnects, its request ends here first and in
 # the engine a moment later. Without its weights, the engine would try to read them from the disk, and fail.
@@ -103,6 +104,7 @@ class Aliases:
         self._modules: lora.Modules | None = None
         self.base: Version | None = None  # serves requests to the base model in place of it, if not None
         self._logged: dict[str, str] = {}  # the last message by subject
+        self._follow_at = 0.0  # when (monotonic) to look again whether the server can restart on the desired base
         self._updates: dict[str, asyncio.Task[None]] = {}  # by alias; under "" what concerns the base model
         self._started = time.time()
         self._task: asyncio.Task[None] | None = None
@@ -167,7 +169,8 @@ class Aliases:
         work: dict[str, Callable[[], Awaitable[None]]] = {
             name: partial(self._update, name, self.current[name], named[name])
             for name in (named if everything else self._take_turns())}
-        if base.changed(self._declared, self.served) or "base" in self._logged or not self.first_look_done.is_set():
+        if (base.changed(self._declared, self.served) or "base" in self._logged) and (
+                everything or time.monotonic() >= self._follow_at):
             work[""] = self._follow_base
         for name in work.keys() - self._updates.keys():
             self._updates[name] = asyncio.create_task(self._attempt(name, work[name]))
@@ -215,6 +218,7 @@ class Aliases:
             self._turns.pop("base", None)
             return
         serving = [name for name, alias in self.current.items() if alias.version]
+        started = time.monotonic()
         try:
             if not self._has_turn("base", reason):
                 await self._unless_refused(ENVIRONMENT, reason, base.of(environment).folders(self._volumes), partial(
@@ -225,6 +229,8 @@ class Aliases:
             self._log_change("base", f"{reason}, but it was refused: {refused.reason}; the server continues unchanged")
         else:
             self._restart_in_turn("base", reason)
+        # With hundreds of adapters, one look reads thousands of files, and a new base model may take hours.
+        self._follow_at = time.monotonic() + FOLLOW_PAUSES * (time.monotonic() - started)
 
     def _has_turn(self, subject: str, reason: str) -> bool:
         """Whether all checks passed and the server only waits for its time slot to restart."""
@@ -251,7 +257,7 @@ class Aliases:
             self._logged.pop(f"attempt {name}", None)
             alias.looked, alias.failures = True, 0
         except Exception as error:  # an unreadable volume or an overloaded engine, for example
-            alias.failures += 1
+            alias.failures, alias.settled = alias.failures + 1, False
             if alias.version is None:
                 alias.why = "its adapter could not be loaded; the server tries again"
             # One alias that fails must not keep the whole server from being ready.

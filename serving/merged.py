@@ -169,6 +169,7 @@ class MergedAliases(Aliases):
         # As in `choose`: a restart would not bring an alias behind the one that runs.
         if runs and name > runs and runs in self.current and self._ran_unfit is None:
             alias.why = f"a server in mode merged runs one adapter, and {runs} is before it by name"
+            events.state(name, "waiting")
             self._log_change(name, alias.why,
                              partial(events.waiting, name, alias.version.digest if alias.version else None))
             return
