@@ -75,7 +75,7 @@ class Guard:
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Start the guard's tasks when vLLM is up, and stop them when it shuts down."""
-        self._vllm_scope = {"app": scope["app"]} if "app" in scope else {}
+        self._vllm_scope = {"app": scope["app"]}
 
         async def received() -> Message:
             message = await receive()
