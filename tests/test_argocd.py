@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from jobs.core import artifacts
+from jobs.tools import argocd
 from tests.manifests import (
     CHECKOUT,
     Manifest,
@@ -111,15 +112,15 @@ NEW = {"repoURL": "https://git.example.org/mine.git", "revision": "release", "ov
 @pytest.fixture
 def many(tmp_path: Path) -> list[Manifest]:
     """argocd/ of a fork with three environments, for which settings.yaml is edited and nothing else."""
-    argocd = Path(shutil.copytree(ARGOCD, tmp_path / "argocd"))
-    documents = {d["kind"]: d for d in yaml.safe_load_all((argocd / "settings.yaml").read_text())}
+    folder = Path(shutil.copytree(ARGOCD, tmp_path / "argocd"))
+    documents = {d["kind"]: d for d in yaml.safe_load_all((folder / "settings.yaml").read_text())}
     documents["ConfigMap"]["data"] = NEW
     documents["ApplicationSet"]["spec"]["generators"][0]["list"]["elements"] = MANY
     spec = documents["AppProject"]["spec"]
     spec["destinations"] += [{"server": e["cluster"], "namespace": e["namespace"]} for e in MANY]
     spec["clusterResourceWhitelist"] += [{"group": "", "kind": "Namespace", "name": e["namespace"]} for e in MANY]
-    (argocd / "settings.yaml").write_text(yaml.safe_dump_all(documents.values()))
-    return render(argocd)
+    (folder / "settings.yaml").write_text(yaml.safe_dump_all(documents.values()))
+    return render(folder)
 
 
 def test_a_fork_edits_one_file(many: list[Manifest]) -> None:
@@ -142,6 +143,20 @@ def test_a_fork_edits_one_file(many: list[Manifest]) -> None:
     assert settings()["repoURL"] not in text
     assert settings()["overlay"] not in text
     assert "namespace: lora-gitops\n" not in text
+
+
+def test_make_kind_argocd_deploys_one_environment_of_a_fork_with_many(
+        many: list[Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(elements(many)) == 2
+    monkeypatch.setattr(argocd, "CHECKOUT", tmp_path)  # where `many` has its argocd/
+    settings = ("git://git-server/x.git", "main", "overlays/kind", "lora-gitops")
+    found = render(argocd.with_settings(tmp_path / "copy", *settings))
+    assert applications(found).keys() == {"lora-gitops"}
+    spec = applications(found)["lora-gitops"]["spec"]
+    assert (*spec["source"].values(), spec["destination"]["namespace"]) == (
+        "overlays/kind", "git://git-server/x.git", "main", "lora-gitops")
+    assert [d["namespace"] for d in project(found)["spec"]["destinations"]] == ["lora-gitops"]
+    assert [k["name"] for k in project(found)["spec"]["clusterResourceWhitelist"]] == ["lora-gitops"]
 
 
 def test_all_applications_have_everything_else_in_common(many: list[Manifest]) -> None:
