@@ -64,9 +64,11 @@ def run_dataset(loaded: LoadedPipeline, volumes: Path) -> None:
     """
     check_data_in_git(loaded)
     wanted, keep = plan(loaded.pipeline), loaded.pipeline.environment.retention.keep
+    # Both by the adapter's name: retention counts for each adapter, so that others' sentences do not push its own out.
     publish(wanted.dataset, volumes, lambda draft: write_dataset(loaded, draft), keep=keep, resume=True,
             adapter_name=loaded.pipeline.adapter)
-    publish(wanted.acceptability, volumes, lambda draft: write_acceptability(loaded, draft), keep=keep, resume=True)
+    publish(wanted.acceptability, volumes, lambda draft: write_acceptability(loaded, draft), keep=keep, resume=True,
+            adapter_name=loaded.pipeline.adapter)
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

@@ -500,3 +500,19 @@ def test_a_volume_that_is_too_small_is_said_before_anything_is_fetched(tmp_path:
     with pytest.raises(UserError, match=r"base-model.*3\.0 MB are needed, but 1\.0 MB are free"):
         run_here(loaded, "base-model", tmp_path / "v")
     assert hub.gets("model.safetensors") == []
+
+
+def test_sentences_of_many_adapters_do_not_push_each_other_out(tmp_path: Path, hub: Hub) -> None:
+    """Retention keeps some of each adapter's. An evaluation would wait in vain for sentences that are gone."""
+    made = []
+    for number in range(3):
+        folder = tmp_path / f"adapter-{number}"
+        folder.mkdir()
+        pairs = folder / "pairs.csv"
+        pairs.write_text("text,acceptable\n" + "".join(
+            f"The cook reads {n} books.,1\nReads {n} cook the.,0\n" for n in range(number, number + 3)))
+        loaded = overlay(folder, hub, adapter=f"adapter-{number}", retention__keep=1, evaluation__acceptability={
+            "source": "file:pairs.csv", "sha256": sha256(pairs.read_bytes())})
+        run_here(loaded, "dataset", tmp_path / "v")
+        made.append(plan(loaded.pipeline).acceptability)
+    assert all(artifacts.find(spec, tmp_path / "v") for spec in made)
