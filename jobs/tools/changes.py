@@ -453,12 +453,13 @@ def _restarts_by_file(before: Side, after: Side) -> Iterator[Restart]:
     if reasons:
         wait = new.serving.when_base_changes == "wait-for-adapters"
         yield Restart("adapters passed" if wait else "base model there", " and ".join(reasons))
-    elif new.serving.mode == "merged" and any(
-            name not in before.adapters or adapter_specs(each)["evaluation"].digest
-            != adapter_specs(before.adapters[name], before.recipes)["evaluation"].digest
-            for name, each in after.adapters.items()):
-        yield Restart("adapters passed", "in mode merged, a new adapter needs a restart")
-    if new.serving.mode == old.serving.mode == "lora":  # the others are flags of vLLM, which are fixed at its start
+        return  # what else changed comes with that restart
+    if new.serving.mode == "merged":
+        if any(name not in before.adapters or adapter_specs(each)["evaluation"].digest
+               != adapter_specs(before.adapters[name], before.recipes)["evaluation"].digest
+               for name, each in after.adapters.items()):
+            yield Restart("adapters passed", "in mode merged, a new adapter needs a restart")
+    else:  # the other keys are flags of vLLM, which are fixed at its start
         for (key,), before_value, after_value in changed_keys(old.serving, new.serving):
             lowered = key == "max_lora_rank" and after_value < before_value
             if key not in ("mode", "when_base_changes") and not lowered:

@@ -236,10 +236,13 @@ def test_an_adapter_that_no_kustomization_lists_is_said_not_to_run(overlay: Path
     ("environment.yaml", "max_lora_rank: 64", "max_lora_rank: 128",
      [("at once", "serving.max_lora_rank: 64 -> 128")]),
     ("environment.yaml", "max_lora_rank: 64", "max_lora_rank: 32", []),
+    ("environment.yaml", "serving:\n", "serving:\n  slots: 4\n", [("at once", "serving.slots: none -> 4")]),
+    ("environment.yaml", "serving:\n", "serving:\n  slots: 4\n  mode: merged\n",
+     [("adapters passed", "serving.mode changes from lora to merged")]),
     ("environment.yaml", "keep: 5", "keep: 6", []),
     ("environment.yaml", "serving:\n", "serving:\n  mode: merged\n",
      [("adapters passed", "serving.mode changes from lora to merged")]),
-], ids=["a flag of vLLM", "a higher rank", "a lower rank", "retention", "mode merged"])
+], ids=["a flag of vLLM", "a higher rank", "a lower rank", "slots", "slots and the mode", "retention", "mode merged"])
 def test_whether_serving_restarts_and_when(overlay: Path, file: str, before: str, after: str,
                                            restarts: list[tuple[str, str]]) -> None:
     edit(overlay / file, before, after)
