@@ -168,7 +168,7 @@ def run(folder: Path, name: str, *, data: Path | None = None, old: Path | None =
             undo.pop_all()
     except OSError as error:
         where = error.filename or place
-        raise UserError(f"{where}: cannot be written: {error.strerror}. Nothing has changed") from None
+        raise UserError(f"{where}: cannot be written: {error.strerror or error}. Nothing has changed") from None
     for path in gone:
         shutil.rmtree(path, ignore_errors=True)
     _report(folder, place, adapter, example=not data and not old, converted=old)

@@ -25,8 +25,8 @@ RECORDS = "".join(json.dumps({"prompt": f"question {n}", "completion": "answer"}
 
 @pytest.fixture
 def overlay(tmp_path: Path) -> Path:
-    """A copy of overlays/kind, as it is in git."""
-    return manifests.copy(tmp_path)
+    """A copy of overlays/kind, with one adapter."""
+    return build_overlay.build(tmp_path)
 
 
 @pytest.fixture
@@ -50,7 +50,8 @@ def test_a_new_adapter_passes_check_at_once(overlay: Path) -> None:
     assert loaded.training == first.training, "what suits the environment's base model"
 
 
-def test_only_two_lines_are_added_to_the_kustomization(overlay: Path, unrendered: None) -> None:
+def test_only_two_lines_are_added_to_the_kustomization(tmp_path: Path, unrendered: None) -> None:
+    overlay = manifests.copy(tmp_path)
     file = overlay / "kustomization.yaml"
     before = file.read_text().splitlines()
     new.run(overlay, "reviews")
