@@ -34,7 +34,7 @@ log = logging.getLogger("serving")
 
 HOLD_SECONDS = 60.0  # how long a request waits for a slot at most
 MOST_HELD = 1024  # requests that wait; the next one is turned away at once
-PATIENCE_SECONDS = 1.0  # how long a request waits while all slots are busy, before one of them gets no new requests
+PATIENCE_SECONDS = 0.5  # how long a request waits while all slots are busy, before one of them gets no new requests
 CLOSED_SECONDS = 10.0  # after that, another one gets no new requests: this one may have a very long reply
 # Of the engine's time while it computes clients' requests, as measured from outside: much of it is the end of the step
 # that the engine is in.
@@ -210,16 +210,16 @@ class Residency:
         while self._waiting:
             for version in [v for v in self._waiting if v in self._slotted and v is not self._closed]:
                 self._admit(version)
-            version = next((v for v in self._waiting if v not in self._slotted), None)  # type: ignore[assignment]
-            if version is None:
+            first = next((version for version in self._waiting if version not in self._slotted), None)
+            if first is None:
                 self._closed = None  # nobody waits for its slot any more
                 continue
             now = time.monotonic()
             if self._clients and now < self._next_switch:
                 return self._next_switch - now
-            if len(self._slotted) >= self.slots and not self._vacate(self._waiting[version].since):
+            if len(self._slotted) >= self.slots and not self._vacate(self._waiting[first].since):
                 return PATIENCE_SECONDS
-            await self._bring_in(version)
+            await self._bring_in(first)
         return None
 
     def _admit(self, version: Version) -> None:
