@@ -7,16 +7,19 @@ An adapter is named in six places: its folder, `adapter` in its pipeline.yaml, `
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from jobs.core import environment, pipeline
 from jobs.core.errors import UserError
 from jobs.core.pipeline import ADAPTERS, LoadedPipeline
-from jobs.tools import kustomization
+from jobs.tools import kustomization, yaml_text
 from jobs.tools.kustomization import INSTANCE, Content
 from jobs.tools.overlay import pipelines
 
@@ -170,3 +173,37 @@ def _shared(overlay: Path, entries: Entries) -> Iterator[str]:
         if file != shared and (file.parent.parent != adapters or file.name != pipeline.FILE):
             yield (f"{entries.file}: `{SERVED}` has {key}={file.name}, which is neither {environment.FILE} nor the "
                    f"{pipeline.FILE} of a folder of {ADAPTERS}. Remove it")
+
+
+def with_adapter(file: Path, name: str) -> str:
+    """The text of the overlay's kustomization with the entries of an adapter; those that are there stay.
+
+    Raises:
+        UserError: its layout does not let them be added; has the entries, for a person to add them.
+    """
+    content = kustomization.read(file)
+    text = file.read_bytes().decode()
+    entry, served = f"{ADAPTERS}/{name}", f"{name}.yaml={ADAPTERS}/{name}/{pipeline.FILE}"
+    wanted = copy.deepcopy(content)
+    try:
+        if entry not in wanted["resources"]:
+            at = [n for n, part in enumerate(wanted["resources"]) if str(part).startswith(f"{ADAPTERS}/")]
+            after = at[-1] if at else len(wanted["resources"]) - 1
+            wanted["resources"].insert(after + 1, entry)
+            text = yaml_text.append(text, ["resources"], entry, after=after)
+        number = next(n for n, generator in enumerate(wanted["configMapGenerator"]) if generator["name"] == SERVED)
+        if served not in wanted["configMapGenerator"][number]["files"]:
+            wanted["configMapGenerator"][number]["files"].append(served)
+            text = yaml_text.append(text, ["configMapGenerator", number, "files"], served)
+        if holds(text, wanted):
+            return text
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, StopIteration):
+        pass  # reported below
+    raise UserError(f"{file}: its layout does not let the adapter's entries be added. Add them yourself, then run this "
+                    f"again: under `resources`: - {entry}; under `files` of the generator `{SERVED}`: - {served}")
+
+
+def holds(text: str, content: dict[str, Any]) -> bool:
+    """Whether a text of YAML holds this content, keys without a value aside."""
+    found = yaml.safe_load(text)
+    return isinstance(found, dict) and {key: value for key, value in found.items() if value is not None} == content

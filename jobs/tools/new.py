@@ -7,7 +7,6 @@ both. Either everything is written or nothing: what was begun is undone when any
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import json
 import logging
@@ -17,7 +16,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from jobs.core.errors import UserError
 from jobs.core.files import open_plain, sha256_of, write_atomically
 from jobs.core.pipeline import ADAPTERS, PipelineFile
 from jobs.core.strict_yaml import CONFIG_MAP_BYTES
-from jobs.tools import entries, kustomization, overlay, yaml_text
+from jobs.tools import conversion, entries, kustomization, overlay
 from jobs.tools.entries import SERVED
 
 log = logging.getLogger("jobs")
@@ -133,7 +132,7 @@ class Adapter:
 
     name: str
     pipeline: str  # the text of its pipeline.yaml
-    data: dict[str, Path | str] = field(default_factory=dict)  # each further file: where it is now, or its text
+    data: dict[str, Path | str]  # each further file: where it is now, or its text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,19 +163,18 @@ def run(folder: Path, name: str, *, data: Path | None = None, old: Path | None =
     if os.path.lexists(place):
         raise UserError(f"{place}: exists already. Choose another name, or remove it")
     if old:
-        from jobs.tools import conversion
-
         converted = conversion.convert(old, folder, name, HEADER.format(place=place))
-        adapter, shared, text = converted.adapter, converted.environment, conversion.with_adapter(file, name)
+        adapter = Adapter(name, converted.pipeline, converted.data)
+        shared, text = converted.environment, conversion.with_adapter(file, name)
     else:
-        adapter, shared, text = _made(folder, name, data), None, with_adapter(file, name)
+        adapter, shared, text = _made(folder, name, data), None, entries.with_adapter(file, name)
     try:
         with ExitStack() as undo:
             _write_folder(place, adapter, _kustomization(folder, adapter), undo)
             if shared is not None:
                 _write(folder / environment.FILE, shared, undo)
             _write(file.resolve(), text, undo)
-            gone = conversion.remove(old, folder, adapter, undo) if old else []
+            gone = conversion.remove(old, folder, adapter.data.values(), undo) if old else []
             _verify(folder, name)
             undo.pop_all()
     except OSError as error:
@@ -214,40 +212,6 @@ def require_overlay(folder: Path, *, converting: bool) -> Path:
                             f"python -m jobs new {folder} NAME --from {folder / pipeline.FILE}")
         raise UserError(f"{folder}: has no {environment.FILE}. Name an overlay's folder, e.g. overlays/kind")
     return file
-
-
-def with_adapter(file: Path, name: str) -> str:
-    """The text of the overlay's kustomization with the entries of an adapter; those that are there stay.
-
-    Raises:
-        UserError: its layout does not let them be added; has the entries, for a person to add them.
-    """
-    content = kustomization.read(file)
-    text = file.read_bytes().decode()
-    entry, served = f"{ADAPTERS}/{name}", f"{name}.yaml={ADAPTERS}/{name}/{pipeline.FILE}"
-    wanted = copy.deepcopy(content)
-    try:
-        if entry not in wanted["resources"]:
-            at = [n for n, part in enumerate(wanted["resources"]) if str(part).startswith(f"{ADAPTERS}/")]
-            after = at[-1] if at else len(wanted["resources"]) - 1
-            wanted["resources"].insert(after + 1, entry)
-            text = yaml_text.append(text, ["resources"], entry, after=after)
-        number = next(n for n, generator in enumerate(wanted["configMapGenerator"]) if generator["name"] == SERVED)
-        if served not in wanted["configMapGenerator"][number]["files"]:
-            wanted["configMapGenerator"][number]["files"].append(served)
-            text = yaml_text.append(text, ["configMapGenerator", number, "files"], served)
-        if holds(text, wanted):
-            return text
-    except (yaml.YAMLError, LookupError, TypeError, AttributeError, StopIteration):
-        pass  # reported below
-    raise UserError(f"{file}: its layout does not let the adapter's entries be added. Add them yourself, then run this "
-                    f"again: under `resources`: - {entry}; under `files` of the generator `{SERVED}`: - {served}")
-
-
-def holds(text: str, content: dict[str, Any]) -> bool:
-    """Whether a text of YAML holds this content, keys without a value aside."""
-    found = yaml.safe_load(text)
-    return isinstance(found, dict) and {key: value for key, value in found.items() if value is not None} == content
 
 
 def _made(folder: Path, name: str, data: Path | None) -> Adapter:

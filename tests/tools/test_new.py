@@ -16,7 +16,7 @@ import yaml
 from jobs.core import environment, pipeline
 from jobs.core.errors import UserError
 from jobs.core.files import write_atomically
-from jobs.tools import check, new
+from jobs.tools import check, entries, new
 from jobs.tools.pods import CHECKOUT
 from tests import build_overlay, build_pipeline, manifests
 
@@ -166,7 +166,7 @@ def test_nothing_is_left_behind_where_it_cannot_be_added(
 
 
 def test_entries_that_a_person_added_are_taken(overlay: Path) -> None:
-    text = new.with_adapter(overlay / "kustomization.yaml", "reviews")
+    text = entries.with_adapter(overlay / "kustomization.yaml", "reviews")
     (overlay / "kustomization.yaml").write_text(text)
     new.run(overlay, "reviews")
     assert (overlay / "kustomization.yaml").read_text() == text
@@ -186,7 +186,7 @@ def test_entries_are_added_in_any_layout(tmp_path: Path, before: str, after: str
     served = "environment.yaml, reviews.yaml=adapters/reviews/pipeline.yaml"
     file = tmp_path / "kustomization.yaml"
     file.write_bytes((before + generator).encode())
-    assert new.with_adapter(file, "reviews") == after + generator.replace("environment.yaml", served)
+    assert entries.with_adapter(file, "reviews") == after + generator.replace("environment.yaml", served)
 
 
 @pytest.mark.usefixtures("unrendered")
