@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from jobs.core.errors import UserError
 from jobs.core.pipeline import ADAPTERS, Pipeline, PipelineFile
 from jobs.core.strict_yaml import Document
 from jobs.tools import entries, kustomization, pin, yaml_text
-from jobs.tools.entries import SERVED, Adapter
+from jobs.tools.entries import SERVED
 from jobs.tools.pods import KUSTOMIZATIONS
 
 ENVIRONMENT_HEADER = """\
@@ -38,7 +38,8 @@ OUTDATED = "the one file to edit"  # in the comment at the top of the earlier fo
 class Converted:
     """The parts of a file of the earlier form."""
 
-    adapter: Adapter
+    pipeline: str  # the text of the adapter's pipeline.yaml
+    data: dict[str, Path | str]  # each further file of its folder: where it is now
     environment: str | None  # the text of environment.yaml; None if the overlay has one
 
 
@@ -73,9 +74,9 @@ def convert(file: Path, folder: Path, name: str, header: str) -> Converted:
     shared_text = ENVIRONMENT_HEADER.format(folder=folder) + texts[True]
     if (folder / environment.FILE).exists():
         require_equal(found, document, environment.load(folder, pinned=False))
-        return Converted(Adapter(name, text, data), None)
+        return Converted(text, data, None)
     require_models(file, folder, found)
-    return Converted(Adapter(name, text, data), shared_text)
+    return Converted(text, data, shared_text)
 
 
 def divided(text: str, values: Mapping[str, Any]) -> dict[bool, str]:
@@ -237,7 +238,7 @@ def with_adapter(file: Path, name: str) -> str:
             generator |= {"name": after, "files": files}
             text = yaml_text.replace(text, ["configMapGenerator", number, "name"], after)
             text = yaml_text.replace(text, ["configMapGenerator", number, "files"], f"[{', '.join(files)}]")
-        if base and yaml_text.holds(text, wanted):
+        if base and entries.holds(text, wanted):
             return text
     except (yaml.YAMLError, LookupError, TypeError, AttributeError):
         pass  # reported below
@@ -258,7 +259,7 @@ def _with_base(file: Path, text: str, wanted: dict[str, Any]) -> tuple[str, bool
     return text, any(Path(str(part)).parts[-2:] == ("base", "environment") for part in wanted["resources"])
 
 
-def remove(file: Path, folder: Path, adapter: Adapter, undo: ExitStack) -> list[Path]:
+def remove(file: Path, folder: Path, data: Iterable[Path | str], undo: ExitStack) -> list[Path]:
     """Take the converted file and its data out of the overlay's folder; what lies elsewhere stays.
 
     Returns:
@@ -273,7 +274,7 @@ def remove(file: Path, folder: Path, adapter: Adapter, undo: ExitStack) -> list[
     needed = {path for each, content in kustomization.own(folder).items() if each.parent == folder.resolve()
               for generator in kustomization.mappings(content, "configMapGenerator")
               for _, path in kustomization.generated_from(each, generator)}
-    for path in [file, *(path for path in adapter.data.values() if isinstance(path, Path))]:
+    for path in [file, *(path for path in data if isinstance(path, Path))]:
         if path.parent.resolve() == folder.resolve() and kustomization.normal(path) not in needed:
             path.rename(trash / path.name)
             undo.callback((trash / path.name).rename, path)

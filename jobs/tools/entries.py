@@ -44,15 +44,6 @@ class Entries:
     generators: dict[str, Content] = field(default_factory=dict)  # the ConfigMaps' generators, by name
 
 
-@dataclass
-class Adapter:
-    """What is to be written for an adapter."""
-
-    name: str
-    pipeline: str  # the text of its pipeline.yaml
-    data: dict[str, Path | str] = field(default_factory=dict)  # each further file: where it is now, or its text
-
-
 def read(overlay: Path) -> Entries | None:
     """What the kustomizations in the overlay's folder list; None if it has none.
 
@@ -204,9 +195,15 @@ def with_adapter(file: Path, name: str) -> str:
         if served not in wanted["configMapGenerator"][number]["files"]:
             wanted["configMapGenerator"][number]["files"].append(served)
             text = yaml_text.append(text, ["configMapGenerator", number, "files"], served)
-        if yaml_text.holds(text, wanted):
+        if holds(text, wanted):
             return text
     except (yaml.YAMLError, LookupError, TypeError, AttributeError, StopIteration):
         pass  # reported below
     raise UserError(f"{file}: its layout does not let the adapter's entries be added. Add them yourself, then run this "
                     f"again: under `resources`: - {entry}; under `files` of the generator `{SERVED}`: - {served}")
+
+
+def holds(text: str, content: dict[str, Any]) -> bool:
+    """Whether a text of YAML holds this content, keys without a value aside."""
+    found = yaml.safe_load(text)
+    return isinstance(found, dict) and {key: value for key, value in found.items() if value is not None} == content

@@ -16,6 +16,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from jobs.core.files import open_plain, sha256_of, write_atomically
 from jobs.core.pipeline import ADAPTERS, PipelineFile
 from jobs.core.strict_yaml import CONFIG_MAP_BYTES
 from jobs.tools import conversion, entries, kustomization, overlay
-from jobs.tools.entries import SERVED, Adapter
+from jobs.tools.entries import SERVED
 
 log = logging.getLogger("jobs")
 
@@ -125,6 +126,15 @@ EVALUATION: dict[str, Any] = {"max_new_tokens": 64, "gate": {
     "perplexity": {"max_ratio": 0.9}, "rougeL": {"min_gain": 0.05}, "acceptability_mcc": {"max_drop": 0.05}}}
 
 
+@dataclass
+class Adapter:
+    """What is to be written for an adapter."""
+
+    name: str
+    pipeline: str  # the text of its pipeline.yaml
+    data: dict[str, Path | str]  # each further file: where it is now, or its text
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `python -m jobs new` behind the overlay."""
     parser.add_argument("name", metavar="NAME", help="the adapter: 1 to 63 of a-z, 0-9 and -, not at the ends")
@@ -154,7 +164,8 @@ def run(folder: Path, name: str, *, data: Path | None = None, old: Path | None =
         raise UserError(f"{place}: exists already. Choose another name, or remove it")
     if old:
         converted = conversion.convert(old, folder, name, HEADER.format(place=place))
-        adapter, shared, text = converted.adapter, converted.environment, conversion.with_adapter(file, name)
+        adapter = Adapter(name, converted.pipeline, converted.data)
+        shared, text = converted.environment, conversion.with_adapter(file, name)
     else:
         adapter, shared, text = _made(folder, name, data), None, entries.with_adapter(file, name)
     try:
@@ -163,7 +174,7 @@ def run(folder: Path, name: str, *, data: Path | None = None, old: Path | None =
             if shared is not None:
                 _write(folder / environment.FILE, shared, undo)
             _write(file.resolve(), text, undo)
-            gone = conversion.remove(old, folder, adapter, undo) if old else []
+            gone = conversion.remove(old, folder, adapter.data.values(), undo) if old else []
             _verify(folder, name)
             undo.pop_all()
     except OSError as error:

@@ -61,12 +61,6 @@ def append(text: str, path: Sequence[str | int], item: str, *, after: int = -1) 
     return f"{text[:line]}{newline}{' ' * node.start_mark.column}- {item}{text[line:]}"
 
 
-def holds(text: str, content: dict[str, Any]) -> bool:
-    """Whether a text of YAML holds this content, keys without a value aside."""
-    found = yaml.safe_load(text)
-    return isinstance(found, dict) and {key: value for key, value in found.items() if value is not None} == content
-
-
 def _end(text: str, node: Any) -> int:
     """Where the text of a node ends. The mark of a block of lines is behind the comments that follow it."""
     while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
