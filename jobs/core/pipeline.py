@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from jobs.core import declarations, environment
@@ -110,6 +110,14 @@ class PipelineFile(Strict):
     dataset: DatasetSource
     training: Training = Training()
     evaluation: Evaluation
+
+    @field_validator("adapter")
+    @classmethod
+    def _is_free(cls, name: str) -> str:
+        if name == Path(environment.FILE).stem:  # serving mounts NAME.yaml beside environment.yaml
+            raise PydanticCustomError("name", "no adapter can have this name: its file would be {file} for the server",
+                                      {"file": environment.FILE})
+        return name
 
 
 class Pipeline(PipelineFile):

@@ -191,6 +191,8 @@ def require_name(name: str) -> None:
     Raises:
         UserError: with what is allowed.
     """
+    if name == Path(environment.FILE).stem:
+        raise UserError(f"no adapter can have the name {name}: its file would be {environment.FILE} for the server")
     if not NAME.fullmatch(name):
         shown = name if len(name) <= 80 else name[:77] + "…"
         raise UserError(f"{shown!r} cannot be the name of an adapter: it must be 1 to 63 of a-z, 0-9 and -, not at the "

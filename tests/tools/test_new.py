@@ -134,6 +134,12 @@ def test_a_name_that_kubernetes_would_refuse_is_refused(tmp_path: Path, name: st
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_name_of_the_environments_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no adapter can have the name environment: its file would be environment.yaml"):
+        new.run(tmp_path, "environment")
+    assert list(tmp_path.iterdir()) == []
+
+
 def replace(file: Path, before: str, after: str) -> None:
     assert before in file.read_text()
     file.write_text(file.read_text().replace(before, after))
