@@ -31,7 +31,7 @@ def test_an_adapters_folder_stands_for_its_file(tmp_path: Path) -> None:
     ({"modle": 3}, "modle: unknown key; allowed: adapter, dataset,"),
     ({"adapter": None}, "adapter: is missing"),
     ({"adapter": "Seville_Hotels"}, "adapter: 'Seville_Hotels' must be 1 to 63 of a-z, 0-9 and -"),
-    ({"adapter": "environment"}, "adapter: 'environment': no adapter can have this name: its file would be environment.yaml"),
+    ({"adapter": "environment"}, "no adapter can have this name: its file would be environment.yaml"),
     ({"training__epochs": "3"}, "training.epochs: '3': input should be a valid integer"),
     ({"training__epochs": True}, "training.epochs: True: input should be a valid integer"),
     ({"training__lora__r": 0}, "training.lora.r: 0: input should be greater than or equal to 1"),
