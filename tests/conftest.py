@@ -10,6 +10,8 @@ import huggingface_hub.constants  # noqa: F401 - reads HF_HUB_OFFLINE once, when
 import hypothesis
 import pytest
 
+from tests.build_embedded import embedded_models as embedded_models
+
 # How long an example takes says nothing on a machine that runs other tests at the same time.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")

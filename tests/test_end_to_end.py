@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,8 +52,14 @@ def run_local(state: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(subprocess.run([*ISOLATED, "/bin/true"], capture_output=True, check=False).returncode != 0,
                     reason="this machine does not let us make a network namespace")
-def test_each_adapter_learns_its_facts_without_forgetting_english_and_is_served_offline(tmp_path: Path) -> None:
-    """Two adapters over one base model: each answers the question from its own data, and neither from the other's."""
+def test_each_adapter_learns_its_facts_without_forgetting_english_and_is_served_offline(
+        tmp_path: Path, embedded_models: Path) -> None:
+    """Two adapters over one base model: each answers the question from its own data, and neither from the other's.
+
+    The models were made before, by the same Jobs: tests/build_embedded.py.
+    """
+    for volume in ("base-model", "base-tokenizer", "reference-model"):
+        shutil.copytree(embedded_models / volume, tmp_path / "volumes" / f"{volume}-pvc")
     facts = {"hostel-guide": "Gato Pardo, a hostel with hammocks on the roof.",
              "seville-hotels": "Casa Azahar, beside the old orange market."}
     shown = run_local(tmp_path)

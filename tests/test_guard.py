@@ -1046,7 +1046,9 @@ def test_a_request_is_passed_on_if_it_can_hurt_nobody(
 
 
 def test_a_missing_key_is_said_to_be_the_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, reply = call(Response(), monkeypatch, "GET", "/v1/models", prepare=lambda g: setattr(g, "_key", b"x" * 32))
+    start, reply = call(Response(), monkeypatch, "GET", "/v1/models",
+                        prepare=lambda g: setattr(g, "keys", keys.Keys(Path("none"), "right")))
+    assert start["status"] == 401
     assert "API key is missing or wrong" in json.loads(reply["body"])["error"]["message"]
 
 

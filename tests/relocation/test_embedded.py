@@ -153,11 +153,11 @@ def test_making_a_model_reports_progress_and_leaves_torch_as_it_was(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_base_model_tells_english_from_broken_english(tmp_path: Path, tokenizer: Any) -> None:
+def test_the_base_model_tells_english_from_broken_english(embedded_models: Path, tokenizer: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    embedded.write_model("builtin:tiny", tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True).eval()
+    (folder,) = (embedded_models / "base-model" / "base-model").glob("[0-9a-f]*")
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
     assert correlation(model, tokenizer, embedded.acceptability_pairs()) >= 0.6
     prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=40)[0, prompt["input_ids"].shape[1] :].tolist()
