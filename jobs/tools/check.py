@@ -46,6 +46,10 @@ def run(path: Path) -> None:
         collect(check_size, loaded)
     if not files.adapter:
         collect(check_served_size, files)
+        if environment and environment.environment.serving.mode == "merged" and len(files.pipelines) > 1:
+            log.warning("%s: serving.mode is merged, so the server runs one adapter, the first by name that passed its "
+                        "gate; %d more are trained and not served. Give each an environment of its own",
+                        environment.path, len(files.pipelines) - 1)
     collect(check_kustomization, files, environment, adapters)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))

@@ -74,6 +74,18 @@ def test_in_mode_merged_a_model_without_lora_in_vllm_passes_too(tmp_path: Path, 
     check.run(overlay(tmp_path, base_model__architecture=architecture, serving__mode="merged"))
 
 
+def test_in_mode_merged_one_adapter_is_served_and_that_is_said(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = build_overlay.build(tmp_path, "cordoba-hotels")
+    check.run(folder)
+    assert "not served" not in caplog.text
+    file = folder / "environment.yaml"
+    file.write_text(file.read_text().replace("serving:\n", "serving:\n  mode: merged\n"))
+    check.run(folder)
+    assert "environment.yaml: serving.mode is merged, so the server runs one adapter" in caplog.text
+    assert "1 more are trained and not served" in caplog.text
+
+
 def test_bad_records_are_listed_with_their_lines(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"dataset\.jsonl:41: `completion` is empty"):
         check.run(overlay(tmp_path, [*RECORDS, {"prompt": "question", "completion": ""}]))
