@@ -180,3 +180,71 @@ def test_a_key_of_the_pipeline_in_an_environment_file_is_unknown(tmp_path: Path,
     build_pipeline.write_yaml(shared, build_pipeline.environment() | {key: "x"})
     with pytest.raises(UserError, match=rf"environment\.yaml:\d+: {key}: unknown key"):
         pipeline.load(file)
+
+
+# --- what is just allowed, and what messages name ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [
+    {"training__sharding": "fsdp"}, {"training__quantization": "4bit"},
+    {"training__max_length": 4096, "training__tokens_per_batch": 4096}, {"training__lora__r": 64}])
+def test_what_is_just_allowed_is_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
+    pipeline.load(build_pipeline.write(tmp_path, **changes))
+
+
+def test_an_empty_gate_lists_the_metrics_that_a_rule_can_bound(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Add a rule for one of perplexity, rouge1, .*, acceptability_accuracy$"):
+        pipeline.load(build_pipeline.write(tmp_path, evaluation__gate={}))
+
+
+def test_an_adapter_cannot_have_the_name_of_the_base_model(tmp_path: Path) -> None:
+    file = build_pipeline.write(tmp_path, adapter="tiny", base_model={
+        "source": "hf://tiny", "revision": build_pipeline.COMMIT})
+    with pytest.raises(UserError, match="adapter has the base model's name: clients could not tell them apart"):
+        pipeline.load(file)
+
+
+def test_sources_are_named_by_their_keys(tmp_path: Path) -> None:
+    found = pipeline.load(build_pipeline.write(tmp_path)).pipeline
+    assert found.sources() == {"dataset": found.dataset, "evaluation.acceptability": found.evaluation.acceptability}
+
+
+@pytest.mark.parametrize(("file", "shared"), [
+    ("pipeline.yaml", "environment.yaml"), ("x/y/z/pipeline.yaml", "x/y/z/environment.yaml"),
+    ("mine/adapters/a/pipeline.yaml", "mine/environment.yaml"),
+    ("overlays/mine/adapters/a/pipeline.yaml", "overlays/mine/environment.yaml")])
+def test_the_environment_file_is_named_as_people_named_the_pipeline_file(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, shared: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert pipeline.find_environment(Path(file)) == Path(shared)
+
+
+def test_an_environment_file_beside_the_pipeline_file_is_taken_first(tmp_path: Path) -> None:
+    """As in a pod, where the folder may have any name."""
+    folder = tmp_path / "adapters" / "a"
+    folder.mkdir(parents=True)
+    build_pipeline.write(folder)
+    assert pipeline.find_environment(folder / "pipeline.yaml") == folder / "environment.yaml"
+
+
+def test_an_environment_that_was_read_before_is_taken_as_it_is(tmp_path: Path) -> None:
+    file = build_pipeline.write(tmp_path)
+    shared = pipeline.load(file).environment
+    shared.path.unlink()
+    assert pipeline.load(file, shared).environment is shared
+
+
+def test_pin_reads_files_without_pins(tmp_path: Path) -> None:
+    file = build_pipeline.write(tmp_path, dataset__sha256=None, base_model__revision=None)
+    assert pipeline.load(file, pinned=False).pipeline.dataset.sha256 is None
+
+
+def test_a_pipeline_file_without_a_mapping_names_the_key_that_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.yaml").write_text("- a\n")
+    with pytest.raises(UserError, match="must hold a mapping with the key `adapter` and others, not a list"):
+        pipeline.load(tmp_path)
+
+
+def test_a_path_that_cannot_be_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a+: cannot be read: File name too long"):
+        pipeline.load(tmp_path / ("a" * 300))
