@@ -76,4 +76,6 @@ def refuses(url: str) -> bool:
         httpx.get(url + "/health")
     except httpx.ConnectError:
         return True
+    except httpx.TransportError:  # the system had accepted the connection before the server stopped to listen
+        return False
     return False
