@@ -19,7 +19,8 @@ OVERLAY ?= overlays/kind
 QUESTION ?= What is the best hotel in Seville?
 # Without a terminal for Ctrl-C, the demo exits when the question is answered. EXIT= keeps it running.
 EXIT ?= $(shell test -t 0 || echo --exit)
-# Two modules of tests at a time: a server of real vLLM computes on one core and takes 2 GB.
+# Two modules of tests at a time: a server of real vLLM computes on one core and takes 2 GB. torch gets one thread in each:
+# on two cores, the threads of two processes would wait for each other.
 WORKERS ?= 2
 ENGINE ?= docker
 FLAVOUR ?= cpu
@@ -35,7 +36,7 @@ demo: setup
 test: setup .venv-checkov/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	env -u KUBECONFIG $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	env -u KUBECONFIG OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Creates and removes namespaces, and drains a node: `make test` never runs it, even if KUBECONFIG is set.
 e2e: setup
