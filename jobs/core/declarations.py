@@ -130,6 +130,24 @@ class Loaded:
         return self.path.parent / source.location
 
 
+def find(path: Path, name: str, folder: str) -> Path:
+    """The file that a person means: the file itself, or `name` in a folder.
+
+    Args:
+        folder: what the folder is, for the message about one without the file.
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        file = path / name if path.is_dir() else path
+        there = file.exists()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if not there:
+        raise UserError(f"{file}: no such file. Name {folder}, or its {name}")
+    return file
+
+
 def read(file: Path, hint: str) -> Document:
     """Read a file that must hold a mapping.
 

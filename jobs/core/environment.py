@@ -15,7 +15,6 @@ from pydantic_core import PydanticCustomError
 
 from jobs.core import declarations
 from jobs.core.declarations import Loaded, ModelSource, Source, Strict, TokenizerSource
-from jobs.core.errors import UserError
 
 FILE = "environment.yaml"
 # The values vLLM accepts for --max-lora-rank (vllm.config.lora.MaxLoRARanks; tests/core/test_models.py compares them).
@@ -89,13 +88,7 @@ def load(path: Path, *, pinned: bool = True) -> LoadedEnvironment:
         UserError: with one line for each problem: file, line, key, what is wrong, what is allowed. Nothing else,
             whatever the file holds.
     """
-    try:
-        file = path / FILE if path.is_dir() else path
-        there = file.exists()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if not there:
-        raise UserError(f"{file}: no such file. Name an overlay's folder, or its {FILE}")
+    file = declarations.find(path, FILE, "an overlay's folder")
     document = declarations.read(file, "base_model")
     environment = declarations.validate(document, Environment, document.values)
     if pinned:

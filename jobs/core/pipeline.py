@@ -190,11 +190,4 @@ def load(path: Path, environment_file: Path | LoadedEnvironment | None = None, *
 
 def find(path: Path) -> Path:
     """The pipeline file that a person means: the file itself, or `pipeline.yaml` in an adapter's folder."""
-    try:
-        file = path / FILE if path.is_dir() else path
-        there = file.exists()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if not there:
-        raise UserError(f"{file}: no such file. Name an adapter's folder, or its {FILE}")
-    return file
+    return declarations.find(path, FILE, "an adapter's folder")

@@ -60,16 +60,10 @@ def _files(folder: Path) -> tuple[Environment, Mapping[str, Pipeline], list[str]
     """
     if not (folder / environment.FILE).is_file():
         return _one_file(folder / pipeline.FILE)
-    shared = environment.load(folder, pinned=False).environment
-    adapters, problems = dict[str, Pipeline](), list[str]()
-    for file in overlay.find(folder).pipelines:
-        try:
-            loaded = pipeline.load(file, folder / environment.FILE, pinned=False).pipeline
-        except UserError as error:
-            problems.append(str(error))
-        else:
-            adapters[loaded.adapter] = loaded
-    return shared, adapters, problems
+    shared, adapters, problems = overlay.read(overlay.find(folder), pinned=False)
+    if shared is None:
+        raise UserError("\n".join(problems))
+    return shared.environment, {each.pipeline.adapter: each.pipeline for each in adapters.values()}, problems
 
 
 def _one_file(file: Path) -> tuple[Environment, Mapping[str, Pipeline], list[str]]:

@@ -80,7 +80,7 @@ def read(files: Files, *, pinned: bool = True) -> tuple[LoadedEnvironment | None
             problems += str(error).splitlines()
     for file in files.pipelines:
         try:
-            adapters[file.parent.absolute().name] = pipeline.load(file, files.environment, pinned=pinned)
+            adapters[file.parent.absolute().name] = pipeline.load(file, shared or files.environment, pinned=pinned)
         except UserError as error:
             problems += str(error).splitlines()
     return shared, adapters, list(dict.fromkeys(problems))
