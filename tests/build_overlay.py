@@ -65,3 +65,9 @@ def edit(folder: Path, change: Change) -> Path:
     change(content)
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     return folder
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """What a folder holds: every file's bytes, and None for a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in sorted(folder.rglob("*"))}

@@ -15,7 +15,7 @@ from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import plan
 from jobs.tools import check, conversion, new
-from tests import build_pipeline, manifests
+from tests import build_overlay, build_pipeline, manifests
 
 OLD = Path(__file__).with_name("earlier_form")  # overlays/kind as it was in version 0.1
 PIN = "b65b6e291901ad06dec8d91ce892611248ec34b72caaf5ee4c2008dd5bad5ad2"
@@ -29,16 +29,6 @@ def old(tmp_path: Path) -> Path:
     shutil.copytree(OLD, overlay)
     shutil.copy(data, overlay / "dataset.jsonl")
     return overlay
-
-
-@pytest.fixture
-def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-            for path in sorted(folder.rglob("*"))}
 
 
 def convert(overlay: Path, name: str = "seville-hotels") -> None:
@@ -94,9 +84,9 @@ def test_a_second_file_joins_the_environment_that_is_there(old: Path, tmp_path: 
     text = (old / "pipeline.yaml").read_text().replace("adapter: seville-hotels", "adapter: boats")
     (other / "pipeline.yaml").write_text(text.replace("file:dataset.jsonl", "file:records.jsonl"))
     convert(old)
-    before, shared = contents(other), (old / "environment.yaml").read_bytes()
+    before, shared = build_overlay.contents(other), (old / "environment.yaml").read_bytes()
     new.run(old, "boats", old=other / "pipeline.yaml")
-    assert contents(other) == before, "what is elsewhere stays"
+    assert build_overlay.contents(other) == before, "what is elsewhere stays"
     assert (old / "environment.yaml").read_bytes() == shared
     assert (old / "adapters/boats/records.jsonl").is_file()
     assert pipeline.load(old / "adapters/boats").pipeline.adapter == "boats"
@@ -109,13 +99,13 @@ def test_another_environment_is_an_error_that_shows_what_differs(old: Path, tmp_
     shutil.copy(old / "adapters/seville-hotels/dataset.jsonl", tmp_path)
     text = text.replace("adapter: seville-hotels", "adapter: boats").replace("builtin:tiny-reference", "builtin:tiny")
     other.write_text(text + "serving: {max_lora_rank: 32}\nretention: {keep: 2}\n")
-    before = contents(old)
+    before = build_overlay.contents(old)
     with pytest.raises(UserError) as raised:
         new.run(old, "boats", old=other)
     assert ("environment.yaml: reference_model.source: builtin:tiny there, builtin:tiny-reference here; "
             "serving.max_lora_rank: 32 there, 64 here; retention.keep: 2 there, 5 here. Change") in str(raised.value)
     assert len(str(raised.value).splitlines()) == 1
-    assert contents(old) == before
+    assert build_overlay.contents(old) == before
 
 
 def replace(file: Path, before: str, after: str) -> None:
@@ -146,11 +136,11 @@ def replace(file: Path, before: str, after: str) -> None:
 def test_nothing_changes_where_it_cannot_be_converted(
         old: Path, spoil: Callable[[Path], object], message: str) -> None:
     spoil(old)
-    before = contents(old)
+    before = build_overlay.contents(old)
     with pytest.raises(UserError, match=message) as raised:
         convert(old)
     assert len(str(raised.value).splitlines()) == 1
-    assert contents(old) == before
+    assert build_overlay.contents(old) == before
 
 
 @pytest.mark.usefixtures("unrendered")
@@ -159,11 +149,11 @@ def test_nothing_changes_when_it_is_interrupted(old: Path, monkeypatch: pytest.M
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    before = contents(old)
+    before = build_overlay.contents(old)
     monkeypatch.setattr(conversion if step == "remove" else new, step if step != "_report_nothing" else "_write", fail)
     with pytest.raises(KeyboardInterrupt):
         convert(old)
-    assert contents(old) == before
+    assert build_overlay.contents(old) == before
 
 
 def test_data_and_from_exclude_each_other(old: Path) -> None:

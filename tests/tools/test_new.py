@@ -29,17 +29,6 @@ def overlay(tmp_path: Path) -> Path:
     return build_overlay.build(tmp_path)
 
 
-@pytest.fixture
-def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without kubectl: for the tests in which rendering is not the point."""
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-            for path in sorted(folder.rglob("*"))}
-
-
 def test_a_new_adapter_passes_check_at_once(overlay: Path) -> None:
     new.run(overlay, "reviews")
     check.run(overlay)
@@ -164,11 +153,11 @@ def replace(file: Path, before: str, after: str) -> None:
 def test_nothing_is_left_behind_where_it_cannot_be_added(
         overlay: Path, spoil: Callable[[Path], object], message: str) -> None:
     spoil(overlay)
-    before = contents(overlay)
+    before = build_overlay.contents(overlay)
     with pytest.raises(UserError, match=message) as raised:
         new.run(overlay, "reviews")
     assert len(str(raised.value).splitlines()) == 1
-    assert contents(overlay) == before
+    assert build_overlay.contents(overlay) == before
 
 
 def test_entries_that_a_person_added_are_taken(overlay: Path) -> None:
@@ -207,11 +196,11 @@ def test_entries_are_added_in_any_layout(tmp_path: Path, before: str, after: str
 ], ids=["absent", "folder", "FIFO", "empty", "not UTF-8", "bad record", "large"])
 def test_bad_data_is_refused_and_nothing_is_left_behind(
         overlay: Path, tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
-    before, data = contents(overlay), tmp_path / "data.jsonl"
+    before, data = build_overlay.contents(overlay), tmp_path / "data.jsonl"
     make(data)
     with pytest.raises(UserError, match=message):
         new.run(overlay, "reviews", data=data)
-    assert contents(overlay) == before
+    assert build_overlay.contents(overlay) == before
 
 
 @pytest.mark.parametrize(("data", "message"), [
@@ -224,10 +213,10 @@ def test_what_is_no_file_of_records_is_refused(overlay: Path, unrendered: None, 
 
 
 def test_a_name_too_long_for_its_jobs_is_refused_and_nothing_is_left_behind(overlay: Path) -> None:
-    before = contents(overlay)
+    before = build_overlay.contents(overlay)
     with pytest.raises(UserError, match="the adapter's name is too long: .* at most 33 characters"):
         new.run(overlay, "r" * 34)
-    assert contents(overlay) == before
+    assert build_overlay.contents(overlay) == before
 
 
 @pytest.mark.usefixtures("unrendered")
@@ -235,7 +224,7 @@ def test_a_name_too_long_for_its_jobs_is_refused_and_nothing_is_left_behind(over
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "f"), KeyboardInterrupt()])
 def test_nothing_is_left_behind_when_a_file_cannot_be_written(
         overlay: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException) -> None:
-    before, write = contents(overlay), write_atomically
+    before, write = build_overlay.contents(overlay), write_atomically
 
     def fail(file: Path, text: str) -> None:
         if file.name == failing and "reviews" in str(file) + text and text.encode() not in before.values():
@@ -245,7 +234,7 @@ def test_nothing_is_left_behind_when_a_file_cannot_be_written(
     monkeypatch.setattr(new, "write_atomically", fail)
     with pytest.raises((UserError, KeyboardInterrupt), match="f: cannot be written: Permission denied|^$"):
         new.run(overlay, "reviews")
-    assert contents(overlay) == before
+    assert build_overlay.contents(overlay) == before
 
 
 @pytest.mark.usefixtures("unrendered")
