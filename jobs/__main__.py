@@ -19,6 +19,7 @@ Fine-tune a model privately and serve the result, as its files in git declare.
 
   stages (the Kubernetes Jobs run these; a stage whose result exists ends at once)
     relocate WHAT     bring the dataset, the base model, the tokenizer or the reference model onto its volume
+    encode            encode the dataset to tokens, with the tokenizer and its chat template
     train             train the LoRA adapter
     evaluate          measure base, fine-tuned and reference model; promote the adapter if the gate passes
     await ARTIFACT…   wait until artifacts are there (init containers)
@@ -38,7 +39,7 @@ examples
   python -m jobs --pipeline overlays/kind/adapters/seville-hotels/pipeline.yaml --volumes /tmp/volumes relocate dataset
 """
 RELOCATABLE = ("dataset", "base-model", "tokenizer", "reference-model")
-AWAITABLE = (*RELOCATABLE, "acceptability", "adapter", "merged-model", "evaluation")
+AWAITABLE = (*RELOCATABLE, "acceptability", "encoded-dataset", "adapter", "merged-model", "evaluation")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
     relocate = commands.add_parser("relocate", description="bring a source onto its volume, verified against its pin")
     relocate.add_argument("what", choices=RELOCATABLE)
+    commands.add_parser("encode", description="encode the dataset to tokens; needs no GPU")
     commands.add_parser("train", description="train the LoRA adapter; resumes after a kill")
     commands.add_parser("evaluate", description="measure the models, write the report, pass or reject the adapter")
     wait = commands.add_parser("await", description="wait until artifacts are there; their readers verify them")
@@ -125,6 +127,10 @@ def run(args: argparse.Namespace) -> None:
                 relocate.run_dataset(pipeline.load(args.pipeline, args.environment), args.volumes)
             else:
                 relocate.run_model(environment.load(_environment_file(args)), args.what, args.volumes)
+        case "encode":
+            from jobs.data import encode
+
+            encode.run(pipeline.load(args.pipeline, args.environment), args.volumes, wait_seconds)
         case "train":
             from jobs.training import train
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from jobs.core import artifacts, pipeline
+from jobs.core import artifacts, models, pipeline
 from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import plan
+from jobs.data import encode
 from jobs.training import merge
 
 CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
@@ -151,6 +152,10 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] = R
     def adapter(draft: Path) -> None:
         tiny_adapter(draft, wanted.base_model.path(volumes), seed=loaded.pipeline.training.seed)
 
+    def encoded_dataset(draft: Path) -> None:
+        encode.encode_splits(wanted.dataset.path(volumes), draft, models.load_tokenizer(wanted.tokenizer.path(volumes)),
+                             loaded.pipeline.training.max_length, loaded.pipeline.environment.chat_template)
+
     def merged_model(draft: Path) -> None:
         merge.write_merged(wanted.base_model.path(volumes), wanted.adapter.path(volumes), draft)
 
@@ -160,6 +165,7 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] = R
                                              [{"text": text, "acceptable": good} for text, good in sentences]),
         "base_model": base_model,
         "tokenizer": tokenizer,
+        "encoded_dataset": encoded_dataset,
         "reference_model": reference_model,
         "adapter": adapter,
     }

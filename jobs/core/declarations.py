@@ -69,6 +69,8 @@ class DatasetSource(Source):
     """The private data: one file or a folder of JSONL, CSV or Parquet."""
 
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    # The share by which training chooses among checkpoints and settings. The gate never sees it.
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0
 
     @model_validator(mode="after")
     def _allowed(self) -> DatasetSource:

@@ -54,6 +54,8 @@ class Environment(Strict):
     base_model: ModelSource
     tokenizer: TokenizerSource = TokenizerSource()
     reference_model: ModelSource
+    # Arguments of the chat templates, of base and reference model: the same in training, evaluation and serving.
+    chat_template: dict[str, bool | int | float | str] = Field(default_factory=dict)
     serving: Serving = Serving()
     retention: Retention = Retention()
 

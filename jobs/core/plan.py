@@ -18,8 +18,8 @@ from jobs.core.sources import SCHEMES
 
 # Bump a number when the code of that stage would give another result for the same settings: it renames the artifacts,
 # so that old results are neither reused nor overwritten.
-RECIPES = {"dataset": 2, "acceptability": 1, "base-model": 1, "tokenizer": 1, "reference-model": 1,
-           "adapter": 1, "merged-model": 1, "scores": 1, "evaluation": 1,
+RECIPES = {"dataset": 2, "acceptability": 1, "encoded-dataset": 1, "base-model": 1, "tokenizer": 1,
+           "reference-model": 1, "adapter": 2, "merged-model": 1, "scores": 2, "evaluation": 1,
            "embedded": 1}  # the embedded models' files
 
 DATASET_VOLUME = "dataset"
@@ -48,6 +48,7 @@ class Plan(EnvironmentPlan):
 
     dataset: Spec
     acceptability: Spec
+    encoded_dataset: Spec  # of the base model's tokenizer
     adapter: Spec
     merged_model: Spec  # always named; made only in `serving: {mode: merged}`
     base_scores: Spec
@@ -88,23 +89,31 @@ def _plan(key: _ByIdentity) -> Plan:
     training = pipeline.training
     dataset = Spec(DATASET_VOLUME, "dataset", {**_source("dataset", pipeline.dataset),
                                                "format": _suffix(pipeline.dataset),
-                                               "holdout": pipeline.dataset.holdout})
+                                               "holdout": pipeline.dataset.holdout,
+                                               **({"validation": pipeline.dataset.validation}
+                                                  if pipeline.dataset.validation else {})})
     acceptability = Spec(DATASET_VOLUME, "acceptability",
                          {**_source("acceptability", pipeline.evaluation.acceptability),
                           "format": _suffix(pipeline.evaluation.acceptability)})
     shared = plan_environment(pipeline.environment)
     base_model, tokenizer, reference_model = shared.base_model, shared.tokenizer, shared.reference_model
+    encoded_dataset = Spec(DATASET_VOLUME, "encoded-dataset",
+                           {"recipe": RECIPES["encoded-dataset"], "max_length": training.max_length,
+                            "chat_template": pipeline.environment.chat_template},
+                           {"dataset": dataset.digest, "tokenizer": tokenizer.digest})
     lora = training.lora
     modules = lora.target_modules if isinstance(lora.target_modules, str) else sorted(set(lora.target_modules))
     adapter = Spec(
         FINE_TUNED_VOLUME, "adapter",
         {"recipe": RECIPES["adapter"],
          "lora": {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "target_modules": modules},
-         "epochs": training.epochs, "learning_rate": training.learning_rate, "max_length": training.max_length,
+         "epochs": training.epochs, "learning_rate": training.learning_rate,
          "tokens_per_batch": training.tokens_per_batch, "seed": training.seed,
          # Only where it is set: artifacts from before this setting existed keep their names.
          **({} if training.quantization == "none" else {"quantization": training.quantization})},
-        {"dataset": dataset.digest, "base_model": base_model.digest, "tokenizer": tokenizer.digest})
+        # Through `encoded_dataset` alone it would do; retention and serving look for the others.
+        {"dataset": dataset.digest, "encoded_dataset": encoded_dataset.digest, "base_model": base_model.digest,
+         "tokenizer": tokenizer.digest})
     base_scores = _scores(pipeline, dataset, acceptability, {"model": base_model, "tokenizer": tokenizer})
     adapter_scores = _scores(pipeline, dataset, acceptability,
                              {"model": base_model, "tokenizer": tokenizer, "adapter": adapter})
@@ -115,7 +124,7 @@ def _plan(key: _ByIdentity) -> Plan:
          "gate": pipeline.evaluation.gate.model_dump(exclude_none=True)},
         {"adapter": adapter.digest, "base_scores": base_scores.digest, "adapter_scores": adapter_scores.digest,
          "reference_scores": reference_scores.digest})
-    return Plan(base_model, tokenizer, reference_model, dataset, acceptability, adapter,
+    return Plan(base_model, tokenizer, reference_model, dataset, acceptability, encoded_dataset, adapter,
                 merged_model(adapter.digest, base_model.digest), base_scores, adapter_scores, reference_scores,
                 evaluation)
 
@@ -147,6 +156,7 @@ def _suffix(source: Source) -> str:
 def _scores(pipeline: Pipeline, dataset: Spec, acceptability: Spec, models: dict[str, Spec]) -> Spec:
     return Spec(FINE_TUNED_VOLUME, "scores",
                 {"recipe": RECIPES["scores"], "max_new_tokens": pipeline.evaluation.max_new_tokens,
-                 "max_length": pipeline.training.max_length},
+                 "max_length": pipeline.training.max_length,
+                 "chat_template": pipeline.environment.chat_template},
                 {"dataset": dataset.digest, "acceptability": acceptability.digest,
                  **{name: spec.digest for name, spec in models.items()}})

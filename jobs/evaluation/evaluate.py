@@ -62,7 +62,8 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
     # First the inputs that can show that measuring is impossible, before hours of waiting for the adapter.
     dataset, sentences = artifacts.wait([wanted.dataset, wanted.acceptability], volumes, wait_seconds)
     material = scoring.Material.read(dataset.path, sentences.path, max_length=pipeline.training.max_length,
-                                     max_new_tokens=pipeline.evaluation.max_new_tokens)
+                                     max_new_tokens=pipeline.evaluation.max_new_tokens,
+                                     template=pipeline.environment.chat_template)
     gate.check_measurable(pipeline.evaluation.gate, material.holdout)
 
     base, adapter, reference = (artifacts.done(spec, volumes) for spec in

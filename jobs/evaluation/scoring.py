@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +39,15 @@ class Material:
     sentences: Sequence[tuple[str, bool]]  # and whether each is acceptable
     max_length: int  # tokens; longer records are left out, as in training
     max_new_tokens: int  # of an answer
+    template: Mapping[str, Any] = field(default_factory=dict)  # arguments of the chat template
 
     @classmethod
-    def read(cls, dataset: Path, acceptability: Path, *, max_length: int, max_new_tokens: int) -> Material:
+    def read(cls, dataset: Path, acceptability: Path, *, max_length: int, max_new_tokens: int,
+             template: Mapping[str, Any] | None = None) -> Material:
         """Read it from the dataset's and the acceptability set's artifacts."""
         return cls(read_jsonl(dataset / "holdout.jsonl"),
                    [(line["text"], line["acceptable"]) for line in read_jsonl(acceptability / "acceptability.jsonl")],
-                   max_length, max_new_tokens)
+                   max_length, max_new_tokens, template or {})
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
@@ -68,14 +71,17 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
     records = _fitting(tokenizer, material, min(material.max_length, positions), name)
 
     progress = Progress(f"{name}: held-out records read", len(records))
-    likelihoods = negative_log_likelihoods(model, [encoded for _, encoded in records], progress)
+    sequences = negative_log_likelihoods(model, [each for _, encoded in records for each in encoded], progress)
+    ends = list(itertools.accumulate((len(encoded) for _, encoded in records), initial=0))
+    likelihoods = [(math.fsum(nats for nats, _ in sequences[first:last]), sum(n for _, n in sequences[first:last]))
+                   for first, last in itertools.pairwise(ends)]
 
-    questions = [(record, encoded.prompt) for record, encoded in records if encoded.prompt]
+    questions = [(record, list(encoded[-1].prompt)) for record, encoded in records if encoded[-1].prompt]
     progress = Progress(f"{name}: held-out questions answered", len(questions))
     answers = generate(model, tokenizer, [prompt for _, prompt in questions], material.max_new_tokens, positions,
                        progress)
 
-    sentences = [(text, acceptable, Encoded([], list(tokenizer(text)["input_ids"])[:positions]))
+    sentences = [(text, acceptable, Encoded.of([], list(tokenizer(text)["input_ids"])[:positions]))
               for text, acceptable in material.sentences]
     sentences = [sentence for sentence in sentences if len(sentence[2]) > 1]  # a lone token follows nothing
     progress = Progress(f"{name}: sentences read", len(sentences))
@@ -88,7 +94,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
               for metric in METRICS for key, value in metric.measure(measurements).items()}
     log.info("%s: measured in %.0f s", name, time.monotonic() - started)
     return {"model": name, **scores, "records": len(records), "records_too_long": len(material.holdout) - len(records),
-            "completion_tokens": sum(_scored(encoded) for _, encoded in records), "questions": len(questions),
+            "completion_tokens": sum(tokens for _, tokens in likelihoods), "questions": len(questions),
             "sentences": len(sentences), "vocabulary": vocabulary(tokenizer)}, answered(measurements.questions, answers)
 
 
@@ -111,9 +117,9 @@ def question_text(record: Record) -> str:
 
 def negative_log_likelihoods(model: PreTrainedModel, sequences: Sequence[Encoded],
                              progress: Progress) -> list[tuple[float, int]]:
-    """For each sequence, the summed negative log-likelihood of its completion in nats, and how many tokens that is.
+    """For each sequence, the summed negative log-likelihood of its learned tokens in nats, and how many they are.
 
-    A sequence without a prompt is scored from its second token on: nothing precedes the first. Batches hold sequences
+    A first token is not scored: nothing precedes it. Batches hold sequences
     of similar length, padded on the right, with logits in float32 whatever the model computes in.
     """
     import torch
@@ -128,9 +134,10 @@ def negative_log_likelihoods(model: PreTrainedModel, sequences: Sequence[Encoded
             ids = torch.zeros(len(chosen), longest, dtype=torch.long)
             attended, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
             for row, sequence in enumerate(chosen):
-                ids[row, : len(sequence)] = torch.tensor(sequence.prompt + sequence.completion)
+                ids[row, : len(sequence)] = torch.tensor(sequence.tokens)
                 attended[row, : len(sequence)] = 1
-                scored[row, len(sequence) - _scored(sequence) : len(sequence)] = True
+                for first, last in sequence.learned:
+                    scored[row, max(first, 1) : last] = True  # nothing precedes a first token
             ids, attended, scored = (tensor.to(model.device) for tensor in (ids, attended, scored))
             logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, :-1]
             wanted = scored[:, 1:]
@@ -138,7 +145,7 @@ def negative_log_likelihoods(model: PreTrainedModel, sequences: Sequence[Encoded
             sums = torch.zeros(len(chosen), dtype=torch.float64)
             sums.index_add_(0, wanted.nonzero()[:, 0].cpu(), nats.double().cpu())
             for i, total in zip(batch, sums.tolist(), strict=True):
-                results[i] = (total, _scored(sequences[i]))
+                results[i] = (total, sequences[i].scored)
             progress.add(len(batch))
     return results
 
@@ -196,20 +203,17 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _fitting(tokenizer: PreTrainedTokenizerBase, material: Material, limit: int,
-             name: str) -> list[tuple[Record, Encoded]]:
+             name: str) -> list[tuple[Record, list[Encoded]]]:
     """The held-out records of at most `limit` tokens, encoded; the rest is left out, with a warning."""
-    records = [(record, encode(tokenizer, record)) for record in material.holdout]
-    fitting = [(record, encoded) for record, encoded in records if len(encoded) <= limit and _scored(encoded)]
+    records = [(record, encode(tokenizer, record, material.template)) for record in material.holdout]
+    fitting = [(record, encoded) for record, encoded in records
+               if max(map(len, encoded)) <= limit and any(each.scored for each in encoded)]
     if not fitting:
-        raise UserError(f"{name}: none of the {len(records)} held-out records fits: the shortest has "
-                        f"{min((len(encoded) for _, encoded in records), default=0)} tokens and {limit} are allowed "
+        shortest = min((max(map(len, encoded)) for _, encoded in records), default=0)
+        raise UserError(f"{name}: none of the {len(records)} held-out records fits: the shortest has {shortest} tokens "
+                        f"and {limit} are allowed "
                         "(training.max_length, or what the model knows). Raise it, or shorten the records")
     if len(fitting) < len(records):
         log.warning("%s: %d of %d held-out records have more than %d tokens and are left out", name,
                     len(records) - len(fitting), len(records), limit)
     return fitting
-
-
-def _scored(sequence: Encoded) -> int:
-    """How many tokens of a sequence are scored: its completion, less a first token that nothing precedes."""
-    return len(sequence.completion) - (not sequence.prompt)

@@ -60,6 +60,7 @@ STAGES = {
     "relocate tokenizer": ("tokenizer",),
     "relocate reference-model": ("reference_model",),
     "relocate dataset": ("dataset", "acceptability"),
+    "encode": ("encoded_dataset",),
     "train": ("adapter", "merged_model"),
     "evaluate": ("base_scores", "adapter_scores", "reference_scores", "evaluation"),
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jobs.core.pipeline import Pipeline
-from jobs.training.packing import Splits
+from jobs.data.encoded import Splits
 
 
 def finish_adapter(folder: Path, pipeline: Pipeline, splits: Splits, history: list[dict[str, float]],

@@ -263,4 +263,4 @@ def share(pack: Sequence[Encoded], rank: int, size: int) -> list[Encoded]:
         tokens[least] += len(pack[number])
         if least == rank:
             mine.append(number)
-    return [pack[number] for number in sorted(mine)] or [Encoded(pack[0].prompt + pack[0].completion, [])]
+    return [pack[number] for number in sorted(mine)] or [Encoded(pack[0].tokens, [])]

@@ -1,35 +1,19 @@
-"""What training reads: the dataset's records as tokens, packed into batches without padding."""
+"""Batches: encoded records packed without padding."""
 
 from __future__ import annotations
 
-import json
-import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Training
-from jobs.data.encoding import Encoded, encode
+from jobs.data.encoding import Encoded
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger("jobs")
 
 Pack = list[Encoded]
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The encoded records, and how many were left out because they are longer than `max_length`."""
-
-    train: list[Encoded]
-    holdout: list[Encoded]
-    too_long: int
 
 
 def check_length(config: dict[str, Any], training: Training) -> None:
@@ -38,29 +22,6 @@ def check_length(config: dict[str, Any], training: Training) -> None:
     if isinstance(positions, int) and training.max_length > positions:
         raise UserError(f"training.max_length is {training.max_length}, but the base model knows only {positions} "
                         "positions; lower it")
-
-
-def encode_splits(dataset: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Splits:
-    """Encode the dataset artifact's two splits; records of more than `max_length` tokens are left out and counted.
-
-    Cutting them would teach the model to stop in the middle of an answer.
-
-    Raises:
-        UserError: when a split has no record that fits.
-    """
-    fitting: dict[str, list[Encoded]] = {}
-    too_long = 0
-    for name in ("train", "holdout"):
-        with (dataset / f"{name}.jsonl").open(encoding="utf-8") as lines:
-            encoded = [encode(tokenizer, json.loads(line)) for line in lines]
-        fitting[name] = [record for record in encoded if len(record) <= max_length]
-        if not fitting[name]:
-            raise UserError(f"all {len(encoded)} {name} records are longer than training.max_length ({max_length} "
-                            f"tokens; the shortest has {min(map(len, encoded), default=0)}). Raise it, or shorten them")
-        too_long += len(encoded) - len(fitting[name])
-    if too_long:
-        log.warning("%d records are longer than training.max_length (%d tokens) and are left out", too_long, max_length)
-    return Splits(fitting["train"], fitting["holdout"], too_long)
 
 
 def pack(records: Sequence[Encoded], tokens_per_batch: int, seed: int) -> list[Pack]:
@@ -86,7 +47,7 @@ def flatten(packs: Sequence[Pack]) -> dict[str, Tensor]:
     """
     from transformers import DataCollatorWithFlattening
 
-    features = [{"input_ids": record.prompt + record.completion,
-                 "labels": [-100] * len(record.prompt) + record.completion} for (only,) in [packs] for record in only]
+    features = [{"input_ids": list(record.tokens), "labels": record.labels()}
+                for (only,) in [packs] for record in only]
     batch: dict[str, Tensor] = DataCollatorWithFlattening()(features, return_tensors="pt")
     return batch

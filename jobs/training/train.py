@@ -2,8 +2,8 @@
 
     python -m jobs --pipeline overlays/kind/adapters/seville-hotels/pipeline.yaml --volumes /volumes train
 
-Waits for dataset, base model and tokenizer; rejects what vLLM could not serve; encodes and packs the records; trains
-with transformers' Trainer and PEFT; publishes adapter, model card and loss history as one artifact; and in
+Waits for the encoded dataset, the base model and the tokenizer; rejects what vLLM could not serve; packs the records;
+trains with transformers' Trainer and PEFT; publishes adapter, model card and loss history as one artifact; and in
 `serving: {mode: merged}` the merged model as another. A kill costs the steps since the last checkpoint, never the
 result: the next attempt resumes and ends with the same weights. With several GPUs or nodes it is several processes
 (distributed.py), of which the main one publishes and reports.
@@ -27,11 +27,13 @@ from jobs.core.errors import Terminated, UserError
 from jobs.core.layout import CHECKPOINTS, TENSORBOARD
 from jobs.core.pipeline import Pipeline, Training
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
+from jobs.data import encoded
+from jobs.data.encoded import Splits
 from jobs.training import distributed, merge
 from jobs.training.callbacks import history_entry, newest_checkpoint, trainer_callbacks
 from jobs.training.card import finish_adapter
 from jobs.training.distributed import Team
-from jobs.training.packing import Splits, check_length, encode_splits, flatten, pack
+from jobs.training.packing import check_length, flatten, pack
 from jobs.training.trainer import lora_config, team_trainer, training_arguments, whole_adapter
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
             log.setLevel(logging.WARNING)
         publish_adapter(pipeline, wanted, volumes, wait_seconds)
     elif not artifacts.done(wanted.adapter, volumes):
-        artifacts.wait_until_there([wanted.dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
+        artifacts.wait_until_there([wanted.encoded_dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
         models.check_gpu()
         launch = distributed.launch_wanted()
         if launch is None:
@@ -87,8 +89,8 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
 
 def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> None:
     """Wait for the inputs, reject what could not be served, train the adapter and publish it."""
-    dataset, base_model, tokenizer_files = artifacts.wait(
-        [wanted.dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
+    encoded_dataset, base_model, tokenizer_files = artifacts.wait(
+        [wanted.encoded_dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
     target_modules = models.check_target_modules(models.architecture(base_model.path),
                                                  pipeline.training.lora.target_modules, str(base_model.path),
                                                  pipeline.environment.serving.mode)
@@ -108,7 +110,7 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         model = models.load_model(base_model.path, four_bits=pipeline.training.quantization == "4bit",
                                   stay_on_cpu=pipeline.training.sharding == "fsdp" and team.size > 1)
         models.check_vocabulary(model, tokenizer, str(tokenizer_files.path))
-        splits = encode_splits(dataset.path, tokenizer, pipeline.training.max_length)
+        splits = encoded.read(encoded_dataset.path)
         return splits, train(model, splits, pipeline.training, target_modules, own, output, team)
 
     def write(draft: Path) -> dict[str, Any]:
@@ -116,8 +118,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         started = team.broadcast(True)
         with models.gpu_memory(LESS_MEMORY):
             splits, history = train_adapter(draft)
-        finish_adapter(draft, pipeline, splits, history, target_modules, dataset.digest)
-        return {"base_model": pipeline.environment.base_model.name, "dataset": dataset.digest}
+        finish_adapter(draft, pipeline, splits, history, target_modules, wanted.dataset.digest)
+        return {"base_model": pipeline.environment.base_model.name, "dataset": wanted.dataset.digest}
 
     if team.main:
         adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.environment.retention.keep,

@@ -20,6 +20,7 @@ from tests import build_pipeline
 
 EVALUATIONS = {"adapter_scores", "evaluation"}
 ADAPTER = {"adapter", "merged_model"} | EVALUATIONS
+ENCODED = {"encoded_dataset"} | ADAPTER
 SCORES = {"base_scores", "adapter_scores", "reference_scores", "evaluation"}
 
 
@@ -42,10 +43,10 @@ def planned(folder: Path, **changes: Any) -> Plan:
     ({"evaluation__gate__perplexity__max_ratio": 0.8}, {"evaluation"}),
     ({"evaluation__max_new_tokens": 9}, SCORES),
     ({"reference_model__source": "builtin:tiny"}, {"reference_model", "reference_scores", "evaluation"}),
-    ({"dataset__sha256": "00" * 32}, {"dataset"} | ADAPTER | SCORES),
+    ({"dataset__sha256": "00" * 32}, {"dataset"} | ENCODED | SCORES),
     ({"dataset__source": "https://example.com/copy.jsonl"}, set()),  # the same bytes from elsewhere
-    ({"base_model__revision": "0" * 40}, {"base_model", "tokenizer", "base_scores"} | ADAPTER),
-    ({"tokenizer": {"source": "builtin:tiny"}}, {"tokenizer", "base_scores"} | ADAPTER),
+    ({"base_model__revision": "0" * 40}, {"base_model", "tokenizer", "base_scores"} | ENCODED),
+    ({"tokenizer": {"source": "builtin:tiny"}}, {"tokenizer", "base_scores"} | ENCODED),
 ])
 def test_an_edit_renames_exactly_what_it_changes(tmp_path: Path, changes: dict[str, Any], renamed: set[str]) -> None:
     before, after = planned(tmp_path), planned(tmp_path, **changes)
@@ -76,7 +77,7 @@ def test_anyone_can_compute_the_name_of_an_artifact_from_the_pipeline_file(tmp_p
                  evaluation__acceptability__revision=build_pipeline.COMMIT)
     commit, digest = {"revision": build_pipeline.COMMIT}, {name: spec.digest for name, spec in vars(of).items()}
     fine_tuned, model = "fine-tuned-model", {"source": "hf://HuggingFaceTB/SmolLM2-135M-Instruct", **commit}
-    scores = {"recipe": RECIPES["scores"], "max_new_tokens": 64, "max_length": 1024}
+    scores = {"recipe": RECIPES["scores"], "max_new_tokens": 64, "max_length": 1024, "chat_template": {}}
     data = {"dataset": digest["dataset"], "acceptability": digest["acceptability"]}
     base = {"model": digest["base_model"], "tokenizer": digest["tokenizer"]}
     assert vars(of) == {
@@ -89,12 +90,16 @@ def test_anyone_can_compute_the_name_of_an_artifact_from_the_pipeline_file(tmp_p
         "reference_model": Spec("reference-model", "reference-model", {
             "recipe": RECIPES["reference-model"], "source": "builtin:tiny-reference",
             "embedded": RECIPES["embedded"]}),
+        "encoded_dataset": Spec("dataset", "encoded-dataset", {
+            "recipe": RECIPES["encoded-dataset"], "max_length": 1024, "chat_template": {}},
+            {"dataset": digest["dataset"], "tokenizer": digest["tokenizer"]}),
         "adapter": Spec(fine_tuned, "adapter", {
             "recipe": RECIPES["adapter"],
             "lora": {"r": 8, "alpha": 32, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
-            "epochs": 1, "learning_rate": 2e-4, "max_length": 1024, "tokens_per_batch": 4096, "seed": 0,
+            "epochs": 1, "learning_rate": 2e-4, "tokens_per_batch": 4096, "seed": 0,
             "quantization": "4bit"},
-            {"dataset": digest["dataset"], "base_model": digest["base_model"], "tokenizer": digest["tokenizer"]}),
+            {"dataset": digest["dataset"], "encoded_dataset": digest["encoded_dataset"],
+             "base_model": digest["base_model"], "tokenizer": digest["tokenizer"]}),
         "merged_model": Spec(fine_tuned, "merged-model", {"recipe": RECIPES["merged-model"]},
                              {"adapter": digest["adapter"], "base_model": digest["base_model"]}),
         "base_scores": Spec(fine_tuned, "scores", scores, data | base),
@@ -129,8 +134,8 @@ def test_serving_names_the_merged_model_of_an_earlier_adapter_by_two_digests(tmp
 
 SHA256, COMMIT = (st.text("0123456789abcdef", min_size=digits, max_size=digits) for digits in (64, 40))
 MODELS = st.sampled_from(["hf://acme/one", "hf://acme/two", "hf://other/one"])
-BASE_MODEL = {"base_model", "tokenizer", "base_scores"} | ADAPTER
-TOKENIZER = {"tokenizer", "base_scores"} | ADAPTER
+BASE_MODEL = {"base_model", "tokenizer", "base_scores"} | ENCODED
+TOKENIZER = {"tokenizer", "base_scores"} | ENCODED
 REFERENCE = {"reference_model", "reference_scores", "evaluation"}
 PINNED = {"revision": build_pipeline.COMMIT}
 
@@ -147,9 +152,11 @@ KEYS = {
     "adapter": Key({"evaluation"}, st.sampled_from(["hotels", "seville-hotels", "a1"])),
     # Bytes that are pinned are the same wherever they come from; a hub's are named by repository and commit.
     "dataset.source": Key(set(), st.sampled_from(["file:a.jsonl", "https://x/b.jsonl", "s3://x/y/c.jsonl"])),
-    "dataset.sha256": Key({"dataset"} | ADAPTER | SCORES, SHA256),
-    "dataset.revision": Key({"dataset"} | ADAPTER | SCORES, COMMIT, {"dataset": {"source": "hf://datasets/acme/x"}}),
-    "dataset.holdout": Key({"dataset"} | ADAPTER | SCORES, st.floats(0.01, 0.99)),
+    "dataset.sha256": Key({"dataset"} | ENCODED | SCORES, SHA256),
+    "dataset.revision": Key({"dataset"} | ENCODED | SCORES, COMMIT, {"dataset": {"source": "hf://datasets/acme/x"}}),
+    "dataset.holdout": Key({"dataset"} | ENCODED | SCORES, st.floats(0.01, 0.99)),
+    "dataset.validation": Key({"dataset"} | ENCODED | SCORES, st.floats(0.01, 0.5)),
+    "chat_template": Key(ENCODED | SCORES, st.dictionaries(st.text("abc"), st.booleans())),
     "base_model.source": Key(BASE_MODEL, MODELS),
     "base_model.revision": Key(BASE_MODEL, COMMIT),
     "base_model.sha256": Key(BASE_MODEL, SHA256, {"base_model": {"source": "file:model"}}),
@@ -167,7 +174,7 @@ KEYS = {
     "training.lora.target_modules": Key(ADAPTER, st.sampled_from(["all-linear", ["q_proj"], ["q_proj", "v_proj"]])),
     "training.epochs": Key(ADAPTER, st.integers(1, 100)),
     "training.learning_rate": Key(ADAPTER, st.floats(1e-6, 0.1)),
-    "training.max_length": Key(ADAPTER | SCORES, st.integers(8, 4096)),
+    "training.max_length": Key(ENCODED | SCORES, st.integers(8, 4096)),
     "training.tokens_per_batch": Key(ADAPTER, st.integers(1024, 100_000)),
     "training.seed": Key(ADAPTER, st.integers(0, 2**32 - 1)),
     "training.checkpoint_steps": Key(set(), st.integers(1, 1000)),

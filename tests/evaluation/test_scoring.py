@@ -48,12 +48,12 @@ def slow_nll(model: Any, ids: list[int], first: int) -> float:
 
 def test_padded_batches_give_the_likelihoods_of_one_record_at_a_time(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    sequences = [encode(tokenizer, record) for record in (*RECORDS, *TEXTS)]
+    sequences = [encode(tokenizer, record)[0] for record in (*RECORDS, *TEXTS)]
     got = scoring.negative_log_likelihoods(model, sequences, Progress("test", len(sequences)))
     for sequence, (nats, tokens) in zip(sequences, got, strict=True):
         first = max(1, len(sequence.prompt))
         assert tokens == len(sequence) - first
-        assert nats == pytest.approx(slow_nll(model, sequence.prompt + sequence.completion, first), rel=1e-5)
+        assert nats == pytest.approx(slow_nll(model, list(sequence.tokens), first), rel=1e-5)
 
 
 def test_likelihoods_are_computed_in_float32_whatever_the_model_computes_in(loaded: tuple[Any, Any]) -> None:
@@ -63,9 +63,9 @@ def test_likelihoods_are_computed_in_float32_whatever_the_model_computes_in(load
     import torch
 
     model, tokenizer = copy.deepcopy(loaded[0]).to(torch.bfloat16), loaded[1]
-    sequence = encode(tokenizer, RECORDS[0])
+    (sequence,) = encode(tokenizer, RECORDS[0])
     [(nats, _)] = scoring.negative_log_likelihoods(model, [sequence], Progress("test", 1))
-    expected = slow_nll(model, sequence.prompt + sequence.completion, len(sequence.prompt))
+    expected = slow_nll(model, list(sequence.tokens), len(sequence.prompt))
     assert nats == pytest.approx(expected, rel=1e-5)
 
 
@@ -73,10 +73,10 @@ def test_likelihoods_equal_the_loss_that_training_minimises(loaded: tuple[Any, A
     import torch
 
     model, tokenizer = loaded
-    sequence = encode(tokenizer, RECORDS[0])
-    labels = torch.tensor([[-100] * len(sequence.prompt) + sequence.completion])
+    (sequence,) = encode(tokenizer, RECORDS[0])
+    labels = torch.tensor([sequence.labels()])
     with torch.no_grad():
-        loss = float(model(torch.tensor([sequence.prompt + sequence.completion]), labels=labels).loss)
+        loss = float(model(torch.tensor([list(sequence.tokens)]), labels=labels).loss)
     [(nats, tokens)] = scoring.negative_log_likelihoods(model, [sequence], Progress("test", 1))
     assert nats / tokens == pytest.approx(loss, rel=1e-5)
 
@@ -88,7 +88,7 @@ def test_answers_in_a_batch_are_the_greedy_answers_of_one_question_at_a_time(
     from transformers import GenerationConfig
 
     model, tokenizer = loaded
-    prompts = [encode(tokenizer, record).prompt for record in RECORDS]
+    prompts = [list(encode(tokenizer, record)[0].prompt) for record in RECORDS]
     expected = []
     for prompt in prompts:
         ids = list(prompt)
@@ -107,7 +107,7 @@ def test_an_answer_stops_at_every_end_token_that_serving_stops_at(
     from transformers import GenerationConfig
 
     model, tokenizer = loaded
-    prompt = encode(tokenizer, RECORDS[0]).prompt
+    prompt = list(encode(tokenizer, RECORDS[0])[0].prompt)
     with torch.no_grad():
         first = int(model(torch.tensor([prompt])).logits[0, -1].argmax())
     monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=[first]))
@@ -145,7 +145,7 @@ def test_a_batch_takes_no_more_memory_than_it_may(monkeypatch: pytest.MonkeyPatc
         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, vocabulary))
 
     monkeypatch.setattr(model, "forward", forward)
-    scoring.negative_log_likelihoods(model, [Encoded([5] * 10, [6] * 10)] * 6, Progress("test", 6))
+    scoring.negative_log_likelihoods(model, [Encoded.of([5] * 10, [6] * 10)] * 6, Progress("test", 6))
     assert shapes == [(3, 20), (3, 20)]
 
     class Writer:
@@ -172,8 +172,8 @@ def test_answers_never_run_past_the_positions_that_the_model_has(loaded: tuple[A
 def test_the_scores_of_a_model_are_complete_and_follow_their_definitions(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     scores, generations = scoring.measure(model, tokenizer, material(RECORDS), "tiny")
-    encoded = [encode(tokenizer, record) for record in RECORDS]
-    nats = sum(slow_nll(model, e.prompt + e.completion, len(e.prompt)) for e in encoded)
+    encoded = [encode(tokenizer, record)[0] for record in RECORDS]
+    nats = sum(slow_nll(model, list(e.tokens), len(e.prompt)) for e in encoded)
     tokens = sum(len(e.completion) for e in encoded)
     spelled = sum(len(line["reference"].encode()) for line in generations)
     assert scores["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
@@ -183,7 +183,7 @@ def test_the_scores_of_a_model_are_complete_and_follow_their_definitions(loaded:
     assert scores["rougeL"] == pytest.approx(sum(line["rougeL"] for line in generations) / 4)
     assert [line["question"] for line in generations][1:] == [
         "When is breakfast?", "May I bring my dog?", "system: Be brief.\nuser: How many rooms are there?"]
-    answers = scoring.generate(model, tokenizer, [e.prompt for e in encoded], 8, 96, Progress("test", 4))
+    answers = scoring.generate(model, tokenizer, [list(e.prompt) for e in encoded], 8, 96, Progress("test", 4))
     assert [line["answer"] for line in generations] == answers
     assert (scores["vocabulary"], scores["records_too_long"]) == (scoring.vocabulary(tokenizer), 0)
     assert {score.key for score in SCORES} <= scores.keys()
@@ -228,7 +228,7 @@ def test_plain_text_has_perplexity_and_no_rouge(loaded: tuple[Any, Any]) -> None
 def test_records_that_are_too_long_are_left_out_and_counted(
         loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = loaded
-    lengths = sorted(len(encode(tokenizer, record)) for record in RECORDS)
+    lengths = sorted(len(encode(tokenizer, record)[0]) for record in RECORDS)
     scores, generations = scoring.measure(model, tokenizer, material(RECORDS, max_length=lengths[1]), "tiny")
     assert (scores["records"], scores["records_too_long"], len(generations)) == (2, 2, 2)
     assert f"tiny: 2 of 4 held-out records have more than {lengths[1]} tokens and are left out" in caplog.messages

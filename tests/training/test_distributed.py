@@ -41,7 +41,7 @@ TRAINING: dict[str, Any] = {"epochs": 4, "learning_rate": 1e-3, "checkpoint_step
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(1, 9))
 def test_the_shares_of_a_batch_are_the_batch(lengths: list[int], size: int) -> None:
     """Each record is computed by one process, in the batch's order; only who would have none gets one to idle on."""
-    pack = [Encoded([number], [0] * (length - 1)) for number, length in enumerate(lengths)]
+    pack = [Encoded.of([number], [0] * (length - 1)) for number, length in enumerate(lengths)]
     shares = [distributed.share(pack, rank, size) for rank in range(size)]
     learned = [[record.prompt[0] for record in share if record.completion] for share in shares]
     assert sorted(number for share in learned for number in share) == list(range(len(pack)))
@@ -53,7 +53,7 @@ def test_the_shares_of_a_batch_are_the_batch(lengths: list[int], size: int) -> N
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(2, 9))
 def test_no_process_waits_long_for_another(lengths: list[int], size: int) -> None:
     """The fullest share has at most one record more than a fair part (Graham 1969: longest first)."""
-    pack = [Encoded([number], [0] * (length - 1)) for number, length in enumerate(lengths)]
+    pack = [Encoded.of([number], [0] * (length - 1)) for number, length in enumerate(lengths)]
     tokens = [sum(len(r) for r in distributed.share(pack, rank, size) if r.completion) for rank in range(size)]
     assert max(tokens) <= sum(lengths) / size + max(lengths)
 

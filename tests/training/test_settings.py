@@ -10,7 +10,8 @@ import pytest
 
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Lora, Training
-from jobs.data.encoding import Encoded, encode
+from jobs.data.encoded import Splits
+from jobs.data.encoding import Encoded
 from jobs.training import callbacks, card, packing, train, trainer
 from jobs.training.distributed import Team
 from tests import build_models
@@ -212,14 +213,14 @@ def test_the_seed_decides_the_first_values_of_the_adapter(tmp_path: Path) -> Non
 
 
 def test_packs_are_filled_to_the_last_token() -> None:
-    records = [Encoded([1] * 10, [2] * 15) for _ in range(6)]
+    records = [Encoded.of([1] * 10, [2] * 15) for _ in range(6)]
     assert [len(pack) for pack in packing.pack(records, 50, 0)] == [2, 2, 2]
     assert [len(pack) for pack in packing.pack(records, 49, 0)] == [1] * 6
-    assert [len(pack) for pack in packing.pack([Encoded([], [1])], 50, 0)] == [1]
+    assert [len(pack) for pack in packing.pack([Encoded.of([], [1])], 50, 0)] == [1]
 
 
 def test_the_seed_decides_which_records_come_together() -> None:
-    records = [Encoded([n], [0]) for n in range(40)]
+    records = [Encoded.of([n], [0]) for n in range(40)]
 
     def order(seed: int) -> list[int]:
         return [record.prompt[0] for pack in packing.pack(records, 6, seed) for record in pack]
@@ -230,31 +231,10 @@ def test_the_seed_decides_which_records_come_together() -> None:
 
 
 def test_a_pack_is_one_row_in_which_positions_restart_and_only_completions_are_learned() -> None:
-    batch = packing.flatten([[Encoded([5, 6], [7, 8]), Encoded([], [9, 10])]])
+    batch = packing.flatten([[Encoded.of([5, 6], [7, 8]), Encoded.of([], [9, 10])]])
     assert {name: values.tolist() for name, values in batch.items() if name in ("input_ids", "labels", "position_ids")
             } == {"input_ids": [[5, 6, 7, 8, 9, 10]], "labels": [[-100, -100, 7, 8, -100, 10]],
                   "position_ids": [[0, 1, 2, 3, 0, 1]]}
-
-
-def splits_folder(folder: Path) -> Any:
-    tokenizer = build_models.tiny_tokenizer(folder)
-    short, long = {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b" * 30}
-    (folder / "train.jsonl").write_text(f"{json.dumps(short)}\n{json.dumps(long)}\n")
-    (folder / "holdout.jsonl").write_text(f"{json.dumps(short)}\n" * 2 + f"{json.dumps(long)}\n" * 3)
-    return tokenizer, len(encode(tokenizer, short)), len(encode(tokenizer, long))
-
-
-def test_a_record_of_exactly_max_length_is_learned(tmp_path: Path) -> None:
-    tokenizer, short, long = splits_folder(tmp_path)
-    whole = packing.encode_splits(tmp_path, tokenizer, long)
-    assert (len(whole.train), len(whole.holdout), whole.too_long) == (2, 5, 0)
-    less = packing.encode_splits(tmp_path, tokenizer, long - 1)
-    assert (len(less.train), len(less.holdout), less.too_long) == (1, 2, 4)
-    with pytest.raises(UserError, match=f"all 2 train records are longer than .*the shortest has {short}"):
-        packing.encode_splits(tmp_path, tokenizer, short - 1)
-    (tmp_path / "train.jsonl").write_text("")
-    with pytest.raises(UserError, match="all 0 train records are longer than .*the shortest has 0"):
-        packing.encode_splits(tmp_path, tokenizer, long)
 
 
 def test_max_length_may_be_all_the_positions_that_the_model_has() -> None:
@@ -317,7 +297,7 @@ def test_the_stage_trains_with_the_settings_of_the_pipeline_file(
 def test_the_model_card_says_what_the_adapter_was_made_from(tmp_path: Path) -> None:
     loaded = build_models.write_pipeline(tmp_path, seed=11, epochs=7, learning_rate=3e-4,
                                          lora={"r": 4, "alpha": 10, "dropout": 0.25})
-    splits = packing.Splits([Encoded([1], [2])] * 5, [Encoded([1], [2])] * 3, 2)
+    splits = Splits([Encoded.of([1], [2])] * 5, [Encoded.of([1], [2])] * 3, 2)
     text = card.model_card(loaded.pipeline, splits, build_models.HISTORY, ["q_proj", "v_proj"], "d1d2")
     for line in ("| records | 5 train, 3 held out, 2 too long |", "| LoRA | r 4, alpha 10, dropout 0.25 |",
                  "| target modules | q_proj, v_proj |", "7 epochs, learning rate 0.0003 (cosine)", "seed 11",

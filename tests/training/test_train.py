@@ -22,6 +22,7 @@ from jobs.core import artifacts, models, pipeline
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Lora, Training
 from jobs.core.plan import plan
+from jobs.data.encoded import Splits
 from jobs.data.encoding import Encoded
 from jobs.tools.pods import CHECKOUT
 from jobs.training import callbacks, packing, train
@@ -33,7 +34,7 @@ VOCABULARY = 97
 def records(count: int, seed: int = 1) -> list[Encoded]:
     """Random token sequences: short prompts and completions."""
     pick = random.Random(seed)
-    return [Encoded([pick.randrange(3, VOCABULARY) for _ in range(pick.randrange(3, 9))],
+    return [Encoded.of([pick.randrange(3, VOCABULARY) for _ in range(pick.randrange(3, 9))],
                     [pick.randrange(3, VOCABULARY) for _ in range(pick.randrange(2, 9))]) for _ in range(count)]
 
 
@@ -64,7 +65,7 @@ def folders(place: Path) -> train.Folders:
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=80), st.integers(0, 9))
 def test_packing_takes_every_record_once_and_keeps_to_the_budget(lengths: list[int], seed: int) -> None:
-    given_records = [Encoded([i], [0] * (length - 1)) for i, length in enumerate(lengths)]
+    given_records = [Encoded.of([i], [0] * (length - 1)) for i, length in enumerate(lengths)]
     packs = packing.pack(given_records, 60, seed)
     assert sorted(record.prompt[0] for pack in packs for record in pack) == list(range(len(lengths)))
     assert all(sum(map(len, pack)) <= 60 for pack in packs)
@@ -80,8 +81,8 @@ def test_a_packed_batch_has_the_loss_of_its_records_one_by_one(kind: str) -> Non
     pack = records(6)
     total = 0.0
     for record in pack:
-        labels = [-100] * len(record.prompt) + record.completion
-        loss = model(input_ids=torch.tensor([record.prompt + record.completion]), labels=torch.tensor([labels])).loss
+        labels = record.labels()
+        loss = model(input_ids=torch.tensor([list(record.tokens)]), labels=torch.tensor([labels])).loss
         total += loss.item() * len(record.completion)
     expected = total / sum(len(record.completion) for record in pack)
     assert model(**packing.flatten([pack])).loss.item() == pytest.approx(expected, abs=1e-5)
@@ -90,8 +91,8 @@ def test_a_packed_batch_has_the_loss_of_its_records_one_by_one(kind: str) -> Non
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_training_learns_and_writes_an_adapter_in_safetensors(tmp_path: Path, kind: str) -> None:
     model, layers = tiny(kind)
-    data = [Encoded(record.prompt, [5, 6, 7, 8]) for record in records(20)]
-    history = train.train(model, packing.Splits(data, data[:5], 0), settings(epochs=15, learning_rate=5e-2), layers,
+    data = [Encoded.of(record.prompt, [5, 6, 7, 8]) for record in records(20)]
+    history = train.train(model, Splits(data, data[:5], 0), settings(epochs=15, learning_rate=5e-2), layers,
                           folders(tmp_path), tmp_path / "out")
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.5
@@ -108,7 +109,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None
     data = records(20)
 
     def attempt() -> int:
-        history = train.train(tiny("llama")[0], packing.Splits(data, data, 0), settings(), ["q_proj"],
+        history = train.train(tiny("llama")[0], Splits(data, data, 0), settings(), ["q_proj"],
                               folders(tmp_path), tmp_path / "out")
         return int(history[-1]["step"])
 
@@ -126,7 +127,7 @@ def test_the_loss_that_trainer_logs_during_training_is_that_of_separate_records(
     import torch
 
     data = records(9)
-    history = train.train(tiny("llama")[0], packing.Splits(data, data, 0),
+    history = train.train(tiny("llama")[0], Splits(data, data, 0),
                           settings(epochs=1, learning_rate=1e-30, lora=Lora(r=4, dropout=0.0)), ["q_proj"],
                           folders(tmp_path), tmp_path / "out")
     fresh = tiny("llama")[0].eval()
@@ -134,8 +135,8 @@ def test_the_loss_that_trainer_logs_during_training_is_that_of_separate_records(
     for pack in packing.pack(data, 64, 0):
         nats = 0.0
         for record in pack:
-            labels = [-100] * len(record.prompt) + record.completion
-            ids = torch.tensor([record.prompt + record.completion])
+            labels = record.labels()
+            ids = torch.tensor([list(record.tokens)])
             nats += fresh(input_ids=ids, labels=torch.tensor([labels])).loss.item() * len(record.completion)
         expected.append(nats / sum(len(record.completion) for record in pack))
     assert sorted(e["loss"] for e in history if "loss" in e) == pytest.approx(sorted(expected), abs=1e-4)
@@ -144,22 +145,9 @@ def test_the_loss_that_trainer_logs_during_training_is_that_of_separate_records(
 def test_gradient_checkpointing_saves_memory_and_changes_nothing(tmp_path: Path) -> None:
     data = records(20)
     kept, recomputed = (train.train(
-        tiny("llama")[0], packing.Splits(data, data, 0), settings(gradient_checkpointing=chosen), ["q_proj", "v_proj"],
+        tiny("llama")[0], Splits(data, data, 0), settings(gradient_checkpointing=chosen), ["q_proj", "v_proj"],
         folders(tmp_path / str(chosen)), tmp_path / str(chosen)) for chosen in (False, True))
     assert kept == recomputed
-
-
-def test_records_beyond_max_length_are_left_out_and_counted(tmp_path: Path) -> None:
-    build_models.tiny_tokenizer(tmp_path)
-    tokenizer = models.load_tokenizer(tmp_path)
-    for split in ("train", "holdout"):
-        (tmp_path / f"{split}.jsonl").write_text(
-            '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "' + "word " * 200 + '"}\n')
-    splits = packing.encode_splits(tmp_path, tokenizer, 64)
-    assert (len(splits.train), len(splits.holdout), splits.too_long) == (1, 1, 2)
-    with pytest.raises(UserError, match=r"all 2 train records are longer than training.max_length \(3 tokens"):
-        packing.encode_splits(tmp_path, tokenizer, 3)
-
 
 def test_a_max_length_beyond_the_models_positions_is_refused() -> None:
     with pytest.raises(UserError, match="max_length is 1024, but the base model knows only 512"):

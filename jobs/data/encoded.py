@@ -1,0 +1,114 @@
+"""The files of an encoded dataset: the sequences of each split, memory-mapped, so that a reader's memory does not grow
+with the data."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from jobs.data.encoding import Encoded
+
+if TYPE_CHECKING:
+    import numpy as np
+
+TRAIN, VALIDATION, HOLDOUT = SPLITS = ("train", "validation", "holdout")
+STATISTICS = "statistics.json"
+SEQUENCES_PER_BATCH = 4096
+
+
+class Split(Sequence[Encoded]):
+    """The sequences of one split."""
+
+    def __init__(self, file: Path) -> None:
+        import pyarrow as pa
+
+        self._reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        self._batches = [self._reader.get_batch(n) for n in range(self._reader.num_record_batches)]
+        self._starts: list[int] = []
+        self._count = 0
+        for batch in self._batches:
+            self._starts.append(self._count)
+            self._count += batch.num_rows
+
+    @cached_property
+    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The tokens of each sequence."""
+        return self._column("length")
+
+    @cached_property
+    def records(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The record of each sequence: its line in the dataset's file of this split, from 1."""
+        return self._column("record")
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | Sequence[Encoded]:
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        index %= self._count
+        number = bisect.bisect_right(self._starts, index) - 1
+        batch, row = self._batches[number], index - self._starts[number]
+        ends = batch.column("learned")[row].as_py()
+        return Encoded(batch.column("tokens")[row].values.to_numpy().tolist(),
+                       list(zip(ends[::2], ends[1::2], strict=True)))
+
+    def _column(self, name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+        import numpy as np
+
+        columns = [batch.column(name).to_numpy() for batch in self._batches]
+        return np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The encoded splits of a dataset, and how many records were left out because they are longer than `max_length`."""
+
+    train: Sequence[Encoded]
+    holdout: Sequence[Encoded]
+    too_long: int
+    validation: Sequence[Encoded] = ()
+
+
+def write(file: Path, sequences: Iterable[tuple[int, Encoded]]) -> None:
+    """Write the sequences of a split, each with the line of its record."""
+    import pyarrow as pa
+
+    schema = pa.schema([("record", pa.int64()), ("length", pa.int64()), ("tokens", pa.large_list(pa.int32())),
+                        ("learned", pa.list_(pa.int32()))])
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        rows: list[tuple[int, Encoded]] = []
+
+        def flush() -> None:
+            columns = [[line for line, _ in rows], [len(sequence) for _, sequence in rows],
+                       [sequence.tokens for _, sequence in rows],
+                       [[end for span in sequence.learned for end in span] for _, sequence in rows]]
+            writer.write_batch(pa.record_batch([pa.array(column, field.type) for column, field in
+                                                zip(columns, schema, strict=True)], schema=schema))
+            rows.clear()
+
+        for row in sequences:
+            rows.append(row)
+            if len(rows) == SEQUENCES_PER_BATCH:
+                flush()
+        if rows:
+            flush()
+
+
+def read(folder: Path) -> Splits:
+    """The splits in the folder of an encoded dataset."""
+    statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+    splits = {name: Split(folder / f"{name}.arrow") for name in SPLITS}
+    return Splits(splits[TRAIN], splits[HOLDOUT], sum(each["too_long"] for each in statistics.values()),
+                  splits[VALIDATION])
