@@ -62,8 +62,8 @@ def advice(pipeline: Pipeline, statistics: Mapping[str, Any] | None) -> Iterator
         yield (f"training.lora.r is {training.lora.r}, which can hold about {held / 1e6:.1f} Mbit, and the answers "
                f"have about {learned / 1e6:.1f} Mbit: raise it {SOURCE}")
     if training.lora.r >= HIGH_RANK and held > SPARE * learned:
-        yield (f"training.lora.r is {training.lora.r}, which can hold {held / learned:.0f} times what the answers have; "
-               f"8 would do, in less memory {SOURCE}")
+        yield (f"training.lora.r is {training.lora.r}, which can hold {held / learned:.0f} times what the answers "
+               f"have; 8 would do, in less memory {SOURCE}")
 
 
 def parameters(name: str) -> float | None:
