@@ -55,9 +55,10 @@ def _checkpoint_listing(checkpoint: Path) -> list[dict[str, Any]]:
     return [file for file in artifacts.listing(checkpoint) if file["path"] != CHECKPOINT_MARKER]
 
 
-def finished(state: TrainerState, until: int, patience: int | None) -> bool:
+def finished(state: TrainerState, until: int, patience: int | None, measured: HeldOut) -> bool:
     """Whether training is over: at step `until`, or after `patience` evaluations that were no better than the best."""
-    since = sum("eval_loss" in entry and entry["step"] > (state.best_global_step or 0) for entry in state.log_history)
+    since = sum("eval_loss" in entry and entry["step"] in measured.steps and
+                entry["step"] > (state.best_global_step or 0) for entry in state.log_history)
     return state.global_step >= until or (patience is not None and since >= patience)
 
 
@@ -86,7 +87,7 @@ def trainer_callbacks(stop: threading.Event, team: Team, folders: Folders, batch
     class Save(TrainerCallback):
         def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                         **_: Any) -> TrainerControl:
-            control.should_evaluate = state.global_step in measured.steps
+            control.should_evaluate = state.global_step in measured.steps or state.global_step == until
             if state.global_step == until:
                 control.should_save = control.should_training_stop = True
             elif team.any(stop.is_set()):  # all of them stop after the same step, whichever got the signal
@@ -112,7 +113,7 @@ def trainer_callbacks(stop: threading.Event, team: Team, folders: Folders, batch
                     shutil.copyfile(checkpoint / ADAPTER, best_weights(folders.checkpoints, state))
                 write_atomically(checkpoint / CHECKPOINT_MARKER, json.dumps(_checkpoint_listing(checkpoint)))
                 _remove_unneeded(folders.checkpoints)
-            if finished(state, until, training.patience):
+            if finished(state, until, training.patience, measured):
                 control.should_training_stop = True
             return control
 

@@ -276,11 +276,11 @@ def test_when_the_launcher_is_killed_no_process_is_left_behind(
 
 @pytest.mark.slow
 def test_what_somebody_must_change_is_said_once_and_is_no_reason_to_retry(tmp_path: Path) -> None:
-    file, volumes = published_inputs(tmp_path, max_length=8, tokens_per_batch=8)
+    file, volumes = published_inputs(tmp_path, max_length=4096, tokens_per_batch=4096)
     process = start(file, volumes, PROCESSES_PER_NODE="2")
     _, output = process.communicate(timeout=120)
     assert process.returncode == 2, output
-    assert output.count("records are longer than training.max_length") == 1
+    assert output.count("max_length is 4096, but the base model knows only") == 1
     assert "Traceback" not in output
 
 
