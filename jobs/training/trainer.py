@@ -163,7 +163,7 @@ def team_trainer(team: Team, batches: Batches, measured: HeldOut, masks: Masks, 
             """The step's loss; its gradients are added to the model's."""
             micro_batches = list(self._micro_batches(batches.split, records))
             own = sum(int((batch["labels"] != -100).sum()) for batch, _, _ in micro_batches)
-            learned = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum")
+            learned = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum").clamp(min=1)
             loss = torch.zeros((), device=self.args.device)
             for number, (batch, numbers, lengths) in enumerate(micro_batches, 1):
                 masks.choose(self.state.global_step, numbers, lengths)
@@ -195,7 +195,7 @@ def team_trainer(team: Team, batches: Batches, measured: HeldOut, masks: Masks, 
                     nats_and_tokens[0] += nats.double() / team.size  # by which Trainer multiplies it
                     nats_and_tokens[1] += (batch["labels"] != -100).sum()
             nats, tokens = self.accelerator.reduce(nats_and_tokens, "sum").tolist()
-            metrics = {"eval_loss": nats / tokens}
+            metrics = {"eval_loss": nats / max(tokens, 1)}
             self.log(metrics)
             self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             # What is kept must not depend on where somebody stopped the training to look: see `until` of train.

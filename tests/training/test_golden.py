@@ -23,19 +23,19 @@ from jobs.training import callbacks, train
 VOCABULARY = 211
 GOLDEN = {
     "llama": {
-        "loss": [5.281582, 5.348202, 5.248295, 5.168289, 5.030766, 4.881054, 4.702198, 4.563962, 4.587888, 4.499237,
-                 4.670492, 4.419729, 4.633641, 4.505385],
-        "validation_loss": [5.238006, 5.146482, 4.848029, 4.708658, 4.631531, 4.563577, 4.531684, 4.48828, 4.484039,
-                            4.483386]},
+        "loss": [5.355785, 5.464963, 5.348758, 5.278101, 5.256497, 5.243611, 5.192002, 5.14591, 5.152918, 5.073166,
+                 5.115551, 5.13868, 5.153879, 5.091118],
+        "validation_loss": [5.356124, 5.290509, 5.223467, 5.207069, 5.190884, 5.151683, 5.13391, 5.112234, 5.108141,
+                            5.107051]},
     "gpt2": {
-        "loss": [6.676245, 7.058501, 5.351631, 5.157569, 4.962501, 4.84483, 4.872471, 4.706643, 5.109013, 4.845345,
-                 4.837677, 4.795148, 4.91896, 4.750442],
-        "validation_loss": [5.374953, 5.078414, 4.902861, 4.908663, 4.819416, 4.795444, 4.789331, 4.766317, 4.76145,
-                            4.758744]},
+        "loss": [5.72576, 5.917836, 5.458635, 5.256065, 5.171097, 5.079667, 4.985322, 4.961126, 4.967862, 4.934139,
+                 4.9613, 4.867685, 5.072217, 4.920571],
+        "validation_loss": [5.463563, 5.279148, 5.114867, 5.031391, 4.979336, 4.930984, 4.920543, 4.909625, 4.907521,
+                            4.906902]},
 }
 LAYERS = {"llama": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
           "gpt2": ["c_attn", "c_fc", "c_proj"]}
-SETTINGS = Training(lora=Lora(r=4, alpha=8, dropout=0.1), epochs=2, learning_rate=1e-2, max_length=48,
+SETTINGS = Training(lora=Lora(r=4, alpha=8, dropout=0.1), epochs=2, learning_rate=3e-3, max_length=48,
                     tokens_per_batch=96, tokens_per_micro_batch=48, seed=7)
 
 
@@ -67,7 +67,7 @@ def base(kind: str) -> Any:
             if weight.dim() == 1:
                 continue  # norms and biases are ones and zeros
             values = torch.arange(weight.numel(), dtype=torch.float64) * (math.sqrt(number + 1) * 1e3)
-            weight.copy_(torch.sin(values).view_as(weight) * (2 / weight.shape[-1]) ** 0.5)
+            weight.copy_(torch.sin(values).view_as(weight) * (0.5 / weight.shape[-1]) ** 0.5)
     return model
 
 
@@ -82,7 +82,7 @@ def measure(kind: str, place: Path) -> dict[str, list[float]]:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_losses_of_a_training_stay_as_they_are(tmp_path: Path, kind: str) -> None:
     found = measure(kind, tmp_path)
-    assert found["loss"][-1] < found["loss"][0] - 0.2, "it learns"
+    assert found["loss"][-1] < found["loss"][0] - 0.1, "it learns"
     for key, losses in GOLDEN[kind].items():
         assert found[key] == pytest.approx(losses, abs=1e-5), key
 
