@@ -141,7 +141,7 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores]) -> d
         "scores": dict(scores),
         "gate": [check.to_json() for check in checks],
         "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
-        "training": pipeline.training.model_dump(exclude={"checkpoint_steps"}),
+        "training": pipeline.training.model_dump(exclude={"checkpoint_steps", "tokens_per_micro_batch"}),
     }
 
 

@@ -16,9 +16,10 @@ from jobs.core import models, strict_yaml
 from jobs.core.declarations import Loaded, Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
-from jobs.core.pipeline import LoadedPipeline
+from jobs.core.pipeline import NO_VALIDATION, LoadedPipeline
 from jobs.core.strict_yaml import CONFIG_MAP_BYTES
 from jobs.tools import overlay
+from jobs.tools.advice import advice
 from jobs.tools.overlay import Files
 
 log = logging.getLogger("jobs")
@@ -57,14 +58,19 @@ def run(path: Path) -> None:
 
 
 def check_data(loaded: LoadedPipeline) -> None:
-    """The data that lies beside the pipeline file: pinned content, and records that a relocation would take."""
+    """The data that lies beside the pipeline file: pinned content, and records that a relocation would take. Logs
+    advice on training."""
     from jobs.data import split
 
     for name, source in data_in_git(loaded).items():
         require_pin(loaded, name, source)
-    source = loaded.pipeline.dataset
+    source, statistics = loaded.pipeline.dataset, None
     if source.scheme == "file":
-        split.validate(loaded.resolve(source), source.holdout)
+        statistics = split.validate(loaded.resolve(source), source.holdout)
+        if loaded.pipeline.training.keep == "best" and not statistics["records"].get("validation", source.validation):
+            raise UserError(f"{loaded.path}: {NO_VALIDATION}")
+    for line in advice(loaded.pipeline, statistics):
+        log.info("%s: advice: %s", loaded.path, line)
 
 
 def data_in_git(loaded: LoadedPipeline) -> dict[str, Source]:

@@ -18,13 +18,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jobs.core import artifacts, pipeline
 from jobs.core.errors import RetryableError, Terminated, UserError
 from jobs.core.plan import plan
-from jobs.data.encoding import Encoded
 from jobs.tools.pods import CHECKOUT
 from jobs.training import callbacks, distributed
 from tests import build_models
@@ -32,30 +29,7 @@ from tests import build_models
 RECORDS = [{"prompt": f"How many rooms has house {n}?", "completion": f"It has {n} rooms. " * (1 + n % 3)}
            for n in range(40)]
 TRAINING: dict[str, Any] = {"epochs": 4, "learning_rate": 1e-3, "checkpoint_steps": 10,
-                            "lora": {"r": 4, "dropout": 0.0}}
-
-
-# --- the shares -----------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(1, 9))
-def test_the_shares_of_a_batch_are_the_batch(lengths: list[int], size: int) -> None:
-    """Each record is computed by one process, in the batch's order; only who would have none gets one to idle on."""
-    pack = [Encoded.of([number], [0] * (length - 1)) for number, length in enumerate(lengths)]
-    shares = [distributed.share(pack, rank, size) for rank in range(size)]
-    learned = [[record.prompt[0] for record in share if record.completion] for share in shares]
-    assert sorted(number for share in learned for number in share) == list(range(len(pack)))
-    assert all(share == sorted(share) for share in learned)
-    assert all(shares)
-    assert distributed.share(pack, 0, 1) == pack
-
-
-@given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(2, 9))
-def test_no_process_waits_long_for_another(lengths: list[int], size: int) -> None:
-    """The fullest share has at most one record more than a fair part (Graham 1969: longest first)."""
-    pack = [Encoded.of([number], [0] * (length - 1)) for number, length in enumerate(lengths)]
-    tokens = [sum(len(r) for r in distributed.share(pack, rank, size) if r.completion) for rank in range(size)]
-    assert max(tokens) <= sum(lengths) / size + max(lengths)
+                            "lora": {"r": 4, "dropout": 0.1}}
 
 
 # --- who is started -------------------------------------------------------------------------------------------------
@@ -207,6 +181,16 @@ def test_two_processes_give_what_one_gives_and_say_it_once(
 
 
 @pytest.mark.slow
+def test_two_processes_that_compute_little_at_once_give_what_one_gives(
+        tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
+    file, volumes, *expected = alone
+    divided = with_keys(file, tmp_path, "tokens_per_micro_batch: 40")
+    weights, history, output = trained(divided, other_volumes(tmp_path / "v", volumes), PROCESSES_PER_NODE="2")
+    assert "in micro-batches of 40 tokens" in output
+    assert_the_same((weights, history), tuple(expected))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
 def test_two_nodes_meet_and_give_what_one_process_gives(
         tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
     """As JobSet starts them: each node with its rank, and the address of the first."""
@@ -267,11 +251,11 @@ def test_when_the_launcher_is_killed_no_process_is_left_behind(
 
 @pytest.mark.slow
 def test_what_somebody_must_change_is_said_once_and_is_no_reason_to_retry(tmp_path: Path) -> None:
-    file, volumes = published_inputs(tmp_path, max_length=8, tokens_per_batch=8)
+    file, volumes = published_inputs(tmp_path, max_length=4096, tokens_per_batch=4096)
     process = start(file, volumes, PROCESSES_PER_NODE="2")
     _, output = process.communicate(timeout=120)
     assert process.returncode == 2, output
-    assert output.count("records are longer than training.max_length") == 1
+    assert output.count("max_length is 4096, but the base model knows only") == 1
     assert "Traceback" not in output
 
 
@@ -305,20 +289,21 @@ def test_workers_that_torchrun_started_train_as_ours_do(
     assert_the_same((weights, history), tuple(expected))  # type: ignore[arg-type]
 
 
-def with_sharding(file: Path, folder: Path) -> Path:
-    """A copy of the pipeline file and its environment, with `sharding: fsdp`."""
+def with_keys(file: Path, folder: Path, *keys: str) -> Path:
+    """A copy of the pipeline file and its environment, with more keys of `training`."""
     shutil.copy(file.with_name("environment.yaml"), folder)
-    sharded = folder / "pipeline.yaml"
-    sharded.write_text(file.read_text().replace("training:\n", "training:\n  sharding: fsdp\n"))
-    return sharded
+    copy = folder / "pipeline.yaml"
+    copy.write_text(file.read_text().replace("training:\n", "\n  ".join(["training:", *keys]) + "\n"))
+    return copy
 
 
 @pytest.mark.slow
 def test_a_model_divided_among_processes_gives_what_one_process_gives(
         tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
-    """`sharding: fsdp`, stopped and resumed. With accelerate set to take CPUs: tests/sharding_on_cpus.py."""
+    """`sharding: fsdp` in small micro-batches, of which some processes have fewer than others; stopped and resumed.
+    With accelerate set to take CPUs: tests/sharding_on_cpus.py."""
     file, volumes, *expected = alone
-    sharded = with_sharding(file, tmp_path)
+    sharded = with_keys(file, tmp_path, "sharding: fsdp", "tokens_per_micro_batch: 40")
     assert plan(pipeline.load(sharded).pipeline).adapter == plan(pipeline.load(file).pipeline).adapter
     own = other_volumes(tmp_path / "v", volumes)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
@@ -336,7 +321,7 @@ def test_a_model_divided_among_processes_gives_what_one_process_gives(
 def test_dividing_a_model_among_cpus_is_refused_and_not_ignored(
         tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
     file, volumes, *_ = alone
-    sharded = with_sharding(file, tmp_path)
+    sharded = with_keys(file, tmp_path, "sharding: fsdp")
     process = start(sharded, other_volumes(tmp_path / "v", volumes), PROCESSES_PER_NODE="2")
     _, output = process.communicate(timeout=120)
     assert process.returncode == 2, output

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,16 +61,16 @@ def settings(**changes: Any) -> Training:
     return Training(**(values | changes))
 
 
-def folders(place: Path) -> train.Folders:
-    return train.Folders(place / "checkpoints", place / "tensorboard")
+def folders(place: Path) -> callbacks.Folders:
+    return callbacks.Folders(place / "checkpoints", place / "tensorboard")
 
 
-@given(st.lists(st.integers(2, 60), min_size=1, max_size=80), st.integers(0, 9))
-def test_packing_takes_every_record_once_and_keeps_to_the_budget(lengths: list[int], seed: int) -> None:
-    given_records = [Encoded.of([i], [0] * (length - 1)) for i, length in enumerate(lengths)]
-    packs = packing.pack(given_records, 60, seed)
-    assert sorted(record.prompt[0] for pack in packs for record in pack) == list(range(len(lengths)))
-    assert all(sum(map(len, pack)) <= 60 for pack in packs)
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=80), st.integers(0, 9), st.integers(1, 3))
+def test_each_epoch_takes_every_record_once_and_keeps_to_the_budget(lengths: list[int], seed: int, epochs: int) -> None:
+    split: Any = SimpleNamespace(lengths=np.array(lengths))
+    batches = packing.Batches(split, settings(tokens_per_batch=60, seed=seed, epochs=epochs))
+    assert sorted(np.concatenate(list(batches))) == sorted([*range(len(lengths))] * epochs)
+    assert all(sum(lengths[number] for number in batch) <= 60 for batch in batches)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "stablelm"])
@@ -85,7 +87,7 @@ def test_a_packed_batch_has_the_loss_of_its_records_one_by_one(kind: str) -> Non
         loss = model(input_ids=torch.tensor([list(record.tokens)]), labels=torch.tensor([labels])).loss
         total += loss.item() * len(record.completion)
     expected = total / sum(len(record.completion) for record in pack)
-    assert model(**packing.flatten([pack])).loss.item() == pytest.approx(expected, abs=1e-5)
+    assert model(**packing.flatten(pack)).loss.item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -132,8 +134,8 @@ def test_the_loss_that_trainer_logs_during_training_is_that_of_separate_records(
                           folders(tmp_path), tmp_path / "out")
     fresh = tiny("llama")[0].eval()
     expected = []
-    for pack in packing.pack(data, 64, 0):
-        nats = 0.0
+    for batch in packing.Batches(data, settings(epochs=1)):
+        pack, nats = [data[number] for number in batch], 0.0
         for record in pack:
             labels = record.labels()
             ids = torch.tensor([list(record.tokens)])
@@ -204,9 +206,11 @@ def wait_for_checkpoint(volumes: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, str]]:
-    """A pipeline with its inputs published, and the adapter that one quiet run gives."""
+    """A pipeline with its inputs published, and the adapter that one quiet run gives. A step is several micro-batches,
+    so that a kill may come between them."""
     place = tmp_path_factory.mktemp("uninterrupted")
-    file, volumes = published_inputs(place, checkpoint_steps=3, epochs=60, learning_rate=1e-2)
+    file, volumes = published_inputs(place, checkpoint_steps=3, epochs=60, learning_rate=1e-2,
+                                     tokens_per_micro_batch=64)
     done = subprocess.run(command(file, volumes), cwd=CHECKOUT, capture_output=True, text=True, check=False,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
