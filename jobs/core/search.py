@@ -185,6 +185,15 @@ class Search(Strict):
             done = rung.share
         return float(total / longest[0])
 
+    def summary(self, epochs: int) -> str:
+        """How many trials there are, and what they cost, in a line."""
+        rungs, keys = self.rungs(), list(self.candidates.by_key())
+        parts = [f"{rung.trials} to {'the end' if rung.share == 1 else f'{rung.share} of their steps'}"
+                 for rung in rungs]
+        at_most = "at most " if "epochs" in keys else ""
+        return (f"{rungs[0].trials} trials over {', '.join(keys)}: {', '.join(parts)}; {at_most}"
+                f"{self.cost(epochs):.3g} trainings{' of the longest trial' if at_most else ''}")
+
     def identity(self) -> dict[str, Any]:
         """What the digest of the adapter needs of the search: two declarations of the same trials have the same."""
         drawn = {"trials": self.trials, "seed": self.seed} if self.method == "random" else {}

@@ -1,0 +1,163 @@
+"""Promises of the search: the best trial wins and the others stop early, the same one on every machine; a kill costs
+little; the winner is the adapter that a training with its settings gives."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.core.errors import Terminated, UserError
+from jobs.core.pipeline import Training
+from jobs.training import search
+from jobs.training.distributed import Team
+
+RANKS = {"lora.r": [4, 8, 16]}
+
+
+def training(**declared: Any) -> Training:
+    return Training.model_validate({"epochs": 3, "search": {"candidates": RANKS} | declared})
+
+
+class Script:
+    """A training whose losses are known: trial N has `losses[N - 1]` at the rungs, one after another."""
+
+    def __init__(self, *losses: list[float], stop_at: int | None = None) -> None:
+        self.losses, self.stop_at = losses, stop_at
+        self.calls: list[tuple[int, int | None]] = []
+        self.reached: dict[int, list[int]] = {}
+
+    def __call__(self, trial: int, settings: Training, until: int | None) -> search.History:
+        if len(self.calls) == self.stop_at:
+            raise Terminated("stopped")
+        self.calls.append((trial, until))
+        steps = self.reached.setdefault(trial, [])
+        if until is None:
+            return [{"step": 60, "epoch": 3.0, "loss": 0.5}]
+        steps.append(until)
+        losses = self.losses[trial - 1][:len(steps)]
+        if losses[-1] == -1:
+            raise search.Diverged(f"trial {trial}: the loss is not finite")
+        return [{"step": step, "epoch": step / 20, "validation_loss": loss}
+                for step, loss in zip(steps, losses, strict=True)]
+
+
+def run(script: Script, place: Path, steps: int = 60, **declared: Any) -> tuple[Training, dict[str, Any]]:
+    settings, history, record = search.run(training(**declared), lambda _: steps, script, place, Team())
+    assert history == [{"step": 60, "epoch": 3.0, "loss": 0.5}], "that of the whole training"
+    return settings, record
+
+
+def test_the_best_trial_at_the_first_rung_goes_on_alone_and_its_adapter_is_saved(tmp_path: Path) -> None:
+    script = Script([3.0], [1.0, 0.5], [2.0])
+    chosen, record = run(script, tmp_path)
+    assert script.calls == [(1, 20), (2, 20), (3, 20), (2, 60), (2, None)]
+    assert (chosen.lora.r, chosen.search) == (8, None)
+    assert (record["chosen"], record["settings"], record["trainings"]) == (2, {"lora.r": 8}, 1.67)
+    assert [trial["ended"] for trial in record["trials"]] == ["stopped: place 3 of 3", "chosen",
+                                                             "stopped: place 2 of 3"]
+    assert record["trials"][1] == {
+        "trial": 2, "settings": {"lora.r": 8}, "steps": 60, "ended": "chosen",
+        "rungs": [{"step": 20, "validation_loss": 1.0}, {"step": 60, "validation_loss": 0.5}],
+        "curve": [[20, 1.0], [60, 0.5]]}
+
+
+def test_each_rung_keeps_its_share(tmp_path: Path) -> None:
+    script = Script(*([9.0 - n, 4.0 + n, n] for n in range(9)))
+    _, record = run(script, tmp_path, candidates={"lora.alpha": list(range(1, 10))}, halving={"rungs": 3})
+    assert [until for _, until in script.calls].count(math.ceil(60 / 9)) == 9
+    assert [trial for trial, until in script.calls if until == 20] == [7, 8, 9]
+    assert [trial for trial, until in script.calls if until == 60] == [7], "the best of the second rung"
+    assert record["chosen"] == 7
+
+
+def test_without_halving_all_trials_are_trained_to_the_end(tmp_path: Path) -> None:
+    script = Script([0.4], [0.3], [0.5])
+    _, record = run(script, tmp_path, halving={"rungs": 1})
+    assert script.calls == [(1, 60), (2, 60), (3, 60), (2, None)]
+    assert [trial["ended"] for trial in record["trials"]] == ["trained to the end: place 2 of 3", "chosen",
+                                                             "trained to the end: place 3 of 3"]
+
+
+@pytest.mark.parametrize(("losses", "chosen"), [
+    ([1.00049, 1.00001, 1.0], 1),  # as good as each other: the first
+    ([1.0012, 1.00001, 1.0], 2),
+    ([math.nan, 2.0, math.inf], 2),
+    ([-1, 3.0, -1], 2),  # training itself found that they diverge
+])
+def test_float_noise_does_not_choose_and_what_diverges_loses(tmp_path: Path, losses: list[float], chosen: int) -> None:
+    _, record = run(Script(*([loss, 0.5] for loss in losses)), tmp_path)
+    assert record["chosen"] == chosen
+    if any(loss == -1 for loss in losses):
+        assert record["trials"][0]["ended"] == "its loss was not finite"
+    json.dumps(record, allow_nan=False)
+
+
+def test_if_all_trials_diverge_that_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at rung 1, the loss of no trial is a finite number. Lower the learning"):
+        run(Script([math.nan], [-1], [math.nan]), tmp_path)
+
+
+def test_trials_of_different_lengths_are_compared_at_the_same_share_of_their_steps(tmp_path: Path) -> None:
+    script = Script([2.0], [1.0, 0.5])
+    search.run(training(candidates={"epochs": [3, 6]}), lambda settings: 10 * settings.epochs, script, tmp_path, Team())
+    assert script.calls == [(1, 10), (2, 20), (2, 60), (2, None)]
+
+
+@pytest.mark.parametrize("stop_at", range(6))
+def test_an_interrupted_search_continues_with_what_is_not_done(tmp_path: Path, stop_at: int) -> None:
+    losses = ([3.0, 0.1], [1.0, 0.5], [2.0, 0.2])
+    _, expected = run(Script(*losses), tmp_path / "quiet")
+    first, second = Script(*losses, stop_at=stop_at), Script(*losses)
+    if stop_at < 5:
+        with pytest.raises(Terminated):
+            run(first, tmp_path / "stopped")
+    second.reached = first.reached
+    assert run(second, tmp_path / "stopped")[1] == expected
+    assert [*first.calls, *second.calls] == [(1, 20), (2, 20), (3, 20), (2, 60), (2, None)]
+
+
+def test_a_state_that_cannot_be_read_starts_the_search_again(tmp_path: Path) -> None:
+    (tmp_path / "trial-1").mkdir()
+    (tmp_path / search.STATE).write_text('[{"trial": 1, "ru')
+    script = Script([3.0], [1.0, 0.5], [2.0])
+    assert run(script, tmp_path)[1]["chosen"] == 2
+    assert len(script.calls) == 5 and not (tmp_path / "trial-1").exists()
+
+
+def test_checkpoints_of_stopped_trials_are_removed_at_once(tmp_path: Path) -> None:
+    for trial in (1, 2, 3):
+        search.trial_folder(tmp_path, trial).mkdir(parents=True)
+    seen = []
+
+    class Looking(Script):
+        def __call__(self, trial: int, settings: Training, until: int | None) -> search.History:
+            seen.append(sorted(path.name for path in tmp_path.glob("trial-*")))
+            return super().__call__(trial, settings, until)
+
+    run(Looking([3.0], [1.0, 0.5], [2.0]), tmp_path)
+    assert seen[2] == ["trial-1", "trial-2", "trial-3"] and seen[3:] == [["trial-2"]] * 2
+
+
+def test_the_log_names_trial_and_rung_and_ends_with_a_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def train(trial: int, settings: Training, until: int | None) -> search.History:
+        logging.getLogger("jobs").info("training steps: %d of 60 (100 %%)", 40)
+        return script(trial, settings, until)
+
+    script = Script([3.0], [1.0, 0.5], [math.nan])
+    with caplog.at_level(logging.INFO, "jobs"):
+        search.run(training(), lambda _: 60, train, tmp_path, Team())
+    lines = caplog.messages
+    assert lines[0] == "search: 3 trials over lora.r: 3 to 1/3 of their steps, 1 to the end; 1.67 trainings"
+    assert "trial 2 of 3 (lora.r 8): rung 1 of 2: to step 20 of 60" in lines
+    assert "trial 2 of 3 (lora.r 8): training steps: 40 of 60 (100 %)" in lines
+    assert "trial 2 of 3 (lora.r 8): step 20 of 60: validation loss 1.000" in lines
+    assert "rung 1 of 2: the best of 3 trials: 2" in lines
+    assert [re.split(" {2,}", line) for line in lines[-1].strip().splitlines()][2:] == [
+        ["2", "lora.r 8", "60 of 60", "0.500", "chosen"],
+        ["3", "lora.r 16", "20 of 60", "not finite", "its loss was not finite"]]
