@@ -27,6 +27,8 @@ TargetModules = Literal["all-linear"] | Annotated[list[str], Field(min_length=1)
 Epochs = Annotated[int, Field(ge=1)]
 LearningRate = Annotated[float, Field(gt=0, lt=1)]
 
+FILE = "search.json"  # in an adapter that a search chose
+PRECISION = 3  # digits of the losses that are compared, in nats a token
 MOST_TRIALS = 64
 MOST_COMBINATIONS = 1_000_000  # of which `method: random` draws trials
 # The learning rate rises during the first tenth of a training. To compare trials before that would be too early.
@@ -205,6 +207,29 @@ def description(settings: Mapping[str, Any]) -> str:
     """The settings of a trial as people read them: `lora.r 8, learning_rate 0.001`."""
     return ", ".join(f"{key} {'+'.join(value) if isinstance(value, list) else value}"
                      for key, value in settings.items())
+
+
+def shown(loss: float | None) -> str:
+    """A loss with the digits that are compared."""
+    return "not finite" if loss is None else f"{loss:.{PRECISION}f}"
+
+
+def rows(record: Mapping[str, Any]) -> list[list[str]]:
+    """The trials of a search, by its record in FILE, as a table with a header."""
+    table = [["trial", "settings", "step", "validation loss", "outcome"]]
+    for trial in record["trials"]:
+        last = trial["rungs"][-1]
+        table.append([str(trial["trial"]), description(trial["settings"]), f"{last['step']} of {trial['steps']}",
+                      shown(last["validation_loss"]), trial["ended"]])
+    return table
+
+
+def text_table(record: Mapping[str, Any]) -> str:
+    """The trials of a search as plain text for a log."""
+    table = rows(record)
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in table)
 
 
 def _combinations(candidates: Candidates) -> int:

@@ -26,7 +26,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.core.errors import UserError
 from jobs.core.files import write_atomically
 from jobs.core.pipeline import Training
-from jobs.core.search import Search, description
+from jobs.core.search import PRECISION, Search, description, shown, text_table
 from jobs.training.distributed import Team
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("jobs")
 
-PRECISION = 3  # digits of the losses that are compared, in nats a token
 STATE = "search.json"  # in the folder of the checkpoints
-RECORD = "search.json"  # in the adapter
 
 History = list[dict[str, float]]
 # Trains a trial, by its number, until a step, or to the end with its adapter saved; continues where it stopped.
@@ -120,7 +118,7 @@ def run(training: Training, steps: Callable[[Training], int], train: Train, fold
     with _prefixed(f"trial {chosen} of {len(settings)} ({names[chosen - 1]})"):
         history = train(chosen, settings[chosen - 1], None)
     record = state.record(search, training, lengths, chosen)
-    log.info("\n%s", table(record))
+    log.info("\n%s", text_table(record))
     return settings[chosen - 1], history, record
 
 
@@ -189,23 +187,6 @@ class State:
 def trial_folder(folder: Path, trial: int) -> Path:
     """The folder of a trial below that of the whole training."""
     return folder / f"trial-{trial}"
-
-
-def table(record: Mapping[str, Any]) -> str:
-    """The trials of a search as a table for a log."""
-    rows = [["trial", "settings", "step", "validation loss", ""]]
-    for trial in record["trials"]:
-        last = trial["rungs"][-1]
-        rows.append([str(trial["trial"]), description(trial["settings"]), f"{last['step']} of {trial['steps']}",
-                     shown(last["validation_loss"]), trial["ended"]])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)
-
-
-def shown(loss: float | None) -> str:
-    """A loss with the digits that are compared."""
-    return "not finite" if loss is None else f"{loss:.{PRECISION}f}"
 
 
 @contextmanager
