@@ -7,12 +7,17 @@ import logging
 import shutil
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.core import artifacts
 from jobs.core.files import write_atomically
 from jobs.core.progress import Progress
 from jobs.training.distributed import Team
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+    from jobs.training.trainer import HeldOut
 
 log = logging.getLogger("jobs")
 
@@ -36,22 +41,34 @@ def _checkpoint_listing(checkpoint: Path) -> list[dict[str, Any]]:
     return [file for file in artifacts.listing(checkpoint) if file["path"] != CHECKPOINT_MARKER]
 
 
-def trainer_callbacks(stop: threading.Event, team: Team, tensorboard: Path, steps: int,
-                      tokens_per_step: float) -> list[Any]:
-    """Trainer callbacks: in every process whole checkpoints and a stop that saves first; in the main one progress
-    lines and TensorBoard's scalars."""
-    import torch
+def finished(state: TrainerState, until: int, patience: int | None) -> bool:
+    """Whether training is over: at step `until`, or after `patience` evaluations that were no better than the best."""
+    since = sum("eval_loss" in entry and entry["step"] > (state.best_global_step or 0) for entry in state.log_history)
+    return state.global_step >= until or (patience is not None and since >= patience)
+
+
+def read_state(checkpoint: str) -> TrainerState:
+    """Where the training was at a checkpoint."""
+    from transformers import TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+
+
+def trainer_callbacks(stop: threading.Event, team: Team, tensorboard: Path, steps: int, tokens_per_step: float,
+                      measured: HeldOut, until: int, patience: int | None) -> list[Any]:
+    """Trainer callbacks: in every process whole checkpoints, evaluations, and an end that saves first; in the main one
+    progress lines and TensorBoard's scalars."""
     from torch.utils.tensorboard import SummaryWriter
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerCallback, TrainerControl, TrainingArguments
 
     class Save(TrainerCallback):
-        def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
-            if not team.main:  # other dropout masks than the main process's; a resume loads each one's own state
-                torch.manual_seed(args.seed + team.rank)
-
         def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                         **_: Any) -> TrainerControl:
-            if team.any(stop.is_set()):  # all of them stop after the same step, whichever got the signal
+            control.should_evaluate = state.global_step in measured.steps
+            if state.global_step == until:
+                control.should_save = control.should_training_stop = True
+            elif team.any(stop.is_set()):  # all of them stop after the same step, whichever got the signal
                 log.info("SIGTERM: saving a checkpoint at step %d", state.global_step)
                 control.should_save = control.should_training_stop = True
             return control
@@ -73,8 +90,8 @@ def trainer_callbacks(stop: threading.Event, team: Team, tensorboard: Path, step
                    **__: Any) -> None:
             step = state.global_step
             if "eval_loss" in logs:
-                self.writer.add_scalar("loss/holdout", logs["eval_loss"], step)
-                log.info("step %d/%d  held-out loss %.4f", step, steps, logs["eval_loss"])
+                self.writer.add_scalar(f"loss/{measured.name.removesuffix('_loss')}", logs["eval_loss"], step)
+                log.info("step %d/%d  %s %.4f", step, steps, measured.name.replace("_", " "), logs["eval_loss"])
             if "loss" in logs:
                 self.writer.add_scalar("loss/train", logs["loss"], step)
                 self.writer.add_scalar("learning_rate", logs["learning_rate"], step)
@@ -88,9 +105,14 @@ def trainer_callbacks(stop: threading.Event, team: Team, tensorboard: Path, step
     return [Save(), Watch()] if team.main else [Save()]
 
 
-def history_entry(raw: dict[str, float]) -> dict[str, float] | None:
-    """One entry of Trainer's log as one of ours; None for its summary, whose timings differ from run to run."""
-    at = {"step": raw["step"], "epoch": round(raw["epoch"], 4)}
+def history_entry(raw: dict[str, float], held_out: str, epochs: float) -> dict[str, float] | None:
+    """One entry of Trainer's log as one of ours; None for its summary, whose timings differ from run to run.
+
+    Args:
+        held_out: the name of the loss of what is held out.
+        epochs: how many epochs are one to Trainer.
+    """
+    at = {"step": raw["step"], "epoch": round(raw["epoch"] * epochs, 4)}
     if "loss" in raw:
         return at | {"loss": raw["loss"], "learning_rate": raw["learning_rate"]}
-    return at | {"holdout_loss": raw["eval_loss"]} if "eval_loss" in raw else None
+    return at | {held_out: raw["eval_loss"]} if "eval_loss" in raw else None

@@ -40,7 +40,8 @@ def model_card(pipeline: Pipeline, splits: Splits, history: list[dict[str, float
                         f"{training.tokens_per_batch} tokens a batch and {training.max_length} a record, "
                         f"seed {training.seed}",
             "loss on the train split, last step": f"{last('loss'):.4f}",
-            "loss on the held-out split": f"{last('holdout_loss'):.4f}"}
+            **{f"loss on the {name} split": f"{last(f'{name}_loss'):.4f}" for name in ("validation", "holdout")
+               if any(f"{name}_loss" in entry for entry in history)}}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (f"---\nlibrary_name: peft\nbase_model: {base.name}\ntags: [lora]\n---\n# {pipeline.adapter}\n\n"
             f"A LoRA adapter on {base.name}. What it was measured to do stands in the evaluation artifact that names "

@@ -9,7 +9,7 @@ jobs … train` and KubeFlow's trainer start workers without a launcher.
     MASTER_ADDR        the host name of node 0, where the nodes meet; MASTER_PORT (29500)
     PROCESSES_PER_NODE (the number of GPUs, at least 1)
 
-A step takes the same batch whatever the number of processes: see `share`.
+A step takes the same batch whatever the number of processes: see `packing.Share`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from typing import Any, NoReturn
 
 from jobs.core import variables
 from jobs.core.errors import RetryableError, Terminated, UserError
-from jobs.data.encoding import Encoded
 
 log = logging.getLogger("jobs")
 
@@ -248,19 +247,3 @@ def _die_with_launcher() -> None:
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def share(pack: Sequence[Encoded], rank: int, size: int) -> list[Encoded]:
-    """The records of a pack that a process computes, in the pack's order: about as many tokens as every other one's.
-
-    The longest record goes first, each to the process with the fewest tokens. The shares add up to the pack. Where
-    there are fewer records than processes, some get a record without a completion: computed, but not learned from.
-    """
-    tokens = [0] * size
-    mine = []
-    for number in sorted(range(len(pack)), key=lambda n: (-len(pack[n]), n)):
-        least = tokens.index(min(tokens))
-        tokens[least] += len(pack[number])
-        if least == rank:
-            mine.append(number)
-    return [pack[number] for number in sorted(mine)] or [Encoded(pack[0].tokens, [])]

@@ -29,12 +29,12 @@ from jobs.core.pipeline import Pipeline, Training
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.data import encoded
 from jobs.data.encoded import Splits
-from jobs.training import distributed, merge
-from jobs.training.callbacks import history_entry, newest_checkpoint, trainer_callbacks
+from jobs.training import distributed, dropout, merge
+from jobs.training.callbacks import history_entry, newest_checkpoint, read_state, trainer_callbacks
 from jobs.training.card import finish_adapter
 from jobs.training.distributed import Team
-from jobs.training.packing import check_length, flatten, pack
-from jobs.training.trainer import lora_config, team_trainer, training_arguments, whole_adapter
+from jobs.training.packing import Batches, check_length, lengths_of
+from jobs.training.trainer import HeldOut, held_out, lora_config, team_trainer, training_arguments, whole_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -135,14 +135,17 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
 
 
 def train(model: PreTrainedModel, splits: Splits, training: Training, target_modules: list[str], folders: Folders,
-          output: Path, team: Team | None = None) -> list[dict[str, float]]:
+          output: Path, team: Team | None = None, until: int | None = None) -> list[dict[str, float]]:
     """Train a LoRA adapter on `model` and save it in `output`, resuming from the newest whole checkpoint.
 
     Args:
         team: the processes that train together; each is called with the same arguments, and the main one saves.
+        until: stop after this step of the whole training, with a checkpoint saved there and no adapter. The next call
+            continues.
     Returns:
-        the loss history: {"step", "epoch", "loss", "learning_rate"} for each step and
-        {"step", "epoch", "holdout_loss"} about ten times in all.
+        the loss history: {"step", "epoch", "loss", "learning_rate"} for each step and {"step", "epoch",
+        "validation_loss"}, or "holdout_loss" where the dataset has no validation split, about ten times in all and
+        at `until`.
     Raises:
         UserError: the model is to be divided among processes that have no GPUs.
         Terminated: after SIGTERM to any of the processes, with a checkpoint saved.
@@ -151,37 +154,47 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
 
     team = team or Team()
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it logs each file of each checkpoint
-    packs, holdout = (pack(records, training.tokens_per_batch, training.seed)
-                      for records in (splits.train, splits.holdout))
-    steps = len(packs) * training.epochs
+    batches = Batches(lengths_of(splits.train), training)
+    steps = len(batches)
+    end = min(until or steps, steps)
+    measured = held_out(splits, batches, end)
     adapted = add_adapter(model, training, target_modules)
+    masks = dropout.replace(adapted, training.lora.dropout, training.seed)
     trainable, total = adapted.get_nb_trainable_parameters()
-    log.info("%d train and %d holdout records in %d batches; %d epochs, %d steps; %d of %d parameters are trained",
-             len(splits.train), len(splits.holdout), len(packs), training.epochs, steps, trainable, total)
+    log.info("%d train, %d validation and %d holdout records; %d epochs, %d steps; %d of %d parameters are trained",
+             len(splits.train), len(splits.validation), len(splits.holdout), training.epochs, steps, trainable, total)
     with _event_at_sigterm() as stop:
-        trainer = team_trainer(team)(
+        trainer = team_trainer(team, splits.train, measured, masks, 512)(
             model=adapted,
             args=training_arguments(training, folders.checkpoints, steps, team),
-            train_dataset=[distributed.share(whole, team.rank, team.size) for whole in packs],
-            eval_dataset=[distributed.share(whole, team.rank, team.size) for whole in holdout],
-            data_collator=flatten,
-            callbacks=trainer_callbacks(stop, team, folders.tensorboard, steps,
-                                        tokens_per_step=sum(map(len, splits.train)) / len(packs)))
+            train_dataset=batches,
+            data_collator=lambda batch: {"records": batch[0]},
+            callbacks=trainer_callbacks(stop, team, folders.tensorboard, steps, batches.tokens / steps, measured, end,
+                                        None))
         trainer.remove_callback(PrinterCallback)
         _check_sharding(trainer, training, team)
         checkpoint = team.broadcast(newest_checkpoint(folders.checkpoints) if team.main else None)
+        if checkpoint and until and (state := read_state(checkpoint)).global_step >= end:
+            return _history(state.log_history, measured, training, end)
         # Otherwise a batch would be divided by one number, and its gradients summed over another.
         seen = trainer.args.world_size
         assert seen == team.size, f"Trainer sees {seen} processes, not {team.size}"
         team.barrier()  # however slowly a node read the model; from here on NCCL waits for 10 minutes at most
         trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step < steps:
+    if trainer.state.global_step < end:
         raise Terminated(f"stopped by SIGTERM at step {trainer.state.global_step} of {steps}; a checkpoint is saved "
                          "and the next attempt resumes there")
-    whole = whole_adapter(trainer.model) if trainer.is_fsdp_enabled else None
-    if team.main:
-        adapted.save_pretrained(str(output), state_dict=whole)
-    return [entry for raw in trainer.state.log_history if (entry := history_entry(raw))]
+    if until is None:
+        whole = whole_adapter(trainer.model) if trainer.is_fsdp_enabled else None
+        if team.main:
+            adapted.save_pretrained(str(output), state_dict=whole)
+    return _history(trainer.state.log_history, measured, training, end)
+
+
+def _history(logged: list[dict[str, float]], measured: HeldOut, training: Training,
+             until: int) -> list[dict[str, float]]:
+    entries = (history_entry(raw, measured.name, training.epochs) for raw in logged if raw["step"] <= until)
+    return [entry for entry in entries if entry]
 
 
 def add_adapter(model: PreTrainedModel, training: Training, target_modules: list[str]) -> Any:

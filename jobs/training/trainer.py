@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core.pipeline import Lora, Training
+from jobs.data.encoded import Splits
+from jobs.data.encoding import Encoded
 from jobs.training.distributed import Team
+from jobs.training.dropout import Masks
+from jobs.training.packing import Batches, Share, flatten, lengths_of, sample
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor
     from transformers import TrainingArguments
+
+    from jobs.training.packing import Integers
+
+log = logging.getLogger("jobs")
+
+EVALUATIONS = 10  # of what is held out, in the whole training
+SHARE_OF_TOKENS = 0.2  # of the training's, that all of them read at most
+LEAST_TOKENS = 64  # of a micro-batch: with less, a GPU's memory is too small for something else
 
 
 def training_arguments(training: Training, checkpoints: Path, steps: int, team: Team) -> TrainingArguments:
@@ -25,8 +42,9 @@ def training_arguments(training: Training, checkpoints: Path, steps: int, team: 
     from transformers import TrainingArguments
 
     return TrainingArguments(
-        output_dir=str(checkpoints), num_train_epochs=training.epochs,
-        per_device_train_batch_size=1, per_device_eval_batch_size=1,  # in packs
+        output_dir=str(checkpoints),
+        # To Trainer the batches of all epochs are one epoch: each has an order, and a number of batches, of its own.
+        num_train_epochs=1, train_sampling_strategy="sequential", per_device_train_batch_size=1,
         learning_rate=training.learning_rate, lr_scheduler_type="cosine", warmup_steps=min(100, steps // 10),
         seed=training.seed, bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),  # without it accelerate overlooks the other processes on CPUs
@@ -34,9 +52,10 @@ def training_arguments(training: Training, checkpoints: Path, steps: int, team: 
         gradient_checkpointing_kwargs={"use_reentrant": False},  # the other kind needs inputs with gradients
         **_sharding(training, team),
         save_strategy="steps", save_steps=training.checkpoint_steps, save_total_limit=2,
-        eval_strategy="steps", eval_steps=max(1, steps // 10),
-        # Each step's loss is logged by itself: a mean over several would differ after a resume in between.
-        logging_steps=1, report_to="none", disable_tqdm=True, remove_unused_columns=False,
+        eval_strategy="no",  # `Save` says when
+        # Each step's loss is logged by itself: a mean over several would differ after a resume in between. The filter
+        # would log 0.0 for one that is not finite.
+        logging_steps=1, logging_nan_inf_filter=False, report_to="none", disable_tqdm=True, remove_unused_columns=False,
         label_names=["labels"], dataloader_pin_memory=False,
         # With a key-value cache transformers lets packed records attend to each other, without an error.
         use_cache=False)
@@ -64,12 +83,47 @@ def lora_config(lora: Lora, target_modules: list[str], *, transposed: bool) -> L
                       target_modules=target_modules, bias="none", fan_in_fan_out=transposed)
 
 
-def team_trainer(team: Team) -> Any:
+@dataclass(frozen=True)
+class HeldOut:
+    """What is measured beside the training, and after which steps."""
+
+    name: str  # of its loss: validation_loss or holdout_loss
+    split: Sequence[Encoded]
+    records: Integers
+    steps: frozenset[int]
+
+
+def held_out(splits: Splits, batches: Batches, until: int) -> HeldOut:
+    """A sample of `validation`, or of the holdout where there is no validation, EVALUATIONS times and at the end.
+
+    A token that is only read costs half of one that is trained on (2 FLOPs a parameter, and 4, the weights being
+    frozen). So a tenth of the training's time is a fifth of its tokens, for all evaluations together. But never less
+    than a few sequences; more of them from the validation split, because it chooses among checkpoints and settings.
+    """
+    name, split, least = (("validation_loss", splits.validation, 256) if len(splits.validation) else
+                          ("holdout_loss", splits.holdout, 16))
+    chosen = sample(lengths_of(split), SHARE_OF_TOKENS * batches.tokens / EVALUATIONS, least)
+    steps = {math.ceil(len(batches) * number / EVALUATIONS) for number in range(1, EVALUATIONS + 1)}
+    return HeldOut(name, split, chosen, frozenset(steps | {until}))
+
+
+def team_trainer(team: Team, train: Sequence[Encoded], measured: HeldOut, masks: Masks, tokens: int) -> Any:
     """transformers' Trainer class, in which the processes of a team divide each batch instead of taking different
-    ones."""
+    ones, and compute their shares in micro-batches.
+
+    A step's loss is the sum over its learned tokens, divided by their number in all micro-batches of all processes. So
+    neither number changes what is learned.
+
+    Args:
+        train: the split that the batches' numbers are of.
+        tokens: of a micro-batch.
+    """
+    import torch
     from transformers import Trainer
 
     class TeamTrainer(Trainer):
+        share = Share(team.rank, team.size, tokens)
+
         def _get_dataloader(self, *arguments: Any, **named: Any) -> Any:
             # accelerate gives each process other batches. Here each process has its share of every batch, and takes all
             # batches in the same order. (transformers does the same for its BatchRebalanceSampler.)
@@ -77,6 +131,61 @@ def team_trainer(team: Team) -> Any:
             if team.size > 1:
                 loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
             return loader
+
+        def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+            while True:
+                try:
+                    return self._accumulate(model, inputs["records"])
+                except torch.OutOfMemoryError:
+                    # Masks follow from the step, so that it can be done again. Not with several processes: the others
+                    # wait in the middle of theirs.
+                    if team.size > 1 or self.share.tokens <= LEAST_TOKENS:
+                        raise
+                model.zero_grad()
+                torch.cuda.empty_cache()
+                self.share = replace(self.share, tokens=self.share.tokens // 2)
+                log.info("the GPU has too little memory: from here on %d tokens are computed at once",
+                         self.share.tokens)
+
+        def _accumulate(self, model: Any, records: Integers) -> Tensor:
+            """The step's loss; its gradients are added to the model's."""
+            micro_batches = list(self._micro_batches(train, records))
+            own = sum(int((batch["labels"] != -100).sum()) for batch, _, _ in micro_batches)
+            learned = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum")
+            loss = torch.zeros((), device=self.args.device)
+            for number, (batch, numbers, lengths) in enumerate(micro_batches, 1):
+                masks.choose(self.state.global_step, numbers, lengths)
+                last = number == len(micro_batches)  # after which the processes add up their gradients
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                    loss += super().training_step(model, batch, learned)
+            return loss
+
+        def _micro_batches(self, split: Sequence[Encoded], records: Integers
+                           ) -> Iterator[tuple[dict[str, Tensor], Integers, Integers]]:
+            """This process's micro-batches of some records, each with the records' numbers and lengths."""
+            lengths = lengths_of(split)[records]
+            for positions in self.share.micro_batches(lengths.tolist()):
+                # An empty one is computed, since the others wait for it, but nothing in it is learned.
+                numbers = records[positions] if positions else records[:1]
+                encoded = [split[int(number)] for number in numbers]
+                if not positions:
+                    encoded = [Encoded(encoded[0].tokens, [])]
+                yield flatten(encoded), numbers, lengths_of(encoded)
+
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            """The loss a token of what is held out. It draws no random number, so that training does not notice."""
+            model = self.model_wrapped
+            model.eval()
+            nats_and_tokens = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+            with torch.no_grad():
+                for batch, _, _ in self._micro_batches(measured.split, measured.records):
+                    nats = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=torch.tensor(1))
+                    nats_and_tokens[0] += nats.double() / team.size  # by which Trainer multiplies it
+                    nats_and_tokens[1] += (batch["labels"] != -100).sum()
+            nats, tokens = self.accelerator.reduce(nats_and_tokens, "sum").tolist()
+            metrics = {"eval_loss": nats / tokens}
+            self.log(metrics)
+            return metrics
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
             # Sharded, Trainer would gather the whole base model for a checkpoint; the adapter is enough.

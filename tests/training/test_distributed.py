@@ -24,9 +24,8 @@ from hypothesis import strategies as st
 from jobs.core import artifacts, pipeline
 from jobs.core.errors import RetryableError, Terminated, UserError
 from jobs.core.plan import plan
-from jobs.data.encoding import Encoded
 from jobs.tools.pods import CHECKOUT
-from jobs.training import callbacks, distributed
+from jobs.training import callbacks, distributed, packing
 from tests import build_models
 
 RECORDS = [{"prompt": f"How many rooms has house {n}?", "completion": f"It has {n} rooms. " * (1 + n % 3)}
@@ -38,23 +37,23 @@ TRAINING: dict[str, Any] = {"epochs": 4, "learning_rate": 1e-3, "checkpoint_step
 # --- the shares -----------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(1, 9))
-def test_the_shares_of_a_batch_are_the_batch(lengths: list[int], size: int) -> None:
-    """Each record is computed by one process, in the batch's order; only who would have none gets one to idle on."""
-    pack = [Encoded.of([number], [0] * (length - 1)) for number, length in enumerate(lengths)]
-    shares = [distributed.share(pack, rank, size) for rank in range(size)]
-    learned = [[record.prompt[0] for record in share if record.completion] for share in shares]
-    assert sorted(number for share in learned for number in share) == list(range(len(pack)))
-    assert all(share == sorted(share) for share in learned)
-    assert all(shares)
-    assert distributed.share(pack, 0, 1) == pack
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(1, 9), st.integers(2, 100))
+def test_the_micro_batches_of_all_processes_are_the_batch(lengths: list[int], size: int, tokens: int) -> None:
+    """Each record is computed once, in the batch's order, and no more at once than may be; and all processes compute
+    equally often, as they must where each holds a part of the model."""
+    of_each = [packing.Share(rank, size, tokens).micro_batches(lengths) for rank in range(size)]
+    assert sorted(n for micro_batches in of_each for one in micro_batches for n in one) == list(range(len(lengths)))
+    assert all(one == sorted(one) for micro_batches in of_each for one in micro_batches)
+    assert all(sum(lengths[n] for n in one) <= max(tokens, *lengths) for each in of_each for one in each)
+    assert len({len(micro_batches) for micro_batches in of_each}) == 1
+    if size == 1:
+        assert all(of_each[0]), "one process computes nothing in vain"
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(2, 9))
 def test_no_process_waits_long_for_another(lengths: list[int], size: int) -> None:
     """The fullest share has at most one record more than a fair part (Graham 1969: longest first)."""
-    pack = [Encoded.of([number], [0] * (length - 1)) for number, length in enumerate(lengths)]
-    tokens = [sum(len(r) for r in distributed.share(pack, rank, size) if r.completion) for rank in range(size)]
+    tokens = [sum(lengths[position] for position in share) for share in packing.divide(lengths, size)]
     assert max(tokens) <= sum(lengths) / size + max(lengths)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jobs.core.errors import UserError
@@ -14,6 +16,7 @@ from jobs.data.encoded import Splits
 from jobs.data.encoding import Encoded
 from jobs.training import callbacks, card, packing, train, trainer
 from jobs.training.distributed import Team
+from jobs.training.dropout import Masks
 from tests import build_models
 
 TRAINING: dict[str, Any] = {"epochs": 7, "learning_rate": 3e-4, "max_length": 40, "tokens_per_batch": 50, "seed": 11,
@@ -31,29 +34,32 @@ def team_of(size: int) -> Team:
     return team
 
 
+def team_trainer(team: Team) -> Any:
+    """Trainer's class for processes that have nothing to train on."""
+    measured = trainer.HeldOut("holdout_loss", [], np.array([]), frozenset())
+    return trainer.team_trainer(team, [], measured, Masks(0.0, 0, 1), 64)
+
+
 # --- Trainer's arguments ---------------------------------------------------------------------------------------------
 
 
 def test_trainer_gets_the_settings_of_the_pipeline_file() -> None:
     found = arguments()
-    assert (found.output_dir, found.num_train_epochs, found.learning_rate, found.seed) == ("/checkpoints", 7, 3e-4, 11)
+    assert (found.output_dir, found.learning_rate, found.seed) == ("/checkpoints", 3e-4, 11)
     assert found.data_seed in (None, 11)
     assert (found.save_strategy, found.save_steps, found.gradient_checkpointing) == ("steps", 13, True)
     assert not arguments(gradient_checkpointing=False).gradient_checkpointing
 
 
-def test_a_step_takes_one_pack_whatever_the_number_of_gpus() -> None:
+def test_trainer_takes_each_batch_in_its_order() -> None:
     found = arguments()
-    assert (found.per_device_train_batch_size, found.per_device_eval_batch_size) == (1, 1)
-    assert found.gradient_accumulation_steps == 1
+    assert (found.per_device_train_batch_size, found.train_sampling_strategy) == (1, "sequential")
+    assert (found.gradient_accumulation_steps, found.num_train_epochs) == (1, 1)
 
 
-@pytest.mark.parametrize(("steps", "warmup", "between_evaluations"), [
-    (9, 0, 1), (10, 1, 1), (355, 35, 35), (5000, 100, 500)])
-def test_a_tenth_of_the_steps_warms_up_a_hundred_at_most_and_ten_measure_the_holdout(
-        steps: int, warmup: int, between_evaluations: int) -> None:
-    found = arguments(steps)
-    assert (found.warmup_steps, found.eval_strategy, found.eval_steps) == (warmup, "steps", between_evaluations)
+@pytest.mark.parametrize(("steps", "warmup"), [(9, 0), (10, 1), (355, 35), (5000, 100)])
+def test_a_tenth_of_the_steps_warms_up_a_hundred_at_most(steps: int, warmup: int) -> None:
+    assert arguments(steps).warmup_steps == warmup
 
 
 def test_the_learning_rate_rises_to_its_height_and_falls_to_zero_as_a_cosine() -> None:
@@ -114,7 +120,7 @@ def test_every_process_takes_every_batch_in_the_same_order(monkeypatch: pytest.M
         return DataLoader(numbers, batch_sampler=sampler)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Trainer, "_get_dataloader", divided)
-    one_of = trainer.team_trainer(team_of(2))
+    one_of = team_trainer(team_of(2))
     loader = one_of._get_dataloader(one_of.__new__(one_of), list(range(8)), batch_size=2)
     assert list(loader.batch_sampler) == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
@@ -137,7 +143,7 @@ def test_a_checkpoint_of_a_divided_model_holds_the_adapter_and_is_written_once(
         team = team_of(2)
         team.rank = rank
         settings = trainer.training_arguments(Training(**TRAINING), tmp_path / "checkpoints", 350, Team())
-        one_of = trainer.team_trainer(team)(model=model, args=settings, eval_dataset=[])
+        one_of = team_trainer(team)(model=model, args=settings)
         one_of.save_model(str(tmp_path / f"whole-{rank}"))
         one_of.is_fsdp_enabled = True
         monkeypatch.setattr(model, "state_dict", None)  # it would gather everything
@@ -212,26 +218,49 @@ def test_the_seed_decides_the_first_values_of_the_adapter(tmp_path: Path) -> Non
 # --- packs -----------------------------------------------------------------------------------------------------------
 
 
-def test_packs_are_filled_to_the_last_token() -> None:
-    records = [Encoded.of([1] * 10, [2] * 15) for _ in range(6)]
-    assert [len(pack) for pack in packing.pack(records, 50, 0)] == [2, 2, 2]
-    assert [len(pack) for pack in packing.pack(records, 49, 0)] == [1] * 6
-    assert [len(pack) for pack in packing.pack([Encoded.of([], [1])], 50, 0)] == [1]
+def batches(lengths: list[int], **changes: Any) -> list[list[int]]:
+    return [batch.tolist() for batch in packing.Batches(np.array(lengths), Training(**(TRAINING | changes)))]
 
 
-def test_the_seed_decides_which_records_come_together() -> None:
-    records = [Encoded.of([n], [0]) for n in range(40)]
+def test_batches_are_filled_to_the_last_token() -> None:
+    assert [len(batch) for batch in batches([25] * 6, epochs=1)] == [2, 2, 2]
+    assert [len(batch) for batch in batches([25] * 6, epochs=1, tokens_per_batch=49)] == [1] * 6
+    assert [len(batch) for batch in batches([1], epochs=1)] == [1]
 
-    def order(seed: int) -> list[int]:
-        return [record.prompt[0] for pack in packing.pack(records, 6, seed) for record in pack]
 
-    assert order(1) == order(1)
-    assert order(1) != order(2)
-    assert order(1) != sorted(order(1)), "shuffled"
+def test_a_record_goes_where_it_leaves_the_least_room() -> None:
+    lengths = np.array([30, 25, 20, 25, 10])
+    assert [batch.tolist() for batch in packing.pack(lengths, np.arange(5), 50)] == [[0, 2], [1, 3], [4]]
+
+
+def test_the_seed_decides_which_records_come_together_and_each_epoch_mixes_them_again() -> None:
+    def order(**changes: Any) -> list[list[int]]:
+        return batches([2] * 40, epochs=2, tokens_per_batch=40, **changes)
+
+    assert order(seed=1) == order(seed=1)
+    assert order(seed=1) != order(seed=2)
+    first, second = order()[:2], order()[2:]
+    assert sorted(first[0] + first[1]) == sorted(second[0] + second[1]) == list(range(40))
+    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}
+    assert first[0] != sorted(first[0]), "shuffled"
+
+
+def test_best_fit_wastes_little_and_epochs_are_of_about_as_many_steps() -> None:
+    lengths = np.random.default_rng(0).lognormal(5, 1, 20_000).clip(8, 1024).astype(np.int64)
+    counts = [len(packing.Batches(lengths, Training(epochs=1, seed=seed))) for seed in range(3)]
+    assert max(counts) <= 1.01 * lengths.sum() / 4096
+    assert max(counts) - min(counts) <= 2
+
+
+def test_a_million_records_are_packed_in_seconds() -> None:
+    lengths = np.random.default_rng(0).lognormal(5, 1, 1_000_000).clip(8, 1024).astype(np.int64)
+    started = time.process_time()
+    packing.Batches(lengths, Training(epochs=1))
+    assert time.process_time() - started < 20
 
 
 def test_a_pack_is_one_row_in_which_positions_restart_and_only_completions_are_learned() -> None:
-    batch = packing.flatten([[Encoded.of([5, 6], [7, 8]), Encoded.of([], [9, 10])]])
+    batch = packing.flatten([Encoded.of([5, 6], [7, 8]), Encoded.of([], [9, 10])])
     assert {name: values.tolist() for name, values in batch.items() if name in ("input_ids", "labels", "position_ids")
             } == {"input_ids": [[5, 6, 7, 8, 9, 10]], "labels": [[-100, -100, 7, 8, -100, 10]],
                   "position_ids": [[0, 1, 2, 3, 0, 1]]}
@@ -302,15 +331,16 @@ def test_the_model_card_says_what_the_adapter_was_made_from(tmp_path: Path) -> N
     for line in ("| records | 5 train, 3 held out, 2 too long |", "| LoRA | r 4, alpha 10, dropout 0.25 |",
                  "| target modules | q_proj, v_proj |", "7 epochs, learning rate 0.0003 (cosine)", "seed 11",
                  "at most 256 tokens a batch and 128 a record", "| loss on the train split, last step | 5.0000 |",
-                 "| loss on the held-out split | 5.2000 |", "| dataset | d1d2 ("):
+                 "| loss on the holdout split | 5.2000 |", "| dataset | d1d2 ("):
         assert line in text
 
 
 def test_the_loss_history_has_no_timings() -> None:
     """They differ from run to run, and the adapter's files must not."""
-    assert callbacks.history_entry({"step": 1, "epoch": 0.123456, "loss": 2.5, "learning_rate": 1e-3,
-                                    "grad_norm": 0.5}) == {"step": 1, "epoch": 0.1235, "loss": 2.5,
-                                                           "learning_rate": 1e-3}
-    assert callbacks.history_entry({"step": 2, "epoch": 1.0, "eval_loss": 3.5, "eval_runtime": 0.7}) == {
-        "step": 2, "epoch": 1.0, "holdout_loss": 3.5}
-    assert callbacks.history_entry({"step": 2, "epoch": 1.0, "train_runtime": 9.0, "train_loss": 2.0}) is None
+    def entry(**raw: float) -> dict[str, float] | None:
+        return callbacks.history_entry({"step": 2, "epoch": 0.5} | raw, "holdout_loss", 3)
+
+    assert entry(epoch=0.123456, loss=2.5, learning_rate=1e-3, grad_norm=0.5) == {
+        "step": 2, "epoch": 0.3704, "loss": 2.5, "learning_rate": 1e-3}
+    assert entry(eval_loss=3.5, eval_runtime=0.7) == {"step": 2, "epoch": 1.5, "holdout_loss": 3.5}
+    assert entry(train_runtime=9.0, train_loss=2.0) is None

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,12 +64,11 @@ def folders(place: Path) -> train.Folders:
     return train.Folders(place / "checkpoints", place / "tensorboard")
 
 
-@given(st.lists(st.integers(2, 60), min_size=1, max_size=80), st.integers(0, 9))
-def test_packing_takes_every_record_once_and_keeps_to_the_budget(lengths: list[int], seed: int) -> None:
-    given_records = [Encoded.of([i], [0] * (length - 1)) for i, length in enumerate(lengths)]
-    packs = packing.pack(given_records, 60, seed)
-    assert sorted(record.prompt[0] for pack in packs for record in pack) == list(range(len(lengths)))
-    assert all(sum(map(len, pack)) <= 60 for pack in packs)
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=80), st.integers(0, 9), st.integers(1, 3))
+def test_each_epoch_takes_every_record_once_and_keeps_to_the_budget(lengths: list[int], seed: int, epochs: int) -> None:
+    batches = packing.Batches(np.array(lengths), settings(tokens_per_batch=60, seed=seed, epochs=epochs))
+    assert sorted(np.concatenate(list(batches))) == sorted([*range(len(lengths))] * epochs)
+    assert all(sum(lengths[number] for number in batch) <= 60 for batch in batches)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "stablelm"])
@@ -85,7 +85,7 @@ def test_a_packed_batch_has_the_loss_of_its_records_one_by_one(kind: str) -> Non
         loss = model(input_ids=torch.tensor([list(record.tokens)]), labels=torch.tensor([labels])).loss
         total += loss.item() * len(record.completion)
     expected = total / sum(len(record.completion) for record in pack)
-    assert model(**packing.flatten([pack])).loss.item() == pytest.approx(expected, abs=1e-5)
+    assert model(**packing.flatten(pack)).loss.item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -132,8 +132,8 @@ def test_the_loss_that_trainer_logs_during_training_is_that_of_separate_records(
                           folders(tmp_path), tmp_path / "out")
     fresh = tiny("llama")[0].eval()
     expected = []
-    for pack in packing.pack(data, 64, 0):
-        nats = 0.0
+    for batch in packing.Batches(packing.lengths_of(data), settings(epochs=1)):
+        pack, nats = [data[number] for number in batch], 0.0
         for record in pack:
             labels = record.labels()
             ids = torch.tensor([list(record.tokens)])
