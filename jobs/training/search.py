@@ -26,7 +26,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,13 +36,17 @@ from jobs.core.errors import UserError
 from jobs.core.files import write_atomically
 from jobs.core.pipeline import Training
 from jobs.core.search import PRECISION, Search, description, shown, text_table
+from jobs.data.encoded import Splits
 from jobs.training.distributed import Team
+from jobs.training.packing import Batches, lengths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger("jobs")
 
+EMPTY = ("training.search chooses by the loss on the validation split, which is empty. Set dataset.validation, for "
+         "example to 0.1, or `\"split\": \"validation\"` in some records")
 STATE = "search.json"  # in the folder of the checkpoints
 
 History = list[dict[str, float]]
@@ -70,14 +74,23 @@ class Result:
         return (math.inf if self.loss is None else round(self.loss, PRECISION), self.trial)
 
 
-def run(training: Training, steps: Callable[[Training], int], train: Train, folder: Path, team: Team,
-        report: Callable[[int, Result], None] = lambda *_: None) -> tuple[Training, History, dict[str, Any]]:
+def require_validation(splits: Splits) -> None:
+    """A search needs records to choose by.
+
+    Raises:
+        UserError: the validation split is empty.
+    """
+    if not splits.validation:
+        raise UserError(EMPTY)
+
+
+def run(training: Training, splits: Splits, train: Train, folder: Path, tensorboard: Path,
+        team: Team) -> tuple[Training, History, dict[str, Any]]:
     """Choose among the trials of `training.search`, resuming what an earlier attempt began.
 
     Args:
-        steps: how many steps a trial has.
         folder: where the state is kept, and the trials' checkpoints in folders `trial-N`.
-        report: called in the main process with each trial's number and result.
+        tensorboard: where the trials' runs are, in folders `trial-N`.
     Returns:
         the settings of the chosen trial, its loss history, and the record of the search for people.
     Raises:
@@ -87,7 +100,9 @@ def run(training: Training, steps: Callable[[Training], int], train: Train, fold
     search = training.search
     assert search is not None
     settings, names, rungs = training.trials(), [description(each) for each in search.settings()], search.rungs()
-    lengths = [steps(each) for each in settings]
+    steps = {each.epochs: each for each in settings}  # of what is searched, only the epochs change them
+    counts = {epochs: len(Batches(lengths_of(splits.train), each)) for epochs, each in steps.items()}
+    lengths = [counts[each.epochs] for each in settings]
     state = State(folder, team)
     log.info("search: %s", search.summary(training.epochs))
     racing = list(range(1, len(settings) + 1))
@@ -102,8 +117,8 @@ def run(training: Training, steps: Callable[[Training], int], train: Train, fold
                     log.info("rung %d of %d: to step %d of %d", number, len(rungs), step, length)
                     result = state.add(_train_to(step, Result(trial, number, step, None), own, train))
                     log.info("step %d of %d: validation loss %s", step, length, shown(result.loss))
-                if team.main:
-                    report(trial, result)
+                if team.main and number == 1:
+                    write_settings(trial_folder(tensorboard, trial), search, search.settings()[trial - 1])
             results.append(result)
         if all(result.loss is None for result in results):
             raise UserError(f"training.search: at rung {number}, the loss of no trial is a finite number. Lower the "
@@ -184,6 +199,19 @@ class State:
                 "settings": search.settings()[chosen - 1], "trials": trials}
 
 
+def write_settings(run: Path, search: Search, settings: Mapping[str, Any]) -> None:
+    """Let TensorBoard's HParams show a trial: its settings, beside the losses that are in its run already."""
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    # `add_hparams` would make another run below this one for the same.
+    values = {key: value if isinstance(value, int | float | str) else "+".join(value)
+              for key, value in settings.items()}
+    with SummaryWriter(str(run)) as writer:
+        for summary in hparams(values, {"loss/validation": 0.0, "loss/train": 0.0}):
+            writer.file_writer.add_summary(summary)
+
+
 def trial_folder(folder: Path, trial: int) -> Path:
     """The folder of a trial below that of the whole training."""
     return folder / f"trial-{trial}"
@@ -203,7 +231,7 @@ def _prefixed(prefix: str) -> Iterator[None]:
         log.removeFilter(add)
 
 
-class BaseModel:
+class SharedModel:
     """The base model that all trials share: loaded once, and unchanged by each of them."""
 
     def __init__(self, load: Callable[[], PreTrainedModel], *, once: bool) -> None:
@@ -242,11 +270,13 @@ def remove_adapter(model: PreTrainedModel) -> None:
         if isinstance(module, BaseTunerLayer):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
-    del model.peft_config
+    if hasattr(model, "peft_config"):  # or PEFT warns of a second adapter
+        del model.peft_config
 
 
 def fingerprints(model: PreTrainedModel) -> dict[str, int]:
     """A hash of each of the model's weights."""
     import torch
 
-    return {name: int(torch.hash_tensor(weight.detach())) for name, weight in model.named_parameters()}
+    return {name: torch.hash_tensor(weight.detach()).view(torch.int64).item()
+            for name, weight in model.named_parameters()}

@@ -13,15 +13,26 @@ from typing import Any
 import pytest
 
 from jobs.core.errors import Terminated, UserError
-from jobs.core.pipeline import Training
-from jobs.training import search
+from jobs.core.pipeline import Lora, Training
+from jobs.core.search import Search
+from jobs.data.encoded import Splits
+from jobs.data.encoding import Encoded
+from jobs.training import search, train
 from jobs.training.distributed import Team
+from tests.training.test_train import folders, records, settings, tiny
 
 RANKS = {"lora.r": [4, 8, 16]}
 
 
 def training(**declared: Any) -> Training:
-    return Training.model_validate({"epochs": 3, "search": {"candidates": RANKS} | declared})
+    return Training.model_validate({"epochs": 3, "max_length": 8, "tokens_per_batch": 8,
+                                    "search": {"candidates": RANKS} | declared})
+
+
+def splits(batches: int = 20) -> Splits:
+    """Data that fill as many batches of 8 tokens."""
+    data = [Encoded.of([1] * 4, [2] * 4)] * batches
+    return Splits(data, data, 0, data)
 
 
 class Script:
@@ -47,8 +58,8 @@ class Script:
                 for step, loss in zip(steps, losses, strict=True)]
 
 
-def run(script: Script, place: Path, steps: int = 60, **declared: Any) -> tuple[Training, dict[str, Any]]:
-    settings, history, record = search.run(training(**declared), lambda _: steps, script, place, Team())
+def run(script: Script, place: Path, **declared: Any) -> tuple[Training, dict[str, Any]]:
+    settings, history, record = search.run(training(**declared), splits(), script, place, place / "runs", Team())
     assert history == [{"step": 60, "epoch": 3.0, "loss": 0.5}], "that of the whole training"
     return settings, record
 
@@ -105,7 +116,7 @@ def test_if_all_trials_diverge_that_is_one_clear_line(tmp_path: Path) -> None:
 
 def test_trials_of_different_lengths_are_compared_at_the_same_share_of_their_steps(tmp_path: Path) -> None:
     script = Script([2.0], [1.0, 0.5])
-    search.run(training(candidates={"epochs": [3, 6]}), lambda settings: 10 * settings.epochs, script, tmp_path, Team())
+    search.run(training(candidates={"epochs": [3, 6]}), splits(10), script, tmp_path, tmp_path / "runs", Team())
     assert script.calls == [(1, 10), (2, 20), (2, 60), (2, None)]
 
 
@@ -151,7 +162,7 @@ def test_the_log_names_trial_and_rung_and_ends_with_a_table(tmp_path: Path, capl
 
     script = Script([3.0], [1.0, 0.5], [math.nan])
     with caplog.at_level(logging.INFO, "jobs"):
-        search.run(training(), lambda _: 60, train, tmp_path, Team())
+        search.run(training(), splits(), train, tmp_path, tmp_path / "runs", Team())
     lines = caplog.messages
     assert lines[0] == "search: 3 trials over lora.r: 3 to 1/3 of their steps, 1 to the end; 1.67 trainings"
     assert "trial 2 of 3 (lora.r 8): rung 1 of 2: to step 20 of 60" in lines
@@ -161,3 +172,89 @@ def test_the_log_names_trial_and_rung_and_ends_with_a_table(tmp_path: Path, capl
     assert [re.split(" {2,}", line) for line in lines[-1].strip().splitlines()][2:] == [
         ["2", "lora.r 8", "60 of 60", "0.500", "chosen"],
         ["3", "lora.r 16", "20 of 60", "not finite", "its loss was not finite"]]
+
+
+# --- what it is made of ---------------------------------------------------------------------------------------------
+
+
+def test_a_search_without_records_to_choose_by_is_refused() -> None:
+    with pytest.raises(UserError, match='validation split, which is empty. Set dataset.validation, for example to 0.1'):
+        search.require_validation(Splits(splits().train, splits().holdout, 0, ()))
+    search.require_validation(splits())
+
+
+def test_tensorboard_lists_the_trials_with_their_settings_and_makes_no_runs_for_it(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    run(Script([3.0], [1.0, 0.5], [2.0]), tmp_path,
+        candidates={"lora.r": [4], "lora.target_modules": [["q_proj"], ["q_proj", "v_proj"], "all-linear"]})
+    runs = sorted(path.parent.relative_to(tmp_path / "runs") for path in (tmp_path / "runs").rglob("events*"))
+    assert runs == [Path("trial-1"), Path("trial-2"), Path("trial-3")]
+    events = EventAccumulator(str(tmp_path / "runs" / "trial-2"))
+    events.Reload()
+    tags = events.summary_metadata
+    start = plugin_data_pb2.HParamsPluginData.FromString(tags[metadata.SESSION_START_INFO_TAG].plugin_data.content)
+    found = start.session_start_info.hparams
+    assert found["lora.r"].number_value == 4 and found["lora.target_modules"].string_value == "q_proj+v_proj"
+    shown = plugin_data_pb2.HParamsPluginData.FromString(tags[metadata.EXPERIMENT_TAG].plugin_data.content)
+    assert {info.name.tag for info in shown.experiment.metric_infos} == {"loss/validation", "loss/train"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_trials_share_one_base_model_and_leave_it_as_it_was(kind: str) -> None:
+    """After each adapter the model has the same layers with the same weights; one that was changed is noticed."""
+    import torch
+
+    loads = []
+
+    def load() -> Any:
+        loads.append(1)
+        return tiny(kind)[0]
+
+    shared, (fresh, layers) = search.SharedModel(load, once=True), tiny(kind)
+    for rank in (4, 8):
+        with shared.lent() as model:
+            adapted = train.add_adapter(model, Training.model_validate({"lora": {"r": rank}}), layers)
+            assert any("lora" in name for name, _ in model.named_parameters())
+            for weight in adapted.parameters():
+                if weight.requires_grad:
+                    weight.data.fill_(1.0)
+    with shared.lent() as model:
+        assert [*model.state_dict()] == [*fresh.state_dict()] and len(loads) == 1
+        assert all(torch.equal(weight, fresh.state_dict()[name]) for name, weight in model.state_dict().items())
+        assert not hasattr(model, "peft_config")
+    with pytest.raises(RuntimeError, match="a trial changed the base model"), shared.lent() as model:
+        next(iter(model.parameters())).data[0, 0] += 1e-3
+
+
+def test_a_model_that_training_divides_among_processes_is_loaded_for_each_trial() -> None:
+    loads = []
+    shared = search.SharedModel(lambda: loads.append(1) or tiny("llama")[0], once=False)  # type: ignore[func-returns-value]
+    for _ in range(2):
+        with shared.lent():
+            pass
+    assert len(loads) == 2
+
+
+def test_the_chosen_adapter_is_that_of_a_training_with_its_settings(tmp_path: Path) -> None:
+    """To the byte, although other trials were trained on the same model before and in between."""
+    data = records(30)
+    parts = Splits(data, data[:5], 0, data[10:20])
+    base = settings(lora=Lora(r=8, alpha=8, dropout=0.1))
+    declared = Search.model_validate({"candidates": {"lora.r": [2, 8], "learning_rate": [1e-4, 1e-2]}})
+    searching = base.model_copy(update={"search": declared})
+    shared = search.SharedModel(lambda: tiny("llama")[0], once=True)
+
+    def trial(number: int, of: Training, until: int | None) -> search.History:
+        own = train.Folders(*(search.trial_folder(tmp_path / name, number) for name in ("checkpoints", "runs")))
+        with shared.lent() as model:
+            return train.train(model, parts, of, ["q_proj", "v_proj"], own, tmp_path / "chosen", until=until)
+
+    chosen, history, record = search.run(searching, parts, trial, tmp_path / "checkpoints", tmp_path / "runs", Team())
+    plain = train.train(tiny("llama")[0], parts, chosen, ["q_proj", "v_proj"], folders(tmp_path / "plain"),
+                        tmp_path / "plain" / "out")
+    assert record["chosen"] in (2, 4) and [trial["ended"] for trial in record["trials"]].count("chosen") == 1
+    assert ((tmp_path / "chosen" / "adapter_model.safetensors").read_bytes()
+            == (tmp_path / "plain" / "out" / "adapter_model.safetensors").read_bytes())
+    assert [entry for entry in history if "loss" in entry] == [entry for entry in plain if "loss" in entry]
