@@ -7,19 +7,24 @@ import json
 import logging
 import math
 import re
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.core import pipeline
 from jobs.core.errors import Terminated, UserError
 from jobs.core.pipeline import Lora, Training
+from jobs.core.plan import plan
 from jobs.core.search import Search
 from jobs.data.encoded import Splits
 from jobs.data.encoding import Encoded
-from jobs.training import search, train
+from jobs.training import callbacks, search, train
 from jobs.training.distributed import Team
-from tests.training.test_train import folders, records, settings, tiny
+from tests import build_models
+from tests.training.test_train import folders, fresh_volumes, records, settings, start, tiny, weights
 
 RANKS = {"lora.r": [4, 8, 16]}
 
@@ -258,3 +263,84 @@ def test_the_chosen_adapter_is_that_of_a_training_with_its_settings(tmp_path: Pa
     assert ((tmp_path / "chosen" / "adapter_model.safetensors").read_bytes()
             == (tmp_path / "plain" / "out" / "adapter_model.safetensors").read_bytes())
     assert [entry for entry in history if "loss" in entry] == [entry for entry in plain if "loss" in entry]
+
+
+# --- the job as a process -------------------------------------------------------------------------------------------
+
+SEARCH = {"candidates": {"lora.r": [4, 8, 16]}}
+
+
+def searching_inputs(place: Path, *, validation: Any = build_models.RECORDS[1:3], **changes: Any) -> tuple[Path, Path]:
+    """A pipeline file whose inputs to training are published, with a search over three ranks, and the volumes' root."""
+    loaded, volumes = build_models.published_pipeline(
+        place, without=["adapter", "reference_model"], validation=validation,
+        **{"search": SEARCH, "checkpoint_steps": 3, "epochs": 60, "learning_rate": 1e-2} | changes)
+    return loaded.path, volumes
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """A search that ran in one go: pipeline file, volumes and log."""
+    file, volumes = searching_inputs(tmp_path_factory.mktemp("uninterrupted"))
+    process = start(file, volumes)
+    _, output = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return file, volumes, output
+
+
+def test_the_adapter_holds_the_chosen_settings_and_the_record_of_the_search(
+        uninterrupted: tuple[Path, Path, str]) -> None:
+    file, volumes, output = uninterrupted
+    wanted = plan(pipeline.load(file).pipeline)
+    folder = wanted.adapter.path(volumes)
+    record = json.loads((folder / "search.json").read_text())
+    chosen = record["settings"]["lora.r"]
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == chosen
+    assert record["trials"][record["chosen"] - 1]["ended"] == "chosen"
+    assert [trial["rungs"][0]["step"] for trial in record["trials"]] == [20, 20, 20]
+    assert record["trials"][record["chosen"] - 1]["rungs"][1]["step"] == 60
+    first = [round(trial["rungs"][0]["validation_loss"], 3) for trial in record["trials"]]
+    assert first.index(min(first)) + 1 == record["chosen"]
+    card = (folder / "README.md").read_text()
+    assert f"| LoRA | r {chosen}, alpha 32, dropout 0.05 |" in card
+    assert f"| chosen by search | lora.r {chosen}, among 3 trials by the loss on the validation split |" in card
+    assert "search: 3 trials over lora.r: 3 to 1/3 of their steps, 1 to the end; 1.67 trainings" in output
+    assert "trial 2 of 3 (lora.r 8): step 20 of 60: validation loss" in output
+    runs = sorted(path.name for path in (volumes / "fine-tuned-model" / "tensorboard" / "hotels"
+                                         / wanted.adapter.digest).iterdir())
+    assert runs == ["trial-1", "trial-2", "trial-3"]
+    assert not list(volumes.glob("fine-tuned-model/checkpoints/*")), "checkpoints are removed once the adapter is there"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "trial", "code"), [
+    (signal.SIGKILL, "trial-1", -9), (signal.SIGKILL, "trial-3", -9), (signal.SIGTERM, "trial-2", 143)])
+def test_a_stopped_search_resumes_and_ends_with_the_same_bytes(
+        tmp_path: Path, uninterrupted: tuple[Path, Path, str], number: signal.Signals, trial: str, code: int) -> None:
+    """A kill costs one trial's steps since its last checkpoint: what others reached is not done again."""
+    file, inputs, _ = uninterrupted
+    volumes = fresh_volumes(tmp_path, inputs)
+    first = start(file, volumes)
+    deadline = time.monotonic() + 300
+    while not list(volumes.glob(f"fine-tuned-model/checkpoints/*/{trial}/*/{callbacks.CHECKPOINT_MARKER}")):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    first.send_signal(number)
+    _, output = first.communicate(timeout=60)
+    assert first.returncode == code, output
+    second = start(file, volumes)
+    _, output = second.communicate(timeout=300)
+    assert second.returncode == 0, output
+    *done, resumed = (f"trial {n} of 3 (lora.r {2 ** (1 + n)}): " for n in range(1, 1 + int(trial[-1])))
+    assert f"{resumed}resuming from the checkpoint at step" in output
+    assert not [prefix for prefix in done if f"{prefix}rung 1 of 2" in output]
+    assert weights(file, volumes) == weights(file, inputs)
+
+
+def test_without_a_validation_split_training_says_so_before_it_loads_the_model(tmp_path: Path) -> None:
+    file, volumes = searching_inputs(tmp_path, validation=())
+    process = start(file, volumes)
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "training.search chooses by the loss on the validation split, which is empty" in output
+    assert "Traceback" not in output
