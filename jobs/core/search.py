@@ -29,6 +29,8 @@ LearningRate = Annotated[float, Field(gt=0, lt=1)]
 
 FILE = "search.json"  # in an adapter that a search chose
 PRECISION = 3  # digits of the losses that are compared, in nats a token
+NO_VALIDATION = ("training.search chooses by the loss on the validation split, which is empty. Set dataset.validation, "
+                 "for example to 0.1, or `\"split\": \"validation\"` in some records")
 MOST_TRIALS = 64
 MOST_COMBINATIONS = 1_000_000  # of which `method: random` draws trials
 # The learning rate rises during the first tenth of a training. To compare trials before that would be too early.

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from jobs.core import models, strict_yaml
+from jobs.core import models, search, strict_yaml
 from jobs.core.declarations import Loaded, Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
@@ -64,7 +64,27 @@ def check_data(loaded: LoadedPipeline) -> None:
         require_pin(loaded, name, source)
     source = loaded.pipeline.dataset
     if source.scheme == "file":
-        split.validate(loaded.resolve(source), source.holdout)
+        facts = split.validate(loaded.resolve(source), source.holdout)
+        check_search(loaded, facts["records"].get("validation", 0))
+    else:
+        check_search(loaded, None)
+
+
+def check_search(loaded: LoadedPipeline, validation_records: int | None) -> None:
+    """A search has records to choose by; what it costs is said.
+
+    Args:
+        validation_records: how many there are; None where the data is not here to look.
+    """
+    training, dataset = loaded.pipeline.training, loaded.pipeline.dataset
+    if training.search is None:
+        return
+    log.info("%s: training.search: %s", loaded.path, training.search.summary(training.epochs))
+    if validation_records == 0 and not dataset.validation:  # a share that gets no record is refused by `split`
+        raise UserError(f"{loaded.path}: {search.NO_VALIDATION}")
+    if validation_records is None and not dataset.validation:
+        log.warning("%s: training.search chooses by the loss on the validation split, and dataset.validation is 0: "
+                    "some records of %s must have `\"split\": \"validation\"`", loaded.path, dataset.source)
 
 
 def data_in_git(loaded: LoadedPipeline) -> dict[str, Source]:
@@ -105,8 +125,8 @@ def check_architecture(environment: LoadedEnvironment, adapters: Collection[Load
     problems = []
     for loaded in adapters:
         try:
-            modules = loaded.pipeline.training.lora.target_modules
-            models.check_target_modules(architecture, modules, str(loaded.path), mode)
+            for trial in loaded.pipeline.training.trials():
+                models.check_target_modules(architecture, trial.lora.target_modules, str(loaded.path), mode)
         except UserError as error:
             problems.append(str(error))
     if problems:

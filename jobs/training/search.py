@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.core.errors import UserError
 from jobs.core.files import write_atomically
 from jobs.core.pipeline import Training
-from jobs.core.search import PRECISION, Search, description, shown, text_table
+from jobs.core.search import NO_VALIDATION, PRECISION, Search, description, shown, text_table
 from jobs.data.encoded import Splits
 from jobs.training.distributed import Team
 from jobs.training.packing import Batches, lengths_of
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("jobs")
 
-EMPTY = ("training.search chooses by the loss on the validation split, which is empty. Set dataset.validation, for "
-         "example to 0.1, or `\"split\": \"validation\"` in some records")
 STATE = "search.json"  # in the folder of the checkpoints
 
 History = list[dict[str, float]]
@@ -81,7 +79,7 @@ def require_validation(splits: Splits) -> None:
         UserError: the validation split is empty.
     """
     if not splits.validation:
-        raise UserError(EMPTY)
+        raise UserError(NO_VALIDATION)
 
 
 def run(training: Training, splits: Splits, train: Train, folder: Path, tensorboard: Path,
