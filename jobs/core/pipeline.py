@@ -41,6 +41,12 @@ class Training(Strict):
     max_length: Annotated[int, Field(ge=8)] = 1024
     tokens_per_batch: Annotated[int, Field(ge=8)] = 4096
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    # best: the weights with the lowest loss on the validation split, instead of the last ones. In the digest.
+    keep: Literal["last", "best"] = "last"
+    # With keep: best, end after so many evaluations (there are ten) without a lower loss. In the digest.
+    patience: Annotated[int, Field(ge=1)] | None = None
+    # How many tokens of a batch are computed at once; by default as memory allows. The same result: not in the digest.
+    tokens_per_micro_batch: Annotated[int, Field(ge=8)] | None = None
     # How often a checkpoint is written, in steps. It changes what a kill costs, never the result: not in the digest.
     checkpoint_steps: Annotated[int, Field(ge=1)] = 100
     # Memory for speed: activations are computed again instead of kept. The same result: not in the digest.
@@ -57,6 +63,9 @@ class Training(Strict):
         if self.sharding == "fsdp" and self.quantization == "4bit":
             raise PydanticCustomError("sharding", "sharding: fsdp and quantization: 4bit cannot be combined; a base "
                                       "model in 4 bits needs a quarter of the memory: choose one", {})
+        if self.patience is not None and self.keep == "last":
+            raise PydanticCustomError("patience", "patience is for keep: best, and keep is last; set keep: best, or "
+                                      "remove patience", {})
         if self.tokens_per_batch < self.max_length:
             raise PydanticCustomError("batch", "tokens_per_batch ({batch}) must be at least max_length ({length}): a "
                                       "batch holds whole records", {"batch": self.tokens_per_batch,

@@ -107,7 +107,8 @@ def _plan(key: _ByIdentity) -> Plan:
         {"recipe": RECIPES["adapter"], **_settings(training),
          "tokens_per_batch": training.tokens_per_batch, "seed": training.seed,
          # Only where it is set: artifacts from before this setting existed keep their names.
-         **({} if training.quantization == "none" else {"quantization": training.quantization})},
+         **({} if training.quantization == "none" else {"quantization": training.quantization}),
+         **({} if training.keep == "last" else {"keep": training.keep, "patience": training.patience})},
         # Through `encoded_dataset` alone it would do; retention and serving look for the others.
         {"dataset": dataset.digest, "encoded_dataset": encoded_dataset.digest, "base_model": base_model.digest,
          "tokenizer": tokenizer.digest})

@@ -149,7 +149,7 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores],
         "scores": dict(scores),
         "gate": [check.to_json() for check in checks],
         "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
-        "training": training.model_dump(exclude={"checkpoint_steps", "search"}),
+        "training": training.model_dump(exclude={"checkpoint_steps", "tokens_per_micro_batch", "search"}),
         **({"search": dict(search)} if search else {}),
     }
 

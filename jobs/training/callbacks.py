@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core import artifacts
+from jobs.core.errors import UserError
 from jobs.core.files import write_atomically
+from jobs.core.pipeline import Training
 from jobs.core.progress import Progress
 from jobs.training.distributed import Team
+from jobs.training.packing import Batches
+from jobs.training.trainer import HeldOut
 
 if TYPE_CHECKING:
     from transformers import TrainerState
 
-    from jobs.training.trainer import HeldOut
-
 log = logging.getLogger("jobs")
 
+MAX_LINES = 20  # of records, that an error names
+ADAPTER = "adapter_model.safetensors"  # as PEFT names it
 CHECKPOINT_MARKER = "complete.json"  # a checkpoint without it was interrupted while being written
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where training writes while it runs; both outlive the pod, neither is part of the artifact."""
+
+    checkpoints: Path
+    tensorboard: Path
+
+
+class NotFinite(UserError):
+    """A loss or a gradient that is not finite."""
 
 
 def newest_checkpoint(folder: Path) -> str | None:
@@ -55,12 +73,19 @@ def read_state(checkpoint: str) -> TrainerState:
     return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
 
 
-def trainer_callbacks(stop: threading.Event, team: Team, tensorboard: Path, steps: int, tokens_per_step: float,
-                      measured: HeldOut, until: int, patience: int | None) -> list[Any]:
-    """Trainer callbacks: in every process whole checkpoints, evaluations, and an end that saves first; in the main one
-    progress lines and TensorBoard's scalars."""
+def best_weights(checkpoints: Path, state: TrainerState) -> Path:
+    """The adapter's weights with the lowest validation loss so far, with `keep: best`."""
+    return checkpoints / f"best-{state.best_global_step}.safetensors"
+
+
+def trainer_callbacks(stop: threading.Event, team: Team, folders: Folders, batches: Batches, measured: HeldOut,
+                      training: Training, until: int) -> list[Any]:
+    """Trainer callbacks: in every process whole checkpoints, evaluations, and ends that save first, or that save
+    nothing; in the main one progress lines and TensorBoard's scalars."""
     from torch.utils.tensorboard import SummaryWriter
     from transformers import TrainerCallback, TrainerControl, TrainingArguments
+
+    steps, tokens_per_step = len(batches), batches.tokens / len(batches)
 
     class Save(TrainerCallback):
         def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
@@ -71,18 +96,34 @@ def trainer_callbacks(stop: threading.Event, team: Team, tensorboard: Path, step
             elif team.any(stop.is_set()):  # all of them stop after the same step, whichever got the signal
                 log.info("SIGTERM: saving a checkpoint at step %d", state.global_step)
                 control.should_save = control.should_training_stop = True
+            if training.keep == "best" and control.should_evaluate:
+                control.should_save = True
             return control
 
-        def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, float],
+                   **__: Any) -> None:
+            """Before the step's checkpoint would be saved."""
+            wrong = [name for name in ("loss", "grad_norm", "eval_loss") if not math.isfinite(logs.get(name, 0.0))]
+            if wrong:
+                raise NotFinite(_not_finite(wrong[0], state.global_step, batches, measured, training))
+
+        def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                    **_: Any) -> TrainerControl:
             team.barrier()  # each process has a file of its own in it
             if team.main:
-                checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+                checkpoint = folders.checkpoints / f"checkpoint-{state.global_step}"
+                if training.keep == "best" and state.best_global_step == state.global_step:
+                    shutil.copyfile(checkpoint / ADAPTER, best_weights(folders.checkpoints, state))
                 write_atomically(checkpoint / CHECKPOINT_MARKER, json.dumps(_checkpoint_listing(checkpoint)))
+                _remove_unneeded(folders.checkpoints)
+            if finished(state, until, training.patience):
+                control.should_training_stop = True
+            return control
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
             # purge_step hides what an interrupted attempt logged after the checkpoint that this one resumes from.
-            self.writer = SummaryWriter(str(tensorboard), purge_step=state.global_step + 1)
+            self.writer = SummaryWriter(str(folders.tensorboard), purge_step=state.global_step + 1)
             self.progress = Progress("training steps", steps)
             self.progress.skip(state.global_step)
 
@@ -103,6 +144,26 @@ def trainer_callbacks(stop: threading.Event, team: Team, tensorboard: Path, step
             self.writer.close()
 
     return [Save(), Watch()] if team.main else [Save()]
+
+
+def _remove_unneeded(checkpoints: Path) -> None:
+    """Remove the weights that were the best ones, but are so in no checkpoint any more."""
+    needed = {best_weights(checkpoints, read_state(str(folder))) for folder in checkpoints.glob("checkpoint-*")}
+    for file in set(checkpoints.glob("best-*.safetensors")) - needed:
+        file.unlink()
+
+
+def _not_finite(name: str, step: int, batches: Batches, measured: HeldOut, training: Training) -> str:
+    names = {"loss": "the loss", "grad_norm": "the gradient", "eval_loss": f"the {measured.name.replace('_', ' ')}"}
+    where = f"step {step} of {len(batches)}: {names[name]} is not finite. Nothing was published"
+    advice = f"lower training.learning_rate ({training.learning_rate:g})"
+    if name == "eval_loss":
+        return f"{where}; {advice}"
+    lines = batches.lines(step)
+    shown = ", ".join(map(str, lines[:MAX_LINES]))
+    if len(lines) > MAX_LINES:
+        shown += f" and {len(lines) - MAX_LINES} more"
+    return f"{where}; {advice}, or look at the step's records: lines {shown} of train.jsonl in the dataset's artifact"
 
 
 def history_entry(raw: dict[str, float], held_out: str, epochs: float) -> dict[str, float] | None:

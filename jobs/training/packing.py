@@ -82,8 +82,8 @@ class Batches(Sequence["Integers"]):
     in memory: 8 bytes a sequence.
     """
 
-    def __init__(self, lengths: Integers, training: Training) -> None:
-        self.lengths = lengths
+    def __init__(self, split: Sequence[Encoded], training: Training) -> None:
+        self.split, self.lengths = split, lengths_of(split)
         self._training = training
         self._of_epoch = lru_cache(maxsize=1)(self._pack)
         counts = [len(self._of_epoch(epoch)) for epoch in range(training.epochs)]
@@ -104,6 +104,11 @@ class Batches(Sequence["Integers"]):
             raise IndexError(step)
         epoch = bisect.bisect_right(self._ends, step)
         return self._of_epoch(epoch)[step - (self._ends[epoch - 1] if epoch else 0)]
+
+    def lines(self, step: int) -> list[int]:
+        """The lines in the split's file of the records of a step, which is counted from 1."""
+        numbers, of_sequences = self[step - 1], getattr(self.split, "records", None)
+        return sorted(set((numbers + 1 if of_sequences is None else of_sequences[numbers]).tolist()))
 
     @property
     def tokens(self) -> int:

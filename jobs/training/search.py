@@ -37,8 +37,9 @@ from jobs.core.files import write_atomically
 from jobs.core.pipeline import Training
 from jobs.core.search import NO_VALIDATION, PRECISION, Search, description, shown, text_table
 from jobs.data.encoded import Splits
+from jobs.training.callbacks import NotFinite
 from jobs.training.distributed import Team
-from jobs.training.packing import Batches, lengths_of
+from jobs.training.packing import Batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,10 +51,6 @@ STATE = "search.json"  # in the folder of the checkpoints
 History = list[dict[str, float]]
 # Trains a trial, by its number, until a step, or to the end with its adapter saved; continues where it stopped.
 Train = Callable[[int, Training, int | None], History]
-
-
-class Diverged(UserError):
-    """A trial whose loss is not finite. It has lost; the others go on."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +69,6 @@ class Result:
         return (math.inf if self.loss is None else round(self.loss, PRECISION), self.trial)
 
 
-def require_validation(splits: Splits) -> None:
-    """A search needs records to choose by.
-
-    Raises:
-        UserError: the validation split is empty.
-    """
-    if not splits.validation:
-        raise UserError(NO_VALIDATION)
-
-
 def run(training: Training, splits: Splits, train: Train, folder: Path, tensorboard: Path,
         team: Team) -> tuple[Training, History, dict[str, Any]]:
     """Choose among the trials of `training.search`, resuming what an earlier attempt began.
@@ -92,14 +79,16 @@ def run(training: Training, splits: Splits, train: Train, folder: Path, tensorbo
     Returns:
         the settings of the chosen trial, its loss history, and the record of the search for people.
     Raises:
-        UserError: the loss of no trial is finite.
+        UserError: the validation split is empty; or the loss of no trial is finite.
         Terminated: after SIGTERM, with a checkpoint saved.
     """
     search = training.search
     assert search is not None
+    if not len(splits.validation):
+        raise UserError(NO_VALIDATION)
     settings, names, rungs = training.trials(), [description(each) for each in search.settings()], search.rungs()
     steps = {each.epochs: each for each in settings}  # of what is searched, only the epochs change them
-    counts = {epochs: len(Batches(lengths_of(splits.train), each)) for epochs, each in steps.items()}
+    counts = {epochs: len(Batches(splits.train, each)) for epochs, each in steps.items()}
     lengths = [counts[each.epochs] for each in settings]
     state = State(folder, team)
     log.info("search: %s", search.summary(training.epochs))
@@ -139,13 +128,13 @@ def _train_to(step: int, nothing: Result, settings: Training, train: Train) -> R
     """The result of a trial; `nothing` if its loss is not finite."""
     try:
         history = train(nothing.trial, settings, step)
-    except Diverged as error:
+    except NotFinite as error:
         log.warning("%s", error)
         return nothing
-    curve = [[int(entry["step"]), entry["validation_loss"]] for entry in history if "validation_loss" in entry]
-    if not curve or not all(math.isfinite(loss) for _, loss in curve):
-        return nothing
-    return replace(nothing, loss=curve[-1][1], curve=curve)
+    curve = [[entry["step"], entry["validation_loss"]] for entry in history if "validation_loss" in entry]
+    # With `patience`, it may have ended before. With `keep: best`, its adapter is that of the best step.
+    loss = min(loss for _, loss in curve) if settings.keep == "best" else curve[-1][1]
+    return replace(nothing, step=int(curve[-1][0]), loss=loss, curve=curve)
 
 
 class State:

@@ -31,11 +31,29 @@ from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.data import encoded
 from jobs.data.encoded import Splits
 from jobs.training import distributed, dropout, merge, search
-from jobs.training.callbacks import history_entry, newest_checkpoint, read_state, trainer_callbacks
+from jobs.training.callbacks import (
+    ADAPTER,
+    Folders,
+    best_weights,
+    finished,
+    history_entry,
+    newest_checkpoint,
+    read_state,
+    trainer_callbacks,
+)
 from jobs.training.card import finish_adapter
 from jobs.training.distributed import Team
-from jobs.training.packing import Batches, check_length, lengths_of
-from jobs.training.trainer import HeldOut, held_out, lora_config, team_trainer, training_arguments, whole_adapter
+from jobs.training.memory import tokens_at_once
+from jobs.training.packing import Batches, check_length
+from jobs.training.trainer import (
+    LESS_MEMORY,
+    HeldOut,
+    held_out,
+    lora_config,
+    team_trainer,
+    training_arguments,
+    whole_adapter,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,16 +62,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("jobs")
 
-LESS_MEMORY = ("Lower training.tokens_per_batch, or set gradient_checkpointing: true, quantization: 4bit or, with "
-               "several GPUs, sharding: fsdp")
-
-
-@dataclass(frozen=True)
-class Folders:
-    """Where training writes while it runs; both outlive the pod, neither is part of the artifact."""
-
-    checkpoints: Path
-    tensorboard: Path
+NO_VALIDATION = ("training.keep: best chooses by the loss on the validation split, and the dataset has none: set "
+                 'dataset.validation (0.1, for example) or, in some records, "split": "validation"; or remove the key')
 
 
 @dataclass(frozen=True)
@@ -107,8 +117,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         return models.check_target_modules(models.architecture(base_model.path), training.lora.target_modules,
                                            str(base_model.path), pipeline.environment.serving.mode)
 
-    for settings in pipeline.training.trials():
-        layers(settings)
+    for each in pipeline.training.trials():
+        layers(each)
     if pipeline.environment.serving.mode == "merged":
         merge.stored_dtype(base_model.path)  # raises now, instead of after hours of training
     check_length(models.read_config(base_model.path), pipeline.training)
@@ -138,13 +148,12 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
             with base.lent() as model:
                 return train(model, splits, settings, layers(settings), folders, output, team, until)
 
-        search.require_validation(splits)
         return Trained(splits, *search.run(training, splits, train_trial, own.checkpoints, runs, team))
 
     def write(draft: Path) -> dict[str, Any]:
         nonlocal started
         started = team.broadcast(True)
-        with models.gpu_memory(LESS_MEMORY):
+        with models.gpu_memory(f"Set {LESS_MEMORY}"):
             done = train_adapter(draft)
         finish_adapter(draft, pipeline.model_copy(update={"training": done.training}), done.splits, done.history,
                        layers(done.training), wanted.dataset.digest, done.search)
@@ -158,7 +167,7 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         shutil.rmtree(own.checkpoints, ignore_errors=True)
         log.info("trained: %s", adapter.path)
     elif team.broadcast():
-        with models.gpu_memory(LESS_MEMORY):
+        with models.gpu_memory(f"Set {LESS_MEMORY}"):
             train_adapter(own.checkpoints)  # writes nothing there: the main process saves and publishes
     team.leave()
 
@@ -176,49 +185,58 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
         "validation_loss"}, or "holdout_loss" where the dataset has no validation split, about ten times in all and
         at `until`.
     Raises:
-        UserError: the model is to be divided among processes that have no GPUs.
+        UserError: the model is to be divided among processes that have no GPUs; the best weights are to be kept, and
+            there is no validation split; a loss or a gradient is not finite; a GPU has too little memory.
         Terminated: after SIGTERM to any of the processes, with a checkpoint saved.
     """
     from transformers.trainer_callback import PrinterCallback
 
     team = team or Team()
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it logs each file of each checkpoint
-    batches = Batches(lengths_of(splits.train), training)
+    best = training.keep == "best"
+    if best and not len(splits.validation):
+        raise UserError(NO_VALIDATION)
+    batches = Batches(splits.train, training)
     steps = len(batches)
     end = min(until or steps, steps)
     measured = held_out(splits, batches, end)
     adapted = add_adapter(model, training, target_modules)
     masks = dropout.replace(adapted, training.lora.dropout, training.seed)
+    tokens = tokens_at_once(adapted, training)
     trainable, total = adapted.get_nb_trainable_parameters()
-    log.info("%d train, %d validation and %d holdout records; %d epochs, %d steps; %d of %d parameters are trained",
-             len(splits.train), len(splits.validation), len(splits.holdout), training.epochs, steps, trainable, total)
+    log.info("%d train, %d validation and %d holdout records; %d epochs, %d steps in micro-batches of %d tokens; %d of "
+             "%d parameters are trained", len(splits.train), len(splits.validation), len(splits.holdout),
+             training.epochs, steps, tokens, trainable, total)
     with _event_at_sigterm() as stop:
-        trainer = team_trainer(team, splits.train, measured, masks, 512)(
+        trainer = team_trainer(team, batches, measured, masks, tokens)(
             model=adapted,
             args=training_arguments(training, folders.checkpoints, steps, team),
             train_dataset=batches,
             data_collator=lambda batch: {"records": batch[0]},
-            callbacks=trainer_callbacks(stop, team, folders.tensorboard, steps, batches.tokens / steps, measured, end,
-                                        None))
+            callbacks=trainer_callbacks(stop, team, folders, batches, measured, training, end))
         trainer.remove_callback(PrinterCallback)
         _check_sharding(trainer, training, team)
         checkpoint = team.broadcast(newest_checkpoint(folders.checkpoints) if team.main else None)
-        if checkpoint and until and (state := read_state(checkpoint)).global_step >= end:
-            return _history(state.log_history, measured, training, end)
         # Otherwise a batch would be divided by one number, and its gradients summed over another.
         seen = trainer.args.world_size
         assert seen == team.size, f"Trainer sees {seen} processes, not {team.size}"
         team.barrier()  # however slowly a node read the model; from here on NCCL waits for 10 minutes at most
-        trainer.train(resume_from_checkpoint=checkpoint)
+        state = read_state(checkpoint) if checkpoint else None
+        if not (state and finished(state, end, training.patience) and (best or until)):  # the last weights are needed
+            trainer.train(resume_from_checkpoint=checkpoint)
+            state = trainer.state
     # At the end of a rung of a search, too, or it would go on with the next trial.
-    if trainer.state.global_step < end or (until and team.any(stop.is_set())):
-        raise Terminated(f"stopped by SIGTERM at step {trainer.state.global_step} of {steps}; a checkpoint is saved "
-                         "and the next attempt resumes there")
+    if not finished(state, end, training.patience) or (until and team.any(stop.is_set())):
+        raise Terminated(f"stopped by SIGTERM at step {state.global_step} of {steps}; a checkpoint is saved and the "
+                         "next attempt resumes there")
     if until is None:
         whole = whole_adapter(trainer.model) if trainer.is_fsdp_enabled else None
         if team.main:
             adapted.save_pretrained(str(output), state_dict=whole)
-    return _history(trainer.state.log_history, measured, training, end)
+            if best:
+                log.info("kept: the weights of step %d, with the lowest validation loss", state.best_global_step)
+                shutil.copyfile(best_weights(folders.checkpoints, state), output / ADAPTER)
+    return _history(state.log_history, measured, training, end)
 
 
 def _history(logged: list[dict[str, float]], measured: HeldOut, training: Training,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.core.errors import UserError
 from jobs.core.pipeline import Lora, Training
 from jobs.data.encoded import Splits
 from jobs.data.encoding import Encoded
@@ -28,7 +29,7 @@ log = logging.getLogger("jobs")
 
 EVALUATIONS = 10  # of what is held out, in the whole training
 SHARE_OF_TOKENS = 0.2  # of the training's, that all of them read at most
-LEAST_TOKENS = 64  # of a micro-batch: with less, a GPU's memory is too small for something else
+LESS_MEMORY = "gradient_checkpointing: true, quantization: 4bit or, with several GPUs, sharding: fsdp"
 
 
 def training_arguments(training: Training, checkpoints: Path, steps: int, team: Team) -> TrainingArguments:
@@ -52,7 +53,8 @@ def training_arguments(training: Training, checkpoints: Path, steps: int, team: 
         gradient_checkpointing_kwargs={"use_reentrant": False},  # the other kind needs inputs with gradients
         **_sharding(training, team),
         save_strategy="steps", save_steps=training.checkpoint_steps, save_total_limit=2,
-        eval_strategy="no",  # `Save` says when
+        eval_strategy="no",  # callbacks.Save says when
+        metric_for_best_model="loss" if training.keep == "best" else None, greater_is_better=False,
         # Each step's loss is logged by itself: a mean over several would differ after a resume in between. The filter
         # would log 0.0 for one that is not finite.
         logging_steps=1, logging_nan_inf_filter=False, report_to="none", disable_tqdm=True, remove_unused_columns=False,
@@ -107,7 +109,7 @@ def held_out(splits: Splits, batches: Batches, until: int) -> HeldOut:
     return HeldOut(name, split, chosen, frozenset(steps | {until}))
 
 
-def team_trainer(team: Team, train: Sequence[Encoded], measured: HeldOut, masks: Masks, tokens: int) -> Any:
+def team_trainer(team: Team, batches: Batches, measured: HeldOut, masks: Masks, tokens: int) -> Any:
     """transformers' Trainer class, in which the processes of a team divide each batch instead of taking different
     ones, and compute their shares in micro-batches.
 
@@ -115,7 +117,8 @@ def team_trainer(team: Team, train: Sequence[Encoded], measured: HeldOut, masks:
     neither number changes what is learned.
 
     Args:
-        train: the split that the batches' numbers are of.
+        batches: of the training.
+        measured: what `evaluate` reads.
         tokens: of a micro-batch.
     """
     import torch
@@ -136,20 +139,29 @@ def team_trainer(team: Team, train: Sequence[Encoded], measured: HeldOut, masks:
             while True:
                 try:
                     return self._accumulate(model, inputs["records"])
-                except torch.OutOfMemoryError:
-                    # Masks follow from the step, so that it can be done again. Not with several processes: the others
-                    # wait in the middle of theirs.
-                    if team.size > 1 or self.share.tokens <= LEAST_TOKENS:
-                        raise
+                except torch.OutOfMemoryError as error:
+                    self.share = self._smaller(batches.lengths[inputs["records"]].tolist(), error)
+                # Nothing of the step is left, and its masks follow from its number: it is as if it had not been tried.
                 model.zero_grad()
                 torch.cuda.empty_cache()
-                self.share = replace(self.share, tokens=self.share.tokens // 2)
-                log.info("the GPU has too little memory: from here on %d tokens are computed at once",
+                log.info("the GPU has too little memory: from here on, micro-batches have %d tokens",
                          self.share.tokens)
+
+        def _smaller(self, lengths: list[int], error: Exception) -> Share:
+            """The share in micro-batches of half the tokens."""
+            largest = max(self.share.micro_batches(lengths), key=lambda one: sum(lengths[position] for position in one))
+            tokens = sum(lengths[position] for position in largest)
+            what = (f"the GPU has too little memory for a micro-batch of {tokens} tokens "
+                    f"({str(error).partition('. ')[0]})")
+            if len(largest) <= 1:
+                raise UserError(f"{what}, which is one record. Lower training.max_length, or set {LESS_MEMORY}")
+            if team.size > 1:  # the others wait in the middle of their step
+                raise UserError(f"{what}. Set training.tokens_per_micro_batch: {tokens // 2}, or {LESS_MEMORY}")
+            return replace(self.share, tokens=tokens // 2)
 
         def _accumulate(self, model: Any, records: Integers) -> Tensor:
             """The step's loss; its gradients are added to the model's."""
-            micro_batches = list(self._micro_batches(train, records))
+            micro_batches = list(self._micro_batches(batches.split, records))
             own = sum(int((batch["labels"] != -100).sum()) for batch, _, _ in micro_batches)
             learned = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum")
             loss = torch.zeros((), device=self.args.device)
@@ -172,7 +184,7 @@ def team_trainer(team: Team, train: Sequence[Encoded], measured: HeldOut, masks:
                     encoded = [Encoded(encoded[0].tokens, [])]
                 yield flatten(encoded), numbers, lengths_of(encoded)
 
-        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        def evaluate(self, *_arguments: Any, **_named: Any) -> dict[str, float]:
             """The loss a token of what is held out. It draws no random number, so that training does not notice."""
             model = self.model_wrapped
             model.eval()
@@ -185,6 +197,7 @@ def team_trainer(team: Team, train: Sequence[Encoded], measured: HeldOut, masks:
             nats, tokens = self.accelerator.reduce(nats_and_tokens, "sum").tolist()
             metrics = {"eval_loss": nats / tokens}
             self.log(metrics)
+            self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

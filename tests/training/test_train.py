@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -60,13 +61,14 @@ def settings(**changes: Any) -> Training:
     return Training(**(values | changes))
 
 
-def folders(place: Path) -> train.Folders:
-    return train.Folders(place / "checkpoints", place / "tensorboard")
+def folders(place: Path) -> callbacks.Folders:
+    return callbacks.Folders(place / "checkpoints", place / "tensorboard")
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=80), st.integers(0, 9), st.integers(1, 3))
 def test_each_epoch_takes_every_record_once_and_keeps_to_the_budget(lengths: list[int], seed: int, epochs: int) -> None:
-    batches = packing.Batches(np.array(lengths), settings(tokens_per_batch=60, seed=seed, epochs=epochs))
+    split: Any = SimpleNamespace(lengths=np.array(lengths))
+    batches = packing.Batches(split, settings(tokens_per_batch=60, seed=seed, epochs=epochs))
     assert sorted(np.concatenate(list(batches))) == sorted([*range(len(lengths))] * epochs)
     assert all(sum(lengths[number] for number in batch) <= 60 for batch in batches)
 
@@ -132,7 +134,7 @@ def test_the_loss_that_trainer_logs_during_training_is_that_of_separate_records(
                           folders(tmp_path), tmp_path / "out")
     fresh = tiny("llama")[0].eval()
     expected = []
-    for batch in packing.Batches(packing.lengths_of(data), settings(epochs=1)):
+    for batch in packing.Batches(data, settings(epochs=1)):
         pack, nats = [data[number] for number in batch], 0.0
         for record in pack:
             labels = record.labels()
