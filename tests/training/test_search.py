@@ -6,24 +6,32 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs.core import pipeline
+from jobs.core import models, pipeline
 from jobs.core.errors import Terminated, UserError
 from jobs.core.pipeline import Lora, Training
 from jobs.core.plan import plan
 from jobs.core.search import Search
+from jobs.data import encode, encoded
 from jobs.data.encoded import Splits
 from jobs.data.encoding import Encoded
+from jobs.tools.pods import CHECKOUT
 from jobs.training import callbacks, search, train
 from jobs.training.distributed import Team
 from tests import build_models
+from tests.training.test_distributed import trained
 from tests.training.test_train import folders, fresh_volumes, records, settings, start, tiny, weights
 
 RANKS = {"lora.r": [4, 8, 16]}
@@ -336,6 +344,22 @@ def test_a_stopped_search_resumes_and_ends_with_the_same_bytes(
     assert weights(file, volumes) == weights(file, inputs)
 
 
+@pytest.mark.slow
+def test_two_processes_choose_the_trial_that_one_chooses(
+        tmp_path: Path, uninterrupted: tuple[Path, Path, str]) -> None:
+    file, inputs, _ = uninterrupted
+    volumes = fresh_volumes(tmp_path, inputs)
+    _, history, output = trained(file, volumes, PROCESSES_PER_NODE="2")
+    found, expected = (json.loads((plan(pipeline.load(file).pipeline).adapter.path(place) / "search.json").read_text())
+                       for place in (volumes, inputs))
+    assert found["chosen"] == expected["chosen"]
+    for one, other in zip(found["trials"], expected["trials"], strict=True):
+        assert one["ended"] == other["ended"]
+        assert one["rungs"][0]["validation_loss"] == pytest.approx(other["rungs"][0]["validation_loss"], abs=1e-4)
+    assert output.count("trial 2 of 3 (lora.r 8): rung 1 of 2: to step 20 of 60") == 1, "said once"
+    assert max(entry["step"] for entry in history) == 60
+
+
 def test_without_a_validation_split_training_says_so_before_it_loads_the_model(tmp_path: Path) -> None:
     file, volumes = searching_inputs(tmp_path, validation=())
     process = start(file, volumes)
@@ -343,3 +367,67 @@ def test_without_a_validation_split_training_says_so_before_it_loads_the_model(t
     assert process.returncode == 2
     assert "training.search chooses by the loss on the validation split, which is empty" in output
     assert "Traceback" not in output
+
+
+# --- overlays/kind --------------------------------------------------------------------------------------------------
+
+
+def searching_kind(place: Path) -> pipeline.LoadedPipeline:
+    """The committed adapter with its commented search switched on, after the commands of docs/search.md."""
+    folder = place / "overlays/kind/adapters/seville-hotels"
+    shutil.copytree(CHECKOUT / "overlays" / "kind", place / "overlays" / "kind")
+    file = folder / "pipeline.yaml"
+    text = file.read_text()
+    for line in ("search:", "  candidates: {lora.r: [4, 8, 16]}"):
+        assert text.count(f"  # {line}\n") == 1
+        text = text.replace(f"  # {line}\n", f"  {line}\n")
+    file.write_text(text)
+    commands = re.search(r"```sh\n(cd overlays/kind.*?)```", (CHECKOUT / "docs" / "search.md").read_text(), re.S)
+    assert commands
+    tool = place / "bin" / "python"
+    tool.parent.mkdir()
+    tool.symlink_to(sys.executable)
+    subprocess.run(["sh", "-ec", commands[1]], cwd=place, check=True, capture_output=True, env=os.environ | {
+        "PATH": f"{tool.parent}:{os.environ['PATH']}", "PYTHONPATH": str(CHECKOUT)})
+    return pipeline.load(folder)
+
+
+@pytest.mark.slow
+def test_the_search_of_overlays_kind_costs_less_than_two_trainings(tmp_path: Path, embedded_models: Path) -> None:
+    """Three ranks on the embedded model, in processor time of this process; docs/search.md states the figure."""
+    loaded = searching_kind(tmp_path)
+    data: dict[str, list[str]] = {"train": [], "validation": [], "holdout": []}
+    for line in loaded.resolve(loaded.pipeline.dataset).read_text().splitlines():
+        data[json.loads(line)["split"]].append(line + "\n")
+    for name, lines in data.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    wanted, encoded_data = plan(loaded.pipeline), tmp_path / "encoded"
+    encoded_data.mkdir()
+    encode.encode_splits(tmp_path, encoded_data, models.load_tokenizer(wanted.tokenizer.path(embedded_models)),
+                         loaded.pipeline.training.max_length, {})
+    splits, searched = encoded.read(encoded_data), loaded.pipeline.training.model_copy(update={"epochs": 6})
+    base = wanted.base_model.path(embedded_models)
+    layers = models.check_target_modules(models.architecture(base), "all-linear", str(base), "lora")
+    shared = search.SharedModel(lambda: models.load_model(base), once=True)
+
+    def trial(number: int, of: Training, until: int | None) -> search.History:
+        own = callbacks.Folders(*(search.trial_folder(tmp_path / name, number) for name in ("checkpoints", "runs")))
+        with shared.lent() as model:
+            return train.train(model, splits, of, layers, own, tmp_path / "chosen", until=until)
+
+    def measured(work: Callable[[], Any]) -> tuple[float, Any]:
+        started = time.process_time()
+        done = work()
+        return time.process_time() - started, done
+
+    with shared.lent():
+        pass  # loading is not part of either
+    plain, _ = measured(lambda: trial(9, searched.with_settings({"lora.r": 8}), None))
+    searching, (chosen, _, record) = measured(lambda: search.run(searched, splits, trial, tmp_path / "checkpoints",
+                                                                 tmp_path / "runs", Team()))
+    last = [found["rungs"][-1]["step"] for found in record["trials"]]
+    print(f"\nsteps {sum(last)} of {max(last)}: {sum(last) / max(last):.2f}; {searching:.1f} s of {plain:.1f} s: "
+          f"{searching / plain:.2f}")
+    assert sum(last) / max(last) == pytest.approx(5 / 3, abs=2 / max(last)), "each step is computed once"
+    assert searching / plain < 2
+    assert chosen.lora.r in (4, 8, 16) and len(splits.validation) == 36
