@@ -265,5 +265,7 @@ def fingerprints(model: PreTrainedModel) -> dict[str, int]:
     """A hash of each of the model's weights."""
     import torch
 
-    return {name: torch.hash_tensor(weight.detach()).view(torch.int64).item()
-            for name, weight in model.named_parameters()}
+    # It knows no floats of 8 bits.
+    weights = ((name, weight.detach()) for name, weight in model.named_parameters())
+    return {name: torch.hash_tensor(weight.view(torch.uint8) if weight.element_size() == 1 else weight)
+            .view(torch.int64).item() for name, weight in weights}

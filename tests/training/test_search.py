@@ -121,6 +121,20 @@ def test_float_noise_does_not_choose_and_what_diverges_loses(tmp_path: Path, los
     json.dumps(record, allow_nan=False)
 
 
+def test_with_keep_best_a_trial_counts_with_its_lowest_loss_and_may_end_early(tmp_path: Path) -> None:
+    """Trial 1 was better before; patience ended trial 2 at step 12, and it stays in the race."""
+    def train(trial: int, settings: Training, until: int | None) -> search.History:
+        curve = {1: {15: 0.5, 30: 3.0, 60: 2.0}, 2: {6: 1.0, 12: 1.1}, 3: {15: 2.0}}[trial]
+        return [{"step": step, "epoch": 1.0, "validation_loss": loss} for step, loss in curve.items()
+                if until is None or step <= until]
+
+    best = training(halving={"factor": 2}).model_copy(update={"keep": "best"})
+    _, _, record = search.run(best, splits(), train, tmp_path, tmp_path / "runs", Team())
+    assert record["chosen"] == 1
+    reached = [[(rung["step"], rung["validation_loss"]) for rung in trial["rungs"]] for trial in record["trials"]]
+    assert reached == [[(15, 0.5), (30, 0.5), (60, 0.5)], [(12, 1.0), (12, 1.0)], [(15, 2.0)]]
+
+
 def test_if_all_trials_diverge_that_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at rung 1, the loss of no trial is a finite number. Lower the learning"):
         run(Script([-1], [-1], [-1]), tmp_path)
