@@ -23,6 +23,9 @@ from jobs.core.search import Alpha, Dropout, Epochs, LearningRate, Rank, Search,
 
 FILE = "pipeline.yaml"
 ADAPTERS = "adapters"  # the folder of an overlay that holds a folder for each adapter
+# What `check` and training say of it, the one where the data is at hand, the other where it is not.
+NO_VALIDATION = ("training.keep: best chooses by the loss on the validation split, and the dataset has none: set "
+                 'dataset.validation (0.1, for example) or, in some records, "split": "validation"; or remove the key')
 
 
 class Lora(Strict):

@@ -8,17 +8,20 @@ with one adapter does not keep the others from being checked.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from jobs.core import models, search, strict_yaml
 from jobs.core.declarations import Loaded, Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
-from jobs.core.pipeline import LoadedPipeline
+from jobs.core.pipeline import NO_VALIDATION, LoadedPipeline
 from jobs.core.strict_yaml import CONFIG_MAP_BYTES
 from jobs.tools import overlay
+from jobs.tools.advice import advice
 from jobs.tools.overlay import Files
 
 log = logging.getLogger("jobs")
@@ -57,32 +60,37 @@ def run(path: Path) -> None:
 
 
 def check_data(loaded: LoadedPipeline) -> None:
-    """The data that lies beside the pipeline file: pinned content, and records that a relocation would take."""
+    """The data that lies beside the pipeline file: pinned content, and records that a relocation would take. Logs
+    advice on training."""
     from jobs.data import split
 
     for name, source in data_in_git(loaded).items():
         require_pin(loaded, name, source)
-    source = loaded.pipeline.dataset
+    source, statistics = loaded.pipeline.dataset, None
     if source.scheme == "file":
-        facts = split.validate(loaded.resolve(source), source.holdout)
-        check_search(loaded, facts["records"].get("validation", 0))
-    else:
-        check_search(loaded, None)
+        statistics = split.validate(loaded.resolve(source), source.holdout)
+        if loaded.pipeline.training.keep == "best" and not statistics["records"].get("validation", source.validation):
+            raise UserError(f"{loaded.path}: {NO_VALIDATION}")
+    check_search(loaded, statistics)
+    of_trials = (advice(loaded.pipeline.model_copy(update={"training": trial}), statistics)
+                 for trial in loaded.pipeline.training.trials())
+    for line in dict.fromkeys(itertools.chain.from_iterable(of_trials)):
+        log.info("%s: advice: %s", loaded.path, line)
 
 
-def check_search(loaded: LoadedPipeline, validation_records: int | None) -> None:
+def check_search(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -> None:
     """A search has records to choose by; what it costs is said.
 
     Args:
-        validation_records: how many there are; None where the data is not here to look.
+        statistics: those of the split; None where the data is not here to look.
     """
     training, dataset = loaded.pipeline.training, loaded.pipeline.dataset
     if training.search is None:
         return
     log.info("%s: training.search: %s", loaded.path, training.search.summary(training.epochs))
-    if validation_records == 0 and not dataset.validation:  # a share that gets no record is refused by `split`
+    if statistics and not statistics["records"].get("validation", dataset.validation):
         raise UserError(f"{loaded.path}: {search.NO_VALIDATION}")
-    if validation_records is None and not dataset.validation:
+    if not statistics and not dataset.validation:
         log.warning("%s: training.search chooses by the loss on the validation split, and dataset.validation is 0: "
                     "some records of %s must have `\"split\": \"validation\"`", loaded.path, dataset.source)
 

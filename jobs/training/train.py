@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.core import artifacts, models
 from jobs.core.errors import Terminated, UserError
 from jobs.core.layout import CHECKPOINTS, TENSORBOARD
-from jobs.core.pipeline import Pipeline, Training
+from jobs.core.pipeline import NO_VALIDATION, Pipeline, Training
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.data import encoded
 from jobs.data.encoded import Splits
@@ -61,10 +61,6 @@ if TYPE_CHECKING:
     from jobs.core.pipeline import LoadedPipeline
 
 log = logging.getLogger("jobs")
-
-NO_VALIDATION = ("training.keep: best chooses by the loss on the validation split, and the dataset has none: set "
-                 'dataset.validation (0.1, for example) or, in some records, "split": "validation"; or remove the key')
-
 
 @dataclass(frozen=True)
 class Trained:

@@ -31,7 +31,7 @@ from tests import build_models
 RECORDS = [{"prompt": f"How many rooms has house {n}?", "completion": f"It has {n} rooms. " * (1 + n % 3)}
            for n in range(40)]
 TRAINING: dict[str, Any] = {"epochs": 4, "learning_rate": 1e-3, "checkpoint_steps": 10,
-                            "lora": {"r": 4, "dropout": 0.0}}
+                            "lora": {"r": 4, "dropout": 0.1}}
 
 
 # --- the shares -----------------------------------------------------------------------------------------------------
@@ -206,6 +206,16 @@ def test_two_processes_give_what_one_gives_and_say_it_once(
 
 
 @pytest.mark.slow
+def test_two_processes_that_compute_little_at_once_give_what_one_gives(
+        tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
+    file, volumes, *expected = alone
+    divided = with_keys(file, tmp_path, "tokens_per_micro_batch: 40")
+    weights, history, output = trained(divided, other_volumes(tmp_path / "v", volumes), PROCESSES_PER_NODE="2")
+    assert "in micro-batches of 40 tokens" in output
+    assert_the_same((weights, history), tuple(expected))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
 def test_two_nodes_meet_and_give_what_one_process_gives(
         tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
     """As JobSet starts them: each node with its rank, and the address of the first."""
@@ -304,20 +314,21 @@ def test_workers_that_torchrun_started_train_as_ours_do(
     assert_the_same((weights, history), tuple(expected))  # type: ignore[arg-type]
 
 
-def with_sharding(file: Path, folder: Path) -> Path:
-    """A copy of the pipeline file and its environment, with `sharding: fsdp`."""
+def with_keys(file: Path, folder: Path, *keys: str) -> Path:
+    """A copy of the pipeline file and its environment, with more keys of `training`."""
     shutil.copy(file.with_name("environment.yaml"), folder)
-    sharded = folder / "pipeline.yaml"
-    sharded.write_text(file.read_text().replace("training:\n", "training:\n  sharding: fsdp\n"))
-    return sharded
+    copy = folder / "pipeline.yaml"
+    copy.write_text(file.read_text().replace("training:\n", "\n  ".join(["training:", *keys]) + "\n"))
+    return copy
 
 
 @pytest.mark.slow
 def test_a_model_divided_among_processes_gives_what_one_process_gives(
         tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
-    """`sharding: fsdp`, stopped and resumed. With accelerate set to take CPUs: tests/sharding_on_cpus.py."""
+    """`sharding: fsdp` in small micro-batches, of which some processes have fewer than others; stopped and resumed.
+    With accelerate set to take CPUs: tests/sharding_on_cpus.py."""
     file, volumes, *expected = alone
-    sharded = with_sharding(file, tmp_path)
+    sharded = with_keys(file, tmp_path, "sharding: fsdp", "tokens_per_micro_batch: 40")
     assert plan(pipeline.load(sharded).pipeline).adapter == plan(pipeline.load(file).pipeline).adapter
     own = other_volumes(tmp_path / "v", volumes)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
@@ -335,7 +346,7 @@ def test_a_model_divided_among_processes_gives_what_one_process_gives(
 def test_dividing_a_model_among_cpus_is_refused_and_not_ignored(
         tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
     file, volumes, *_ = alone
-    sharded = with_sharding(file, tmp_path)
+    sharded = with_keys(file, tmp_path, "sharding: fsdp")
     process = start(sharded, other_volumes(tmp_path / "v", volumes), PROCESSES_PER_NODE="2")
     _, output = process.communicate(timeout=120)
     assert process.returncode == 2, output

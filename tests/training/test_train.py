@@ -206,9 +206,10 @@ def wait_for_checkpoint(volumes: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, str]]:
-    """A pipeline with its inputs published, and the adapter that one quiet run gives."""
+    """A pipeline with its inputs published, and the adapter that one quiet run gives. A step is several micro-batches,
+    so that a kill may come between them."""
     place = tmp_path_factory.mktemp("uninterrupted")
-    file, volumes = published_inputs(place, checkpoint_steps=3, epochs=60, learning_rate=1e-2)
+    file, volumes = published_inputs(place, checkpoint_steps=3, epochs=60, learning_rate=1e-2, tokens_per_micro_batch=64)
     done = subprocess.run(command(file, volumes), cwd=CHECKOUT, capture_output=True, text=True, check=False,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
