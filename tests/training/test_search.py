@@ -444,4 +444,4 @@ def test_the_search_of_overlays_kind_costs_less_than_two_trainings(tmp_path: Pat
           f"{searching / plain:.2f}")
     assert sum(last) / max(last) == pytest.approx(5 / 3, abs=2 / max(last)), "each step is computed once"
     assert searching / plain < 2
-    assert chosen.lora.r in (4, 8, 16) and len(splits.validation) == 36
+    assert chosen.lora.r in (4, 8, 16) and len(splits.validation) > 30
