@@ -102,20 +102,21 @@ def run(training: Training, splits: Splits, train: Train, folder: Path, tensorbo
                 step = rung.step(length)
                 with _prefixed(f"trial {trial} of {len(settings)} ({names[trial - 1]})"):
                     log.info("rung %d of %d: to step %d of %d", number, len(rungs), step, length)
+                    if team.main and number == 1:
+                        write_settings(trial_folder(tensorboard, trial), search.settings()[trial - 1])
                     result = state.add(_train_to(step, Result(trial, number, step, None), own, train))
                     log.info("step %d of %d: validation loss %s", step, length, shown(result.loss))
-                if team.main and number == 1:
-                    write_settings(trial_folder(tensorboard, trial), search, search.settings()[trial - 1])
             results.append(result)
-        if all(result.loss is None for result in results):
+        best = [result.trial for result in sorted(results, key=lambda result: result.order) if result.loss is not None]
+        if not best:
             raise UserError(f"training.search: at rung {number}, the loss of no trial is a finite number. Lower the "
                             "learning rates of its candidates")
-        best = [result.trial for result in sorted(results, key=lambda result: result.order)]
         racing = sorted(best[:rungs[number].trials if number < len(rungs) else 1])
-        log.info("rung %d of %d: the best of %d trials: %s", number, len(rungs), len(best),
+        log.info("rung %d of %d: the best of %d trials: %s", number, len(rungs), len(results),
                  ", ".join(map(str, racing)))
-        for trial in set(best) - set(racing) if team.main else ():
-            shutil.rmtree(trial_folder(folder, trial), ignore_errors=True)
+        for result in results if team.main else ():
+            if result.trial not in racing:
+                shutil.rmtree(trial_folder(folder, result.trial), ignore_errors=True)
     [chosen] = racing
     with _prefixed(f"trial {chosen} of {len(settings)} ({names[chosen - 1]})"):
         history = train(chosen, settings[chosen - 1], None)
@@ -129,7 +130,7 @@ def _train_to(step: int, nothing: Result, settings: Training, train: Train) -> R
     try:
         history = train(nothing.trial, settings, step)
     except NotFinite as error:
-        log.warning("%s", error)
+        log.info("%s", error)
         return nothing
     curve = [[entry["step"], entry["validation_loss"]] for entry in history if "validation_loss" in entry]
     # With `patience`, it may have ended before. With `keep: best`, its adapter is that of the best step.
@@ -162,7 +163,7 @@ class State:
         try:
             values: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
             return [asdict(Result(**each)) for each in values]
-        except (OSError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             # Trials may be beyond a rung at which they are to be compared, so that their checkpoints are of no use.
             log.warning("%s: cannot be read (%s): the search starts again", file, error)
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -186,7 +187,7 @@ class State:
                 "settings": search.settings()[chosen - 1], "trials": trials}
 
 
-def write_settings(run: Path, search: Search, settings: Mapping[str, Any]) -> None:
+def write_settings(run: Path, settings: Mapping[str, Any]) -> None:
     """Let TensorBoard's HParams show a trial: its settings, beside the losses that are in its run already."""
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams

@@ -135,6 +135,12 @@ def test_with_keep_best_a_trial_counts_with_its_lowest_loss_and_may_end_early(tm
     assert reached == [[(15, 0.5), (30, 0.5), (60, 0.5)], [(12, 1.0), (12, 1.0)], [(15, 2.0)]]
 
 
+def test_a_trial_that_diverged_does_not_go_on_even_if_there_is_room(tmp_path: Path) -> None:
+    script = Script([-1], [2.0, 0.5, 0.4], [-1])
+    run(script, tmp_path, halving={"factor": 2})
+    assert script.calls == [(1, 15), (2, 15), (3, 15), (2, 30), (2, 60), (2, None)]
+
+
 def test_if_all_trials_diverge_that_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at rung 1, the loss of no trial is a finite number. Lower the learning"):
         run(Script([-1], [-1], [-1]), tmp_path)
