@@ -59,9 +59,10 @@ def _checkpoint_listing(checkpoint: Path) -> list[dict[str, Any]]:
     return [file for file in artifacts.listing(checkpoint) if file["path"] != CHECKPOINT_MARKER]
 
 
-def finished(state: TrainerState, until: int, patience: int | None) -> bool:
+def finished(state: TrainerState, until: int, patience: int | None, measured: HeldOut) -> bool:
     """Whether training is over: at step `until`, or after `patience` evaluations that were no better than the best."""
-    since = sum("eval_loss" in entry and entry["step"] > (state.best_global_step or 0) for entry in state.log_history)
+    since = sum("eval_loss" in entry and entry["step"] in measured.steps and
+                entry["step"] > (state.best_global_step or 0) for entry in state.log_history)
     return state.global_step >= until or (patience is not None and since >= patience)
 
 
@@ -90,7 +91,8 @@ def trainer_callbacks(stop: threading.Event, team: Team, folders: Folders, batch
     class Save(TrainerCallback):
         def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                         **_: Any) -> TrainerControl:
-            control.should_evaluate = state.global_step in measured.steps
+            looks = state.global_step in measured.steps or state.global_step == until
+            control.should_evaluate = looks and len(measured.records) > 0
             if state.global_step == until:
                 control.should_save = control.should_training_stop = True
             elif team.any(stop.is_set()):  # all of them stop after the same step, whichever got the signal
@@ -112,11 +114,15 @@ def trainer_callbacks(stop: threading.Event, team: Team, folders: Folders, batch
             team.barrier()  # each process has a file of its own in it
             if team.main:
                 checkpoint = folders.checkpoints / f"checkpoint-{state.global_step}"
+                # Before the marker: every whole checkpoint has its best weights beside it.
                 if training.keep == "best" and state.best_global_step == state.global_step:
                     shutil.copyfile(checkpoint / ADAPTER, best_weights(folders.checkpoints, state))
                 write_atomically(checkpoint / CHECKPOINT_MARKER, json.dumps(_checkpoint_listing(checkpoint)))
-                _remove_unneeded(folders.checkpoints)
-            if finished(state, until, training.patience):
+                if training.keep == "best":
+                    _remove_unneeded(folders.checkpoints)
+            if not control.should_training_stop and finished(state, until, training.patience, measured):
+                log.info("step %d/%d: no lower validation loss in %d evaluations, training ends", state.global_step,
+                         steps, training.patience)
                 control.should_training_stop = True
             return control
 
@@ -148,7 +154,8 @@ def trainer_callbacks(stop: threading.Event, team: Team, folders: Folders, batch
 
 def _remove_unneeded(checkpoints: Path) -> None:
     """Remove the weights that were the best ones, but are so in no checkpoint any more."""
-    needed = {best_weights(checkpoints, read_state(str(folder))) for folder in checkpoints.glob("checkpoint-*")}
+    needed = {best_weights(checkpoints, read_state(str(folder))) for folder in checkpoints.glob("checkpoint-*")
+              if (folder / CHECKPOINT_MARKER).is_file()}
     for file in set(checkpoints.glob("best-*.safetensors")) - needed:
         file.unlink()
 

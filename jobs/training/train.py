@@ -195,10 +195,10 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
     batches = Batches(splits.train, training)
     steps = len(batches)
     end = min(until or steps, steps)
-    measured = held_out(splits, batches, end)
+    measured = held_out(splits, batches)
     adapted = add_adapter(model, training, target_modules)
     masks = dropout.replace(adapted, training.lora.dropout, training.seed)
-    tokens = tokens_at_once(adapted, training)
+    tokens = team.broadcast(tokens_at_once(adapted, training))
     trainable, total = adapted.get_nb_trainable_parameters()
     log.info("%d train, %d validation and %d holdout records; %d epochs, %d steps in micro-batches of %d tokens; %d of "
              "%d parameters are trained", len(splits.train), len(splits.validation), len(splits.holdout),
@@ -218,11 +218,12 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
         assert seen == team.size, f"Trainer sees {seen} processes, not {team.size}"
         team.barrier()  # however slowly a node read the model; from here on NCCL waits for 10 minutes at most
         state = read_state(checkpoint) if checkpoint else None
-        if not (state and finished(state, end, training.patience) and (best or until)):  # the last weights are needed
+        # Without either, the last weights are needed, and Trainer loads them.
+        if not (state and finished(state, end, training.patience, measured) and (best or until)):
             trainer.train(resume_from_checkpoint=checkpoint)
             state = trainer.state
     # At the end of a rung of a search, too, or it would go on with the next trial.
-    if not finished(state, end, training.patience) or (until and team.any(stop.is_set())):
+    if not finished(state, end, training.patience, measured) or (until and team.any(stop.is_set())):
         raise Terminated(f"stopped by SIGTERM at step {state.global_step} of {steps}; a checkpoint is saved and the "
                          "next attempt resumes there")
     if until is None:

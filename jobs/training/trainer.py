@@ -95,8 +95,8 @@ class HeldOut:
     steps: frozenset[int]
 
 
-def held_out(splits: Splits, batches: Batches, until: int) -> HeldOut:
-    """A sample of `validation`, or of the holdout where there is no validation, EVALUATIONS times and at the end.
+def held_out(splits: Splits, batches: Batches) -> HeldOut:
+    """A sample of `validation`, or of the holdout where there is no validation, EVALUATIONS times: the last at the end.
 
     A token that is only read costs half of one that is trained on (2 FLOPs a parameter, and 4, the weights being
     frozen). So a tenth of the training's time is a fifth of its tokens, for all evaluations together. But never less
@@ -106,7 +106,7 @@ def held_out(splits: Splits, batches: Batches, until: int) -> HeldOut:
                           ("holdout_loss", splits.holdout, 16))
     chosen = sample(lengths_of(split), SHARE_OF_TOKENS * batches.tokens / EVALUATIONS, least)
     steps = {math.ceil(len(batches) * number / EVALUATIONS) for number in range(1, EVALUATIONS + 1)}
-    return HeldOut(name, split, chosen, frozenset(steps | {until}))
+    return HeldOut(name, split, chosen, frozenset(steps))
 
 
 def team_trainer(team: Team, batches: Batches, measured: HeldOut, masks: Masks, tokens: int) -> Any:
@@ -163,7 +163,7 @@ def team_trainer(team: Team, batches: Batches, measured: HeldOut, masks: Masks, 
             """The step's loss; its gradients are added to the model's."""
             micro_batches = list(self._micro_batches(batches.split, records))
             own = sum(int((batch["labels"] != -100).sum()) for batch, _, _ in micro_batches)
-            learned = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum")
+            learned = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum").clamp(min=1)
             loss = torch.zeros((), device=self.args.device)
             for number, (batch, numbers, lengths) in enumerate(micro_batches, 1):
                 masks.choose(self.state.global_step, numbers, lengths)
@@ -195,10 +195,11 @@ def team_trainer(team: Team, batches: Batches, measured: HeldOut, masks: Masks, 
                     nats_and_tokens[0] += nats.double() / team.size  # by which Trainer multiplies it
                     nats_and_tokens[1] += (batch["labels"] != -100).sum()
             nats, tokens = self.accelerator.reduce(nats_and_tokens, "sum").tolist()
-            metrics = {"eval_loss": nats / tokens}
+            metrics = {"eval_loss": nats / max(tokens, 1)}
             self.log(metrics)
             self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
+            # What is kept must not depend on where somebody stopped the training to look: see `until` of train.
+            return metrics if self.state.global_step in measured.steps else {"eval_loss": math.inf}
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
             # Sharded, Trainer would gather the whole base model for a checkpoint; the adapter is enough.

@@ -193,10 +193,10 @@ def test_the_adapter_does_not_depend_on_when_anybody_looks(tmp_path: Path, monke
         weights[evaluations], history = trained(tmp_path / str(evaluations))
         steps = int(history[-1]["step"])
         assert sum("holdout_loss" in entry for entry in history) == min(evaluations, steps)
-    monkeypatch.setattr(trainer, "held_out", lambda *_: trainer.HeldOut("holdout_loss", [], np.array([]), frozenset()))
-    monkeypatch.setattr(train, "held_out", trainer.held_out)
+    monkeypatch.setattr(train, "held_out", lambda *_: trainer.HeldOut("holdout_loss", HELD_OUT, np.arange(3),
+                                                                      frozenset()))
     never, history = trained(tmp_path / "never")
-    assert not any("holdout_loss" in entry for entry in history)
+    assert sum("holdout_loss" in entry for entry in history) == 1, "at the end, where training stops"
     for found in weights.values():
         assert_equal(found, never)
 
@@ -216,14 +216,14 @@ def test_measuring_takes_a_tenth_of_the_time_at_most_but_reads_a_few_records() -
     """A tenth of the time is a fifth of the tokens: one that is only read costs half."""
     many, few = [Encoded.of([1] * 5, [2] * 5)] * 10_000, [Encoded.of([1] * 5, [2] * 5)] * 50
     batches = packing.Batches(many, settings(epochs=1))
-    large = trainer.held_out(Splits(many, many, 0), batches, len(batches))
+    large = trainer.held_out(Splits(many, many, 0), batches)
     assert len(large.steps) == 10
     assert len(large.steps) * 10 * len(large.records) == pytest.approx(0.2 * batches.tokens)
     assert len(set(large.records.tolist())) == len(large.records)
     assert 4000 < large.records.mean() < 6000, "from everywhere in the split"
     small = packing.Batches(few, settings(epochs=1))
-    assert len(trainer.held_out(Splits(few, few, 0), small, 1).records) == 16
-    validation = trainer.held_out(Splits(few, few, 0, many), small, 1)
+    assert len(trainer.held_out(Splits(few, few, 0), small).records) == 16
+    validation = trainer.held_out(Splits(few, few, 0, many), small)
     assert (validation.name, len(validation.records)) == ("validation_loss", 256)
 
 
@@ -262,13 +262,24 @@ def test_the_best_weights_are_kept_and_not_the_last(tmp_path: Path) -> None:
     measured = losses(history)
     best = min(measured, key=measured.__getitem__)
     assert best < max(measured), "it overfits, or nothing is shown here"
-    _, until_best = trained(tmp_path / "until", **BEST, until=best)
+    pieces = tmp_path / "pieces"
+    _, until_best = trained(pieces, **BEST, until=best)
     from safetensors.numpy import load_file
 
-    assert_equal(weights, load_file(tmp_path / "until" / "checkpoints" / f"checkpoint-{best}" /
-                                    "adapter_model.safetensors"))
-    assert len(list((tmp_path / "best" / "checkpoints").glob("best-*"))) == 1, "the others are removed"
+    assert_equal(weights, load_file(pieces / "checkpoints" / f"checkpoint-{best}" / "adapter_model.safetensors"))
     assert until_best[-1]["validation_loss"] == measured[best]
+    assert len(list((tmp_path / "best" / "checkpoints").glob("best-*"))) == 1, "the others are removed"
+
+
+def test_a_look_at_another_step_chooses_nothing(tmp_path: Path) -> None:
+    """A search stops its trials at steps of its own."""
+    expected, history = trained(tmp_path / "whole", **BEST, patience=1)
+    best = min(losses(history), key=losses(history).__getitem__)
+    for step in (best + 1, best + 2, best + 3):
+        assert trained(tmp_path / "pieces", **BEST, patience=1, until=step)[1][-1]["step"] == step
+    found, looked = trained(tmp_path / "pieces", **BEST, patience=1)
+    assert_equal(found, expected)
+    assert looked[-1]["step"] == history[-1]["step"]
 
 
 def test_with_patience_it_ends_early_and_a_resume_ends_at_the_same_step(tmp_path: Path) -> None:

@@ -18,43 +18,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jobs.core import artifacts, pipeline
 from jobs.core.errors import RetryableError, Terminated, UserError
 from jobs.core.plan import plan
 from jobs.tools.pods import CHECKOUT
-from jobs.training import callbacks, distributed, packing
+from jobs.training import callbacks, distributed
 from tests import build_models
 
 RECORDS = [{"prompt": f"How many rooms has house {n}?", "completion": f"It has {n} rooms. " * (1 + n % 3)}
            for n in range(40)]
 TRAINING: dict[str, Any] = {"epochs": 4, "learning_rate": 1e-3, "checkpoint_steps": 10,
                             "lora": {"r": 4, "dropout": 0.1}}
-
-
-# --- the shares -----------------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(1, 9), st.integers(2, 100))
-def test_the_micro_batches_of_all_processes_are_the_batch(lengths: list[int], size: int, tokens: int) -> None:
-    """Each record is computed once, in the batch's order, and no more at once than may be; and all processes compute
-    equally often, as they must where each holds a part of the model."""
-    of_each = [packing.Share(rank, size, tokens).micro_batches(lengths) for rank in range(size)]
-    assert sorted(n for micro_batches in of_each for one in micro_batches for n in one) == list(range(len(lengths)))
-    assert all(one == sorted(one) for micro_batches in of_each for one in micro_batches)
-    assert all(sum(lengths[n] for n in one) <= max(tokens, *lengths) for each in of_each for one in each)
-    assert len({len(micro_batches) for micro_batches in of_each}) == 1
-    if size == 1:
-        assert all(of_each[0]), "one process computes nothing in vain"
-
-
-@given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(2, 9))
-def test_no_process_waits_long_for_another(lengths: list[int], size: int) -> None:
-    """The fullest share has at most one record more than a fair part (Graham 1969: longest first)."""
-    tokens = [sum(lengths[position] for position in share) for share in packing.divide(lengths, size)]
-    assert max(tokens) <= sum(lengths) / size + max(lengths)
 
 
 # --- who is started -------------------------------------------------------------------------------------------------
@@ -276,11 +251,11 @@ def test_when_the_launcher_is_killed_no_process_is_left_behind(
 
 @pytest.mark.slow
 def test_what_somebody_must_change_is_said_once_and_is_no_reason_to_retry(tmp_path: Path) -> None:
-    file, volumes = published_inputs(tmp_path, max_length=8, tokens_per_batch=8)
+    file, volumes = published_inputs(tmp_path, max_length=4096, tokens_per_batch=4096)
     process = start(file, volumes, PROCESSES_PER_NODE="2")
     _, output = process.communicate(timeout=120)
     assert process.returncode == 2, output
-    assert output.count("records are longer than training.max_length") == 1
+    assert output.count("max_length is 4096, but the base model knows only") == 1
     assert "Traceback" not in output
 
 

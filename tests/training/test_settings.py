@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Lora, Training
@@ -278,6 +280,29 @@ def test_max_length_may_be_all_the_positions_that_the_model_has() -> None:
     for key in ("max_position_embeddings", "n_positions"):
         with pytest.raises(UserError, match="max_length is 40, but the base model knows only 39"):
             packing.check_length({key: 39}, Training(**TRAINING))
+
+
+# --- the shares -----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(1, 9), st.integers(2, 100))
+def test_the_micro_batches_of_all_processes_are_the_batch(lengths: list[int], size: int, tokens: int) -> None:
+    """Each record is computed once, in the batch's order, and no more at once than may be; and all processes compute
+    equally often, as they must where each holds a part of the model."""
+    of_each = [packing.Share(rank, size, tokens).micro_batches(lengths) for rank in range(size)]
+    assert sorted(n for micro_batches in of_each for one in micro_batches for n in one) == list(range(len(lengths)))
+    assert all(one == sorted(one) for micro_batches in of_each for one in micro_batches)
+    assert all(sum(lengths[n] for n in one) <= max(tokens, *lengths) for each in of_each for one in each)
+    assert len({len(micro_batches) for micro_batches in of_each}) == 1
+    if size == 1:
+        assert all(of_each[0]), "one process computes nothing in vain"
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(2, 9))
+def test_no_process_waits_long_for_another(lengths: list[int], size: int) -> None:
+    """The fullest share has at most one record more than a fair part (Graham 1969: longest first)."""
+    tokens = [sum(lengths[position] for position in share) for share in packing.divide(lengths, size)]
+    assert max(tokens) <= sum(lengths) / size + max(lengths)
 
 
 # --- the whole stage -------------------------------------------------------------------------------------------------

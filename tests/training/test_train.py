@@ -209,7 +209,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path,
     """A pipeline with its inputs published, and the adapter that one quiet run gives. A step is several micro-batches,
     so that a kill may come between them."""
     place = tmp_path_factory.mktemp("uninterrupted")
-    file, volumes = published_inputs(place, checkpoint_steps=3, epochs=60, learning_rate=1e-2, tokens_per_micro_batch=64)
+    file, volumes = published_inputs(place, checkpoint_steps=3, epochs=60, learning_rate=1e-2,
+                                     tokens_per_micro_batch=64)
     done = subprocess.run(command(file, volumes), cwd=CHECKOUT, capture_output=True, text=True, check=False,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
