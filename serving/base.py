@@ -208,8 +208,10 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
 
 
 def _rank(manifest: Mapping[str, Any]) -> int:
+    """The adapter's rank; if a search chose it, the largest that it could have."""
     try:
-        return int(manifest["spec"]["lora"]["r"])
+        spec = manifest["spec"]
+        return int(spec["lora"]["r"]) if "r" in spec["lora"] else max(map(int, spec["search"]["candidates"]["lora.r"]))
     except (LookupError, TypeError, ValueError, OverflowError):
         return 1
 

@@ -130,7 +130,8 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] = R
                        sentences: Sequence[tuple[str, bool]] = SENTENCES,
                        base_model: Callable[[Path], None] = tiny_llama,
                        reference_model: Callable[[Path], None] = tiny_reference, chat: bool = True,
-                       without: Sequence[str] = (), **settings: Any) -> tuple[LoadedPipeline, Path]:
+                       without: Sequence[str] = (), validation: Sequence[Mapping[str, Any]] = (),
+                       **settings: Any) -> tuple[LoadedPipeline, Path]:
     """A pipeline whose inputs to the evaluation are all published, but those in `without` (by their names in the plan).
 
     Returns the loaded pipeline and the volumes' root.
@@ -145,6 +146,7 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] = R
     def dataset(draft: Path) -> None:
         jsonl(draft, "train.jsonl", records)
         jsonl(draft, "holdout.jsonl", records)
+        jsonl(draft, "validation.jsonl", validation)
 
     def tokenizer(draft: Path) -> None:
         tiny_tokenizer(draft, chat=chat)

@@ -249,6 +249,12 @@ def test_room_is_reserved_for_the_promoted_adapter_when_git_asks_for_a_lower_ran
     assert git.start().max_lora_rank == 128
 
 
+def test_room_is_reserved_for_whatever_rank_a_search_chose(git: Git) -> None:
+    git.promote(git.write(training__search={"candidates": {"lora.r": [8, 100, 16]}}, serving={"max_lora_rank": 128}))
+    git.write(training__search=None, serving={"max_lora_rank": 8})
+    assert git.start().max_lora_rank == 128
+
+
 def test_another_mode_waits_for_the_merged_model_and_is_kept_when_the_file_turns_invalid(git: Git) -> None:
     lora = git.write()
     git.promote(lora)

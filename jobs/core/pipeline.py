@@ -7,17 +7,19 @@ here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from jobs.core import declarations, environment
 from jobs.core.declarations import AcceptabilitySource, DatasetSource, Loaded, Source, Strict
-from jobs.core.environment import SERVABLE_RANKS, Environment, LoadedEnvironment
+from jobs.core.environment import Environment, LoadedEnvironment
 from jobs.core.errors import UserError
+from jobs.core.search import Alpha, Dropout, Epochs, LearningRate, Rank, Search, TargetModules, normalized
 
 FILE = "pipeline.yaml"
 ADAPTERS = "adapters"  # the folder of an overlay that holds a folder for each adapter
@@ -29,16 +31,16 @@ NO_VALIDATION = ("training.keep: best chooses by the loss on the validation spli
 class Lora(Strict):
     """LoRA's shape (Hu et al. 2021): rank `r`, scale `alpha / r`, and the linear layers that get an adapter."""
 
-    r: Annotated[int, Field(ge=1, le=max(SERVABLE_RANKS))] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    r: Rank = 16
+    alpha: Alpha = 32
+    dropout: Dropout = 0.05
+    target_modules: TargetModules = "all-linear"
 
 
 class Training(Strict):
     lora: Lora = Lora()
-    epochs: Annotated[int, Field(ge=1)] = 3
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 2e-4
+    epochs: Epochs = 3
+    learning_rate: LearningRate = 2e-4
     max_length: Annotated[int, Field(ge=8)] = 1024
     tokens_per_batch: Annotated[int, Field(ge=8)] = 4096
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -56,6 +58,8 @@ class Training(Strict):
     sharding: Literal["none", "fsdp"] = "none"
     # 4bit: QLoRA, the base model in 4 bits while training. Evaluated and served on the whole one. In the digest.
     quantization: Literal["none", "4bit"] = "none"
+    # Settings that training chooses by itself. In the digest, instead of the keys that it names.
+    search: Search | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Training:
@@ -70,6 +74,27 @@ class Training(Strict):
                                       "batch holds whole records", {"batch": self.tokens_per_batch,
                                                                     "length": self.max_length})
         return self
+
+    @model_validator(mode="after")
+    def _searched(self) -> Training:
+        for key, values in self.search.candidates.by_key().items() if self.search else ():
+            owner, name = (self.lora, key.removeprefix("lora.")) if key.startswith("lora.") else (self, key)
+            value = normalized(getattr(owner, name))
+            if name in owner.model_fields_set and value not in values:
+                raise PydanticCustomError("searched", "{key} is {value}, which is not among its candidates in "
+                                          "`search`: remove the key, or add the value there",
+                                          {"key": key, "value": str(value)})
+        return self
+
+    def trials(self) -> list[Training]:
+        """The settings of each trial of the search; without one, these."""
+        return [self.with_settings(settings) for settings in self.search.settings()] if self.search else [self]
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Training:
+        """This training with settings that a search named, and without the search."""
+        lora = {key.removeprefix("lora."): value for key, value in settings.items() if key.startswith("lora.")}
+        own = {key: value for key, value in settings.items() if not key.startswith("lora.")}
+        return self.model_copy(update={"search": None, "lora": self.lora.model_copy(update=lora), **own})
 
 
 class Rule(Strict):
@@ -139,11 +164,14 @@ class Pipeline(PipelineFile):
 
     @model_validator(mode="after")
     def _consistent(self) -> Pipeline:
-        serving, r = self.environment.serving, self.training.lora.r
+        serving, search = self.environment.serving, self.training.search
+        searched = search.candidates.lora.r if search else None
+        r = max(searched or [self.training.lora.r])
         if serving.mode == "lora" and r > serving.max_lora_rank:
-            raise PydanticCustomError("rank", "training.lora.r is {r}, above serving.max_lora_rank ({max}) of the "
+            raise PydanticCustomError("rank", "training.{key} {r}, above serving.max_lora_rank ({max}) of the "
                                       "environment: vLLM would refuse the adapter. Lower the one or raise the other",
-                                      {"r": r, "max": serving.max_lora_rank})
+                                      {"key": "search.candidates.lora.r has" if searched else "lora.r is", "r": r,
+                                       "max": serving.max_lora_rank})
         if self.adapter == self.environment.base_model.name:
             raise PydanticCustomError("name", "adapter has the base model's name: clients could not tell them apart",
                                       {})

@@ -13,7 +13,8 @@ from typing import Any
 from jobs.core.artifacts import Spec
 from jobs.core.declarations import Source
 from jobs.core.environment import Environment
-from jobs.core.pipeline import Pipeline
+from jobs.core.pipeline import Pipeline, Training
+from jobs.core.search import normalized
 from jobs.core.sources import SCHEMES
 
 # Bump a number when the code of that stage would give another result for the same settings: it renames the artifacts,
@@ -101,13 +102,9 @@ def _plan(key: _ByIdentity) -> Plan:
                            {"recipe": RECIPES["encoded-dataset"], "max_length": training.max_length,
                             "chat_template": pipeline.environment.chat_template},
                            {"dataset": dataset.digest, "tokenizer": tokenizer.digest})
-    lora = training.lora
-    modules = lora.target_modules if isinstance(lora.target_modules, str) else sorted(set(lora.target_modules))
     adapter = Spec(
         FINE_TUNED_VOLUME, "adapter",
-        {"recipe": RECIPES["adapter"],
-         "lora": {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout, "target_modules": modules},
-         "epochs": training.epochs, "learning_rate": training.learning_rate,
+        {"recipe": RECIPES["adapter"], **_settings(training),
          "tokens_per_batch": training.tokens_per_batch, "seed": training.seed,
          # Only where it is set: artifacts from before this setting existed keep their names.
          **({} if training.quantization == "none" else {"quantization": training.quantization}),
@@ -128,6 +125,21 @@ def _plan(key: _ByIdentity) -> Plan:
     return Plan(base_model, tokenizer, reference_model, dataset, acceptability, encoded_dataset, adapter,
                 merged_model(adapter.digest, base_model.digest), base_scores, adapter_scores, reference_scores,
                 evaluation)
+
+
+def _settings(training: Training) -> dict[str, Any]:
+    """The settings that can be searched; what a search chooses among stands for those that it names."""
+    lora = training.lora
+    settings: dict[str, Any] = {
+        "lora": {"r": lora.r, "alpha": lora.alpha, "dropout": lora.dropout,
+                 "target_modules": normalized(lora.target_modules)},
+        "epochs": training.epochs, "learning_rate": training.learning_rate}
+    if training.search is None:
+        return settings
+    for key in training.search.candidates.by_key():
+        group, _, name = key.rpartition(".")
+        del (settings[group] if group else settings)[name]
+    return settings | {"search": training.search.identity()}
 
 
 def merged_model(adapter: str, base_model: str) -> Spec:

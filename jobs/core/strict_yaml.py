@@ -35,14 +35,19 @@ class Document:
     def line_of(self, keys: Sequence[str]) -> int:
         """The line (from 1) of the deepest of `keys` that the document has; in a list, a key is the index (from 0)."""
         line, node = 1, self.node
-        for key in keys:
+        for place, key in enumerate(keys):
             if isinstance(node, yaml.SequenceNode) and key.isdecimal() and int(key) < len(node.value):
                 node = node.value[int(key)]
                 line = node.start_mark.line + 1
                 continue
             children = node.value if isinstance(node, yaml.MappingNode) else []
             match = next(((k, v) for k, v in children if k.value == key), None)
-            if match is None:
+            if match is None:  # `lora.r` may stand for `r` in `lora`
+                dotted = ".".join(keys[place:place + 2])
+                match = next(((k, v) for k, v in children if k.value == dotted), None)
+                if match is not None:
+                    inner = Document(self.file, None, match[1]).line_of(keys[place + 2:])
+                    line = max(match[0].start_mark.line + 1, inner)
                 break
             line, node = match[0].start_mark.line + 1, match[1]
         return line

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.core import search
 from jobs.evaluation.gate import Check
 from jobs.evaluation.metrics import Score
 
@@ -16,6 +17,8 @@ History = Sequence[Mapping[str, float]]  # `history` of the adapter's training.j
 Generations = Mapping[str, Sequence[Mapping[str, Any]]]  # each model's generations.jsonl, by role
 
 ROLES = {"base": "base", "fine_tuned": "fine-tuned", "reference": "reference"}
+SEARCHED = ("Training chose its settings among these trials, by the loss on the validation split. The held-out "
+            "records, on which the scores and the gate are computed, had no part in it.")
 EMBEDDED = "Embedded models: for trying out and testing only. They know nothing but a small grammar and your data."
 
 
@@ -95,6 +98,12 @@ def samples(generations: Generations, count: int = 6, worst: int = 3) -> tuple[l
             [sample for sample in rest[:worst] if sample.answers["fine_tuned"][1] < 0.995])
 
 
+def held_out_losses(history: History) -> list[tuple[str, Mapping[str, float], float]]:
+    """The loss on what was held out from training, as (name, entry, loss): of the validation split if there was one."""
+    return [(name, entry, entry[f"{name}_loss"]) for name in ("validation", "holdout") for entry in history
+            if f"{name}_loss" in entry]
+
+
 def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
     """The provenance of the figures, as (name, value): digests, pins, hyperparameters, sizes."""
     training, scores = evaluation["training"], evaluation["scores"]
@@ -110,6 +119,9 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("training", f"{training['epochs']} epochs, learning rate {training['learning_rate']:g}, at most "
                      f"{training['max_length']} tokens a record and {training['tokens_per_batch']} a batch, seed "
                      f"{training['seed']}"),
+        *([("settings", f"{search.description(evaluation['search']['settings'])}: chosen among "
+                        f"{len(evaluation['search']['trials'])} trials by the loss on the validation split")]
+          if "search" in evaluation else []),
         ("measured on", f"{tuned['records']} held-out records ({tuned['completion_tokens']} tokens of answers), "
                         f"{tuned['questions']} questions, {tuned['sentences']} judged sentences"),
     ]

@@ -24,6 +24,7 @@ from jobs.core.artifacts import Artifact
 from jobs.core.layout import TENSORBOARD
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
+from jobs.core.search import FILE as SEARCH
 from jobs.core.termination import write_termination_message
 from jobs.evaluation import content, gate, report, scoring
 from jobs.evaluation.metrics import SCORES
@@ -111,7 +112,8 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
     scores = {role: _read_json(spec.path(volumes) / "scores.json") for role, spec in roles.items()}
     generations = {role: scoring.read_jsonl(spec.path(volumes) / "generations.jsonl") for role, spec in roles.items()}
     training = _read_json(wanted.adapter.path(volumes) / "training.json")
-    evaluation = summary(pipeline, wanted, scores)
+    search = _read_json(wanted.adapter.path(volumes) / SEARCH) if pipeline.training.search else None
+    evaluation = summary(pipeline, wanted, scores, search)
 
     def write(draft: Path) -> dict[str, Any]:
         text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
@@ -125,8 +127,14 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
                              adapter_name=pipeline.adapter)
 
 
-def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores]) -> dict[str, Any]:
-    """The content of `evaluation.json`: the verdict, what was measured, and every digest and pin behind it."""
+def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores],
+            search: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of `evaluation.json`: the verdict, what was measured, and every digest and pin behind it.
+
+    Args:
+        search: the record of the search that chose settings, if there was one.
+    """
+    training = pipeline.training.with_settings(search["settings"]) if search else pipeline.training
     checks = gate.evaluate_gate(pipeline.evaluation.gate, scores["base"], scores["fine_tuned"])
     base_model, reference_model = pipeline.environment.base_model, pipeline.environment.reference_model
     sources = pipeline.environment.sources() | pipeline.sources()
@@ -141,7 +149,8 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores]) -> d
         "scores": dict(scores),
         "gate": [check.to_json() for check in checks],
         "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
-        "training": pipeline.training.model_dump(exclude={"checkpoint_steps", "tokens_per_micro_batch"}),
+        "training": training.model_dump(exclude={"checkpoint_steps", "tokens_per_micro_batch", "search"}),
+        **({"search": dict(search)} if search else {}),
     }
 
 

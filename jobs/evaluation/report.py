@@ -7,14 +7,17 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from jobs.core import search
 from jobs.evaluation import report_html
 from jobs.evaluation.content import (
     ROLES,
+    SEARCHED,
     Evaluation,
     Generations,
     History,
     best,
     checks,
+    held_out_losses,
     notes,
     provenance,
     samples,
@@ -42,7 +45,8 @@ def table(evaluation: Evaluation) -> str:
         f"{adapter['name']}@{adapter['digest']} on {scores['fine_tuned']['records']} held-out records",
         rule, lines[0], rule, *lines[1:], rule, verdict(evaluation),
         *(f"  {'✓' if check.passed else '✗'} {check.description}" for check in checks(evaluation)),
-        *notes(evaluation)])
+        *notes(evaluation), *(["settings chosen by search:", search.text_table(evaluation["search"])]
+                              if "search" in evaluation else [])])
 
 
 def markdown(evaluation: Evaluation, history: History, generations: Generations) -> str:
@@ -60,10 +64,13 @@ def markdown(evaluation: Evaluation, history: History, generations: Generations)
                         for role in ROLES), score.better] for score in SCORES)), ""]
     lines += [f"Base: {_text(scores['base']['model'])}. Fine-tuned: {_text(scores['fine_tuned']['model'])}. "
               f"Reference: {_text(scores['reference']['model'])}.", ""]
-    held_out = [entry for entry in history if "holdout_loss" in entry]
+    if "search" in evaluation:
+        header, *trials = search.rows(evaluation["search"])
+        lines += ["## Search", "", SEARCHED, "", *_rows(header, ([*map(_text, row)] for row in trials)), ""]
+    held_out = held_out_losses(history)
     if held_out:
-        lines += ["## Loss on the held-out data while training", "", *_rows(["step", "epoch", "loss"], (
-            [f"{entry['step']:g}", f"{entry['epoch']:.2f}", f"{entry['holdout_loss']:.4f}"] for entry in held_out)), ""]
+        lines += [f"## Loss on the {held_out[0][0]} split while training", "", *_rows(["step", "epoch", "loss"], (
+            [f"{entry['step']:g}", f"{entry['epoch']:.2f}", f"{loss:.4f}"] for _, entry, loss in held_out)), ""]
     for title, chosen in zip(("Answers, evenly spaced over the held-out questions", "Where it does worst"),
                              samples(generations), strict=True):
         if chosen:

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from jobs.core import search
 from jobs.evaluation.content import (
     ROLES,
+    SEARCHED,
     Evaluation,
     Generations,
     History,
     best,
     checks,
+    held_out_losses,
     notes,
     provenance,
     samples,
@@ -27,6 +32,7 @@ from jobs.evaluation.content import (
 from jobs.evaluation.metrics import METRICS, SCORES, Score
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+NAMED_CURVES = 12  # with more, only that of the chosen trial has its name beside it
 Point = tuple[float, float]
 
 
@@ -41,6 +47,9 @@ def page(evaluation: Evaluation, history: History, generations: Generations) -> 
         notes=notes(evaluation), checks=checks(evaluation), values=evaluation["scores"],
         best={score.key: best(evaluation, score) for score in SCORES},
         bars=[_bar_chart(evaluation, score) for score in SCORES], loss=_loss_chart(history), spaced=spaced,
+        trials=search.rows(evaluation["search"]) if "search" in evaluation else [], searched=SEARCHED,
+        chosen=evaluation["search"]["chosen"] if "search" in evaluation else None,
+        search=_search_chart(evaluation["search"]) if "search" in evaluation else None,
         worst=worst, provenance=provenance(evaluation))
 
 
@@ -112,8 +121,7 @@ class LossChart:
 def _loss_chart(history: History) -> LossChart | None:
     """None where the training recorded no loss."""
     train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry and math.isfinite(entry["loss"])]
-    held_out = [(entry["step"], entry["holdout_loss"]) for entry in history
-                if "holdout_loss" in entry and math.isfinite(entry["holdout_loss"])]
+    held_out = [(entry["step"], loss) for _, entry, loss in held_out_losses(history) if math.isfinite(loss)]
     if not train + held_out:
         return None
     left, right, top, bottom = 44, 785, 10, 290
@@ -134,14 +142,51 @@ def _loss_chart(history: History) -> LossChart | None:
         ends.append((place(smooth[-1]), "training", "base"))
     if held_out:
         lines.append(("line fine_tuned", dots))
-        ends.append((dots[-1], f"held-out {held_out[-1][1]:.3g}", "fine_tuned"))
+        name = "held-out" if any("holdout_loss" in entry for entry in history) else "validation"
+        ends.append((dots[-1], f"{name} {held_out[-1][1]:.3g}", "fine_tuned"))
+    return LossChart(900, 330, left, right, bottom, [(place((0, tick))[1], f"{tick:g}") for tick in losses],
+                     [(place((tick, 0))[0], f"{tick:,.0f}") for tick in steps], lines, dots, _labels(ends))
+
+
+def _search_chart(record: Mapping[str, Any]) -> LossChart | None:
+    """The validation loss of each trial over its steps; the chosen trial's last, and strong."""
+    curves = {trial["trial"]: trial["curve"] for trial in record["trials"] if trial["curve"]}
+    if not curves:
+        return None
+    left, right, top, bottom = 44, 785, 10, 290
+    last = max(step for curve in curves.values() for step, _ in curve)
+    found = [loss for curve in curves.values() for _, loss in curve]
+    spacing = _ticks(0, max(found) - min(found))[1]
+    lowest = math.floor(min(found) / spacing) * spacing
+    losses = [lowest + n * spacing for n in range(math.ceil((max(found) - lowest) / spacing - 1e-9) + 1)]
+    steps = [tick for tick in _ticks(0, last, 8) if tick <= last and tick == int(tick)]
+
+    def place(step: float, loss: float) -> Point:
+        return (left + step / last * (right - left),
+                bottom - (loss - lowest) / ((losses[-1] - lowest) or 1) * (bottom - top))
+
+    lines: list[tuple[str, list[Point]]] = []
+    ends: list[tuple[Point, str, str]] = []
+    dots: list[Point] = []
+    for trial in sorted(curves, key=lambda trial: trial == record["chosen"]):
+        points = [place(*point) for point in curves[trial]]
+        role = "fine_tuned" if trial == record["chosen"] else "base"
+        lines.append((f"line {role}", points))
+        dots = points if trial == record["chosen"] else dots
+        if trial == record["chosen"] or len(curves) <= NAMED_CURVES:
+            ends.append((points[-1], f"trial {trial}", role))
+    return LossChart(900, 330, left, right, bottom, [(place(0, tick)[1], f"{tick:.4g}") for tick in losses],
+                     [(place(tick, 0)[0], f"{tick:,.0f}") for tick in steps], lines, dots, _labels(ends))
+
+
+def _labels(ends: list[tuple[Point, str, str]]) -> list[tuple[float, float, str, str]]:
+    """Texts at the ends of lines, never on each other."""
     labels = []
     lowest = -math.inf
-    for (x, y), text, role in sorted(ends, key=lambda end: end[0][1]):  # at the lines' ends, never on each other
+    for (x, y), text, role in sorted(ends, key=lambda end: end[0][1]):
         lowest = max(y + 4, lowest + 16)
         labels.append((x + 10, lowest, text, role))
-    return LossChart(900, 330, left, right, bottom, [(place((0, tick))[1], f"{tick:g}") for tick in losses],
-                     [(place((tick, 0))[0], f"{tick:,.0f}") for tick in steps], lines, dots, labels)
+    return labels
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:

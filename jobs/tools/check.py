@@ -8,11 +8,13 @@ with one adapter does not keep the others from being checked.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from jobs.core import models, strict_yaml
+from jobs.core import models, search, strict_yaml
 from jobs.core.declarations import Loaded, Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
@@ -69,8 +71,28 @@ def check_data(loaded: LoadedPipeline) -> None:
         statistics = split.validate(loaded.resolve(source), source.holdout)
         if loaded.pipeline.training.keep == "best" and not statistics["records"].get("validation", source.validation):
             raise UserError(f"{loaded.path}: {NO_VALIDATION}")
-    for line in advice(loaded.pipeline, statistics):
+    check_search(loaded, statistics)
+    of_trials = (advice(loaded.pipeline.model_copy(update={"training": trial}), statistics)
+                 for trial in loaded.pipeline.training.trials())
+    for line in dict.fromkeys(itertools.chain.from_iterable(of_trials)):
         log.info("%s: advice: %s", loaded.path, line)
+
+
+def check_search(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -> None:
+    """A search has records to choose by; what it costs is said.
+
+    Args:
+        statistics: those of the split; None where the data is not here to look.
+    """
+    training, dataset = loaded.pipeline.training, loaded.pipeline.dataset
+    if training.search is None:
+        return
+    log.info("%s: training.search: %s", loaded.path, training.search.summary(training.epochs))
+    if statistics and not statistics["records"].get("validation", dataset.validation):
+        raise UserError(f"{loaded.path}: {search.NO_VALIDATION}")
+    if not statistics and not dataset.validation:
+        log.warning("%s: training.search chooses by the loss on the validation split, and dataset.validation is 0: "
+                    "some records of %s must have `\"split\": \"validation\"`", loaded.path, dataset.source)
 
 
 def data_in_git(loaded: LoadedPipeline) -> dict[str, Source]:
@@ -111,8 +133,8 @@ def check_architecture(environment: LoadedEnvironment, adapters: Collection[Load
     problems = []
     for loaded in adapters:
         try:
-            modules = loaded.pipeline.training.lora.target_modules
-            models.check_target_modules(architecture, modules, str(loaded.path), mode)
+            for trial in loaded.pipeline.training.trials():
+                models.check_target_modules(architecture, trial.lora.target_modules, str(loaded.path), mode)
         except UserError as error:
             problems.append(str(error))
     if problems:

@@ -228,7 +228,7 @@ def _made(folder: Path, name: str, data: Path | None) -> Adapter:
         digest, named = hashlib.sha256(file.encode()).hexdigest(), f"{DATA}.jsonl"
     sibling = _sibling(folder)
     if sibling:
-        training = sibling[1].training.model_dump()
+        training = sibling[1].training.model_dump(exclude={"search"})  # it needs validation records
         evaluation = sibling[1].evaluation.model_dump(exclude_none=True, exclude_defaults=True)
     else:
         training = TRAINING_EMBEDDED if shared.base_model.scheme == "builtin" else TRAINING

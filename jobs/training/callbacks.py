@@ -38,6 +38,10 @@ class Folders:
     tensorboard: Path
 
 
+class NotFinite(UserError):
+    """A loss or a gradient that is not finite."""
+
+
 def newest_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint in `folder`; those that a kill left incomplete or damaged are removed."""
     steps = {int(p.name.rpartition("-")[2]): p for p in folder.glob("checkpoint-*")}
@@ -103,7 +107,7 @@ def trainer_callbacks(stop: threading.Event, team: Team, folders: Folders, batch
             """Before the step's checkpoint would be saved."""
             wrong = [name for name in ("loss", "grad_norm", "eval_loss") if not math.isfinite(logs.get(name, 0.0))]
             if wrong:
-                raise UserError(_not_finite(wrong[0], state.global_step, batches, measured, training))
+                raise NotFinite(_not_finite(wrong[0], state.global_step, batches, measured, training))
 
         def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                     **_: Any) -> TrainerControl:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from jobs.core.pipeline import Pipeline
+from jobs.core.search import FILE as SEARCH
+from jobs.core.search import description
 from jobs.data.encoded import Splits
 
 
 def finish_adapter(folder: Path, pipeline: Pipeline, splits: Splits, history: list[dict[str, float]],
-                   target_modules: list[str], dataset: str) -> None:
-    """Make what PEFT saved reproducible to the byte and self-explaining: config, loss history, model card."""
+                   target_modules: list[str], dataset: str, search: Mapping[str, Any] | None = None) -> None:
+    """Make what PEFT saved reproducible to the byte and self-explaining: config, loss history, model card.
+
+    Args:
+        search: the record of the search that chose settings, if there was one.
+    """
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
     # PEFT records the folder the base model was loaded from (a mount path) and a set in random order.
@@ -24,11 +31,14 @@ def finish_adapter(folder: Path, pipeline: Pipeline, splits: Splits, history: li
     (folder / "training.json").write_text(json.dumps({
         "steps": steps, "records": {"train": len(splits.train), "holdout": len(splits.holdout),
                                     "too_long": splits.too_long}, "history": history}, indent=1) + "\n")
-    (folder / "README.md").write_text(model_card(pipeline, splits, history, target_modules, dataset), encoding="utf-8")
+    if search:
+        (folder / SEARCH).write_text(json.dumps(search, indent=1) + "\n")
+    (folder / "README.md").write_text(model_card(pipeline, splits, history, target_modules, dataset, search),
+                                      encoding="utf-8")
 
 
 def model_card(pipeline: Pipeline, splits: Splits, history: list[dict[str, float]], target_modules: list[str],
-               dataset: str) -> str:
+               dataset: str, search: Mapping[str, Any] | None = None) -> str:
     """The model card: what this adapter is, what it was made from, and how well it fit."""
     training, base = pipeline.training, pipeline.environment.base_model
     last: Callable[[str], float] = lambda key: [e[key] for e in history if key in e][-1]  # noqa: E731
@@ -39,6 +49,8 @@ def model_card(pipeline: Pipeline, splits: Splits, history: list[dict[str, float
             "training": f"{training.epochs} epochs, learning rate {training.learning_rate:g} (cosine), at most "
                         f"{training.tokens_per_batch} tokens a batch and {training.max_length} a record, "
                         f"seed {training.seed}",
+            **({"chosen by search": f"{description(search['settings'])}, among {len(search['trials'])} trials by the "
+                                    "loss on the validation split"} if search else {}),
             "loss on the train split, last step": f"{last('loss'):.4f}",
             **{f"loss on the {name} split": f"{last(f'{name}_loss'):.4f}" for name in ("validation", "holdout")
                if any(f"{name}_loss" in entry for entry in history)}}

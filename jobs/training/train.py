@@ -6,7 +6,8 @@ Waits for the encoded dataset, the base model and the tokenizer; rejects what vL
 trains with transformers' Trainer and PEFT; publishes adapter, model card and loss history as one artifact; and in
 `serving: {mode: merged}` the merged model as another. A kill costs the steps since the last checkpoint, never the
 result: the next attempt resumes and ends with the same weights. With several GPUs or nodes it is several processes
-(distributed.py), of which the main one publishes and reports.
+(distributed.py), of which the main one publishes and reports. With `training.search` it trains several adapters, of
+which the best one is published (search.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,7 @@ from jobs.core.pipeline import NO_VALIDATION, Pipeline, Training
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.data import encoded
 from jobs.data.encoded import Splits
-from jobs.training import distributed, dropout, merge
+from jobs.training import distributed, dropout, merge, search
 from jobs.training.callbacks import (
     ADAPTER,
     Folders,
@@ -59,6 +61,16 @@ if TYPE_CHECKING:
     from jobs.core.pipeline import LoadedPipeline
 
 log = logging.getLogger("jobs")
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter that was trained: on what, with which settings, and with which loss."""
+
+    splits: Splits
+    training: Training
+    history: list[dict[str, float]]
+    search: dict[str, Any] | None = None  # the record of the search that chose the settings
+
 
 def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
     """Train the desired adapter, and merge it in mode merged, unless that is done.
@@ -96,34 +108,51 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
     """Wait for the inputs, reject what could not be served, train the adapter and publish it."""
     encoded_dataset, base_model, tokenizer_files = artifacts.wait(
         [wanted.encoded_dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
-    target_modules = models.check_target_modules(models.architecture(base_model.path),
-                                                 pipeline.training.lora.target_modules, str(base_model.path),
-                                                 pipeline.environment.serving.mode)
+
+    def layers(training: Training) -> list[str]:
+        return models.check_target_modules(models.architecture(base_model.path), training.lora.target_modules,
+                                           str(base_model.path), pipeline.environment.serving.mode)
+
+    for each in pipeline.training.trials():
+        layers(each)
     if pipeline.environment.serving.mode == "merged":
         merge.stored_dtype(base_model.path)  # raises now, instead of after hours of training
     check_length(models.read_config(base_model.path), pipeline.training)
 
-    own = Folders(volumes / FINE_TUNED_VOLUME / CHECKPOINTS / wanted.adapter.digest,
-                  volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest / "train")
+    runs = volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest
+    own = Folders(volumes / FINE_TUNED_VOLUME / CHECKPOINTS / wanted.adapter.digest, runs / "train")
     team = Team(wait_seconds)
     started = False
 
-    def train_adapter(output: Path) -> tuple[Splits, list[dict[str, float]]]:
-        """What every process of the team does."""
-        log.info("training %s on %s: loading model and data", wanted.adapter, pipeline.environment.base_model.name)
+    def load() -> PreTrainedModel:
         tokenizer = models.load_tokenizer(tokenizer_files.path)
         model = models.load_model(base_model.path, four_bits=pipeline.training.quantization == "4bit",
                                   stay_on_cpu=pipeline.training.sharding == "fsdp" and team.size > 1)
         models.check_vocabulary(model, tokenizer, str(tokenizer_files.path))
-        splits = encoded.read(encoded_dataset.path)
-        return splits, train(model, splits, pipeline.training, target_modules, own, output, team)
+        return model
+
+    def train_adapter(output: Path) -> Trained:
+        """What every process of the team does."""
+        log.info("training %s on %s: loading model and data", wanted.adapter, pipeline.environment.base_model.name)
+        splits, training = encoded.read(encoded_dataset.path), pipeline.training
+        if training.search is None:
+            return Trained(splits, training, train(load(), splits, training, layers(training), own, output, team))
+        base = search.SharedModel(load, once=training.sharding == "none" or team.size == 1)
+
+        def train_trial(number: int, settings: Training, until: int | None) -> list[dict[str, float]]:
+            folders = Folders(*(search.trial_folder(folder, number) for folder in (own.checkpoints, runs)))
+            with base.lent() as model:
+                return train(model, splits, settings, layers(settings), folders, output, team, until)
+
+        return Trained(splits, *search.run(training, splits, train_trial, own.checkpoints, runs, team))
 
     def write(draft: Path) -> dict[str, Any]:
         nonlocal started
         started = team.broadcast(True)
         with models.gpu_memory(f"Set {LESS_MEMORY}"):
-            splits, history = train_adapter(draft)
-        finish_adapter(draft, pipeline, splits, history, target_modules, wanted.dataset.digest)
+            done = train_adapter(draft)
+        finish_adapter(draft, pipeline.model_copy(update={"training": done.training}), done.splits, done.history,
+                       layers(done.training), wanted.dataset.digest, done.search)
         return {"base_model": pipeline.environment.base_model.name, "dataset": wanted.dataset.digest}
 
     if team.main:
@@ -193,7 +222,8 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
         if not (state and finished(state, end, training.patience, measured) and (best or until)):
             trainer.train(resume_from_checkpoint=checkpoint)
             state = trainer.state
-    if not finished(state, end, training.patience, measured):
+    # At the end of a rung of a search, too, or it would go on with the next trial.
+    if not finished(state, end, training.patience, measured) or (until and team.any(stop.is_set())):
         raise Terminated(f"stopped by SIGTERM at step {state.global_step} of {steps}; a checkpoint is saved and the "
                          "next attempt resumes there")
     if until is None:

@@ -62,6 +62,19 @@ def test_the_order_of_target_modules_renames_nothing(tmp_path: Path) -> None:
     assert one == planned(tmp_path, training__lora__target_modules=["v_proj", "q_proj"])
 
 
+def test_two_declarations_of_the_same_search_give_one_name(tmp_path: Path) -> None:
+    """What is searched has no value of its own, and how its declaration is written does not matter."""
+    def searched(search: dict[str, Any], **lora: Any) -> Plan:
+        return planned(tmp_path, training__lora=lora, training__search=search)
+
+    one = searched({"candidates": {"lora.r": [4, 8], "learning_rate": [1e-3, 1e-4]}})
+    assert "r" not in one.adapter.spec["lora"] and "learning_rate" not in one.adapter.spec
+    assert searched({"candidates": {"learning_rate": [1e-3, 1e-4], "lora": {"r": [4, 8]}}}, r=8) == one
+    assert searched({"candidates": {"lora.r": [4, 8], "learning_rate": [1e-3, 1e-4]}, "method": "grid",
+                     "halving": {"factor": 3, "rungs": 3}}) == one, "the defaults, written out"
+    assert searched({"candidates": {"lora.r": [8, 4], "learning_rate": [1e-3, 1e-4]}}) != one, "trials in another order"
+
+
 def test_a_pipeline_is_planned_once(tmp_path: Path) -> None:
     """Serving asks for the plan of each alias every second."""
     loaded = pipeline.load(build_pipeline.write(tmp_path)).pipeline
@@ -138,6 +151,8 @@ BASE_MODEL = {"base_model", "tokenizer", "base_scores"} | ENCODED
 TOKENIZER = {"tokenizer", "base_scores"} | ENCODED
 REFERENCE = {"reference_model", "reference_scores", "evaluation"}
 PINNED = {"revision": build_pipeline.COMMIT}
+SEARCH = {"candidates": {"lora.alpha": list(range(1, 13))}}
+RANDOM = SEARCH | {"method": "random", "trials": 3}
 
 
 class Key(NamedTuple):
@@ -146,6 +161,11 @@ class Key(NamedTuple):
     renames: set[str]
     values: st.SearchStrategy[Any]
     beside: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    at: str | None = None  # the key that the values are for, where it is not this one
+
+
+def several(values: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Any]]:
+    return st.lists(values, min_size=2, max_size=4, unique_by=repr)
 
 
 KEYS = {
@@ -184,6 +204,19 @@ KEYS = {
     "training.gradient_checkpointing": Key(set(), st.booleans()),
     "training.sharding": Key(set(), st.sampled_from(["none", "fsdp"])),
     "training.quantization": Key(ADAPTER, st.sampled_from(["none", "4bit"])),
+    # With the values that the file sets.
+    "training.search.candidates.lora.r": Key(ADAPTER, st.integers(9, 64).map(lambda value: [8, value])),
+    "training.search.candidates.epochs": Key(ADAPTER, st.integers(2, 99).map(lambda value: [1, value])),
+    "training.search.candidates.lora.alpha": Key(ADAPTER, several(st.floats(0.5, 256))),
+    "training.search.candidates.lora.dropout": Key(ADAPTER, several(st.floats(0, 0.9))),
+    "training.search.candidates.lora.target_modules": Key(ADAPTER, several(
+        st.sampled_from(["all-linear", ["q_proj"], ["v_proj"], ["q_proj", "v_proj"]]))),
+    "training.search.candidates.learning_rate": Key(ADAPTER, several(st.floats(1e-6, 0.1))),
+    "training.search.method": Key(ADAPTER, st.sampled_from([SEARCH, RANDOM]), at="training.search"),
+    "training.search.trials": Key(ADAPTER, st.integers(2, 9), {"training__search": RANDOM}),
+    "training.search.seed": Key(ADAPTER, st.integers(0, 2**32 - 1), {"training__search": RANDOM}),
+    "training.search.halving.factor": Key(ADAPTER, st.integers(2, 10), {"training__search": SEARCH}),
+    "training.search.halving.rungs": Key(ADAPTER, st.integers(1, 6), {"training__search": SEARCH}),
     "evaluation.acceptability.source": Key(
         {"acceptability"} | SCORES, st.sampled_from(["hf://datasets/acme/x", "hf://datasets/acme/y"]),
         {"evaluation__acceptability": PINNED}),
@@ -221,7 +254,7 @@ def test_every_key_renames_exactly_the_artifacts_that_it_should(name: str) -> No
     @settings(max_examples=6, deadline=None, derandomize=True)
     @given(st.lists(listed[0].values, min_size=2, max_size=2, unique_by=repr))
     def check(values: list[Any]) -> None:
-        before, after = (plan(_validated(name, value, listed[0].beside)) for value in values)
+        before, after = (plan(_validated(listed[0].at or name, value, listed[0].beside)) for value in values)
         renamed = {kind for kind, spec in vars(before).items() if spec.digest != vars(after)[kind].digest}
         assert renamed == listed[0].renames
 

@@ -189,3 +189,54 @@ def test_a_perfect_adapter_has_no_worst_answers() -> None:
 def test_a_question_that_one_model_could_not_be_asked_is_shown_with_the_other_answers() -> None:
     partial = generations() | {"reference": []}
     assert set(content.samples(partial)[0][0].answers) == {"base", "fine_tuned"}
+
+
+# --- settings that a search chose -----------------------------------------------------------------------------------
+
+
+def searched(trials: int = 3, **changes: Any) -> dict[str, Any]:
+    """The record of a search over ranks, of which the second trial was chosen."""
+    found: list[dict[str, Any]] = [
+        {"trial": n, "settings": {"lora.r": 4 * n}, "steps": 60, "ended": "stopped: place 3 of 3",
+         "rungs": [{"step": 20, "validation_loss": 1.5 + n / 10}], "curve": [[10, 3.0], [20, 1.5 + n / 10]]}
+        for n in range(1, trials + 1)]
+    found[1]["ended"] = "chosen"
+    found[1]["rungs"].append({"step": 60, "validation_loss": 0.75})
+    found[1]["curve"].append([60, 0.75])
+    return {"chosen": 2, "settings": {"lora.r": 8}, "trials": found} | changes
+
+
+def test_every_trial_of_a_search_is_in_all_reports_with_its_curve() -> None:
+    values = evaluation(Rule(min=0.5)) | {"search": searched()}
+    page = report_html.page(values, HISTORY, generations())
+    plain = report_html.page(evaluation(Rule(min=0.5)), HISTORY, generations())
+    assert Tags(page).open == []
+    assert page.count("<polyline") == plain.count("<polyline") + 3
+    assert page.count("<circle") == plain.count("<circle") + 3, "the points of the chosen trial"
+    for text in ("lora.r 12", "20 of 60", "1.800", "0.750", "stopped: place 3 of 3", ">trial 3<", "had no part in it",
+                 "lora.r 8: chosen among 3 trials by the loss on the validation split"):
+        assert text in page and ">Search<" in page
+        assert text not in plain and ">Search<" not in plain
+    assert page.count('<td class="n best">2</td>') == 1
+    assert "| 2 | lora.r 8 | 60 of 60 | 0.750 | chosen |" in report.markdown(values, HISTORY, generations())
+    assert [line.split() for line in report.table(values).splitlines()][-2] == [
+        "2", "lora.r", "8", "60", "of", "60", "0.750", "chosen"]
+
+
+def test_many_trials_and_broken_ones_still_give_a_report() -> None:
+    record = searched(trials=20)
+    record["trials"][0] |= {"rungs": [{"step": 20, "validation_loss": None}], "curve": [], "ended": ATTACK}
+    page = report_html.page(evaluation(Rule(min=0.5)) | {"search": record}, HISTORY, generations())
+    assert Tags(page).open == [] and "not finite" in page and "<script" not in page
+    assert ">trial 2<" in page and ">trial 3<" not in page, "20 names would be on each other"
+    for trial in record["trials"]:
+        trial["curve"] = []
+    page = report_html.page(evaluation(Rule(min=0.5)) | {"search": record}, HISTORY, generations())
+    assert "Loss on the validation split of each trial" not in page
+
+
+def test_the_loss_on_the_validation_split_is_shown_where_training_measured_that_instead() -> None:
+    history = [{"step": s, "epoch": s / 10, "validation_loss": 6.0 / s} for s in (10, 20, 30)]
+    assert "validation 0.2" in report_html.page(evaluation(Rule(min=0.5)), history, generations())
+    assert "## Loss on the validation split while training" in report.markdown(evaluation(Rule(min=0.5)), history,
+                                                                              generations())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,38 @@ def test_what_would_fail_in_the_cluster_is_refused_here(tmp_path: Path, changes:
 @pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "LlamaForCausalLM"])
 def test_in_mode_merged_a_model_without_lora_in_vllm_passes_too(tmp_path: Path, architecture: str) -> None:
     check.run(overlay(tmp_path, base_model__architecture=architecture, serving__mode="merged"))
+
+
+SEARCH = {"candidates": {"lora.r": [4, 8, 16]}}
+
+
+def test_a_search_is_shown_with_its_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "jobs"):
+        check.run(overlay(tmp_path, training__search=SEARCH, dataset__validation=0.2))
+    assert (f"{tmp_path}/pipeline.yaml: training.search: 3 trials over lora.r: 3 to 1/3 of their steps, 1 to the end; "
+            "1.67 trainings") in caplog.messages
+
+
+def test_a_search_without_records_to_choose_by_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pipeline.yaml: training.search chooses .* split, which is empty. Set "):
+        check.run(overlay(tmp_path, training__search=SEARCH))
+
+
+def test_a_search_on_data_that_is_elsewhere_is_warned_that_records_must_name_a_validation_split(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    elsewhere: dict[str, Any] = {"training__search": SEARCH, "dataset__source": "https://example.com/data.jsonl"}
+    check.run(overlay(tmp_path, **elsewhere))
+    assert "dataset.validation is 0: some records of https://example.com/data.jsonl must have" in caplog.text
+    caplog.clear()
+    check.run(overlay(tmp_path, **elsewhere, dataset__validation=0.1))
+    assert "some records" not in caplog.text
+
+
+def test_layers_that_only_a_search_names_are_checked_too(tmp_path: Path) -> None:
+    named = {"candidates": {"lora.target_modules": [["q_proj"], ["c_attn"]]}}
+    with pytest.raises(UserError, match="c_attn cannot be served on LlamaForCausalLM"):
+        check.run(overlay(tmp_path, training__search=named, dataset__validation=0.2,
+                          base_model__architecture="LlamaForCausalLM"))
 
 
 def test_in_mode_merged_one_adapter_is_served_and_that_is_said(

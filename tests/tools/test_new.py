@@ -252,6 +252,16 @@ def test_settings_of_another_adapter_are_written_as_people_write_them(overlay: P
 
 
 @pytest.mark.usefixtures("unrendered")
+def test_a_search_of_another_adapter_is_not_taken_over(overlay: Path) -> None:
+    """It would need validation records, which the new data may not have."""
+    for file in (overlay / "adapters").glob("*/pipeline.yaml"):
+        replace(file, "  seed: 0\n", "  seed: 0\n  search: {candidates: {epochs: [5, 20]}}\n")
+        assert pipeline.load(file).pipeline.training.search
+    new.run(overlay, "reviews")
+    assert "search" not in (overlay / "adapters/reviews/pipeline.yaml").read_text()
+
+
+@pytest.mark.usefixtures("unrendered")
 def test_a_rank_that_the_environment_does_not_serve_is_not_proposed(overlay: Path) -> None:
     shutil.rmtree(overlay / "adapters")
     replace(overlay / "environment.yaml", "max_lora_rank: 64", "max_lora_rank: 8")
