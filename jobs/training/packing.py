@@ -42,12 +42,14 @@ def pack(records: Sequence[Encoded], tokens_per_batch: int, seed: int) -> list[P
 def flatten(packs: Sequence[Pack]) -> dict[str, Tensor]:
     """One pack as a padding-free batch of shape [1, tokens].
 
-    Positions restart at each record, by which the model keeps records from attending to each other; labels are -100
-    on prompts and on each record's first token, so only completions are learned.
+    Positions restart at each record, by which the model keeps records from attending to each other; `cu_seq_lens_q` has
+    the records' boundaries, for attention by record. Labels are -100 on prompts and on each record's first token, so
+    only completions are learned.
     """
     from transformers import DataCollatorWithFlattening
 
     features = [{"input_ids": list(record.tokens), "labels": record.labels()}
                 for (only,) in [packs] for record in only]
-    batch: dict[str, Tensor] = DataCollatorWithFlattening()(features, return_tensors="pt")
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch: dict[str, Tensor] = collator(features, return_tensors="pt")
     return batch

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.core import artifacts, models
+from jobs.core import artifacts, attention, models
 from jobs.core.errors import Terminated, UserError
 from jobs.core.layout import CHECKPOINTS, TENSORBOARD
 from jobs.core.pipeline import Pipeline, Training
@@ -154,6 +154,7 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
     packs, holdout = (pack(records, training.tokens_per_batch, training.seed)
                       for records in (splits.train, splits.holdout))
     steps = len(packs) * training.epochs
+    attention.attend_by_record(model)
     adapted = add_adapter(model, training, target_modules)
     trainable, total = adapted.get_nb_trainable_parameters()
     log.info("%d train and %d holdout records in %d batches; %d epochs, %d steps; %d of %d parameters are trained",
