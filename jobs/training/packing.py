@@ -44,7 +44,7 @@ def flatten(packs: Sequence[Pack]) -> dict[str, Tensor]:
 
     Positions restart at each record, by which the model keeps records from attending to each other; `cu_seq_lens_q` has
     the records' boundaries, for attention by record. Labels are -100 on prompts and on each record's first token, so
-    only completions are learned.
+    only completions are learned, and logits are computed at their positions only.
     """
     from transformers import DataCollatorWithFlattening
 
@@ -52,4 +52,5 @@ def flatten(packs: Sequence[Pack]) -> dict[str, Tensor]:
                 for (only,) in [packs] for record in only]
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     batch: dict[str, Tensor] = collator(features, return_tensors="pt")
-    return batch
+    before = (batch["labels"][0, 1:] != -100).nonzero()[:, 0]  # the positions before the learned tokens
+    return batch | {"logits_to_keep": before, "shift_labels": batch["labels"][:, before + 1]}

@@ -118,3 +118,12 @@ def test_padded_rows_are_refused_instead_of_computed_wrong() -> None:
     attention.attend_by_record(model)
     with pytest.raises(AssertionError, match="takes one pack without padding"):
         model(input_ids=torch.tensor([[5, 6, 7], [8, 9, 2]]), attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
+
+
+def test_logits_are_computed_where_a_token_is_learned_and_nowhere_else() -> None:
+    model, records = build("LlamaForCausalLM"), pack()
+    attention.attend_by_record(model)
+    batch = packing.flatten([records])
+    assert model(**batch).logits.shape == (1, sum(record.scored for record in records), VOCABULARY)
+    assert batch["shift_labels"].tolist() == [[token for record in records for first, last in record.learned
+                                               for token in record.tokens[max(first, 1):last]]]
