@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.core import linear
 from jobs.core.environment import Mode
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import require_plain
@@ -184,6 +185,7 @@ def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
         raise
     except Exception as error:
         raise loading_error(f"{folder}: the model cannot be loaded", error) from error
+    linear.use_onednn(model)
     return model.eval()
 
 
