@@ -72,8 +72,8 @@ def _faster_classes() -> dict[type, type]:
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in layer.parameters()):
             return False
         rows = x.numel() // x.shape[-1]
-        return (x.dtype == layer.weight.dtype == torch.float32 and x.device.type == "cpu"
-                and rows * layer.weight.numel() >= LEAST_WORK)
+        return bool(x.dtype == layer.weight.dtype == torch.float32 and x.device.type == "cpu"
+                    and rows * layer.weight.numel() >= LEAST_WORK)
 
     class OneDnnLinear(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
