@@ -33,12 +33,13 @@ def attend_by_record(model: PreTrainedModel) -> None:
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
                dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
-               cu_seq_lens_q: Tensor | None = None, position_ids: Tensor | None = None,
-               **_: Any) -> tuple[Tensor, None]:
+               softcap: float | None = None, cu_seq_lens_q: Tensor | None = None,
+               position_ids: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
     """An attention function of transformers: [1, heads, tokens, width] to [1, tokens, heads, width].
 
     Args:
         sliding_window: how many tokens a token sees, itself included.
+        softcap: the bound to which scores are bent (Gemma 2), which torch's sdpa cannot do.
         cu_seq_lens_q: where each record starts, and the end of the last one. Some models (StableLM) hand on the
             positions instead, which restart at each record.
     """
@@ -55,9 +56,19 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention
     grouped = query.shape[1] != key.shape[1]
     outputs = []
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
-        band = None
-        if sliding_window is not None and q.shape[2] > sliding_window:
-            band = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
-        outputs.append(sdpa(q, k, v, attn_mask=band, is_causal=band is None, dropout_p=dropout, scale=scaling,
-                            enable_gqa=grouped).transpose(1, 2))
+        seen = None
+        if softcap is not None or (sliding_window is not None and q.shape[2] > sliding_window):
+            seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+            if sliding_window is not None:
+                seen = seen.triu(1 - sliding_window)
+        if softcap is None:
+            output = sdpa(q, k, v, attn_mask=seen, is_causal=seen is None, dropout_p=dropout, scale=scaling,
+                          enable_gqa=grouped)
+        else:
+            assert scaling is not None and seen is not None
+            k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
+            scores = softcap * torch.tanh(q @ k.transpose(2, 3) * scaling / softcap)
+            weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+            output = torch.dropout(weights, dropout, module.training) @ v
+        outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1), None

@@ -29,7 +29,8 @@ def build(architecture: str) -> Any:
     own: dict[str, dict[str, Any]] = {
         "GPT2LMHeadModel": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
         "OPTForCausalLM": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-        "Gemma2ForCausalLM": {"head_dim": 8, "sliding_window": WINDOW, "final_logit_softcapping": 3.0},
+        "Gemma2ForCausalLM": {"head_dim": 8, "sliding_window": WINDOW, "final_logit_softcapping": 3.0,
+                              "attn_logit_softcapping": 1.0},
         "Gemma3ForCausalLM": {"head_dim": 8, "sliding_window": WINDOW,
                               "layer_types": ["sliding_attention", "full_attention"]},
         "Qwen2ForCausalLM": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
@@ -43,7 +44,7 @@ def build(architecture: str) -> Any:
         sizes["intermediate_size"] = 64
     model_class = getattr(t, architecture)
     config = model_class.config_class(**(sizes | own.get(architecture, {})))
-    model = model_class._from_config(config, attn_implementation="sdpa")
+    model = model_class._from_config(config, attn_implementation="eager" if "Gemma2" in architecture else "sdpa")
     model.config.use_cache = False
     return model.eval()
 
