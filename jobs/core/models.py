@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.core import linear
 from jobs.core.environment import Mode
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import require_plain
@@ -174,9 +175,11 @@ def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
         check_gpu()
     gpu = use_gpu and torch.cuda.is_available()
     quantized = _four_bits() if four_bits else {}
+    # Gemma 2 bends its attention scores, as vLLM does too; with sdpa transformers leaves that out, without a word.
+    attention = "eager" if read_config(folder).get("attn_logit_softcapping") else "sdpa"
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation="sdpa",
+            folder, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation=attention,
             local_files_only=True, trust_remote_code=False, use_safetensors=True, **quantized)
         if not quantized:
             model.to("cuda" if gpu and not stay_on_cpu else "cpu")  # type: ignore[arg-type]
@@ -184,6 +187,7 @@ def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
         raise
     except Exception as error:
         raise loading_error(f"{folder}: the model cannot be loaded", error) from error
+    linear.use_onednn(model)
     return model.eval()
 
 

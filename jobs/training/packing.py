@@ -166,11 +166,14 @@ class Share:
 def flatten(records: Sequence[Encoded]) -> dict[str, Tensor]:
     """Records as one padding-free batch of shape [1, tokens].
 
-    Positions restart at each record, by which the model keeps records from attending to each other; labels are -100
-    on prompts and on each record's first token, so only completions are learned.
+    Positions restart at each record, by which the model keeps records from attending to each other; `cu_seq_lens_q` has
+    the records' boundaries, for attention by record. Labels are -100 on prompts and on each record's first token, so
+    only completions are learned, and logits are computed at their positions only.
     """
     from transformers import DataCollatorWithFlattening
 
     features = [{"input_ids": list(record.tokens), "labels": record.labels()} for record in records]
-    batch: dict[str, Tensor] = DataCollatorWithFlattening()(features, return_tensors="pt")
-    return batch
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch: dict[str, Tensor] = collator(features, return_tensors="pt")
+    before = (batch["labels"][0, 1:] != -100).nonzero()[:, 0]  # the positions before the learned tokens
+    return batch | {"logits_to_keep": before, "shift_labels": batch["labels"][:, before + 1]}

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.core import artifacts, models
+from jobs.core import artifacts, attention, models
 from jobs.core.errors import Terminated, UserError
 from jobs.core.layout import CHECKPOINTS, TENSORBOARD
 from jobs.core.pipeline import NO_VALIDATION, Pipeline, Training
@@ -196,6 +196,7 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
     steps = len(batches)
     end = min(until or steps, steps)
     measured = held_out(splits, batches)
+    attention.attend_by_record(model)
     adapted = add_adapter(model, training, target_modules)
     masks = dropout.replace(adapted, training.lora.dropout, training.seed)
     tokens = team.broadcast(tokens_at_once(adapted, training))
