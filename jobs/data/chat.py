@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ Message = Mapping[str, Any]
 RENDER_SECONDS = 10.0
 RENDERED_CHARACTERS = 2**26
 REASON_CHARACTERS = 160  # of a template's own words, which may repeat the private text
+OTHER_TEXT = "\ufffc"  # in no record
 OTHER_CALLS = [{"type": "function", "function": {"name": "other", "arguments": {}}}]
 
 
@@ -61,29 +62,30 @@ class Chat:
                 reason = reason[: REASON_CHARACTERS - 1] + "…"
             raise RecordError(f"{named(messages, number)}: the chat template rejects it: {reason}") from None
 
-    def require_rendered(self, messages: Sequence[Message], first: int, rendered: str, turn: str) -> None:
+    def require_rendered(self, messages: Sequence[Message], first: int, prompt: str, finished: str) -> None:
         """Raise `RecordError` if the template leaves out a message from number `first` on, its calls, or the tools.
 
         It ignores what it renders the same for another text, call or list of tools. A text that is found word for word
         is not tried.
 
         Args:
-            rendered: the messages as `render` makes them.
-            turn: what of it is the last message.
+            prompt: the messages but the last, as `render` makes them.
+            finished: all messages, as `render` makes them.
         """
         for number, message in enumerate(messages[first:], first):
-            text = (message.get("content") or "").strip()
-            found = text in (turn if number == len(messages) - 1 else rendered)
-            for key, other in (("content", None if found else "?"), ("tool_calls", OTHER_CALLS)):
+            last = number == len(messages) - 1
+            found = (message.get("content") or "").strip() in (finished.removeprefix(prompt) if last else prompt)
+            for key, other in (("content", None if found else OTHER_TEXT), ("tool_calls", OTHER_CALLS)):
                 changed = [*messages[:number], {**message, key: other}, *messages[number + 1 :]]
-                if message.get(key) and other and self._renders_same(changed, rendered):
+                if message.get(key) and other and (self._renders_same(changed, False, finished) if last else
+                                                   self._renders_same(changed[:-1], True, prompt)):
                     raise RecordError(f"{named(messages, number)}: the chat template leaves out its `{key}`")
-        if self.tools and not first and Chat(self.tokenizer, self.arguments)._renders_same(messages, rendered):
+        if self.tools and not first and replace(self, tools=None)._renders_same(messages[:-1], True, prompt):
             raise RecordError("the chat template leaves out `tools`. Choose a base model whose template has tools")
 
-    def _renders_same(self, messages: Sequence[Message], rendered: str) -> bool:
+    def _renders_same(self, messages: Sequence[Message], prompt: bool, rendered: str) -> bool:
         try:
-            return self._apply(messages, prompt=False) == rendered
+            return self._apply(messages, prompt=prompt) == rendered
         except Exception:
             return False
 
@@ -95,7 +97,8 @@ class Chat:
             return text if prompt else text.removesuffix("\n")
         with _time_limit(RENDER_SECONDS):
             text = str(self.tokenizer.apply_chat_template(
-                [_as_vllm(message) for message in messages], tokenize=False, add_generation_prompt=prompt,
+                [_as_vllm(message, history=prompt or message is not messages[-1]) for message in messages],
+                tokenize=False, add_generation_prompt=prompt,
                 tools=[_tool(tool) for tool in self.tools] if self.tools else None,
                 **{"strftime_now": _strftime_now, **self.arguments}))  # type: ignore[arg-type]
         if len(text) > RENDERED_CHARACTERS:
@@ -134,13 +137,15 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(special | set(tokenizer.all_special_ids) | set(stop_tokens(tokenizer))) - {tokenizer.unk_token_id}
 
 
-def _as_vllm(message: Message) -> dict[str, Any]:
+def _as_vllm(message: Message, *, history: bool) -> dict[str, Any]:
     """A message as vLLM hands it to the template: a content in any case, the arguments of calls as objects."""
     result = {**message, "content": message.get("content") or ""}
     if message.get("tool_calls"):
+        # vLLM sorts the keys of the calls in a prompt. A model writes the name first.
+        keys = ("arguments", "name") if history else ("name", "arguments")
         result["tool_calls"] = [
-            {**call, "function": {"name": call["function"]["name"], "arguments": arguments_of(call)}}
-            for call in message["tool_calls"]]
+            {**call, "function": {key: arguments_of(call) if key == "arguments" else call["function"]["name"]
+                                  for key in keys}} for call in message["tool_calls"]]
     return result
 
 

@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs.data.chat import Chat, RecordError, named, stop_tokens
+from jobs.data.chat import OTHER_TEXT, Chat, RecordError, named, stop_tokens
 from jobs.data.records import text_of
 
 if TYPE_CHECKING:
@@ -127,8 +127,7 @@ def _turn(chat: Chat, messages: Sequence[Record], seen: int) -> tuple[list[int],
     tokenizer, last = chat.tokenizer, len(messages) - 1
     _check_stops(tokenizer, named(messages, last), text_of(messages[last]))
     prompt, finished = chat.render(messages[:-1], prompt=True), chat.render(messages, prompt=False)
-    added = finished.removeprefix(prompt)
-    chat.require_rendered(messages, seen, finished, added)
+    chat.require_rendered(messages, seen, prompt, finished)
     # A chat template has the tokens that begin a text; without one the tokenizer adds them.
     special = not tokenizer.chat_template
     prompt_ids = _ids(tokenizer, prompt, special=special)
@@ -136,13 +135,23 @@ def _turn(chat: Chat, messages: Sequence[Record], seen: int) -> tuple[list[int],
         ids = _ids(tokenizer, finished, special=special)
         if ids[: len(prompt_ids)] == prompt_ids:
             return prompt_ids, _stopped(tokenizer, ids[len(prompt_ids):])
-        return prompt_ids, _stopped(tokenizer, _ids(tokenizer, added))
-    # The template renders a finished turn otherwise than it asks for it: learn the answer where serving asks for it.
-    start = finished.rfind(text_of(messages[last]).strip())
-    if start < 0:
-        raise RecordError(f"{named(messages, last)}: the chat template renders it otherwise than it asks for it, so "
-                          "that what to learn is not known")
+        start = len(prompt)
+    else:
+        start = _start_of_turn(chat, messages, prompt, finished)
     return prompt_ids, _stopped(tokenizer, _ids(tokenizer, finished[start:]))
+
+
+def _start_of_turn(chat: Chat, messages: Sequence[Record], prompt: str, finished: str) -> int:
+    """Where the last message starts in `finished`, which does not start with `prompt`: some templates render a finished
+    conversation otherwise than a prompt. It is where another answer would make a difference."""
+    other = chat.render([*messages[:-1], {"role": "assistant", "content": OTHER_TEXT}], prompt=False)
+    if other == finished:
+        raise RecordError(f"{named(messages, len(messages) - 1)}: the chat template leaves it out")
+    start = next((at for at, (one, two) in enumerate(zip(finished, other, strict=False)) if one != two),
+                 min(len(finished), len(other)))
+    while start and finished[start - 1].isspace() and not prompt.endswith(finished[start - 1]):  # Mistral's blank
+        start -= 1
+    return start
 
 
 def _check_stops(tokenizer: PreTrainedTokenizerBase, what: str, text: str) -> None:

@@ -120,10 +120,13 @@ def test_a_template_that_rewrites_finished_answers_still_trains_on_what_serving_
         chat.chat_template = ("{% if add_generation_prompt %}ASK {% endif %}"
                               "{% for m in messages %}{{ m.content }}{% endfor %}")
         (encoded,) = encoding.encode(chat, {"prompt": "Who?", "completion": "The maid."})
+        chat.chat_template = chat.chat_template.replace("{{ m.content }}", "{{ m.content | upper }} ")
+        (other,) = encoding.encode(chat, {"prompt": "Who?", "completion": "The maid."})
     finally:
         chat.chat_template = template
     assert chat.decode(encoded.prompt) == "ASK Who?"
     assert chat.decode(encoded.completion) == "The maid.<|end|>"
+    assert (chat.decode(other.prompt), chat.decode(other.completion)) == ("ASK WHO? ", "THE MAID. <|end|>")
 
 
 def test_a_record_is_as_long_as_its_prompt_and_its_completion() -> None:
@@ -258,8 +261,10 @@ SYSTEM = {"messages": [{"role": "system", "content": "Be brief."}, *CONVERSATION
     (RENDER + ANSWER, {**SYSTEM, "tools": [{"type": "function", "function": {"name": "rooms"}}]},
      "the chat template leaves out `tools`"),
     (None, CALLING, "(role assistant): the chat template rejects it: the tokenizer has none"),
-    ("{% if add_generation_prompt %}ASK{% endif %}{% for m in messages %}{{ m.content | lower }}{% endfor %}", SYSTEM,
-     "messages[2] (role assistant): the chat template renders it otherwise than it asks for it"),
+    ("{% if add_generation_prompt %}ASK {% endif %}Who? I.", SYSTEM,
+     "messages[0] (role system): the chat template leaves out its `content`"),
+    ("{% if add_generation_prompt %}ASK {% endif %}{{ messages[0].content }} I.", CONVERSATION[:2],
+     "messages[1] (role assistant): the chat template leaves it out"),
 ])
 def test_a_template_that_rejects_or_leaves_out_a_part_of_a_record_is_one_line(
         chat: Any, monkeypatch: pytest.MonkeyPatch, template: str | None, record: Any, message: str) -> None:
