@@ -66,9 +66,9 @@ def test_the_base_model_runs_until_a_merged_model_is_promoted_and_then_that_one(
 
 
 def test_a_merged_model_that_was_trained_in_another_chat_format_does_not_run(still: World) -> None:
+    served = replace(publish_base(still, mode="merged"), template='{"enable_thinking":false}')
     pipeline, _ = still.write()
     planned = promote(still, pipeline)
-    served = replace(publish_base(still, mode="merged"), template='{"enable_thinking":false}')
     assert merged.choose(Files(still.files).read(), served).merged is None
     assert chosen(still) == still.model(planned)
 

@@ -29,7 +29,7 @@ Message = Mapping[str, Any]
 RENDER_SECONDS = 10.0
 RENDERED_CHARACTERS = 2**26
 REASON_CHARACTERS = 160  # of a template's own words, which may repeat the private text
-OTHER_TEXT = "\ufffc"  # in no record
+OTHER_TEXT = "\ufffc"  # to see whether a text makes a difference
 OTHER_CALLS = [{"type": "function", "function": {"name": "other", "arguments": {}}}]
 
 
@@ -132,9 +132,10 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, str]:
 
 @functools.lru_cache(maxsize=16)
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that are no text: those that a reply is shown without. The unknown token stands for text."""
+    """The tokens that are no text: those that a reply is shown without, except the unknown token."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(special | set(tokenizer.all_special_ids) | set(stop_tokens(tokenizer))) - {tokenizer.unk_token_id}
+    text = {tokenizer.unk_token_id} - {tokenizer.eos_token_id}  # GPT-2 has one token for both
+    return frozenset((special | set(tokenizer.all_special_ids)) - text | set(stop_tokens(tokenizer)))
 
 
 def _as_vllm(message: Message, *, history: bool) -> dict[str, Any]:

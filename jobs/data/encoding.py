@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs.data.chat import OTHER_TEXT, Chat, RecordError, named, stop_tokens
+from jobs.data.chat import OTHER_TEXT, Chat, RecordError, named, special_tokens, stop_tokens
 from jobs.data.records import text_of
 
 if TYPE_CHECKING:
@@ -124,21 +124,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, record: Record,
 
 def _turn(chat: Chat, messages: Sequence[Record], seen: int) -> tuple[list[int], list[int]]:
     """The tokens of the prompt for the last message, and of what is learned of it."""
-    tokenizer, last = chat.tokenizer, len(messages) - 1
-    _check_stops(tokenizer, named(messages, last), text_of(messages[last]))
+    tokenizer, name, text = chat.tokenizer, named(messages, len(messages) - 1), text_of(messages[-1])
+    _check_stops(tokenizer, name, text)
     prompt, finished = chat.render(messages[:-1], prompt=True), chat.render(messages, prompt=False)
     chat.require_rendered(messages, seen, prompt, finished)
     # A chat template has the tokens that begin a text; without one the tokenizer adds them.
-    special = not tokenizer.chat_template
-    prompt_ids = _ids(tokenizer, prompt, special=special)
-    if finished.startswith(prompt):
-        ids = _ids(tokenizer, finished, special=special)
-        if ids[: len(prompt_ids)] == prompt_ids:
-            return prompt_ids, _stopped(tokenizer, ids[len(prompt_ids):])
-        start = len(prompt)
+    begins = not tokenizer.chat_template
+    prompt_ids = _ids(tokenizer, prompt, special=begins)
+    ids = _ids(tokenizer, finished, special=begins)
+    if finished.startswith(prompt) and ids[: len(prompt_ids)] == prompt_ids:
+        completion = _stopped(tokenizer, ids[len(prompt_ids):])
     else:
-        start = _start_of_turn(chat, messages, prompt, finished)
-    return prompt_ids, _stopped(tokenizer, _ids(tokenizer, finished[start:]))
+        start = len(prompt) if finished.startswith(prompt) else _start_of_turn(chat, messages, prompt, finished)
+        completion = _stopped(tokenizer, _ids(tokenizer, finished[start:]))
+    special = special_tokens(tokenizer)
+    if special.issuperset(completion) and not special.issuperset(_ids(tokenizer, text)):
+        raise RecordError(f"{name}: before it the chat template has a token at which serving ends a reply")
+    return prompt_ids, completion
 
 
 def _start_of_turn(chat: Chat, messages: Sequence[Record], prompt: str, finished: str) -> int:

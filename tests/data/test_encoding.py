@@ -213,6 +213,20 @@ def test_an_answer_that_would_stop_serving_in_its_middle_is_rejected(chat: Any, 
         encoding.encode(chat, record)
 
 
+def test_special_tokens_are_those_that_are_no_text(tmp_path: Path) -> None:
+    """The unknown token stands for text; GPT-2 has one token for it and for the end."""
+    from transformers import PreTrainedTokenizerFast
+
+    build_models.tiny_tokenizer(tmp_path)
+    tokenizer = models.load_tokenizer(tmp_path)
+    assert chat_format.special_tokens(tokenizer) == {0, 1, 2, 3, 4}
+    for unknown, special in (("a", {0, 1}), ("<|end|>", {0, 1})):
+        other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end|>",
+                                        pad_token="<|pad|>", unk_token=unknown)
+        found = chat_format.special_tokens(other)
+        assert special <= found and other.convert_tokens_to_ids("a") not in found
+
+
 def test_a_tokenizer_that_ends_every_text_does_not_end_it_twice(tmp_path: Path) -> None:
     from tokenizers import processors
 
@@ -247,7 +261,7 @@ SYSTEM = {"messages": [{"role": "system", "content": "Be brief."}, *CONVERSATION
     ("{% for", SYSTEM, "messages[0] (role system): the chat template rejects it: "),
     (RENDER + "{% for i in range(10**9) %}x{% endfor %}", SYSTEM, "(role system): the chat template rejects it: Range"),
     ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", SYSTEM, "maximum recursion depth exceeded"),
-    (RENDER + "{{ 'x' * (messages | length * 10**8) }}", SYSTEM, "it makes 200"),
+    (RENDER + "{{ 'x' * (messages | length * 10**6) }}", SYSTEM, "it makes 2000"),
     (RENDER + "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", SYSTEM,
      "(role user): the chat template rejects it: it does not end within 1 s"),
     ("{{ raise_exception('no ' + messages[0].content * 99) }}", SYSTEM, "rejects it: no Be brief.Be brief."),
@@ -265,11 +279,15 @@ SYSTEM = {"messages": [{"role": "system", "content": "Be brief."}, *CONVERSATION
      "messages[0] (role system): the chat template leaves out its `content`"),
     ("{% if add_generation_prompt %}ASK {% endif %}{{ messages[0].content }} I.", CONVERSATION[:2],
      "messages[1] (role assistant): the chat template leaves it out"),
+    ("{% for m in messages %}{{ m.content }}<|end|>{% if m.role == 'user' %}<|end|>{% endif %}{% endfor %}"
+     .replace("{{", "{% if m.role == 'assistant' %}<|end|>{% endif %}{{"), CONVERSATION[:2],
+     "messages[1] (role assistant): before it the chat template has a token at which serving ends a reply"),
 ])
 def test_a_template_that_rejects_or_leaves_out_a_part_of_a_record_is_one_line(
         chat: Any, monkeypatch: pytest.MonkeyPatch, template: str | None, record: Any, message: str) -> None:
     monkeypatch.setattr(chat, "chat_template", template)
     monkeypatch.setattr(chat_format, "RENDER_SECONDS", 1.0)
+    monkeypatch.setattr(chat_format, "RENDERED_CHARACTERS", 10**6)
     with pytest.raises(RecordError) as raised:
         encoding.encode(chat, {"messages": record} if isinstance(record, list) else record)
     assert message in str(raised.value)
