@@ -21,7 +21,14 @@ from jobs.core import artifacts, models
 from jobs.core.artifacts import canonical
 from jobs.core.environment import SERVABLE_RANKS, Environment, Mode, Serving
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.plan import BASE_MODEL_VOLUME, FINE_TUNED_VOLUME, TOKENIZER_VOLUME, merged_model, plan_environment
+from jobs.core.plan import (
+    BASE_MODEL_VOLUME,
+    FINE_TUNED_VOLUME,
+    TOKENIZER_VOLUME,
+    EnvironmentPlan,
+    merged_model,
+    plan_environment,
+)
 from jobs.core.promotion import DIGEST
 from serving import candidates, untrusted, verification
 from serving.candidates import Candidate
@@ -87,12 +94,16 @@ class Start:
 # --- which base -------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=16)
 def of(environment: Environment) -> Base:
     """The base that an environment file desires."""
-    planned = plan_environment(environment)
+    planned = _planned(environment)
     return Base(planned.base_model.digest, planned.tokenizer.digest, environment.serving.mode,
                 canonical(environment.chat_template).decode())
+
+
+@functools.lru_cache(maxsize=16)
+def _planned(environment: Environment) -> EnvironmentPlan:
+    return plan_environment(environment)
 
 
 def running(served: Served) -> Base:

@@ -225,6 +225,7 @@ def test_other_arguments_of_the_chat_template_are_another_base(git: Git, caplog:
     assert git.starts_on() == base.of(new.environment)
     git.write()  # git revert: the old adapter is still there
     assert git.starts_on() == base.of(old.environment)
+    assert len({base.of(git.write(chat_template={"level": level}).environment) for level in (1, True, 1.0)}) == 3
 
 
 def test_of_several_adapters_all_must_have_one_for_the_new_base(git: Git) -> None:
