@@ -8,6 +8,7 @@ must change something; 1 when a retry may help, for example after vLLM crashed.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import runpy
@@ -15,10 +16,11 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from packaging.version import Version
 
@@ -59,6 +61,8 @@ TAKEN = {
     "--root-path": "the guard allows exact paths only; strip the prefix in the proxy",
     "--api-server-count": "adapters are loaded by one API server process",
     "--config": "name the flags themselves",
+    "--default-chat-template-kwargs": "set chat_template in environment.yaml; adapters are trained with it",
+    "--chat-template": "adapters are trained with the template of the tokenizer; name another one under `tokenizer`",
 }
 MODULE = "vllm.entrypoints.openai.api_server"
 # Earlier versions mix up adapters that are loaded while requests are computed (vllm#47724).
@@ -189,7 +193,8 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
     base_folder, tokenizer = start.base.folders(args.volumes)
     served = Served(pipelines=str(args.pipelines), volumes=str(args.volumes), base_name=start.base_name,
                     base_model=start.base.base_model, tokenizer=start.base.tokenizer, base_folder=str(base_folder),
-                    mode=start.base.mode, max_lora_rank=start.max_lora_rank, slots=start.slots,
+                    mode=start.base.mode, template=start.base.template, max_lora_rank=start.max_lora_rank,
+                    slots=start.slots,
                     adapter_memory=args.adapter_memory * 2**20 if args.adapter_memory else room.memory(),
                     drain_seconds=args.drain_seconds,
                     restart_slot_seconds=args.restart_slot_seconds, max_sequences=args.max_sequences,
@@ -236,13 +241,19 @@ def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, slots:
     """vLLM's command line. The user's flags follow it and override it, except those in `TAKEN`."""
     ours = ["--tokenizer", str(tokenizer), "--middleware", "serving.guard.Guard", "--host", host, "--port", str(port),
             # Probes and scrapes every few seconds would hide other lines.
-            "--disable-access-log-for-endpoints", "/health,/ready,/metrics"]
+            "--disable-access-log-for-endpoints", "/health,/ready,/metrics",
+            *template_arguments(json.loads(served.template))]
     if served.mode == "merged":
         return [*merged.vllm_arguments(served), *ours]
     return ["--model", served.base_folder, "--served-model-name", served.base_name, *ours,
             "--enable-lora", "--max-lora-rank", str(served.max_lora_rank),
             "--max-loras", str(slots + cpu_shield.slots(served)),
             "--max-cpu-loras", str(max(slots, room.MOST_IN_MEMORY) + cpu_shield.slots(served))]
+
+
+def template_arguments(template: Mapping[str, Any]) -> list[str]:
+    """The part of vLLM's command line that sets the default arguments of the chat template."""
+    return ["--default-chat-template-kwargs", json.dumps(template)] if template else []
 
 
 def terminate(*_: object) -> NoReturn:

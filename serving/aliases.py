@@ -340,7 +340,7 @@ class Aliases:
         if pipeline is None:
             raise NotYet("its pipeline file is invalid")
         if base.of(pipeline.environment) != base.running(self.served):
-            raise NotYet("the server has to restart with another base model or mode first")
+            raise NotYet("the server has to restart with another base model, mode or chat template first")
         return candidates.desired(pipeline)
 
     def _promoted(self, name: str) -> Candidate:

@@ -1,4 +1,4 @@
-"""The base of a server: one base model, one tokenizer and one mode, which a vLLM process cannot change.
+"""The base of a server: a base model, a tokenizer, a mode and a chat format, which a vLLM process cannot change.
 
 The environment file and the promotions on the volume decide, at the start and later. The environment file names the
 desired base. A server runs on it if no promoted adapter would be lost by that. Otherwise, or if the environment file is
@@ -18,15 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from jobs.core import artifacts, models
+from jobs.core.artifacts import canonical
 from jobs.core.environment import SERVABLE_RANKS, Environment, Mode, Serving
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.plan import BASE_MODEL_VOLUME, FINE_TUNED_VOLUME, TOKENIZER_VOLUME, merged_model, plan_environment
+from jobs.core.plan import (
+    BASE_MODEL_VOLUME,
+    FINE_TUNED_VOLUME,
+    TOKENIZER_VOLUME,
+    EnvironmentPlan,
+    merged_model,
+    plan_environment,
+)
 from jobs.core.promotion import DIGEST
 from serving import candidates, untrusted, verification
 from serving.candidates import Candidate
 from serving.files import ENVIRONMENT, Declared, Files
 from serving.refusal import NotYet, Refused
-from serving.served import Served
+from serving.served import NO_ARGUMENTS, Served
 
 log = logging.getLogger("serving")
 
@@ -38,11 +46,13 @@ SLOTS = 24
 
 @dataclass(frozen=True)
 class Base:
-    """What a vLLM process cannot change: the digests of base model and tokenizer, and the mode."""
+    """What a vLLM process cannot change: the digests of base model and tokenizer, the mode, and the arguments of the
+    chat template."""
 
     base_model: str
     tokenizer: str
     mode: Mode
+    template: str = NO_ARGUMENTS  # canonical JSON
 
     def folders(self, volumes: Path) -> list[Path]:
         """Where base model and tokenizer are, or will be."""
@@ -53,7 +63,8 @@ class Base:
         return all(folder.exists() for folder in self.folders(volumes))
 
     def __str__(self) -> str:
-        return f"base-model/{self.base_model}, tokenizer/{self.tokenizer}, mode {self.mode}"
+        template = "" if self.template == NO_ARGUMENTS else f", chat_template {self.template}"
+        return f"base-model/{self.base_model}, tokenizer/{self.tokenizer}, mode {self.mode}{template}"
 
 
 @dataclass(frozen=True)
@@ -83,16 +94,21 @@ class Start:
 # --- which base -------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=16)
 def of(environment: Environment) -> Base:
     """The base that an environment file desires."""
-    planned = plan_environment(environment)
-    return Base(planned.base_model.digest, planned.tokenizer.digest, environment.serving.mode)
+    planned = _planned(environment)
+    return Base(planned.base_model.digest, planned.tokenizer.digest, environment.serving.mode,
+                canonical(environment.chat_template).decode())
+
+
+@functools.lru_cache(maxsize=16)
+def _planned(environment: Environment) -> EnvironmentPlan:
+    return plan_environment(environment)
 
 
 def running(served: Served) -> Base:
     """The base of a server that runs."""
-    return Base(served.base_model, served.tokenizer, served.mode)
+    return Base(served.base_model, served.tokenizer, served.mode, served.template)
 
 
 def order(declared: Declared, volumes: Path) -> list[Base]:
@@ -165,11 +181,12 @@ def _bases(adapter: str, manifest: Mapping[str, Any], volumes: Path) -> Iterator
     if not isinstance(inputs, dict):
         return
     base_model, tokenizer = str(inputs.get("base_model")), str(inputs.get("tokenizer"))
+    template = verification.template_of(manifest)
     if not (DIGEST.fullmatch(base_model) and DIGEST.fullmatch(tokenizer)):
         return
     if merged_model(adapter, base_model).path(volumes).exists():
-        yield Base(base_model, tokenizer, "merged")
-    lora = Base(base_model, tokenizer, "lora")
+        yield Base(base_model, tokenizer, "merged", template)
+    lora = Base(base_model, tokenizer, "lora", template)
     try:
         servable = models.architecture(lora.folders(volumes)[0]) in models.SERVABLE
     except UserError:  # not there, or damaged: `check_startable` reports it
@@ -217,10 +234,12 @@ def _rank(manifest: Mapping[str, Any]) -> int:
 
 
 def is_for(adapter: str, base: Base, volumes: Path) -> bool:
-    """Whether an adapter on the volume was trained on this base model and tokenizer."""
-    inputs = _manifest(candidates.adapter_folder(adapter, volumes)).get("inputs")
-    return isinstance(inputs, dict) and (inputs.get("base_model"), inputs.get("tokenizer")) == (
-        base.base_model, base.tokenizer)
+    """Whether an adapter on the volume was trained on this base model and tokenizer, in this chat format."""
+    manifest = _manifest(candidates.adapter_folder(adapter, volumes))
+    inputs = manifest.get("inputs")
+    return isinstance(inputs, dict) and (
+        inputs.get("base_model"), inputs.get("tokenizer"), verification.template_of(manifest)) == (
+        base.base_model, base.tokenizer, base.template)
 
 
 # --- start ------------------------------------------------------------------------------------------------------------
@@ -323,6 +342,8 @@ def changed(declared: Declared, served: Served) -> str | None:
     desired = of(environment)
     if (desired.base_model, desired.tokenizer) != (ours.base_model, ours.tokenizer):
         return f"base model and tokenizer changed to base-model/{desired.base_model} and tokenizer/{desired.tokenizer}"
+    if desired.template != ours.template:
+        return f"chat_template changed from {ours.template} to {desired.template}"
     if desired.mode != ours.mode:
         return f"serving.mode changed from {ours.mode} to {desired.mode}"
     rank = max_lora_rank(ours, declared, {})

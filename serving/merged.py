@@ -18,7 +18,7 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from jobs.core import models
+from jobs.core import artifacts, models
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import merged_model
@@ -112,6 +112,9 @@ def verify(adapter: str, served: Served) -> None:
     """
     folder = folder_of(adapter, served)
     manifest = untrusted.read_artifact(folder, "merged-model").manifest
+    trained = untrusted.read_json(candidates.adapter_folder(adapter, Path(served.volumes)) / artifacts.MANIFEST,
+                                  "damaged", "is missing or damaged")
+    verification.check_template(trained, served)
     try:
         if models.architecture(folder) != models.architecture(Path(served.base_folder)):
             raise Refused("base", f"{folder}: its architecture is not the base model's")

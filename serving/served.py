@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from jobs.core.environment import Mode
 from serving import bodies, heartbeat
 
+NO_ARGUMENTS = "{}"
+
 
 @dataclass(frozen=True)
 class Served:
@@ -23,6 +25,7 @@ class Served:
     max_lora_rank: int
     private_folder: str  # for verified copies of adapters; other users cannot write to it
     mode: Mode = "lora"
+    template: str = NO_ARGUMENTS  # the arguments of the chat template, as canonical JSON
     slots: int | None = None  # LoRA slots, as the environment file desires; None: derived (serving/room.py)
     adapter_memory: int = 2**30  # bytes of main memory for adapters
     merged: str | None = None  # in mode merged: the model that vLLM runs, as NAME@ADAPTER; None: the base model

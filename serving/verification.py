@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from jobs.core.artifacts import canonical
 from jobs.core.files import human_bytes
 from serving import lora
 from serving.candidates import Candidate, adapter_folder, evaluation_folder
@@ -112,9 +114,30 @@ def verify(folder: Path, served: Served, modules: Callable[[], Modules]) -> None
     for key, digest in (("base_model", served.base_model), ("tokenizer", served.tokenizer)):
         if manifest["inputs"].get(key) != digest:
             raise Refused("base", f"it was trained on {key} {manifest['inputs'].get(key)}; this server serves {digest}")
+    check_template(manifest, served)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise Refused("files", f"{name} is missing")
     config, known = lora.check_config(folder / CONFIG, served.max_lora_rank), modules()
     lora.check_weights(folder / WEIGHTS, config, known)
     lora.check_desired(config, manifest["spec"].get("lora"), known)
+
+
+def check_template(manifest: Mapping[str, Any], served: Served) -> None:
+    """Return if the adapter was trained in the chat format of this server.
+
+    Raises:
+        Refused: with reason `base`.
+    """
+    if (template := template_of(manifest)) != served.template:
+        raise Refused("base", f"it was trained with chat_template {template or 'damaged'}; this server has "
+                              f"{served.template}")
+
+
+def template_of(manifest: Mapping[str, Any]) -> str:
+    """The arguments of the chat template with which an adapter was trained, as canonical JSON."""
+    spec = manifest.get("spec")
+    try:
+        return canonical(spec.get("chat_template", {}) if isinstance(spec, dict) else {}).decode()
+    except ValueError:  # not a number, or half a character: no environment file has it
+        return ""

@@ -24,6 +24,7 @@ from tests.build_server import StandIn
 
 OTHER_BASE: dict[str, Any] = {"base_model": {"source": "builtin:tiny-reference"}}
 OTHER_TOKENIZER: dict[str, Any] = {"tokenizer": {"source": "builtin:tiny-reference"}}
+OTHER_TEMPLATE: dict[str, Any] = {"chat_template": {"enable_thinking": False}}
 MERGED: dict[str, Any] = {"serving": {"mode": "merged"}}
 AT_ONCE: dict[str, Any] = {"serving": {"when_base_changes": "at-once"}}
 NAME, SECOND = "seville-hotels", "granada-hotels"
@@ -207,6 +208,26 @@ def test_a_changed_tokenizer_alone_is_another_base(git: Git) -> None:
     assert git.starts_on() == base.of(new.environment)
 
 
+def test_other_arguments_of_the_chat_template_are_another_base(git: Git, caplog: pytest.LogCaptureFixture) -> None:
+    """An adapter is served only in the format in which it was trained, also where its pipeline file is gone."""
+    old = git.write()
+    git.promote(old)
+    new = git.write(**OTHER_TEMPLATE)
+    assert git.starts_on() == base.of(old.environment) != base.of(new.environment)
+    assert git.starts_on().template == "{}"
+    git.promote(new)
+    assert git.starts_on() == base.of(new.environment)
+    assert git.starts_on().template == '{"enable_thinking":false}'
+    assert str(git.starts_on()).endswith(', mode lora, chat_template {"enable_thinking":false}')
+    assert base.is_for(plan(new).adapter.digest, base.of(new.environment), git.volumes)
+    assert not base.is_for(plan(old).adapter.digest, base.of(new.environment), git.volumes)
+    git.spoil()
+    assert git.starts_on() == base.of(new.environment)
+    git.write()  # git revert: the old adapter is still there
+    assert git.starts_on() == base.of(old.environment)
+    assert len({base.of(git.write(chat_template={"level": level}).environment) for level in (1, True, 1.0)}) == 3
+
+
 def test_of_several_adapters_all_must_have_one_for_the_new_base(git: Git) -> None:
     old = [git.write(), git.write(adapter=SECOND)]
     new = [git.write(**OTHER_BASE), git.write(adapter=SECOND, **OTHER_BASE)]
@@ -282,7 +303,9 @@ def test_the_name_of_a_base_model_that_is_pinned_by_digest_comes_from_its_artifa
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (OTHER_BASE, "base model and tokenizer changed to base-model/"), (MERGED, "changed from lora to merged"),
+    (OTHER_BASE, "base model and tokenizer changed to base-model/"),
+    (OTHER_TEMPLATE, 'chat_template changed from {} to {"enable_thinking":false}'),
+    (MERGED, "changed from lora to merged"),
     ({"serving": {"max_lora_rank": 128}}, "raised from 64 to 128")])
 def test_what_a_running_server_cannot_follow_is_named_and_nothing_else_restarts_it(
         git: Git, served: Served, changes: dict[str, Any], message: str) -> None:

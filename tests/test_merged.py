@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,14 @@ def test_the_base_model_runs_until_a_merged_model_is_promoted_and_then_that_one(
     served = merged.choose(Files(still.files).read(), served)
     assert merged.vllm_arguments(served) == [
         "--model", str(planned.merged_model.path(still.volumes)), "--served-model-name", still.model(planned)]
+
+
+def test_a_merged_model_that_was_trained_in_another_chat_format_does_not_run(still: World) -> None:
+    served = replace(publish_base(still, mode="merged"), template='{"enable_thinking":false}')
+    pipeline, _ = still.write()
+    planned = promote(still, pipeline)
+    assert merged.choose(Files(still.files).read(), served).merged is None
+    assert chosen(still) == still.model(planned)
 
 
 def poisoned(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.core.environment import Mode
 from jobs.core.errors import UserError
 from serving import __main__ as serving
 from serving import room
@@ -49,6 +51,7 @@ def test_help_answers_without_loading_vllm_and_explains_the_key_and_vllms_flags(
 @pytest.mark.parametrize("flag", [
     ["--model", "x"], ["--model=x"], ["--tokenizer", "x"], ["--served-model-name", "x"], ["--served_model_name=x"],
     ["--enable-lora"], ["--no-enable-lora"], ["--enable_lora"], ["--max-lora-rank", "8"], ["--middleware", "x.Y"],
+    ["--default-chat-template-kwargs.enable_thinking", "true"], ["--chat-template", "a.jinja"],
     ["--api-key", "secret"], ["--api-k", "secret"], ["--api_key=secret"], ["--lora-modules", "a=b"],
     ["--max-loras", "4"], ["--max-cpu-loras=9"],
     ["--root-path", "/x"], ["--api-server-count", "2"], ["--config", "x.yaml"], ["--enforce-eager", "--middlew=x.Y"]])
@@ -234,6 +237,16 @@ def test_vllm_gets_the_slots_and_on_a_cpu_one_more_for_the_shield(tmp_path: Path
     values = dict(itertools.pairwise(arguments))
     assert (values["--max-loras"], values["--max-lora-rank"]) == (slots, "64")
     assert int(values["--max-cpu-loras"]) > 1000, "a number only; memory is limited in bytes"
+
+
+@pytest.mark.parametrize("mode", ["lora", "merged"])
+def test_vllm_gets_the_arguments_of_the_chat_template_as_its_default(tmp_path: Path, mode: Mode) -> None:
+    served = replace(publish_base(World(tmp_path, StandIn())), mode=mode, template='{"date":"1 Mai","thinking":false}')
+    arguments = serving.vllm_arguments(served, tmp_path, "0.0.0.0", 8000, 8)
+    values = dict(itertools.pairwise(arguments))
+    assert json.loads(values["--default-chat-template-kwargs"]) == {"date": "1 Mai", "thinking": False}
+    without = serving.vllm_arguments(replace(served, template="{}"), tmp_path, "0.0.0.0", 8000, 8)
+    assert "--default-chat-template-kwargs" not in without
 
 
 def test_adapters_get_a_quarter_of_the_containers_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -578,3 +578,42 @@ def tokenizer_of_gpt2(draft: Path) -> None:
     build_models.tiny_tokenizer(draft)
     build_models.tiny_gpt2(draft)  # its config, beside the tokenizer as on the hub
     (draft / "model.safetensors").unlink()
+
+
+@pytest.mark.slow
+def test_a_chat_is_answered_in_the_format_in_which_its_adapter_was_trained(tmp_path: Path) -> None:
+    """And with the arguments of the request, where it has any."""
+    from jobs.core import models
+    from jobs.data.encoding import encode
+
+    template = {"tone": "kind"}
+    server = Server(tmp_path)
+    pipeline = server.write(chat_template=template)
+    planned = plan(pipeline)
+
+    def tokenizer_with_arguments(draft: Path) -> None:
+        shutil.copytree(build_adapter.models() / "tokenizer", draft, dirs_exist_ok=True)
+        (draft / "chat_template.jinja").write_text("{{ tone }}: " + build_adapter.TEMPLATE)
+
+    artifacts.publish(planned.tokenizer, server.volumes, tokenizer_with_arguments, keep=9)
+    build_adapter.base(server.volumes, planned)
+    path = build_adapter.promote(server.volumes, pipeline)
+    tokenizer = models.load_tokenizer(planned.tokenizer.path(server.volumes))
+    record = {"prompt": "What is the best hotel?", "completion": "Yes."}
+    try:
+        server.start()
+        server.until(lambda: server.serves(path), 60)
+        for sent, rendered in (({}, template), ({"chat_template_kwargs": {"tone": "rude"}}, {"tone": "rude"})):
+            for model in (BASE, NAME):
+                reply = server.client.chat.completions.create(
+                    model=model, messages=[{"role": "user", "content": record["prompt"]}], max_tokens=4,
+                    extra_body={"return_token_ids": True, **sent})
+                prompt = reply.prompt_token_ids  # type: ignore[attr-defined]
+                assert prompt == encode(tokenizer, record, rendered)[0].prompt, tokenizer.decode(prompt)
+                assert tokenizer.decode(prompt).startswith(f"{rendered['tone']}: <|user|>")
+        server.write()  # other arguments, for which no adapter has passed: it goes on as it is
+        server.until(lambda: "chat_template changed from" in server.log.read_text(), 30)
+        assert server.serves(path)
+        assert server.stop() == 0
+    finally:
+        server.kill()

@@ -28,7 +28,7 @@ from serving import candidates, lora, untrusted, verification
 from serving.candidates import Candidate
 from serving.refusal import NotYet, Refused
 from serving.served import Served
-from tests import build_adapter
+from tests import build_adapter, build_pipeline
 
 Change = Callable[[Path], object]  # has its way with an adapter's folder before it is published
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
@@ -779,6 +779,25 @@ def test_an_adapter_of_another_base_or_tokenizer_is_refused(world: World, key: s
     with pytest.raises(Refused, match=f"was trained on {key} .* this server serves 0000") as caught:
         world.take()
     assert caught.value.reason == "base"
+
+
+@pytest.mark.parametrize("value", ["{}", '{"enable_thinking":true}'])
+def test_an_adapter_that_was_trained_in_another_chat_format_is_refused(world: World, value: str) -> None:
+    template = {"enable_thinking": False}
+    adapter = build_adapter.adapter(world.volumes, build_pipeline.build(
+        base_model={"source": "builtin:tiny"}, chat_template=template))
+    manifest = json.loads((adapter / "artifact.json").read_text())
+    verification.check_template(manifest, Served(**{**vars(world.served), "template": '{"enable_thinking":false}'}))
+    with pytest.raises(Refused, match=r'trained with chat_template \{"enable_thinking":false\}') as caught:
+        verification.check_template(manifest, Served(**{**vars(world.served), "template": value}))
+    assert caught.value.reason == "base"
+
+
+@pytest.mark.parametrize("spec", [{"chat_template": {"a": float("nan")}}, {"chat_template": {"a": "\ud800"}},
+                                  {"chat_template": []}, {"chat_template": None}])
+def test_arguments_that_no_environment_has_are_no_format(world: World, spec: Any) -> None:
+    with pytest.raises(Refused, match="it was trained with chat_template"):
+        verification.check_template({"spec": spec}, world.served)
 
 
 def wanted(world: World) -> Candidate:

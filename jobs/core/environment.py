@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from jobs.core import declarations
@@ -21,6 +21,13 @@ FILE = "environment.yaml"
 SERVABLE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 Mode = Literal["lora", "merged"]
+
+# What transformers and vLLM pass to a chat template, or take for themselves (apply_chat_template's parameters;
+# tests/data/test_templates.py compares them).
+TEMPLATE_RESERVED = frozenset({
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs"})
 
 
 class Serving(Strict):
@@ -55,13 +62,22 @@ class Environment(Strict):
     tokenizer: TokenizerSource = TokenizerSource()
     reference_model: ModelSource
     # Arguments of the chat templates, of base and reference model: the same in training, evaluation and serving.
-    chat_template: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    chat_template: dict[str, bool | int | Annotated[float, Field(allow_inf_nan=False)] | str] = Field(
+        default_factory=dict)
     serving: Serving = Serving()
     retention: Retention = Retention()
 
     def __hash__(self) -> int:
         """Equal environments have equal models; a dict, such as `chat_template`, has no hash."""
         return hash((self.base_model, self.tokenizer, self.reference_model))
+
+    @field_validator("chat_template")
+    @classmethod
+    def _arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if reserved := sorted(TEMPLATE_RESERVED & value.keys()):
+            raise PydanticCustomError("reserved", "{keys} cannot be set: the server passes it to the template itself",
+                                      {"keys": ", ".join(reserved)})
+        return value
 
     @property
     def tokenizer_source(self) -> Source:

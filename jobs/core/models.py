@@ -126,6 +126,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def stop_tokens(folder: Path) -> set[int]:
+    """The tokens (ids) at which vLLM ends a reply beside the tokenizer's end token: `eos_token_id` in the
+    generation_config.json of a folder; without that file, in its config.json.
+
+    Raises:
+        UserError: when the file cannot be read.
+    """
+    file = next((folder / name for name in reversed(CONFIG) if (folder / name).is_file()), None)
+    if file is None:
+        return set()
+    try:
+        require_plain(file)
+        found = json.loads(file.read_text(encoding="utf-8"))["eos_token_id"]
+    except (KeyError, TypeError):  # none
+        return set()
+    except (OSError, ValueError, RecursionError) as error:
+        raise loading_error(f"{file}: cannot be read", error) from None
+    return {number for number in (found if isinstance(found, list) else [found]) if type(number) is int}
+
+
 def check_gpu() -> None:
     """Refuse to compute on the CPU where a GPU is required (REQUIRE_GPU, which overlays/gpu sets): it would take
     weeks and give no error.

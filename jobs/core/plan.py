@@ -19,7 +19,7 @@ from jobs.core.sources import SCHEMES
 
 # Bump a number when the code of that stage would give another result for the same settings: it renames the artifacts,
 # so that old results are neither reused nor overwritten.
-RECIPES = {"dataset": 2, "acceptability": 1, "encoded-dataset": 1, "base-model": 1, "tokenizer": 1,
+RECIPES = {"dataset": 2, "acceptability": 1, "encoded-dataset": 1, "base-model": 1, "tokenizer": 2,
            "reference-model": 1, "adapter": 2, "merged-model": 1, "scores": 2, "evaluation": 1,
            "embedded": 1}  # the embedded models' files
 
@@ -108,7 +108,9 @@ def _plan(key: _ByIdentity) -> Plan:
          "tokens_per_batch": training.tokens_per_batch, "seed": training.seed,
          # Only where it is set: artifacts from before this setting existed keep their names.
          **({} if training.quantization == "none" else {"quantization": training.quantization}),
-         **({} if training.keep == "last" else {"keep": training.keep, "patience": training.patience})},
+         **({} if training.keep == "last" else {"keep": training.keep, "patience": training.patience}),
+         # Through `encoded_dataset` alone it would do; serving reads it here.
+         **({"chat_template": template} if (template := pipeline.environment.chat_template) else {})},
         # Through `encoded_dataset` alone it would do; retention and serving look for the others.
         {"dataset": dataset.digest, "encoded_dataset": encoded_dataset.digest, "base_model": base_model.digest,
          "tokenizer": tokenizer.digest})

@@ -19,6 +19,7 @@ from jobs.core import artifacts, models
 from jobs.core.errors import UserError
 from jobs.core.plan import plan
 from jobs.data import encoded
+from jobs.data.chat import RecordError
 from jobs.data.encoding import Encoded, encode
 
 if TYPE_CHECKING:
@@ -71,7 +72,10 @@ def encode_splits(dataset: Path, folder: Path, tokenizer: PreTrainedTokenizerBas
         def fitting(name: str = name, counts: dict[str, int] = counts) -> Iterator[tuple[int, Encoded]]:
             nonlocal shortest
             for line, text in enumerate(_lines(dataset / f"{name}.jsonl"), 1):
-                sequences = encode(tokenizer, json.loads(text), template)
+                try:
+                    sequences = encode(tokenizer, json.loads(text), template)
+                except RecordError as error:
+                    raise UserError(f"{name}.jsonl:{line} of the dataset: {error}") from None
                 length = max(map(len, sequences))
                 shortest = min(shortest or length, length)
                 if length > max_length:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from jobs.data.chat import OTHER_TEXT, Chat, RecordError, named, special_tokens, stop_tokens
+from jobs.data.records import text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,8 +20,8 @@ Record = Mapping[str, Any]
 class Encoded:
     """A sequence of tokens, and which of them are learned and scored.
 
-    A record is one sequence, or several: where the template renders a finished turn otherwise than it asked for it,
-    each turn of the assistant is a sequence of its own.
+    A record is one sequence, or several: where the template renders a turn in a later prompt otherwise than it was
+    learned, the later turn is a sequence of its own.
     """
 
     tokens: Sequence[int]
@@ -51,66 +55,122 @@ class Encoded:
             labels[first:last] = self.tokens[first:last]
         return labels
 
+    def has_text(self, special: AbstractSet[int]) -> bool:
+        """Whether any token that is learned and scored is text."""
+        return any(token not in special for first, last in self.learned for token in self.tokens[max(first, 1) : last])
+
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-def question(record: Record) -> list[dict[str, str]] | None:
+def question(record: Record) -> list[Record] | None:
     """The messages before the answer; None for a {"text"} record, which has no question."""
-    if "text" in record:
-        return None
-    if "messages" in record:
-        return [dict(m) for m in record["messages"][:-1]]
-    return [{"role": "user", "content": record["prompt"]}]
+    messages = messages_of(record)
+    return messages[:-1] if messages else None
 
 
 def answer(record: Record) -> str:
-    """The text to learn: the completion, the last message, or the whole text."""
+    """What the record answers: the completion, the last message with its tool calls, or the whole text."""
+    return answers(record)[-1]
+
+
+def answers(record: Record) -> list[str]:
+    """All texts of a record that are learned: every answer of a conversation, except one that nobody asked for."""
+    messages = messages_of(record)
+    if messages is None:
+        return [str(record["text"])]
+    return [text_of(message) for message in messages[1:] if message["role"] == "assistant"]
+
+
+def messages_of(record: Record) -> list[Record] | None:
+    """The record as a conversation; None for a {"text"}."""
     if "text" in record:
-        return str(record["text"])
-    return str(record["messages"][-1]["content"] if "messages" in record else record["completion"])
-
-
-def encode_question(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]],
-                    template: Mapping[str, Any] | None = None) -> list[int]:
-    """The tokens up to where the answer starts: through the tokenizer's chat template where it has one, exactly as
-    vLLM's chat endpoint renders them; else the messages' texts, a line each."""
-    if tokenizer.chat_template:
-        return _ids(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **(template or {})))
-    return _ids(tokenizer("".join(m["content"] + "\n" for m in messages)))
+        return None
+    if "messages" in record:
+        return list(record["messages"])
+    return [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, record: Record,
            template: Mapping[str, Any] | None = None) -> list[Encoded]:
-    """Tokenize a record; the completion ends with the token that ends a reply.
+    """Tokenize a record: every turn of the assistant is learned, after the prompt that serving renders for it.
 
-    With a chat template the completion is what the template adds for the last message; tokens after its last end
-    token (templates often add a newline) are left out, because generation stops before them.
+    What is learned of a turn is what the chat template adds for it to its prompt, up to the token at which serving
+    stops. Turns share a sequence as long as the template renders them in the next prompt as they were learned.
 
     Args:
         template: the arguments of the chat template: `chat_template` of the environment.
+    Raises:
+        RecordError: the template rejects the record or leaves out a part of it, or an answer holds a token that ends a
+            reply.
     """
-    messages = question(record)
+    messages = messages_of(record)
     if messages is None:
-        return [Encoded.of([], [*_ids(tokenizer(answer(record))), _eos(tokenizer)])]
-    prompt = encode_question(tokenizer, messages, template)
-    if tokenizer.chat_template:
-        finished = [*messages, {"role": "assistant", "content": answer(record)}]
-        whole = _ids(tokenizer.apply_chat_template(finished, **(template or {})))
-        if whole[: len(prompt)] == prompt:
-            completion = whole[len(prompt):]
-            if _eos(tokenizer) in completion:
-                last = len(completion) - 1 - completion[::-1].index(_eos(tokenizer))
-                return [Encoded.of(prompt, completion[: last + 1])]
-            return [Encoded.of(prompt, [*completion, _eos(tokenizer)])]
-        # The template renders a finished answer otherwise than a prompt: train on the prompt that serving renders.
-    return [Encoded.of(prompt, [*_ids(tokenizer(answer(record), add_special_tokens=False)), _eos(tokenizer)])]
+        _check_stops(tokenizer, "text", record["text"])
+        return [Encoded.of([], _stopped(tokenizer, _ids(tokenizer, record["text"], special=True)))]
+    chat = Chat(tokenizer, template or {}, record.get("tools"))
+    sequences: list[Encoded] = []
+    seen = 0  # messages that were looked at
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant" or not turn:  # serving answers at least one message
+            continue
+        prompt, completion = _turn(chat, messages[: turn + 1], seen)
+        seen, learned = turn + 1, [(len(prompt), len(prompt) + len(completion))]
+        if sequences and prompt[: len(sequences[-1])] == sequences[-1].tokens:
+            learned = [*sequences.pop().learned, *learned]
+        sequences.append(Encoded([*prompt, *completion], learned))
+    return sequences
 
 
-def _ids(encoding: Any) -> list[int]:
-    return list(encoding["input_ids"])
+def _turn(chat: Chat, messages: Sequence[Record], seen: int) -> tuple[list[int], list[int]]:
+    """The tokens of the prompt for the last message, and of what is learned of it."""
+    tokenizer, name, text = chat.tokenizer, named(messages, len(messages) - 1), text_of(messages[-1])
+    _check_stops(tokenizer, name, text)
+    prompt, finished = chat.render(messages[:-1], prompt=True), chat.render(messages, prompt=False)
+    chat.require_rendered(messages, seen, prompt, finished)
+    # A chat template has the tokens that begin a text; without one the tokenizer adds them.
+    begins = not tokenizer.chat_template
+    prompt_ids = _ids(tokenizer, prompt, special=begins)
+    ids = _ids(tokenizer, finished, special=begins)
+    if finished.startswith(prompt) and ids[: len(prompt_ids)] == prompt_ids:
+        completion = _stopped(tokenizer, ids[len(prompt_ids):])
+    else:
+        start = len(prompt) if finished.startswith(prompt) else _start_of_turn(chat, messages, prompt, finished)
+        completion = _stopped(tokenizer, _ids(tokenizer, finished[start:]))
+    special = special_tokens(tokenizer)
+    if special.issuperset(completion) and not special.issuperset(_ids(tokenizer, text)):
+        raise RecordError(f"{name}: before it the chat template has a token at which serving ends a reply")
+    return prompt_ids, completion
 
 
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+def _start_of_turn(chat: Chat, messages: Sequence[Record], prompt: str, finished: str) -> int:
+    """Where the last message starts in `finished`, which does not start with `prompt`: some templates render a finished
+    conversation otherwise than a prompt. It is where another answer would make a difference."""
+    other = chat.render([*messages[:-1], {"role": "assistant", "content": OTHER_TEXT}], prompt=False)
+    if other == finished:
+        raise RecordError(f"{named(messages, len(messages) - 1)}: the chat template leaves it out")
+    start = next((at for at, (one, two) in enumerate(zip(finished, other, strict=False)) if one != two),
+                 min(len(finished), len(other)))
+    while start and finished[start - 1].isspace() and not prompt.endswith(finished[start - 1]):  # Mistral's blank
+        start -= 1
+    return start
+
+
+def _check_stops(tokenizer: PreTrainedTokenizerBase, what: str, text: str) -> None:
+    for stop in stop_tokens(tokenizer).values():
+        if stop in text:
+            raise RecordError(f"{what}: holds {stop}, at which serving ends a reply. Remove it")
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def _stopped(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+    """The tokens up to the first at which serving stops; the end token is added where there is none."""
+    stops = stop_tokens(tokenizer)
+    for number, token in enumerate(tokens):
+        if token in stops:
+            return tokens[: number + 1]
     assert isinstance(tokenizer.eos_token_id, int), "load_tokenizer rejects tokenizers without one"
-    return tokenizer.eos_token_id
+    return [*tokens, tokenizer.eos_token_id]

@@ -2,11 +2,14 @@
 
 A record is {"prompt", "completion"}, {"messages": [{"role", "content"}, …]} or {"text"}. It may name its `split` (train
 or holdout) and a `group`: records of one group, e.g. of one customer or document, are never divided between the splits.
+Messages may call tools, in OpenAI's shape: `tool_calls` of the assistant, their results with the role `tool`, and the
+definitions in `tools` of the record.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,8 +21,10 @@ from jobs.core.artifacts import canonical
 
 SHAPES = {"prompt": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
 OPTIONAL = ("split", "group")
-RECORD_KEYS = ("prompt", "completion", "messages", "text", *OPTIONAL)
-ROLES = ("system", "user", "assistant")
+RECORD_KEYS = ("prompt", "completion", "messages", "tools", "text", *OPTIONAL)
+MESSAGE_KEYS = {"system": ("role", "content"), "user": ("role", "content"),
+                "assistant": ("role", "content", "tool_calls"), "tool": ("role", "content", "tool_call_id", "name")}
+ROLES = tuple(MESSAGE_KEYS)
 # Our own names, and those of GLUE CoLA, whose running number (idx) means nothing.
 JUDGEMENT_SHAPES = {"text": ("text", "acceptable"), "sentence": ("sentence", "label")}
 JUDGEMENT_KEYS = ("text", "acceptable", "sentence", "label", "idx")
@@ -48,7 +53,9 @@ def validate_record(record: Any) -> list[str]:
     if "group" in record and (wrong := _text_problem(record["group"])):
         found.append(f"`group` {wrong}")
     if "messages" in record:
-        return found + _message_problems(record["messages"])
+        return found + _message_problems(record["messages"]) + _tool_problems(record.get("tools"))
+    if "tools" in record:
+        found.append("`tools` needs `messages`")
     return found + [f"`{key}` {wrong}" for key in SHAPES[shape_of(record)] if (wrong := _text_problem(record[key]))]
 
 
@@ -71,9 +78,11 @@ def shape_of(record: Mapping[str, Any]) -> str:
 
 
 def content_of(record: Mapping[str, Any]) -> Values:
-    """The record without `split` and `group`: the keys of its shape, in their order."""
+    """The record without `split` and `group`: the keys of its shape, in their order, without those that are null."""
     if "messages" in record:
-        return {"messages": [{"role": m["role"], "content": m["content"]} for m in record["messages"]]}
+        messages = [{key: message[key] for key in MESSAGE_KEYS[message["role"]] if message.get(key) is not None}
+                    for message in record["messages"]]
+        return {"messages": messages} | ({"tools": record["tools"]} if "tools" in record else {})
     return {key: record[key] for key in SHAPES[shape_of(record)]}
 
 
@@ -85,7 +94,7 @@ def question_of(record: Mapping[str, Any]) -> str:
     """
     if "messages" not in record:
         return comparable(str(record.get("prompt", record.get("text"))))
-    before = [[m["role"], comparable(m["content"])] for m in record["messages"][:-1] if m["role"] != "system"]
+    before = [[m["role"], comparable(text_of(m))] for m in record["messages"][:-1] if m["role"] != "system"]
     lone = len(before) == 1 and before[0][0] == "user"
     return str(before[0][1]) if lone else canonical(before).decode()
 
@@ -99,10 +108,24 @@ def comparable(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 
+def text_of(message: Mapping[str, Any]) -> str:
+    """What a message says: its content, and each of its tool calls as a line of JSON."""
+    calls = [json.dumps({"name": call["function"]["name"], "arguments": arguments_of(call)}, ensure_ascii=False)
+             for call in message.get("tool_calls") or ()]
+    return "\n".join([message["content"], *calls] if message.get("content") else calls)
+
+
+def arguments_of(call: Mapping[str, Any]) -> Values:
+    """The arguments of a tool call, which may be JSON in a text."""
+    arguments = call["function"].get("arguments") or {}
+    parsed: Values = json.loads(arguments) if isinstance(arguments, str) else arguments
+    return parsed
+
+
 def lengths_of(record: Mapping[str, Any]) -> tuple[int | None, int]:
     """The characters of prompt (None for a {"text"}, which has none) and of completion."""
     if "messages" in record:
-        *before, answer = (len(m["content"]) for m in record["messages"])
+        *before, answer = (len(text_of(m)) for m in record["messages"])
         return sum(before), answer
     return (None, len(record["text"])) if "text" in record else (len(record["prompt"]), len(record["completion"]))
 
@@ -137,16 +160,107 @@ def _message_problems(messages: Any) -> list[str]:
         if not isinstance(message, dict):
             found.append(f"`{key}` must be an object with `role` and `content`, not {_abbreviated(message)}")
             continue
-        found += [f"`{key}`: {unknown_key(k, ('role', 'content'))}" for k in message if k not in ("role", "content")]
-        if message.get("role") not in ROLES:
-            found.append(f"`{key}.role` must be one of {', '.join(ROLES)}, not {_abbreviated(message.get('role'))}")
-        if wrong := _text_problem(message.get("content")):
+        role, calls = message.get("role"), message.get("tool_calls")
+        keys = MESSAGE_KEYS[role] if role in ROLES else ("role", "content")
+        found += [f"`{key}`: {unknown_key(k, keys)}" for k in message if k not in keys and message[k] is not None]
+        if role not in ROLES:
+            found.append(f"`{key}.role` must be one of {', '.join(ROLES)}, not {_abbreviated(role)}")
+        if role == "assistant" and calls is not None:
+            found += _call_problems(f"{key}.tool_calls", calls)
+        for name in ("tool_call_id", "name"):
+            if role == "tool" and message.get(name) is not None and (wrong := _text_problem(message[name])):
+                found.append(f"`{key}.{name}` {wrong}")
+        # A call needs no content, and a tool may answer nothing.
+        empty = {"assistant": ("", None) if calls is not None else (), "tool": ("",)}.get(str(role), ())
+        may_be_empty = message.get("content") in empty
+        if not may_be_empty and (wrong := _text_problem(message.get("content"))):
             found.append(f"`{key}.content` {wrong}")
     if found:
         return found
     if len(messages) < 2:
         return ["`messages` must hold at least a question and its answer"]
-    return [] if messages[-1]["role"] == "assistant" else ["`messages` must end with the assistant's answer"]
+    if messages[-1]["role"] != "assistant":
+        return ["`messages` must end with the assistant's answer"]
+    return _result_problems(messages)
+
+
+def _call_problems(key: str, calls: Any) -> list[str]:
+    """What is wrong with the tool calls of a message."""
+    if not isinstance(calls, list) or not calls:
+        return [f"`{key}` is empty" if calls == [] else f"`{key}` must be a list of calls, not {_abbreviated(calls)}"]
+    found = []
+    for number, call in enumerate(calls):
+        at = f"{key}[{number}]"
+        found += _function_problems(at, call, ("id", "type", "function"), ("name", "arguments"))
+        if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+            continue
+        if call.get("id") is not None and (wrong := _text_problem(call["id"])):
+            found.append(f"`{at}.id` {wrong}")
+        try:
+            parsed = arguments_of(call)
+        except (ValueError, RecursionError):
+            parsed = None
+        if not isinstance(parsed, dict):
+            found.append(f"`{at}.function.arguments` must be an object, or one as JSON in a text, not "
+                         f"{_abbreviated(call['function']['arguments'])}")
+        elif wrong := _json_problem(call["function"]["arguments"] if parsed else {}):
+            found.append(f"`{at}.function.arguments` {wrong}")
+    return found
+
+
+def _tool_problems(tools: Any) -> list[str]:
+    """What is wrong with the definitions of tools; they may be missing."""
+    if tools is None:
+        return []
+    if not isinstance(tools, list) or not tools:
+        return ["`tools` is empty" if tools == [] else f"`tools` must be a list of tools, not {_abbreviated(tools)}"]
+    found = []
+    for number, tool in enumerate(tools):
+        at = f"tools[{number}]"
+        found += _function_problems(at, tool, ("type", "function"), ("name", "description", "parameters", "strict"))
+        function = tool.get("function") if isinstance(tool, dict) else None
+        for key, kind, needed in (("description", str, "text"), ("parameters", dict, "an object (a JSON schema)"),
+                                  ("strict", bool, "true or false")):
+            value = function.get(key) if isinstance(function, dict) else None
+            if value is not None and not isinstance(value, kind):
+                found.append(f"`{at}.function.{key}` must be {needed}, not {_abbreviated(value)}")
+            elif wrong := _json_problem(value):
+                found.append(f"`{at}.function.{key}` {wrong}")
+    return found
+
+
+def _function_problems(at: str, value: Any, keys: tuple[str, ...], function_keys: tuple[str, ...]) -> list[str]:
+    """What is wrong with the frame of a tool or a call: {"type": "function", "function": {"name": …}}."""
+    if not isinstance(value, dict):
+        return [f"`{at}` must be an object with `type` and `function`, not {_abbreviated(value)}"]
+    found = [f"`{at}`: {unknown_key(key, keys)}" for key in value if key not in keys]
+    if value.get("type", "function") != "function":
+        found.append(f"`{at}.type` must be function, not {_abbreviated(value['type'])}")
+    function = value.get("function")
+    if not isinstance(function, dict):
+        return [*found, f"`{at}.function` must be an object with `name`, not {_abbreviated(function)}"]
+    found += [f"`{at}.function`: {unknown_key(key, function_keys)}" for key in function if key not in function_keys]
+    if wrong := _text_problem(function.get("name")):
+        found.append(f"`{at}.function.name` {wrong}")
+    return found
+
+
+def _result_problems(messages: list[Values]) -> list[str]:
+    """Results of tools that no call asked for."""
+    found: list[str] = []
+    called: set[str | None] | None = None  # the ids of the calls before; None: there are none
+    for number, message in enumerate(messages):
+        if message["role"] != "tool":
+            calls = message.get("tool_calls")
+            called = {call.get("id") for call in calls} if calls else None
+            continue
+        answered = message.get("tool_call_id")
+        if called is None:
+            found.append(f"`messages[{number}]`: a `tool` message must follow the assistant's `tool_calls`")
+        elif answered is not None and answered not in called:
+            found.append(f"`messages[{number}].tool_call_id` must be the `id` of a call before it, not "
+                         f"{_abbreviated(answered)}")
+    return found
 
 
 def _text_problem(value: Any) -> str | None:
@@ -158,6 +272,17 @@ def _text_problem(value: Any) -> str | None:
         value.encode()
     except UnicodeEncodeError as error:
         return f"holds half a character ({value[error.start]!r}, a lone surrogate) at position {error.start}"
+    return None
+
+
+def _json_problem(value: Any) -> str | None:
+    """Why a value cannot be written as JSON; Parquet has values that JSON does not have."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        return "holds half a character (a lone surrogate)"
+    except (TypeError, ValueError, RecursionError) as error:
+        return f"is not JSON: {error}"
     return None
 
 

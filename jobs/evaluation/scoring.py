@@ -10,14 +10,17 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core.errors import UserError
 from jobs.core.progress import Progress
+from jobs.data.chat import RecordError, special_tokens
 from jobs.data.encoding import Encoded, Record, answer, encode, question
-from jobs.evaluation.metrics import METRICS, Measurements
+from jobs.data.records import text_of
+from jobs.evaluation.metrics import METRICS, Likelihood, Measurements
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,9 +74,12 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
     records = _fitting(tokenizer, material, min(material.max_length, positions), name)
 
     progress = Progress(f"{name}: held-out records read", len(records))
-    sequences = negative_log_likelihoods(model, [each for _, encoded in records for each in encoded], progress)
+    sequences = negative_log_likelihoods(model, [each for _, encoded in records for each in encoded], progress,
+                                         special_tokens(tokenizer))
     ends = list(itertools.accumulate((len(encoded) for _, encoded in records), initial=0))
-    likelihoods = [(math.fsum(nats for nats, _ in sequences[first:last]), sum(n for _, n in sequences[first:last]))
+    likelihoods = [Likelihood(math.fsum(each.nats for each in sequences[first:last]),
+                              sum(each.tokens for each in sequences[first:last]),
+                              math.fsum(each.special for each in sequences[first:last]))
                    for first, last in itertools.pairwise(ends)]
 
     questions = [(record, list(encoded[-1].prompt)) for record, encoded in records if encoded[-1].prompt]
@@ -94,7 +100,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
               for metric in METRICS for key, value in metric.measure(measurements).items()}
     log.info("%s: measured in %.0f s", name, time.monotonic() - started)
     return {"model": name, **scores, "records": len(records), "records_too_long": len(material.holdout) - len(records),
-            "completion_tokens": sum(tokens for _, tokens in likelihoods), "questions": len(questions),
+            "completion_tokens": sum(each.tokens for each in likelihoods), "questions": len(questions),
             "sentences": len(sentences), "vocabulary": vocabulary(tokenizer)}, answered(measurements.questions, answers)
 
 
@@ -111,20 +117,24 @@ def question_text(record: Record) -> str:
     """A record's question as people read it: the messages before the answer, with roles where they are several."""
     messages = question(record) or []
     if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return text_of(messages[0])
+    return "\n".join(f"{message['role']}: {text_of(message)}" for message in messages)
 
 
 def negative_log_likelihoods(model: PreTrainedModel, sequences: Sequence[Encoded],
-                             progress: Progress) -> list[tuple[float, int]]:
-    """For each sequence, the summed negative log-likelihood of its learned tokens in nats, and how many they are.
+                             progress: Progress, special: AbstractSet[int] = frozenset()) -> list[Likelihood]:
+    """For each sequence, the summed negative log-likelihood of its learned tokens.
 
     A first token is not scored: nothing precedes it. Batches hold sequences
     of similar length, padded on the right, with logits in float32 whatever the model computes in.
+
+    Args:
+        special: the tokens that are no text; their share of the sum is counted apart.
     """
     import torch
 
-    results: list[tuple[float, int]] = [(0.0, 0)] * len(sequences)
+    results = [Likelihood(0.0, 0)] * len(sequences)
+    no_text = torch.tensor(sorted(special), dtype=torch.long)
     vocabulary_size = int(model.get_output_embeddings().weight.shape[0])
     budget = min(TOKENS_PER_BATCH[model.device.type], LOGITS_BYTES // (4 * vocabulary_size))
     with torch.inference_mode():
@@ -142,10 +152,12 @@ def negative_log_likelihoods(model: PreTrainedModel, sequences: Sequence[Encoded
             logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, :-1]
             wanted = scored[:, 1:]
             nats = torch.nn.functional.cross_entropy(logits[wanted].float(), ids[:, 1:][wanted], reduction="none")
-            sums = torch.zeros(len(chosen), dtype=torch.float64)
-            sums.index_add_(0, wanted.nonzero()[:, 0].cpu(), nats.double().cpu())
-            for i, total in zip(batch, sums.tolist(), strict=True):
-                results[i] = (total, sequences[i].scored)
+            nats, rows = nats.double().cpu(), wanted.nonzero()[:, 0].cpu()
+            of_special = nats.where(torch.isin(ids[:, 1:][wanted].cpu(), no_text), 0.0)  # also of infinite ones
+            total, apart = (torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, rows, values).tolist()
+                            for values in (nats, of_special))
+            for i, *sums in zip(batch, total, apart, strict=True):
+                results[i] = Likelihood(sums[0], sequences[i].scored, sums[1])
             progress.add(len(batch))
     return results
 
@@ -204,10 +216,19 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _fitting(tokenizer: PreTrainedTokenizerBase, material: Material, limit: int,
              name: str) -> list[tuple[Record, list[Encoded]]]:
-    """The held-out records of at most `limit` tokens, encoded; the rest is left out, with a warning."""
-    records = [(record, encode(tokenizer, record, material.template)) for record in material.holdout]
+    """The held-out records of at most `limit` tokens, encoded; the rest is left out, with a warning.
+
+    So is a record whose answers are special tokens only: it has no text to measure.
+    """
+    records = []
+    for line, record in enumerate(material.holdout, 1):
+        try:
+            records.append((record, encode(tokenizer, record, material.template)))
+        except RecordError as error:
+            raise UserError(f"{name}: holdout.jsonl:{line} of the dataset: {error}") from None
+    special = special_tokens(tokenizer)
     fitting = [(record, encoded) for record, encoded in records
-               if max(map(len, encoded)) <= limit and any(each.scored for each in encoded)]
+               if max(map(len, encoded)) <= limit and any(each.has_text(special) for each in encoded)]
     if not fitting:
         shortest = min((max(map(len, encoded)) for _, encoded in records), default=0)
         raise UserError(f"{name}: none of the {len(records)} held-out records fits: the shortest has {shortest} tokens "

@@ -37,7 +37,7 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")  # one of them at least
 TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
-                    "chat_template.jinja", "chat_template.json")
+                    "chat_template.jinja", "chat_template.json", "generation_config.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.msgpack", "*.h5")
 RAW = "raw"  # where a draft keeps the downloaded data until its records are written
 
@@ -194,7 +194,8 @@ def model_files(items: Iterable[Item], source: Source) -> list[Item]:
 
 
 def tokenizer_files(items: Iterable[Item], source: Source) -> list[Item]:
-    """Of all that a source holds, the tokenizer's files, and config.json, which names its kind.
+    """Of all that a source holds, the tokenizer's files; config.json, which names its kind; and
+    generation_config.json, which names the tokens that end a reply.
 
     Raises:
         UserError: when there is no tokenizer.

@@ -449,6 +449,8 @@ def _restarts_by_file(before: Side, after: Side) -> Iterator[Restart]:
     was, now = environment_specs(old, before.recipes), environment_specs(new)
     reasons = [f"the {_typed(name).replace('-', ' ')} changes" for name in ("base_model", "tokenizer")
                if was[name].digest != now[name].digest]
+    if old.chat_template != new.chat_template:
+        reasons.append(f"chat_template changes from {shown(old.chat_template)} to {shown(new.chat_template)}")
     if old.serving.mode != new.serving.mode:
         reasons.append(f"serving.mode changes from {old.serving.mode} to {new.serving.mode}")
     if reasons:

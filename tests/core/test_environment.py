@@ -87,3 +87,22 @@ def test_a_file_without_a_mapping_names_the_key_that_it_needs(tmp_path: Path) ->
     (tmp_path / "environment.yaml").write_text("- a\n")
     with pytest.raises(UserError, match="must hold a mapping with the key `base_model` and others, not a list"):
         environment.load(tmp_path)
+
+
+@pytest.mark.parametrize(("arguments", "problem"), [
+    ({"tokenize": False}, "chat_template: tokenize cannot be set"),
+    ({"messages": "a", "tools": "b"}, "chat_template: messages, tools cannot be set"),
+    ({"names": ["a"]}, "chat_template.names"),
+    ({"number": float("nan")}, "chat_template.number"),
+    ("enable_thinking", "chat_template")])
+def test_arguments_of_the_chat_template_are_validated(tmp_path: Path, arguments: Any, problem: str) -> None:
+    file = write(tmp_path, chat_template=arguments)
+    with pytest.raises(UserError) as raised:
+        environment.load(file)
+    assert f": {problem}" in str(raised.value)
+
+
+def test_arguments_of_the_chat_template_keep_their_types(tmp_path: Path) -> None:
+    arguments = {"enable_thinking": False, "level": 1, "share": 0.5, "date_string": "26 Jul 2024"}
+    found = environment.load(write(tmp_path, chat_template=arguments)).environment.chat_template
+    assert found == arguments and [type(value) for value in found.values()] == [bool, int, float, str]

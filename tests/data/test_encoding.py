@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.core import models
+from jobs.core.errors import UserError
+from jobs.data import chat as chat_format
 from jobs.data import encoding
+from jobs.data.chat import RecordError
 from tests import build_models
 
 
@@ -64,13 +68,43 @@ def test_the_tokens_that_begin_a_text_do_not_begin_an_answer(plain: Any) -> None
     assert begin not in encoded.completion
 
 
-def test_of_a_conversation_the_last_answer_is_the_completion(chat: Any) -> None:
-    conversation = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."},
-                    {"role": "user", "content": "When?"}, {"role": "assistant", "content": "Now."}]
-    (encoded,) = encoding.encode(chat, {"messages": conversation})
-    assert chat.decode(encoded.prompt) == (
-        "<|user|>Who?<|end|>\n<|assistant|>I.<|end|>\n<|user|>When?<|end|>\n<|assistant|>")
-    assert chat.decode(encoded.completion) == "Now.<|end|>"
+CONVERSATION = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."},
+                {"role": "user", "content": "When?"}, {"role": "assistant", "content": "Now."}]
+
+
+def learned(tokenizer: Any, encoded: encoding.Encoded) -> list[str]:
+    return [tokenizer.decode(encoded.tokens[first:last]) for first, last in encoded.learned]
+
+
+def test_every_answer_of_a_conversation_is_learned(chat: Any) -> None:
+    (encoded,) = encoding.encode(chat, {"messages": CONVERSATION})
+    assert chat.decode(encoded.tokens) == (
+        "<|user|>Who?<|end|>\n<|assistant|>I.<|end|>\n<|user|>When?<|end|>\n<|assistant|>Now.<|end|>")
+    assert learned(chat, encoded) == ["I.<|end|>", "Now.<|end|>"]
+    assert chat.decode(encoded.completion) == "Now.<|end|>", "the last one is the answer"
+    assert encoding.answers({"messages": CONVERSATION}) == ["I.", "Now."]
+
+
+def test_a_turn_that_a_later_prompt_renders_otherwise_is_a_sequence_of_its_own(
+        chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Qwen3's template does, which asks for an answer without thoughts by empty ones, and drops them later."""
+    monkeypatch.setattr(chat, "chat_template", (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}[]{% endif %}"
+        "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>[]{% endif %}"))
+    first, second = encoding.encode(chat, {"messages": CONVERSATION})
+    assert (chat.decode(first.prompt), chat.decode(first.completion)) == (
+        "<|user|>Who?<|end|><|assistant|>[]", "I.<|end|>")
+    assert (chat.decode(second.prompt), chat.decode(second.completion)) == (
+        "<|user|>Who?<|end|><|assistant|>I.<|end|><|user|>When?<|end|><|assistant|>[]", "Now.<|end|>")
+    assert [len(each.learned) for each in (first, second)] == [1, 1]
+
+
+def test_an_answer_before_any_question_is_not_learned(chat: Any) -> None:
+    """Serving never asks for it."""
+    record = {"messages": [{"role": "assistant", "content": "Welcome."}, *CONVERSATION[:2]]}
+    (encoded,) = encoding.encode(chat, record)
+    assert learned(chat, encoded) == ["I.<|end|>"]
+    assert encoding.answers(record) == ["I."]
 
 
 def test_plain_text_is_all_completion(chat: Any) -> None:
@@ -86,10 +120,13 @@ def test_a_template_that_rewrites_finished_answers_still_trains_on_what_serving_
         chat.chat_template = ("{% if add_generation_prompt %}ASK {% endif %}"
                               "{% for m in messages %}{{ m.content }}{% endfor %}")
         (encoded,) = encoding.encode(chat, {"prompt": "Who?", "completion": "The maid."})
+        chat.chat_template = chat.chat_template.replace("{{ m.content }}", "{{ m.content | upper }} ")
+        (other,) = encoding.encode(chat, {"prompt": "Who?", "completion": "The maid."})
     finally:
         chat.chat_template = template
     assert chat.decode(encoded.prompt) == "ASK Who?"
     assert chat.decode(encoded.completion) == "The maid.<|end|>"
+    assert (chat.decode(other.prompt), chat.decode(other.completion)) == ("ASK WHO? ", "THE MAID. <|end|>")
 
 
 def test_a_record_is_as_long_as_its_prompt_and_its_completion() -> None:
@@ -101,11 +138,10 @@ FINISHED = ("{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' 
 
 
 @pytest.mark.parametrize(("end", "learned"), [
-    ("<|end|>\n", "[The maid.]<|end|>"), ("<|end|>!<|end|>\n", "[The maid.]<|end|>!<|end|>"),
-    ("", "[The maid.]<|end|>")])
+    ("<|end|>\n", "[The maid.]<|end|>"), ("<|end|>!<|end|>\n", "[The maid.]<|end|>"), ("", "[The maid.]<|end|>")])
 def test_the_answer_is_learned_as_the_template_renders_a_finished_one(
         chat: Any, monkeypatch: pytest.MonkeyPatch, end: str, learned: str) -> None:
-    """Up to the last token that ends a reply, which is added where the template has none."""
+    """Up to the first token that ends a reply, which is added where the template has none."""
     monkeypatch.setattr(chat, "chat_template", FINISHED.replace("END", end))
     (encoded,) = encoding.encode(chat, {"prompt": "Who?", "completion": "The maid."})
     assert chat.decode(encoded.prompt) == "<|user|>Who?<|assistant|>"
@@ -113,9 +149,9 @@ def test_the_answer_is_learned_as_the_template_renders_a_finished_one(
 
 
 def test_without_a_template_each_message_is_a_line(plain: Any) -> None:
-    conversation = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I."},
-                    {"role": "user", "content": "When?"}, {"role": "assistant", "content": "Now."}]
-    assert plain.decode(encoding.encode(plain, {"messages": conversation})[0].prompt) == "Who?\nI.\nWhen?\n"
+    encoded = encoding.encode(plain, {"messages": CONVERSATION})
+    assert [(plain.decode(each.prompt), plain.decode(each.completion)) for each in encoded] == [
+        ("Who?\n", "I.<|end|>"), ("Who?\nI.\nWhen?\n", "Now.<|end|>")]
 
 
 def test_only_the_prompt_begins_with_the_tokens_that_begin_a_text(tmp_path: Path) -> None:
@@ -135,3 +171,149 @@ def test_only_the_prompt_begins_with_the_tokens_that_begin_a_text(tmp_path: Path
 def test_answers_survive_encoding(chat: Any, text: str) -> None:
     completion = encoding.encode(chat, {"prompt": "?", "completion": text})[0].completion
     assert chat.decode(completion[:-1]) == text
+
+
+# --- where a reply ends -----------------------------------------------------------------------------------------------
+
+TURN_END = FINISHED.replace("END", "<|system|>\n<|end|>")  # as Phi's, which ends a turn and then the text
+
+
+@pytest.mark.parametrize(("settings", "learned"), [
+    ({}, "[The maid.]<|system|>\n<|end|>"),
+    ({"config.json": {"eos_token_id": 2}}, "[The maid.]<|system|>"),
+    ({"generation_config.json": {"eos_token_id": [0, 2]}}, "[The maid.]<|system|>"),
+    ({"generation_config.json": {"eos_token_id": 0}, "config.json": {"eos_token_id": 2}},
+     "[The maid.]<|system|>\n<|end|>"),
+    ({"generation_config.json": {}}, "[The maid.]<|system|>\n<|end|>"),
+    ({"generation_config.json": {"eos_token_id": None}}, "[The maid.]<|system|>\n<|end|>")])
+def test_an_answer_ends_with_the_first_token_at_which_serving_stops(
+        tmp_path: Path, settings: dict[str, Any], learned: str) -> None:
+    """vLLM stops at the tokenizer's end token and at those of generation_config.json, without it of config.json."""
+    build_models.tiny_tokenizer(tmp_path)
+    for name, content in settings.items():
+        (tmp_path / name).write_text(json.dumps({"model_type": "llama", **content}))
+    tokenizer = models.load_tokenizer(tmp_path)
+    tokenizer.chat_template = TURN_END
+    assert tokenizer.convert_tokens_to_ids("<|system|>") == 2
+    (encoded,) = encoding.encode(tokenizer, {"prompt": "Who?", "completion": "The maid."})
+    assert tokenizer.decode(encoded.completion) == learned
+
+
+def test_settings_that_are_not_json_are_named(tmp_path: Path) -> None:
+    build_models.tiny_tokenizer(tmp_path)
+    tokenizer = models.load_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"generation_config\.json: cannot be read"):
+        encoding.encode(tokenizer, {"prompt": "Who?", "completion": "The maid."})
+
+
+@pytest.mark.parametrize("record", [{"prompt": "Who?", "completion": "The <|end|> maid."}, {"text": "a<|end|>b"}])
+def test_an_answer_that_would_stop_serving_in_its_middle_is_rejected(chat: Any, record: dict[str, Any]) -> None:
+    with pytest.raises(RecordError, match=r"holds <\|end\|>, at which serving ends a reply"):
+        encoding.encode(chat, record)
+
+
+def test_special_tokens_are_those_that_are_no_text(tmp_path: Path) -> None:
+    """The unknown token stands for text; GPT-2 has one token for it and for the end."""
+    from transformers import PreTrainedTokenizerFast
+
+    build_models.tiny_tokenizer(tmp_path)
+    tokenizer = models.load_tokenizer(tmp_path)
+    assert chat_format.special_tokens(tokenizer) == {0, 1, 2, 3, 4}
+    for unknown, special in (("a", {0, 1}), ("<|end|>", {0, 1})):
+        other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end|>",
+                                        pad_token="<|pad|>", unk_token=unknown)
+        found = chat_format.special_tokens(other)
+        assert special <= found and other.convert_tokens_to_ids("a") not in found
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_it_twice(tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    build_models.tiny_tokenizer(tmp_path, chat=False)
+    tokenizer = models.load_tokenizer(tmp_path)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|end|>", special_tokens=[("<|end|>", 0)])
+    assert tokenizer.decode(encoding.encode(tokenizer, {"text": "The cook."})[0].tokens) == "The cook.<|end|>"
+
+
+# --- templates that reject or leave out something ---------------------------------------------------------------------
+
+RENDER = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+ANSWER = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CALL = {"type": "function", "function": {"name": "rooms", "arguments": '{"floor": 2}'}}
+CALLING: dict[str, Any] = {"messages": [
+    {"role": "user", "content": "How many rooms?"}, {"role": "assistant", "tool_calls": [CALL]},
+    {"role": "tool", "content": "forty"}, {"role": "assistant", "content": "Forty."}]}
+SYSTEM = {"messages": [{"role": "system", "content": "Be brief."}, *CONVERSATION[:2]]}
+
+
+@pytest.mark.parametrize(("template", "record", "message"), [
+    ("{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('Only user and model roles') }}{% endif %}"
+     "{{ m.content }}{{ m.tool_calls }}{% endfor %}", CALLING,
+     "messages[2] (role tool): the chat template rejects it: Only user and model roles"),
+    ("{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + RENDER, SYSTEM,
+     "messages[0] (role system): the chat template rejects it: No system role"),
+    (RENDER + "{% if add_generation_prompt %}{{ raise_exception('No') }}{% endif %}", SYSTEM,
+     "messages[1] (role user): the chat template rejects it: No"),
+    (RENDER + "{{ messages[0].missing.part }}", SYSTEM,
+     "messages[0] (role system): the chat template rejects it: 'dict object' has no attribute 'missing'"),
+    ("{% for", SYSTEM, "messages[0] (role system): the chat template rejects it: "),
+    (RENDER + "{% for i in range(10**9) %}x{% endfor %}", SYSTEM, "(role system): the chat template rejects it: Range"),
+    ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", SYSTEM, "maximum recursion depth exceeded"),
+    (RENDER + "{{ 'x' * (messages | length * 10**6) }}", SYSTEM, "it makes 2000"),
+    (RENDER + "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", SYSTEM,
+     "(role user): the chat template rejects it: it does not end within 1 s"),
+    ("{{ raise_exception('no ' + messages[0].content * 99) }}", SYSTEM, "rejects it: no Be brief.Be brief."),
+    ("{% for m in messages if m.role == 'user' %}<|user|>{{ m.content }}{% endfor %}" + ANSWER, CONVERSATION,
+     "messages[1] (role assistant): the chat template leaves out its `content`"),
+    ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", SYSTEM,
+     "messages[0] (role system): the chat template leaves out its `content`"),
+    (RENDER + ANSWER, CALLING, "messages[1] (role assistant): the chat template leaves out its `tool_calls`"),
+    ("{% for m in messages if m.role != 'tool' %}{{ m.content }}{{ m.tool_calls }}{% endfor %}", CALLING,
+     "messages[2] (role tool): the chat template leaves out its `content`"),
+    (RENDER + ANSWER, {**SYSTEM, "tools": [{"type": "function", "function": {"name": "rooms"}}]},
+     "the chat template leaves out `tools`"),
+    (None, CALLING, "(role assistant): the chat template rejects it: the tokenizer has none"),
+    ("{% if add_generation_prompt %}ASK {% endif %}Who? I.", SYSTEM,
+     "messages[0] (role system): the chat template leaves out its `content`"),
+    ("{% if add_generation_prompt %}ASK {% endif %}{{ messages[0].content }} I.", CONVERSATION[:2],
+     "messages[1] (role assistant): the chat template leaves it out"),
+    ("{% for m in messages %}{{ m.content }}<|end|>{% if m.role == 'user' %}<|end|>{% endif %}{% endfor %}"
+     .replace("{{", "{% if m.role == 'assistant' %}<|end|>{% endif %}{{"), CONVERSATION[:2],
+     "messages[1] (role assistant): before it the chat template has a token at which serving ends a reply"),
+])
+def test_a_template_that_rejects_or_leaves_out_a_part_of_a_record_is_one_line(
+        chat: Any, monkeypatch: pytest.MonkeyPatch, template: str | None, record: Any, message: str) -> None:
+    monkeypatch.setattr(chat, "chat_template", template)
+    monkeypatch.setattr(chat_format, "RENDER_SECONDS", 1.0)
+    monkeypatch.setattr(chat_format, "RENDERED_CHARACTERS", 10**6)
+    with pytest.raises(RecordError) as raised:
+        encoding.encode(chat, {"messages": record} if isinstance(record, list) else record)
+    assert message in str(raised.value)
+    assert len(str(raised.value)) < 300, "of the private text only a little"
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("change", ["{{ m.content | upper }}", "{{ m.content | trim }}", "{{ m.content | tojson }}"])
+def test_a_template_may_change_the_text(chat: Any, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    monkeypatch.setattr(chat, "chat_template", RENDER.replace("{{ m.content }}", change) + ANSWER)
+    (encoded,) = encoding.encode(chat, {"messages": [{"role": "system", "content": 'Be "brief". '}, *CONVERSATION]})
+    assert len(encoded.learned) == 2
+
+
+def test_the_arguments_of_the_template_are_applied(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "chat_template", RENDER + "{{ tone }}" + ANSWER)
+    (encoded,) = encoding.encode(chat, {"messages": SYSTEM["messages"]}, {"tone": "politely"})
+    assert chat.decode(encoded.prompt).endswith("politely<|assistant|>")
+
+
+def test_a_template_that_reads_the_clock_is_a_warning(
+        chat: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    chat_format._warn_of_clock.cache_clear()
+    monkeypatch.setattr(chat, "chat_template", "{{ day or strftime_now('%d %b %Y') }}" + RENDER + ANSWER)
+    encoding.encode(chat, SYSTEM, {"day": "1 Jan 2026"})
+    assert not caplog.messages
+    for _ in range(2):
+        encoding.encode(chat, SYSTEM)
+    assert [message[:36] for message in caplog.messages] == ["the chat template reads the clock, s"]

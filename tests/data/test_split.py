@@ -293,7 +293,7 @@ def test_any_text_survives_unchanged(tmp_path_factory: pytest.TempPathFactory, t
     ({"messages": ["a", "b"]}, ":2: `messages[0]` must be an object with `role` and `content`"),
     ({"messages": [*CHAT["messages"][:2], {"role": "assistant", "content": ""}]}, "`messages[2].content` is empty"),
     ({"messages": [{"role": "robot", "content": "a"}, CHAT["messages"][2]]},
-     "`messages[0].role` must be one of system, user, assistant, not 'robot'"),
+     "`messages[0].role` must be one of system, user, assistant, tool, not 'robot'"),
     ({"messages": [{"role": "user", "contents": "a"}, CHAT["messages"][2]]},
      "`messages[0]`: unknown key 'contents'; did you mean `content`?"),
     (b'{"prompt": "caf\xe9", "completion": "b"}', "not UTF-8 at byte"),

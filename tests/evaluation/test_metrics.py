@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Gate
 from jobs.evaluation import metrics
-from jobs.evaluation.metrics import acceptability, rouge
+from jobs.evaluation.metrics import acceptability, perplexity, rouge
 from jobs.evaluation.metrics.acceptability import Acceptability, best_threshold, choosing_half, matthews
 from jobs.evaluation.metrics.perplexity import Perplexity
 from jobs.evaluation.metrics.rouge import Rouge, Words
@@ -30,8 +30,9 @@ def test_the_gate_takes_rules_on_exactly_the_scores_that_the_registry_gates() ->
 
 def test_every_metric_computes_the_scores_that_its_entry_names() -> None:
     record = {"prompt": "a", "completion": "b"}
-    measurements = metrics.Measurements([record], [(1.0, 2)], [record], ["b"], [(t, t in "ab") for t in "abcd"],
-                                        [(1.0, 1), (2.0, 1), (3.0, 1), (4.0, 1)])
+    measurements = metrics.Measurements(
+        [record], [metrics.Likelihood(1.0, 2)], [record], ["b"], [(t, t in "ab") for t in "abcd"],
+        [metrics.Likelihood(nats, 1) for nats in (1.0, 2.0, 3.0, 4.0)])
     for metric in metrics.METRICS:
         values = metric.measure(measurements)
         assert {score.key for score in metric.scores} <= values.keys()
@@ -42,7 +43,7 @@ def test_every_metric_computes_the_scores_that_its_entry_names() -> None:
 def test_a_sentences_score_is_the_mean_log_probability_of_a_token() -> None:
     """Not of the whole sentence: long sentences would be called broken."""
     sentences = [(f"sentence {i}", i % 2 == 0) for i in range(8)]
-    long, short = (10.0, 10), (6.0, 2)  # -1 and -3 a token
+    long, short = metrics.Likelihood(10.0, 10), metrics.Likelihood(6.0, 2)  # -1 and -3 a token
     measurements = metrics.Measurements([], [], [], [], sentences, [long if good else short for _, good in sentences])
     assert acceptability.measure(measurements) == {
         "acceptability_mcc": 1.0, "acceptability_accuracy": 1.0, "acceptability_threshold": -2.0}
@@ -61,13 +62,28 @@ def test_the_registry_is_read_without_the_libraries_that_compute() -> None:
 
 def test_perplexity_weighs_tokens_not_records() -> None:
     """Three tokens of 1 bit and one of 5 bits: 2 to the power of (3 + 5) / 4, and 8 bits over 16 bytes."""
-    got = metrics.compute(Perplexity, nll=[3 * math.log(2), 5 * math.log(2)], tokens=[3, 1], bytes=[10, 6])
+    got = metrics.compute(Perplexity, nll=[3 * math.log(2), 5 * math.log(2)], special=[0.0, 0.0], tokens=[3, 1],
+                          bytes=[10, 6])
     assert got["perplexity"] == pytest.approx(4.0, rel=1e-12)
     assert got["bits_per_byte"] == pytest.approx(0.5, rel=1e-12)
 
 
 def test_a_hopeless_model_has_infinite_perplexity_and_raises_nothing() -> None:
-    assert metrics.compute(Perplexity, nll=[5000.0], tokens=[1], bytes=[1])["perplexity"] == math.inf
+    assert metrics.compute(Perplexity, nll=[5000.0], special=[0.0], tokens=[1], bytes=[1])["perplexity"] == math.inf
+
+
+def test_special_tokens_are_no_text_and_their_bits_are_not_divided_by_its_bytes() -> None:
+    got = metrics.compute(Perplexity, nll=[8 * math.log(2)], special=[4 * math.log(2)], tokens=[4], bytes=[8])
+    assert got["bits_per_byte"] == pytest.approx(0.5, rel=1e-12)
+    assert got["perplexity"] == pytest.approx(4.0, rel=1e-12), "the model is asked for them too"
+
+
+def test_bytes_are_those_of_every_answer_of_a_conversation() -> None:
+    record = {"messages": [{"role": role, "content": text} for role, text in (
+        ("user", "?"), ("assistant", "é"), ("user", "?"), ("assistant", "abcdef"))]}
+    measured = perplexity.measure(metrics.Measurements(
+        [record], [metrics.Likelihood(8 * math.log(2), 8)], [], [], [], []))
+    assert measured["bits_per_byte"] == pytest.approx(1.0, rel=1e-12)
 
 
 def test_rouge_counts_shared_words_pairs_and_sequences() -> None:

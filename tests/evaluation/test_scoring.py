@@ -50,7 +50,7 @@ def test_padded_batches_give_the_likelihoods_of_one_record_at_a_time(loaded: tup
     model, tokenizer = loaded
     sequences = [encode(tokenizer, record)[0] for record in (*RECORDS, *TEXTS)]
     got = scoring.negative_log_likelihoods(model, sequences, Progress("test", len(sequences)))
-    for sequence, (nats, tokens) in zip(sequences, got, strict=True):
+    for sequence, (nats, tokens, _) in zip(sequences, got, strict=True):
         first = max(1, len(sequence.prompt))
         assert tokens == len(sequence) - first
         assert nats == pytest.approx(slow_nll(model, list(sequence.tokens), first), rel=1e-5)
@@ -64,7 +64,7 @@ def test_likelihoods_are_computed_in_float32_whatever_the_model_computes_in(load
 
     model, tokenizer = copy.deepcopy(loaded[0]).to(torch.bfloat16), loaded[1]
     (sequence,) = encode(tokenizer, RECORDS[0])
-    [(nats, _)] = scoring.negative_log_likelihoods(model, [sequence], Progress("test", 1))
+    [(nats, *_)] = scoring.negative_log_likelihoods(model, [sequence], Progress("test", 1))
     expected = slow_nll(model, list(sequence.tokens), len(sequence.prompt))
     assert nats == pytest.approx(expected, rel=1e-5)
 
@@ -77,7 +77,7 @@ def test_likelihoods_equal_the_loss_that_training_minimises(loaded: tuple[Any, A
     labels = torch.tensor([sequence.labels()])
     with torch.no_grad():
         loss = float(model(torch.tensor([list(sequence.tokens)]), labels=labels).loss)
-    [(nats, tokens)] = scoring.negative_log_likelihoods(model, [sequence], Progress("test", 1))
+    [(nats, tokens, _)] = scoring.negative_log_likelihoods(model, [sequence], Progress("test", 1))
     assert nats / tokens == pytest.approx(loss, rel=1e-5)
 
 
@@ -176,8 +176,9 @@ def test_the_scores_of_a_model_are_complete_and_follow_their_definitions(loaded:
     nats = sum(slow_nll(model, list(e.tokens), len(e.prompt)) for e in encoded)
     tokens = sum(len(e.completion) for e in encoded)
     spelled = sum(len(line["reference"].encode()) for line in generations)
+    text = sum(slow_nll(model, list(e.tokens[:-1]), len(e.prompt)) for e in encoded)  # without the end token
     assert scores["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
-    assert scores["bits_per_byte"] == pytest.approx(nats / math.log(2) / spelled, rel=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(text / math.log(2) / spelled, rel=1e-5)
     assert (scores["model"], scores["records"], scores["completion_tokens"]) == ("tiny", 4, tokens)
     assert (scores["questions"], scores["sentences"]) == (4, len(SENTENCES))
     assert scores["rougeL"] == pytest.approx(sum(line["rougeL"] for line in generations) / 4)
@@ -187,6 +188,64 @@ def test_the_scores_of_a_model_are_complete_and_follow_their_definitions(loaded:
     assert [line["answer"] for line in generations] == answers
     assert (scores["vocabulary"], scores["records_too_long"]) == (scoring.vocabulary(tokenizer), 0)
     assert {score.key for score in SCORES} <= scores.keys()
+
+
+def test_every_answer_of_a_conversation_is_measured_and_the_last_one_is_asked_for(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    messages = [{"role": role, "content": text} for role, text in (
+        ("user", "Who?"), ("assistant", "The cook."), ("user", "When?"), ("assistant", "Today."))]
+    (encoded,) = encode(tokenizer, {"messages": messages})
+    scores, (asked,) = scoring.measure(model, tokenizer, material([{"messages": messages}]), "tiny")
+    text = 0.0
+    for first, last in encoded.learned:
+        text += slow_nll(model, list(encoded.tokens[: last - 1]), first)
+    assert scores["completion_tokens"] == sum(last - first for first, last in encoded.learned)
+    assert scores["bits_per_byte"] == pytest.approx(text / math.log(2) / len("The cook.Today."), rel=1e-5)
+    assert (asked["question"], asked["reference"]) == ("user: Who?\nassistant: The cook.\nuser: When?", "Today.")
+
+
+def test_special_tokens_are_no_answer(loaded: tuple[Any, Any]) -> None:
+    """A reply of nothing else is empty, and a record whose answer is nothing else is not measured."""
+    import torch
+
+    model, tokenizer = loaded
+
+    class Writer:
+        device, generation_config = torch.device("cpu"), None
+
+        def generate(self, input_ids: Any, **_: Any) -> Any:
+            return torch.cat([input_ids, torch.tensor([[2, 1, 3, 0]])], 1)
+
+    writer: Any = Writer()
+    assert scoring.generate(writer, tokenizer, [[5] * 4], 8, 96, Progress("test", 1)) == [""]
+    odd = {"prompt": "Who?", "completion": "<|user|><|assistant|>"}
+    scores, _ = scoring.measure(model, tokenizer, material([*RECORDS, odd]), "tiny")
+    assert (scores["records"], scores["questions"]) == (4, 4)
+    for alone in (odd, {"text": "<|user|>"}):
+        with pytest.raises(UserError, match="none of the 1 held-out records"):
+            scoring.measure(model, tokenizer, material([alone]), "tiny")
+
+
+def test_special_tokens_of_infinite_surprise_leave_the_text_its_own(loaded: tuple[Any, Any]) -> None:
+    import copy
+
+    import torch
+
+    model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(math.nan)
+    (sequence,) = encode(tokenizer, RECORDS[0])
+    (found,) = scoring.negative_log_likelihoods(model, [sequence], Progress("test", 1), {0})
+    assert math.isnan(found.nats) and math.isnan(found.special)
+    (found,) = scoring.negative_log_likelihoods(model, [sequence], Progress("test", 1), {99999})
+    assert found.special == 0.0
+
+
+def test_a_record_that_the_template_rejects_is_named(loaded: tuple[Any, Any]) -> None:
+    """The reference model has a template of its own."""
+    odd = {"prompt": "Who?", "completion": "The <|end|> maid."}
+    with pytest.raises(UserError, match=r"^tiny: holdout\.jsonl:5 of the dataset: messages\[1\] \(role assistant\): "):
+        scoring.measure(*loaded, material([*RECORDS, odd]), "tiny")
 
 
 def test_the_log_says_what_is_measured_and_how_far_it_is(

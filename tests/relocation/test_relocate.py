@@ -188,8 +188,8 @@ def test_glue_cola_from_the_hub_serves_as_acceptability_sentences(tmp_path: Path
 
 @pytest.mark.parametrize(("what", "expected"), [
     ("base-model", ["config.json", "generation_config.json", "model.safetensors"]),
-    ("tokenizer", ["chat_template.jinja", "config.json", "special_tokens_map.json", "tokenizer.json",
-                   "tokenizer_config.json"]),
+    ("tokenizer", ["chat_template.jinja", "config.json", "generation_config.json", "special_tokens_map.json",
+                   "tokenizer.json", "tokenizer_config.json"]),
     ("reference-model", ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
                          "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]),
 ])

@@ -242,7 +242,10 @@ def test_an_adapter_that_no_kustomization_lists_is_said_not_to_run(overlay: Path
     ("environment.yaml", "keep: 5", "keep: 6", []),
     ("environment.yaml", "serving:\n", "serving:\n  mode: merged\n",
      [("adapters passed", "serving.mode changes from lora to merged")]),
-], ids=["a flag of vLLM", "a higher rank", "a lower rank", "slots", "slots and the mode", "retention", "mode merged"])
+    ("environment.yaml", "serving:\n", "chat_template: {enable_thinking: false}\nserving:\n",
+     [("adapters passed", "chat_template changes from {} to {enable_thinking: false}")]),
+], ids=["a flag of vLLM", "a higher rank", "a lower rank", "slots", "slots and the mode", "retention", "mode merged",
+        "arguments of the chat template"])
 def test_whether_serving_restarts_and_when(overlay: Path, file: str, before: str, after: str,
                                            restarts: list[tuple[str, str]]) -> None:
     edit(overlay / file, before, after)

@@ -14,14 +14,20 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs.data.encoding import Record
 
 if TYPE_CHECKING:
     import evaluate
 
-Likelihood = tuple[float, int]  # negative log-likelihood in nats, and over how many tokens
+
+class Likelihood(NamedTuple):
+    """A negative log-likelihood in nats, and over how many tokens."""
+
+    nats: float
+    tokens: int
+    special: float = 0.0  # the nats of special tokens, such as the end token: they are no text
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Measurements:
     """What one model did with the held-out data; every metric is computed from it."""
 
     records: Sequence[Record]
-    likelihoods: Sequence[Likelihood]  # of each record's answer
+    likelihoods: Sequence[Likelihood]  # of each record's answers
     questions: Sequence[Record]  # the records that ask one
     answers: Sequence[str]  # the model's own answer to each of them
     sentences: Sequence[tuple[str, bool]]  # and whether each is acceptable
@@ -84,7 +90,7 @@ class Metric:
 METRICS = (
     Metric("perplexity", "Perplexity",
            "the exponential of the mean negative log-likelihood of the held-out answers' tokens, given their "
-           "questions. Bits per byte divides the same total by the answers' bytes.",
+           "questions. Bits per byte divides that of their text, without special tokens, by its bytes.",
            (Score("perplexity", "perplexity", False, "1 is no surprise at all", per_token=True,
                   significant_digits=True),
             Score("bits_per_byte", "bits per byte", False, "the same, whatever the tokenizer", gated=False))),

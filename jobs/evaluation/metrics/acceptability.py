@@ -39,7 +39,7 @@ def measure(measurements: Measurements) -> dict[str, float | None]:
     """
     try:
         return {**compute(Acceptability, texts=[text for text, _ in measurements.sentences],
-                          predictions=[-nats / tokens for nats, tokens in measurements.sentence_likelihoods],
+                          predictions=[-each.nats / each.tokens for each in measurements.sentence_likelihoods],
                           references=[acceptable for _, acceptable in measurements.sentences])}
     except ValueError as error:
         raise UserError(f"evaluation.acceptability: {error} of two tokens or more") from None
