@@ -64,7 +64,7 @@ def check_data(loaded: LoadedPipeline) -> None:
         require_pin(loaded, name, source)
     source = loaded.pipeline.dataset
     if source.scheme == "file":
-        split.validate(loaded.resolve(source), source.holdout)
+        split.validate(loaded.resolve(source), source.holdout, source.validation)
 
 
 def data_in_git(loaded: LoadedPipeline) -> dict[str, Source]:
