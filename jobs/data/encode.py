@@ -54,6 +54,8 @@ SHARED_BYTES, PROCESS_BYTES = 700 * 2**20, 160 * 2**20
 MOST_PROCESSES = 32  # beyond, they wait for this process, which writes
 LISTED = 10  # problems with records after which the rest of the data is not encoded
 
+LIBRARIES = ("pyarrow", "transformers.models.auto.tokenization_auto")  # `transformers` alone imports next to nothing
+
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -257,7 +259,7 @@ def _encoders(settings: Settings, processes: int) -> Iterator[Callable[[Lines], 
         return
     # One process imports the tokenizer's libraries; those that encode are forked from it and share its memory.
     context = get_context("forkserver")
-    context.set_forkserver_preload(["jobs.data.encode", "transformers"])
+    context.set_forkserver_preload([__name__, *LIBRARIES])
     pool = ProcessPoolExecutor(processes, context, initializer=_start_process)
     try:
         yield functools.partial(pool.submit, work)

@@ -88,7 +88,8 @@ def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, ma
     training's job did: encoded."""
     from peft import PeftModel
 
-    material = dataclasses.replace(material, encoded=encoded.read(wanted.encoded_dataset.path(volumes)).holdout)
+    holdout = encoded.Split(wanted.encoded_dataset.path(volumes) / f"{encoded.HOLDOUT}.arrow")
+    material = dataclasses.replace(material, encoded=holdout)
     model, tokenizer = _load(wanted.base_model.path(volumes), wanted.tokenizer.path(volumes))
     adapted = PeftModel.from_pretrained(model, str(wanted.adapter.path(volumes))).eval()
     name = _versioned(pipeline, wanted)

@@ -219,8 +219,8 @@ def _fitting(tokenizer: PreTrainedTokenizerBase, material: Material, limit: int,
                if max(map(len, encoded)) <= limit and any(each.scored for each in encoded)]
     if not fitting:  # an encoded holdout leaves out what is longer than training.max_length, and always holds some
         shortest = min((max(map(len, encoded)) for _, encoded in records), default=0)
-        raise UserError(f"{name}: none of the {len(material.holdout)} held-out records fits: the shortest has {shortest} "
-                        f"tokens and {limit} are allowed "
+        raise UserError(f"{name}: none of the {len(material.holdout)} held-out records fits: the shortest has "
+                        f"{shortest} tokens and {limit} are allowed "
                         "(training.max_length, or what the model knows). Raise it, or shorten the records")
     if len(fitting) < len(material.holdout):
         log.warning("%s: %d of %d held-out records have more than %d tokens and are left out", name,
