@@ -221,7 +221,7 @@ def test_adapters_come_and_go_without_a_restart(overlay: Path) -> None:
     assert running(found).keys() == of("third")
     assert {name.rpartition("-")[0] for name in found.removed} == of(B)
     assert found.restarts == []
-    assert changes_report.summary(found) == ("1 adapter added, 1 removed, 1 unchanged; 3 Jobs run; serving does not "
+    assert changes_report.summary(found) == ("1 adapter added, 1 removed, 1 unchanged; 4 Jobs run; serving does not "
                                              "restart")
 
 
@@ -310,7 +310,8 @@ def alone(**edits: Any) -> Changes:
     ({"training__quantization": "4bit"}, {"adapter": ("training.quantization: none -> 4bit",)}),
     ({"training__max_length": 512}, {"encoded-dataset": ("training.max_length: 1024 -> 512",),
                                      "adapter": ("new input: encoded-dataset",),
-                                     "base-scores": ("training.max_length: 1024 -> 512",)}),
+                                     "base-scores": ("training.max_length: 1024 -> 512",
+                                                     "new input: encoded-dataset")}),
     ({"training__lora__target_modules": ["q_proj"]},
      {"adapter": ("training.lora.target_modules: all-linear -> [q_proj]",)}),
     ({"tokenizer": {"source": "hf://a/b", "revision": build_pipeline.COMMIT}}, {
