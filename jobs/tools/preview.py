@@ -8,6 +8,7 @@ embedded, or, with `--volumes`, what was relocated.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -150,14 +151,15 @@ def marked(tokenizer: PreTrainedTokenizerBase, sequence: Encoded, *, colour: boo
     """The tokens as text, with a line between two of them and a new line after a line's end. What is learned is in
     brackets, or coloured."""
     start, end = (GREEN, PLAIN) if colour else LEARNED
-    parts, at = list[str](), 0
-    for first, last in [*sequence.learned, (len(sequence), len(sequence))]:
-        for begin, stop, learns in ((at, first, False), (first, last, True)):
-            texts = [str(tokenizer.decode([token])) for token in sequence.tokens[begin:stop]]
-            text = BETWEEN.join(texts).replace("\n", "⏎\n")
-            if text:
-                # A terminal ends a colour with the line.
-                parts.append((start + text.replace("\n", f"{end}\n{start}") + end if colour else start + text + end)
-                             if learns else text)
-        at = last
-    return BETWEEN.join(parts) if not colour else "".join(parts)
+    ends = [0, *itertools.chain.from_iterable(sequence.learned), len(sequence)]
+    parts = list[str]()
+    for number, (first, last) in enumerate(itertools.pairwise(ends)):  # in turn not learned, learned, not learned, …
+        text = BETWEEN.join(str(tokenizer.decode([token])) for token in sequence.tokens[first:last])
+        text = text.replace("\n", "⏎\n")
+        if number % 2 and colour:  # by lines: they are shown one by one
+            text = start + text.replace("\n", f"{end}\n{start}") + end
+        elif number % 2:
+            text = start + text + end
+        if text:
+            parts.append(text)
+    return BETWEEN.join(parts).replace(f"\n{BETWEEN}", "\n")
