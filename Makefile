@@ -10,6 +10,7 @@
 # make bench-serving    what the guard costs vLLM: ten minutes on an idle machine (ARGS=--quick: three)
 # make bench-many       what many adapters on one server cost: ten minutes on an idle machine (ARGS=--quick: three)
 # make bench-training   what training costs, beside TRL and others: half an hour on an idle machine (ARGS=--quick: two minutes)
+# make bench-encoding    how fast a large dataset is encoded, and in how much memory: an hour (ARGS=--quick: a minute)
 # Everything is installed into .venv by the first of them (about 3 GB, once).
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
@@ -28,7 +29,7 @@ FLAVOUR ?= cpu
 # The tags that the overlays use: the version, with `-cuda` for GPUs.
 TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)$(if $(filter-out cpu,$(FLAVOUR)),-$(FLAVOUR))
 
-.PHONY: demo test e2e kind kind-argocd scan mutants images push engine bench-serving bench-many bench-training setup clean
+.PHONY: demo test e2e kind kind-argocd scan mutants images push engine bench-serving bench-many bench-training bench-encoding setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -95,6 +96,9 @@ bench-many: setup
 
 bench-training: setup
 	$(BIN)/python -m benchmarks.training $(ARGS)
+
+bench-encoding: setup
+	$(BIN)/python -m benchmarks.encoding $(ARGS)
 
 setup: .venv/installed
 

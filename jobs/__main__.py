@@ -82,6 +82,12 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("overlay", type=Path, metavar="OVERLAY",
                              help="the overlay's folder, e.g. overlays/kind, or that of one of its adapters, "
                                   "overlays/kind/adapters/NAME")
+    check.add_argument("--encode", nargs="?", type=int, const=3, metavar="N", dest="check_encode",
+                       help="then show the first N training records of each adapter (default: %(const)s) as tokens, "
+                            "with what is learned of them marked, and how many are too long")
+    check.add_argument("--volumes", type=Path, metavar="DIR", dest="check_volumes",
+                       help="where --encode finds a tokenizer or data that is neither in git nor embedded: a folder "
+                            "with a folder for each volume (/volumes, or .local/NAME/volumes)")
     pin.add_argument("--update", action="store_true", help="also move pins that are there to the newest revision")
     new_module.add_arguments(new)
     plan_module.add_arguments(plan_parser)
@@ -108,6 +114,10 @@ def run(args: argparse.Namespace) -> None:
             from jobs.tools import check
 
             check.run(args.overlay)
+            if args.check_encode is not None:
+                from jobs.tools import preview
+
+                preview.run(args.overlay, args.check_encode, args.check_volumes)
         case "plan":
             from jobs.tools import plan as plan_module
 

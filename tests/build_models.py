@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from jobs.core import artifacts, models, pipeline
+from jobs.core import artifacts, pipeline
 from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import plan
 from jobs.data import encode
@@ -155,8 +155,9 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] = R
         tiny_adapter(draft, wanted.base_model.path(volumes), seed=loaded.pipeline.training.seed)
 
     def encoded_dataset(draft: Path) -> None:
-        encode.encode_splits(wanted.dataset.path(volumes), draft, models.load_tokenizer(wanted.tokenizer.path(volumes)),
-                             loaded.pipeline.training.max_length, loaded.pipeline.environment.chat_template)
+        encode.encode_splits(wanted.dataset.path(volumes), draft, encode.Settings(
+            wanted.tokenizer.path(volumes), loaded.pipeline.training.max_length,
+            loaded.pipeline.environment.chat_template))
 
     def merged_model(draft: Path) -> None:
         merge.write_merged(wanted.base_model.path(volumes), wanted.adapter.path(volumes), draft)

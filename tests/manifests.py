@@ -14,7 +14,8 @@ __all__ = ["ADAPTER_JOBS", "CHECKOUT", "ENVIRONMENT_JOBS", "Manifest", "adapters
            "unhashed"]
 
 ENVIRONMENT_JOBS = {"model-relocation", "tokenizer-relocation", "model-reference-relocation"}
-ADAPTER_JOBS = {"dataset-relocation", "model-training", "model-evaluation"}  # each with the adapter's name behind it
+# Each with the adapter's name behind it.
+ADAPTER_JOBS = {"dataset-relocation", "dataset-encoding", "model-training", "model-evaluation"}
 
 
 def copy(folder: Path) -> Path:

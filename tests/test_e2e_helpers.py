@@ -112,7 +112,8 @@ def test_a_change_of_an_adapter_renames_its_jobs_alone_and_undoing_it_brings_the
     first, digest = environment.wanted, environment.plan.adapter.digest
     environment.write(cluster.SECOND)
     assert sorted(first[name] for name in first.keys() - environment.wanted.keys()) == [
-        f"{stage}-{cluster.ADAPTER}" for stage in ("dataset-relocation", "model-evaluation", "model-training")]
+        f"{stage}-{cluster.ADAPTER}"
+        for stage in ("dataset-encoding", "dataset-relocation", "model-evaluation", "model-training")]
     assert environment.plan.adapter.digest != digest
     environment.write(cluster.FIRST)
     assert (environment.wanted, environment.plan.adapter.digest) == (first, digest)
@@ -125,7 +126,8 @@ def test_an_adapter_that_is_added_brings_its_jobs_and_leaves_the_names_of_the_ot
     environment.write(cluster.FIRST)
     assert first.items() <= environment.wanted.items()
     assert sorted(environment.wanted[name] for name in environment.wanted.keys() - first.keys()) == [
-        f"{stage}-third" for stage in ("dataset-relocation", "model-evaluation", "model-training")]
+        f"{stage}-third"
+        for stage in ("dataset-encoding", "dataset-relocation", "model-evaluation", "model-training")]
     assert environment.adapters.keys() == {cluster.ADAPTER, cluster.NEIGHBOUR, "third"}
     (served,) = [m for m in of_kind(render(environment.overlay), "ConfigMap")
                  if m["metadata"]["name"] == "serving-pipelines"]

@@ -29,7 +29,7 @@ from tests import build_models
 
 OVERLAY = CHECKOUT / "overlays" / "kind"
 STAGES = (["relocate", "dataset"], ["relocate", "base-model"], ["relocate", "tokenizer"],
-          ["relocate", "reference-model"], ["train"], ["evaluate"])
+          ["relocate", "reference-model"], ["encode"], ["train"], ["evaluate"])
 # In a network namespace of its own: loopback is there but down, so it is brought up first (SIOCSIFFLAGS, IFF_UP).
 LOOPBACK_UP = """
 import fcntl, os, socket, struct, sys
@@ -79,8 +79,8 @@ def test_each_adapter_learns_its_facts_without_forgetting_english_and_is_served_
         assert abs(tuned["acceptability_mcc"] - base["acceptability_mcc"]) <= 0.05
 
     again = run_local(tmp_path)
-    # Of the environment three, of each adapter three, and the dataset's Job has two.
-    assert again.count("is already there and verified: nothing to do") == 3 + 4 * len(facts)
+    # Of the environment three, of each adapter four Jobs, and the dataset's relocation has two artifacts.
+    assert again.count("is already there and verified: nothing to do") == 3 + 5 * len(facts)
     assert all(fact in again for fact in facts.values())
 
 

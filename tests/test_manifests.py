@@ -52,6 +52,7 @@ STAGES: dict[str, tuple[list[str], set[str], str]] = {
     "model-relocation": (["relocate", "base-model"], set(), "base-model"),
     "tokenizer-relocation": (["relocate", "tokenizer"], set(), "base-tokenizer"),
     "model-reference-relocation": (["relocate", "reference-model"], set(), "reference-model"),
+    "dataset-encoding": (["encode"], {"base-tokenizer"}, "dataset"),
     "model-training": (["train"], {"dataset", "base-model", "base-tokenizer"}, "fine-tuned-model"),
     "model-evaluation": (["evaluate"], {"dataset", "base-model", "base-tokenizer", "reference-model"},
                          "fine-tuned-model"),
@@ -569,7 +570,8 @@ def test_all_pods_together_fit_a_small_node() -> None:
 
 
 # What each stage waits for (jobs/core/plan.py).
-WAITS = {"model-training": {"dataset-relocation", "model-relocation", "tokenizer-relocation"},
+WAITS = {"dataset-encoding": {"dataset-relocation", "tokenizer-relocation"},
+         "model-training": {"dataset-encoding", "model-relocation", "tokenizer-relocation"},
          "model-evaluation": {*STAGES} - {"model-evaluation"},
          **{name: set() for name in STAGES if name.endswith("-relocation")}}
 
@@ -605,7 +607,8 @@ def test_serving_goes_before_jobs_where_the_cluster_has_the_classes() -> None:
     for template in pod_templates(renderings.rendered("overlays/gpu with options")).values():
         role = template["metadata"]["labels"]["app.kubernetes.io/component"]
         used.setdefault(template["spec"].get("priorityClassName", ""), set()).add(role)
-    assert used == {"lora-gitops-serving": {"inference"}, "lora-gitops-jobs": {"relocation", "training", "evaluation"},
+    assert used == {"lora-gitops-serving": {"inference"}, "lora-gitops-jobs": {"relocation", "encoding", "training",
+                                                                                 "evaluation"},
                     "": {"tensorboard"}}
     assert classes["lora-gitops-serving"]["value"] > classes["lora-gitops-jobs"]["value"] > 0
     assert classes["lora-gitops-jobs"]["preemptionPolicy"] == "Never"

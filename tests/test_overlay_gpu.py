@@ -32,7 +32,8 @@ from tests.validation import problems
 
 GPU = CHECKOUT / "overlays" / "gpu"
 # Of the Jobs of an adapter, by name, which replicated Job each has become.
-STAGES = {"dataset-relocation": "relocate", "model-training": "train", "model-evaluation": "evaluate"}
+STAGES = {"dataset-relocation": "relocate", "dataset-encoding": "encode", "model-training": "train",
+          "model-evaluation": "evaluate"}
 rendered = functools.cache(render)
 
 
@@ -80,7 +81,7 @@ def test_the_job_set_holds_what_the_jobs_would_be(tmp_path: Path) -> None:
     jobs = {name.removesuffix("-seville-hotels"): job for name, job in by_name(render(overlay), "Job").items()}
     assert set(replicated()) == {*STAGES.values(), "await"}
     assert jobs.keys() - by_name(rendered(GPU), "Job") == STAGES.keys()
-    for name in ("dataset-relocation", "model-evaluation"):
+    for name in ("dataset-relocation", "dataset-encoding", "model-evaluation"):
         assert replicated()[STAGES[name]]["template"]["spec"] == jobs[name]["spec"], name
     training, job = replicated()["train"]["template"]["spec"], jobs["model-training"]["spec"]
     assert main(replicated()["train"])["args"] == ["train"]
@@ -162,9 +163,10 @@ def test_no_gpu_waits_for_another_stage() -> None:
     jobs = replicated()
     with_gpu = {name for name, job in jobs.items() if "nvidia.com/gpu" in main(job)["resources"]["limits"]}
     assert with_gpu == {"train", "evaluate"}
+    assert jobs["encode"]["dependsOn"] == [{"name": "relocate", "status": "Complete"}]
     assert jobs["train"]["dependsOn"] == [{"name": "await", "status": "Complete"}]
     assert jobs["evaluate"]["dependsOn"] == [{"name": "train", "status": "Complete"}]
-    assert main(jobs["await"])["args"] == ["await", "dataset", "acceptability", "base-model", "tokenizer",
+    assert main(jobs["await"])["args"] == ["await", "encoded-dataset", "acceptability", "base-model", "tokenizer",
                                            "reference-model"]
     seen: list[str] = []
     for name, job in jobs.items():  # JobSet accepts only names that stand before

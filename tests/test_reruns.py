@@ -44,7 +44,7 @@ def of_all(jobs: set[str]) -> set[str]:
 
 
 RELOCATION = ENVIRONMENT_JOBS | of_all({"dataset-relocation"})
-OFFLINE = of_all({"model-training", "model-evaluation"})
+OFFLINE = of_all({"dataset-encoding", "model-training", "model-evaluation"})
 ALL = RELOCATION | OFFLINE
 OWN = jobs_of(MINE)
 NONE: set[str] = set()

@@ -75,6 +75,10 @@ class DatasetSource(Source):
     @model_validator(mode="after")
     def _allowed(self) -> DatasetSource:
         sources.check(self.source, "data", self.revision, self.sha256)
+        if self.holdout + self.validation >= 1:
+            raise PydanticCustomError("shares", "holdout ({holdout}) and validation ({validation}) leave nothing to "
+                                      "train on: their sum must be below 1",
+                                      {"holdout": self.holdout, "validation": self.validation})
         return self
 
 

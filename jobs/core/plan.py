@@ -114,9 +114,10 @@ def _plan(key: _ByIdentity) -> Plan:
         # Through `encoded_dataset` alone it would do; retention and serving look for the others.
         {"dataset": dataset.digest, "encoded_dataset": encoded_dataset.digest, "base_model": base_model.digest,
          "tokenizer": tokenizer.digest})
-    base_scores = _scores(pipeline, dataset, acceptability, {"model": base_model, "tokenizer": tokenizer})
-    adapter_scores = _scores(pipeline, dataset, acceptability,
-                             {"model": base_model, "tokenizer": tokenizer, "adapter": adapter})
+    base = {"encoded_dataset": encoded_dataset, "model": base_model, "tokenizer": tokenizer}
+    base_scores = _scores(pipeline, dataset, acceptability, base)
+    adapter_scores = _scores(pipeline, dataset, acceptability, base | {"adapter": adapter})
+    # The reference model has a tokenizer of its own, so it encodes the data itself.
     reference_scores = _scores(pipeline, dataset, acceptability, {"model": reference_model})
     evaluation = Spec(
         FINE_TUNED_VOLUME, "evaluation",
@@ -168,10 +169,10 @@ def _suffix(source: Source) -> str:
     return name.rpartition(".")[2].lower() if "." in name and SCHEMES[source.scheme].pin else ""
 
 
-def _scores(pipeline: Pipeline, dataset: Spec, acceptability: Spec, models: dict[str, Spec]) -> Spec:
+def _scores(pipeline: Pipeline, dataset: Spec, acceptability: Spec, inputs: dict[str, Spec]) -> Spec:
     return Spec(FINE_TUNED_VOLUME, "scores",
                 {"recipe": RECIPES["scores"], "max_new_tokens": pipeline.evaluation.max_new_tokens,
                  "max_length": pipeline.training.max_length,
                  "chat_template": pipeline.environment.chat_template},
                 {"dataset": dataset.digest, "acceptability": acceptability.digest,
-                 **{name: spec.digest for name, spec in models.items()}})
+                 **{name: spec.digest for name, spec in inputs.items()}})

@@ -5,31 +5,86 @@
 Waits for dataset and tokenizer; applies the chat template with the environment's arguments; leaves out records of more
 than `training.max_length` tokens; and publishes the sequences of each split with their lengths. A template that
 rejects a record, or a split of which nothing fits, is found here, before a GPU is used.
+
+Lines go in chunks to several processes and come back in order as batches of the file to write. The chunks follow from
+the data alone, so the files are the same however many processes encode, and no more than a few chunks are in memory.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import itertools
 import json
 import logging
+import os
+import signal
+import sys
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core import artifacts, models
-from jobs.core.errors import UserError
+from jobs.core.errors import RetryableError, UserError
+from jobs.core.files import human_bytes
 from jobs.core.plan import plan
+from jobs.core.progress import Progress
 from jobs.data import encoded
-from jobs.data.chat import RecordError
 from jobs.data.encoding import Encoded, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from transformers import PreTrainedTokenizerBase
+    from collections.abc import Callable, Mapping
 
     from jobs.core.pipeline import LoadedPipeline
 
 log = logging.getLogger("jobs")
+
+# What goes to a process at once: enough to keep it busy for about a second, little enough to wait for at SIGTERM.
+LINES_PER_CHUNK, CHUNK_BYTES = 512, 2**21
+# Data of less is encoded in this process: until others have imported the tokenizer's libraries, it is done.
+SMALL_BYTES = 4 * 2**20
+# Of the pod's memory: the tokenizer's libraries, which the processes share, and this one; then each further process.
+SHARED_BYTES, PROCESS_BYTES = 700 * 2**20, 160 * 2**20
+MOST_PROCESSES = 32  # beyond, they wait for this process, which writes
+LISTED = 10  # problems with records after which the rest of the data is not encoded
+
+LIBRARIES = ("pyarrow", "transformers.models.auto.tokenization_auto")  # `transformers` alone imports next to nothing
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how records are encoded."""
+
+    tokenizer: Path
+    max_length: int
+    template: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Counts:
+    """What is counted of a split; also what a chunk adds to it."""
+
+    records: int = 0  # that were encoded
+    too_long: int = 0  # that were left out
+    sequences: int = 0
+    tokens: int = 0
+    learned: int = 0  # tokens that are learned and scored
+    longest: int = 0  # tokens of the longest sequence of any record, also of those that were left out
+    shortest: int = 0  # … and of the record whose longest sequence is the shortest
+
+    def add(self, other: Counts) -> None:
+        for name in ("records", "too_long", "sequences", "tokens", "learned"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        self.shortest = min(filter(None, (self.shortest, other.shortest)), default=0)
 
 
 def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
@@ -37,67 +92,198 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
 
     Raises:
         UserError: the template rejects a record; or no record of a split fits into `training.max_length`.
-        RetryableError: an input did not appear in time.
+        RetryableError: an input did not appear in time, or a process was killed.
     """
     pipeline, wanted = loaded.pipeline, plan(loaded.pipeline)
     if artifacts.done(wanted.encoded_dataset, volumes):
         return
-    dataset, tokenizer_files = artifacts.wait([wanted.dataset, wanted.tokenizer], volumes, wait_seconds)
+    dataset, tokenizer = artifacts.wait([wanted.dataset, wanted.tokenizer], volumes, wait_seconds)
 
     def write(draft: Path) -> dict[str, Any]:
-        tokenizer = models.load_tokenizer(tokenizer_files.path)
-        encode_splits(dataset.path, draft, tokenizer, pipeline.training.max_length, pipeline.environment.chat_template)
-        return {"dataset": dataset.digest}
+        settings = Settings(tokenizer.path, pipeline.training.max_length, pipeline.environment.chat_template)
+        return {"dataset": dataset.digest, **encode_splits(dataset.path, draft, settings)}
 
     artifact = artifacts.publish(wanted.encoded_dataset, volumes, write, keep=pipeline.environment.retention.keep,
                                  adapter_name=pipeline.adapter, wait_seconds=wait_seconds)
     log.info("encoded: %s", artifact.path)
 
 
-def encode_splits(dataset: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int,
-                  template: Mapping[str, Any]) -> None:
+def encode_splits(dataset: Path, folder: Path, settings: Settings, processes: int | None = None) -> dict[str, Any]:
     """Encode the splits of the dataset artifact in `dataset` into `folder`; records of which a sequence has more than
     `max_length` tokens are left out and counted.
 
     Cutting them would teach the model to stop in the middle of an answer.
 
+    Args:
+        processes: how many encode; by default as many as the pod has CPUs and memory for, and 1 for little data.
+    Returns:
+        what was counted of each split, which is also written to `folder`.
     Raises:
-        UserError: when a split has records, but none that fits.
+        UserError: records that cannot be encoded; or a split has records, but none that fits.
+        RetryableError: a process was killed.
     """
+    files = {name: dataset / f"{name}.jsonl" for name in encoded.SPLITS}
+    files = {name: file for name, file in files.items() if file.exists()}  # there may be no validation
+    size = sum(file.stat().st_size for file in files.values())
+    if processes is None:
+        processes = 1 if size < SMALL_BYTES else most_processes()
+    log.info("encoding %s in %d process%s", human_bytes(size), processes, "es" if processes > 1 else "")
     statistics = {}
-    for name in encoded.SPLITS:
-        counts = {"records": 0, "too_long": 0, "tokens": 0}
-        shortest = 0
-
-        def fitting(name: str = name, counts: dict[str, int] = counts) -> Iterator[tuple[int, Encoded]]:
-            nonlocal shortest
-            for line, text in enumerate(_lines(dataset / f"{name}.jsonl"), 1):
-                try:
-                    sequences = encode(tokenizer, json.loads(text), template)
-                except RecordError as error:
-                    raise UserError(f"{name}.jsonl:{line} of the dataset: {error}") from None
-                length = max(map(len, sequences))
-                shortest = min(shortest or length, length)
-                if length > max_length:
-                    counts["too_long"] += 1
-                    continue
-                counts["records"] += 1
-                for sequence in sequences:
-                    counts["tokens"] += len(sequence)
-                    yield line, sequence
-
-        encoded.write(folder / f"{name}.arrow", fitting())
-        if not counts["records"] and (counts["too_long"] or name != encoded.VALIDATION):
-            raise UserError(f"all {counts['too_long']} {name} records are longer than training.max_length "
-                            f"({max_length} tokens; the shortest has {shortest}). Raise it, or shorten them")
-        statistics[name] = counts
+    with _encoders(settings, processes) as submit:
+        for name in encoded.SPLITS:
+            counts, problems = Counts(), list[str]()
+            progress = Progress(f"{name}: records encoded", None)
+            with encoded.writer(folder / f"{name}.arrow") as write:
+                for chunk in _in_order(submit, chunks(files[name]) if name in files else iter(()), 2 * processes):
+                    problems += chunk.problems
+                    if len(problems) >= LISTED:
+                        break
+                    if chunk.batch is not None:
+                        write(chunk.batch)
+                    counts.add(chunk.counts)
+                    progress.add(chunk.counts.records + chunk.counts.too_long,
+                                 lambda counts=counts: f"{counts.tokens:,} tokens")  # type: ignore[misc]
+            progress.finish(lambda counts=counts: f"{counts.tokens:,} tokens")  # type: ignore[misc]
+            if problems:
+                raise UserError("\n".join(f"{name}.jsonl:{problem}" for problem in problems[:LISTED])
+                                + "\nNothing was published")
+            _require_some(name, counts, settings.max_length)
+            statistics[name] = asdict(counts)
     too_long = sum(counts["too_long"] for counts in statistics.values())
     if too_long:
-        log.warning("%d records are longer than training.max_length (%d tokens) and are left out", too_long, max_length)
+        log.warning("%d records are longer than training.max_length (%d tokens) and are left out", too_long,
+                    settings.max_length)
     (folder / encoded.STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+    return statistics
 
 
-def _lines(file: Path) -> Iterator[str]:
-    if file.exists():  # a dataset without validation has no such file
-        with file.open(encoding="utf-8") as lines:
-            yield from lines
+def _require_some(name: str, counts: Counts, max_length: int) -> None:
+    if not counts.records and (counts.too_long or name != encoded.VALIDATION):
+        raise UserError(f"all {counts.too_long} {name} records are longer than training.max_length ({max_length} "
+                        f"tokens; the shortest has {counts.shortest}). Raise it, or shorten them")
+
+
+# --- chunks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What came of a chunk of lines."""
+
+    batch: bytes | None  # a serialized batch of the file to write; None when no record fits
+    counts: Counts
+    problems: list[str]  # each with the line
+
+
+Lines = tuple[int, list[bytes]]  # the number of the first, and the lines
+
+
+def chunks(file: Path) -> Iterator[Lines]:
+    """The lines of a file in chunks."""
+    first, size, lines = 1, 0, list[bytes]()
+    with file.open("rb") as stream:
+        for line in stream:
+            lines.append(line)
+            size += len(line)
+            if len(lines) == LINES_PER_CHUNK or size >= CHUNK_BYTES:
+                yield first, lines
+                first, size, lines = first + len(lines), 0, []
+    if lines:
+        yield first, lines
+
+
+def encode_chunk(settings: Settings, chunk: Lines) -> Chunk:
+    """Encode the records of a chunk. Runs in any process."""
+    tokenizer = _tokenizer(settings.tokenizer)
+    counts, problems, rows = Counts(), list[str](), list[tuple[int, Encoded]]()
+    for line, text in enumerate(chunk[1], chunk[0]):
+        try:
+            sequences = encode(tokenizer, json.loads(text), settings.template)
+            if not any(sequence.scored for sequence in sequences):
+                raise UserError("encodes to nothing that could be learned: the tokenizer leaves no token of its "
+                                "answer. Remove the record")
+        except UserError as error:
+            problems.append(f"{line} of the dataset: {error}")
+            continue
+        length = max(map(len, sequences))
+        one = Counts(longest=length, shortest=length)
+        if length > settings.max_length:
+            one.too_long = 1
+        else:
+            one.records, one.sequences = 1, len(sequences)
+            one.tokens, one.learned = sum(map(len, sequences)), sum(sequence.scored for sequence in sequences)
+            rows += [(line, sequence) for sequence in sequences]
+        counts.add(one)
+    return Chunk(encoded.serialized(rows) if rows else None, counts, problems)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: Path) -> Any:
+    return models.load_tokenizer(folder)
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def most_processes() -> int:
+    """How many processes the pod has CPUs and memory for, at least 1."""
+    cpus, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    quota = _cgroup("cpu.max")
+    if len(quota) == 2 and quota[0].isdigit():
+        cpus = min(cpus, max(1, int(quota[0]) // int(quota[1])))
+    limit = _cgroup("memory.max")
+    if limit and limit[0].isdigit():
+        memory = min(memory, int(limit[0]))
+    return max(1, min(cpus, (memory - SHARED_BYTES) // PROCESS_BYTES, MOST_PROCESSES))
+
+
+def _cgroup(name: str) -> list[str]:
+    """The words of a file of the container's own cgroup (version 2)."""
+    try:
+        return (CGROUP / name).read_text().split()
+    except OSError:
+        return []
+
+
+@contextmanager
+def _encoders(settings: Settings, processes: int) -> Iterator[Callable[[Lines], Future[Chunk]]]:
+    """What takes a chunk and returns its result-to-be: this process, or a pool of others."""
+    work = functools.partial(encode_chunk, settings)
+    if processes == 1:
+        def here(chunk: Lines) -> Future[Chunk]:
+            done: Future[Chunk] = Future()
+            done.set_result(work(chunk))
+            return done
+
+        yield here
+        return
+    # One process imports the tokenizer's libraries; those that encode are forked from it and share its memory.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__, *LIBRARIES])
+    pool = ProcessPoolExecutor(processes, context, initializer=_start_process)
+    try:
+        yield functools.partial(pool.submit, work)
+    except BrokenProcessPool:
+        raise RetryableError("a process that encodes was killed. If the pod ran out of memory, raise the limit of "
+                             "dataset-encoding") from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_process() -> None:
+    """Leave the end to the process that started this one: SIGTERM to the whole group stops that one, which waits for
+    the current chunks. And end with it, even when it is killed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)  # the fork server ended, which ends with it
+
+
+def _in_order(submit: Callable[[Lines], Future[Chunk]], source: Iterator[Lines], ahead: int) -> Iterator[Chunk]:
+    """The results of all chunks, in order, with at most `ahead` chunks on their way."""
+    pending = deque(map(submit, itertools.islice(source, ahead)))
+    while pending:
+        yield pending.popleft().result()
+        pending.extend(map(submit, itertools.islice(source, 1)))

@@ -4,8 +4,10 @@ with the data."""
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,7 @@ from jobs.data.encoding import Encoded
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
 TRAIN, VALIDATION, HOLDOUT = SPLITS = ("train", "validation", "holdout")
 STATISTICS = "statistics.json"
@@ -81,29 +84,41 @@ class Splits:
     validation: Sequence[Encoded] = ()
 
 
-def write(file: Path, sequences: Iterable[tuple[int, Encoded]]) -> None:
-    """Write the sequences of a split, each with the line of its record."""
+def schema() -> pa.Schema:
+    """A row for each sequence: its record's line, how many tokens, the tokens, and both ends of each learned range."""
     import pyarrow as pa
 
-    schema = pa.schema([("record", pa.int64()), ("length", pa.int64()), ("tokens", pa.large_list(pa.int32())),
-                        ("learned", pa.list_(pa.int32()))])
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        rows: list[tuple[int, Encoded]] = []
+    return pa.schema([("record", pa.int64()), ("length", pa.int64()), ("tokens", pa.large_list(pa.int32())),
+                      ("learned", pa.list_(pa.int32()))])
 
-        def flush() -> None:
-            columns = [[line for line, _ in rows], [len(sequence) for _, sequence in rows],
-                       [sequence.tokens for _, sequence in rows],
-                       [[end for span in sequence.learned for end in span] for _, sequence in rows]]
-            writer.write_batch(pa.record_batch([pa.array(column, field.type) for column, field in
-                                                zip(columns, schema, strict=True)], schema=schema))
-            rows.clear()
 
-        for row in sequences:
-            rows.append(row)
-            if len(rows) == SEQUENCES_PER_BATCH:
-                flush()
-        if rows:
-            flush()
+def serialized(rows: Sequence[tuple[int, Encoded]]) -> bytes:
+    """A batch of sequences, each with the line of its record, as a process sends it to the one that writes."""
+    import pyarrow as pa
+
+    columns = [[line for line, _ in rows], [len(sequence) for _, sequence in rows],
+               [sequence.tokens for _, sequence in rows],
+               [[end for span in sequence.learned for end in span] for _, sequence in rows]]
+    batch = pa.record_batch([pa.array(column, field.type) for column, field in zip(columns, schema(), strict=True)],
+                            schema=schema())
+    return bytes(batch.serialize())
+
+
+@contextmanager
+def writer(file: Path) -> Iterator[Callable[[bytes], None]]:
+    """Write the batches of a split, as `serialized` makes them."""
+    import pyarrow as pa
+
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema()) as stream:
+        yield lambda batch: stream.write_batch(pa.ipc.read_record_batch(pa.py_buffer(batch), schema()))
+
+
+def write(file: Path, sequences: Iterable[tuple[int, Encoded]]) -> None:
+    """Write the sequences of a split, each with the line of its record."""
+    source = iter(sequences)
+    with writer(file) as write_batch:
+        while rows := list(itertools.islice(source, SEQUENCES_PER_BATCH)):
+            write_batch(serialized(rows))
 
 
 def read(folder: Path) -> Splits:

@@ -1,7 +1,8 @@
 """Records: validation of a record or of a sentence with its judgement, and the question of a record.
 
-A record is {"prompt", "completion"}, {"messages": [{"role", "content"}, …]} or {"text"}. It may name its `split` (train
-or holdout) and a `group`: records of one group, e.g. of one customer or document, are never divided between the splits.
+A record is {"prompt", "completion"}, {"messages": [{"role", "content"}, …]} or {"text"}. It may name its `split`
+(train, validation or holdout) and a `group`: records of one group, e.g. of one customer or document, are never divided
+between the splits.
 Messages may call tools, in OpenAI's shape: `tool_calls` of the assistant, their results with the role `tool`, and the
 definitions in `tools` of the record.
 """
@@ -48,8 +49,8 @@ def validate_record(record: Any) -> list[str]:
     found = _shape_problems(record, RECORD_KEYS, SHAPES)
     if found:
         return found
-    if "split" in record and record["split"] not in ("train", "holdout"):
-        found.append(f"`split` must be train or holdout, not {_abbreviated(record['split'])}")
+    if "split" in record and record["split"] not in ("train", "validation", "holdout"):
+        found.append(f"`split` must be train, validation or holdout, not {_abbreviated(record['split'])}")
     if "group" in record and (wrong := _text_problem(record["group"])):
         found.append(f"`group` {wrong}")
     if "messages" in record:

@@ -10,6 +10,7 @@ report; and promotes an adapter that passed. A rejection is a result, not a fail
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
@@ -26,6 +27,7 @@ from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.core.search import FILE as SEARCH
 from jobs.core.termination import write_termination_message
+from jobs.data import encoded
 from jobs.evaluation import content, gate, report, scoring
 from jobs.evaluation.metrics import SCORES
 
@@ -70,7 +72,7 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
     base, adapter, reference = (artifacts.done(spec, volumes) for spec in
                                 (wanted.base_scores, wanted.adapter_scores, wanted.reference_scores))
     inputs = [wanted.adapter]
-    inputs += [] if base and adapter else [wanted.base_model, wanted.tokenizer]
+    inputs += [] if base and adapter else [wanted.encoded_dataset, wanted.base_model, wanted.tokenizer]
     inputs += [] if reference else [wanted.reference_model]
     artifacts.wait(inputs, volumes, wait_seconds)
     with models.gpu_memory("Take a GPU with more, a smaller reference model, or a lower training.max_length"):
@@ -83,9 +85,12 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
 
 
 def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, material: scoring.Material) -> None:
-    """Measure the base model with the adapter switched off, then on; skips what is already there."""
+    """Measure the base model with the adapter switched off, then on; skips what is already there. Both read the data as
+    training's job did: encoded."""
     from peft import PeftModel
 
+    holdout = encoded.Split(wanted.encoded_dataset.path(volumes) / f"{encoded.HOLDOUT}.arrow")
+    material = dataclasses.replace(material, encoded=holdout)
     model, tokenizer = _load(wanted.base_model.path(volumes), wanted.tokenizer.path(volumes))
     adapted = PeftModel.from_pretrained(model, str(wanted.adapter.path(volumes))).eval()
     name = _versioned(pipeline, wanted)
@@ -98,7 +103,7 @@ def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, ma
 
 
 def measure_reference(pipeline: Pipeline, wanted: Plan, volumes: Path, material: scoring.Material) -> None:
-    """Measure the reference model with its own tokenizer."""
+    """Measure the reference model with its own tokenizer, with which it encodes the data itself."""
     folder = wanted.reference_model.path(volumes)
     model, tokenizer = _load(folder, folder)
     artifacts.publish(wanted.reference_scores, volumes,

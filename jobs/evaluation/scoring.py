@@ -25,6 +25,8 @@ from jobs.evaluation.metrics import METRICS, Likelihood, Measurements
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from jobs.data.encoded import Split
+
 log = logging.getLogger("jobs")
 
 # A batch's logits are its tokens times the vocabulary, in float32: 512 MiB of them is 2700 tokens at SmolLM2's 49152.
@@ -43,6 +45,8 @@ class Material:
     max_length: int  # tokens; longer records are left out, as in training
     max_new_tokens: int  # of an answer
     template: Mapping[str, Any] = field(default_factory=dict)  # arguments of the chat template
+    # The holdout as the model's own tokenizer encoded it; None: `measure` encodes it.
+    encoded: Split | None = None
 
     @classmethod
     def read(cls, dataset: Path, acceptability: Path, *, max_length: int, max_new_tokens: int,
@@ -220,21 +224,30 @@ def _fitting(tokenizer: PreTrainedTokenizerBase, material: Material, limit: int,
 
     So is a record whose answers are special tokens only: it has no text to measure.
     """
-    records = []
-    for line, record in enumerate(material.holdout, 1):
-        try:
-            records.append((record, encode(tokenizer, record, material.template)))
-        except RecordError as error:
-            raise UserError(f"{name}: holdout.jsonl:{line} of the dataset: {error}") from None
+    if material.encoded is None:
+        records = list(_encode(tokenizer, material, name))
+    else:
+        lines = material.encoded.records.tolist()
+        records = [(material.holdout[line - 1], [sequence for _, sequence in sequences]) for line, sequences
+                   in itertools.groupby(zip(lines, material.encoded, strict=True), key=lambda each: each[0])]
     special = special_tokens(tokenizer)
     fitting = [(record, encoded) for record, encoded in records
                if max(map(len, encoded)) <= limit and any(each.has_text(special) for each in encoded)]
-    if not fitting:
+    if not fitting:  # an encoded holdout leaves out what is longer than training.max_length, and always holds some
         shortest = min((max(map(len, encoded)) for _, encoded in records), default=0)
-        raise UserError(f"{name}: none of the {len(records)} held-out records fits: the shortest has {shortest} tokens "
-                        f"and {limit} are allowed "
+        raise UserError(f"{name}: none of the {len(material.holdout)} held-out records fits: the shortest has "
+                        f"{shortest} tokens and {limit} are allowed "
                         "(training.max_length, or what the model knows). Raise it, or shorten the records")
-    if len(fitting) < len(records):
+    if len(fitting) < len(material.holdout):
         log.warning("%s: %d of %d held-out records have more than %d tokens and are left out", name,
-                    len(records) - len(fitting), len(records), limit)
+                    len(material.holdout) - len(fitting), len(material.holdout), limit)
     return fitting
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, material: Material,
+            name: str) -> Iterator[tuple[Record, list[Encoded]]]:
+    for line, record in enumerate(material.holdout, 1):
+        try:
+            yield record, encode(tokenizer, record, material.template)
+        except RecordError as error:
+            raise UserError(f"{name}: holdout.jsonl:{line} of the dataset: {error}") from None

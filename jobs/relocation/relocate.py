@@ -1,7 +1,7 @@
 """Relocation: bring a pinned source onto its volume, verified, in the form that the other stages read.
 
 Models come as safetensors, config and tokenizer files only: a pickle can run code when it is loaded, and so can a
-Python file, so neither is ever taken. Data comes as validated records, divided into train and holdout.
+Python file, so neither is ever taken. Data comes as validated records, divided into train, validation and holdout.
 """
 
 from __future__ import annotations
@@ -87,13 +87,14 @@ def check_data_in_git(loaded: LoadedPipeline) -> None:
 
 
 def write_dataset(loaded: LoadedPipeline, draft: Path) -> dict[str, Any]:
-    """Fetch the data, validate every record, and write train.jsonl, holdout.jsonl and statistics.json."""
+    """Fetch the data, validate every record, and write a file for each split, and statistics.json."""
     source = loaded.pipeline.dataset
-    facts = split.split(fetch_data(loaded, source, draft), source.holdout, draft)
+    facts = split.split(fetch_data(loaded, source, draft), source.holdout, draft, source.validation)
     shutil.rmtree(draft / RAW)
     records = facts["records"]
-    log.info("%s: %d records to train on, %d held out by %s, %d duplicates", shown(source.source),
-             records["train"], records["holdout"], facts["split_by"], facts["duplicates"])
+    chosen = f", {records['validation']} to choose by" if "validation" in records else ""
+    log.info("%s: %d records to train on%s, %d held out by %s, %d duplicates", shown(source.source),
+             records["train"], chosen, records["holdout"], facts["split_by"], facts["duplicates"])
     return origin(source) | facts
 
 

@@ -68,8 +68,8 @@ def check_data(loaded: LoadedPipeline) -> None:
         require_pin(loaded, name, source)
     source, statistics = loaded.pipeline.dataset, None
     if source.scheme == "file":
-        statistics = split.validate(loaded.resolve(source), source.holdout)
-        if loaded.pipeline.training.keep == "best" and not statistics["records"].get("validation", source.validation):
+        statistics = split.validate(loaded.resolve(source), source.holdout, source.validation)
+        if loaded.pipeline.training.keep == "best" and not statistics["records"].get("validation"):
             raise UserError(f"{loaded.path}: {NO_VALIDATION}")
     check_search(loaded, statistics)
     of_trials = (advice(loaded.pipeline.model_copy(update={"training": trial}), statistics)
@@ -88,7 +88,7 @@ def check_search(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -
     if training.search is None:
         return
     log.info("%s: training.search: %s", loaded.path, training.search.summary(training.epochs))
-    if statistics and not statistics["records"].get("validation", dataset.validation):
+    if statistics and not statistics["records"].get("validation"):
         raise UserError(f"{loaded.path}: {search.NO_VALIDATION}")
     if not statistics and not dataset.validation:
         log.warning("%s: training.search chooses by the loss on the validation split, and dataset.validation is 0: "

@@ -92,7 +92,8 @@ def test_anyone_can_compute_the_name_of_an_artifact_from_the_pipeline_file(tmp_p
     fine_tuned, model = "fine-tuned-model", {"source": "hf://HuggingFaceTB/SmolLM2-135M-Instruct", **commit}
     scores = {"recipe": RECIPES["scores"], "max_new_tokens": 64, "max_length": 1024, "chat_template": {}}
     data = {"dataset": digest["dataset"], "acceptability": digest["acceptability"]}
-    base = {"model": digest["base_model"], "tokenizer": digest["tokenizer"]}
+    base = {"encoded_dataset": digest["encoded_dataset"], "model": digest["base_model"],
+            "tokenizer": digest["tokenizer"]}
     assert vars(of) == {
         "dataset": Spec("dataset", "dataset", {"recipe": RECIPES["dataset"], "sha256": build_pipeline.SHA256,
                                                "format": "jsonl", "holdout": 0.1}),

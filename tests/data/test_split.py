@@ -167,6 +167,71 @@ def test_a_larger_holdout_holds_out_the_same_records_and_more(tmp_path: Path) ->
         assert abs(len(chosen) / 1000 - share) < 0.05
 
 
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+def divided(path: Path, holdout: float, validation: float) -> dict[str, list[Any]]:
+    """The records of each split that has a file."""
+    out = path.parent / f"out-{validation}"
+    out.mkdir(exist_ok=True)
+    facts = dataset.split(files_in(path), holdout, out, validation)
+    found = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in out.glob("*.jsonl")}
+    assert facts["records"] == {name: len(records) for name, records in found.items()}
+    return found
+
+
+def test_a_share_for_validation_is_taken_from_training_alone(tmp_path: Path) -> None:
+    """What is held out stays so; and what is neither held out nor for validation is what training gets."""
+    path = jsonl(tmp_path, [{"prompt": f"p{n}", "completion": "c"} for n in range(1000)])
+    before, after, more = (divided(path, 0.2, share) for share in (0, 0.1, 0.3))
+    assert before.keys() == {"train", "holdout"}, "without a share, there is no file"
+    assert before["holdout"] == after["holdout"] == more["holdout"]
+    assert sorted(map(str, after["train"] + after["validation"])) == sorted(map(str, before["train"]))
+    assert abs(len(after["validation"]) / 1000 - 0.1) < 0.03
+    assert {r["prompt"] for r in after["validation"]} < {r["prompt"] for r in more["validation"]}
+
+
+def test_groups_are_never_divided_among_three_splits(tmp_path: Path) -> None:
+    found = divided(jsonl(tmp_path, grouped(60, 4)), 0.3, 0.3)
+    groups = {name: {r["group"] for r in records} for name, records in found.items()}
+    assert sum(map(len, groups.values())) == len(set.union(*groups.values())) == 60
+
+
+def test_records_may_name_validation_as_their_split(tmp_path: Path) -> None:
+    records = [GOOD[0] | {"split": "holdout"}, GOOD[1] | {"split": "validation"}, *GOOD[2:]]
+    assert divided(jsonl(tmp_path, records), 0.2, 0) == {
+        "holdout": [GOOD[0]], "validation": [GOOD[1]], "train": GOOD[2:]}
+
+
+@pytest.mark.parametrize("pair", [("train", "validation"), ("validation", "holdout"), ("holdout", "validation")])
+def test_a_prompt_or_a_group_in_any_two_splits_is_refused(tmp_path: Path, pair: tuple[str, str]) -> None:
+    rest = [GOOD[n] | {"split": split} for n, split in enumerate(("train", "validation", "holdout"))]
+    twins = [{"prompt": "Same?", "completion": "c", "split": split} for split in pair]
+    message = problems(jsonl(tmp_path, [*rest, *twins]))
+    assert "data.jsonl:5: the same prompt is at" in message
+    assert "data.jsonl:4 in the other split" in message
+    groups = [GOOD[10 + n] | {"split": split, "group": "g"} for n, split in enumerate(pair)]
+    assert "data.jsonl:5: its `group` is at" in problems(jsonl(tmp_path, [*rest, *groups]))
+
+
+@pytest.mark.parametrize(("records", "hint"), [
+    (GOOD, r"50 records, and the hash puts none into validation at validation 1e-05. Raise `dataset.validation`"),
+    ([GOOD[0] | {"split": "holdout"}, GOOD[1]], "none for `validation`, though `dataset.validation` is 1e-05"),
+])
+def test_an_empty_validation_that_is_desired_is_refused(tmp_path: Path, records: list[Any], hint: str) -> None:
+    with pytest.raises(UserError, match=hint):
+        dataset.validate(jsonl(tmp_path, records), 0.2, 1e-5)
+
+
+def test_problems_of_groups_and_prompts_are_listed_in_the_order_of_the_records(tmp_path: Path) -> None:
+    held = [r | {"split": "holdout", "group": f"g{n}"} for n, r in enumerate(GOOD[:4])]
+    again = [GOOD[0] | {"completion": "x"}, {"prompt": "other", "completion": "x", "group": "g1"},
+             GOOD[2] | {"group": "g2"}, GOOD[3]]
+    lines = problems(jsonl(tmp_path, [*held, *again])).splitlines()
+    assert [(line.split(":")[1], "`group`" in line) for line in lines[:-1]] == [
+        ("5", False), ("6", True), ("7", True), ("7", False), ("8", False)]
+
+
 # --- groups ----------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +350,8 @@ def test_any_text_survives_unchanged(tmp_path_factory: pytest.TempPathFactory, t
     ('{"text": "\\ud800"}', ":2: `text` holds half a character"),
     ({"prompt": "a", "completion": "b", "group": 7}, ":2: `group` must be text, not 7"),
     ({"prompt": "a", "completion": "b", "group": " "}, ":2: `group` is empty"),
-    ({"prompt": "a", "completion": "b", "split": "test"}, ":2: `split` must be train or holdout, not 'test'"),
+    ({"prompt": "a", "completion": "b", "split": "test"},
+     ":2: `split` must be train, validation or holdout, not 'test'"),
     ({"messages": "hello"}, ":2: `messages` must be a list"),
     ({"messages": []}, ":2: `messages` must hold at least a question and its answer"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "at least a question and its answer"),
@@ -408,7 +474,7 @@ def test_a_folder_holds_several_files_and_others_are_ignored(tmp_path: Path) -> 
     ('prompt,completion\n"a\nb",c\nd,\n', "data.csv:4: `completion` is empty"),
     ('prompt,completion\na,"b\n', "data.csv:2: not CSV: unexpected end of data"),
     ("prompt,completion\na,b\nc,caf\udce9\n", "data.csv:3: not UTF-8 at byte"),
-    ("prompt,completion,split\na,b,never\n", "data.csv:2: `split` must be train or holdout, not 'never'"),
+    ("prompt,completion,split\na,b,never\n", "data.csv:2: `split` must be train, validation or holdout, not 'never'"),
     ("", "data.csv: no records"),
 ])
 def test_bad_csv_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:

@@ -100,7 +100,8 @@ def test_a_third_adapter_joins_without_a_restart_and_without_touching_the_others
     assert identity(environment.wait_until_ready()) == pod
     after = environment.jobs()
     assert after.keys() - names.keys() == {
-        f"{stage}-third" for stage in ("dataset-relocation", "model-training", "model-evaluation")}
+        f"{stage}-third"
+        for stage in ("dataset-relocation", "dataset-encoding", "model-training", "model-evaluation")}
     assert {title: after[title]["metadata"]["name"] for title in names} == names
     assert {title: environment.outcomes()[title] for title in before} == before
 

@@ -195,7 +195,8 @@ def test_two_environments_in_one_cluster_do_not_touch_each_other(
     other.make_room()
     try:
         # The relocation of data and tokenizer alone, for the sake of time.
-        other.push(FIRST, [without("apps/v1", "Deployment", ".*"), without("batch/v1", "Job", "model-.*")])
+        other.push(FIRST, [without("apps/v1", "Deployment", ".*"),
+                           without("batch/v1", "Job", "(model|dataset-encoding)-.*")])
         assert set(other.wanted.values()) == {*(f"dataset-relocation-{name}" for name in FACTS), "tokenizer-relocation"}
         other.wait_for_jobs()
         assert "published dataset/" in other.logs_of(RELOCATION)  # its own: nothing was there

@@ -17,6 +17,7 @@ from jobs.__main__ import main
 from jobs.core import artifacts, models, promotion
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.plan import plan
+from jobs.data import encoding
 from jobs.evaluation import evaluate, scoring
 from jobs.evaluation.metrics import SCORES
 from tests.build_models import FAILING, PASSING, RECORDS, published_pipeline, tiny_gpt2, tiny_tokenizer
@@ -300,9 +301,24 @@ def test_an_adapter_of_nan_weights_is_rejected(tmp_path: Path) -> None:
 
 def test_a_rouge_rule_on_plain_text_fails_before_waiting_for_the_adapter(tmp_path: Path) -> None:
     loaded, volumes = published_pipeline(tmp_path, records=[{"text": "The cook reads."}], gate={"rougeL": {"min": 0.5}},
-                                         without=("base_model", "tokenizer", "reference_model", "adapter"))
+                                         without=("base_model", "tokenizer", "encoded_dataset", "reference_model",
+                                                  "adapter"))
     with pytest.raises(UserError, match=r"evaluation\.gate\.rougeL: cannot be measured"):
         evaluate.run(loaded, volumes, 0)
+
+
+def test_only_the_reference_model_encodes_the_holdout_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others read what the encoding job made for training, where the template was checked on every record."""
+    loaded, volumes = published_pipeline(tmp_path)
+    tokenizers = []
+
+    def encode(tokenizer: Any, *arguments: Any) -> Any:
+        tokenizers.append(tokenizer.name_or_path)
+        return encoding.encode(tokenizer, *arguments)
+
+    monkeypatch.setattr(scoring, "encode", encode)
+    evaluate.run(loaded, volumes, 0)
+    assert set(tokenizers) == {str(plan(loaded.pipeline).reference_model.path(volumes))}
 
 
 def test_plain_text_is_evaluated_by_perplexity(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import re
@@ -15,6 +16,7 @@ import pytest
 from jobs.core import models
 from jobs.core.errors import UserError
 from jobs.core.progress import Progress
+from jobs.data import encoded
 from jobs.data.encoding import Encoded, encode
 from jobs.evaluation import scoring
 from jobs.evaluation.metrics import SCORES
@@ -298,6 +300,23 @@ def test_records_that_are_too_long_are_left_out_and_counted(
         scoring.measure(model, tokenizer, material(RECORDS, max_length=lengths[0] - 1), "tiny")
     with pytest.raises(UserError, match="none of the 0 held-out records fits: the shortest has 0 tokens"):
         scoring.measure(model, tokenizer, material([]), "tiny")
+
+
+def test_the_encoded_holdout_gives_the_same_scores_as_encoding_it_here(
+        loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    """Also of a record that is several sequences, and without those that the encoding job left out."""
+    model, tokenizer = loaded
+    lengths = sorted(len(encode(tokenizer, record)[0]) for record in RECORDS)
+    here = material(RECORDS, max_length=lengths[2])
+    rows = [(line, encode(tokenizer, record)[0]) for line, record in enumerate(RECORDS, 1)]
+    encoded.write(tmp_path / "holdout.arrow", [row for row in rows if len(row[1]) <= lengths[2]])
+    there = dataclasses.replace(here, encoded=encoded.Split(tmp_path / "holdout.arrow"))
+    assert scoring.measure(model, tokenizer, there, "tiny") == scoring.measure(model, tokenizer, here, "tiny")
+    encoded.write(tmp_path / "twice.arrow", [(line, each) for line, each in rows for _ in range(2)])
+    twice = dataclasses.replace(material(RECORDS), encoded=encoded.Split(tmp_path / "twice.arrow"))
+    once, both = (scoring.measure(model, tokenizer, each, "tiny")[0] for each in (material(RECORDS), twice))
+    assert both["records"] == once["records"] == 4
+    assert both["completion_tokens"] == 2 * once["completion_tokens"]
 
 
 def test_what_the_model_cannot_read_or_has_nothing_to_score_is_left_out(loaded: tuple[Any, Any]) -> None:

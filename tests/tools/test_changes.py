@@ -110,7 +110,8 @@ def running(found: Changes) -> dict[str, tuple[str, ...]]:
 
 def of(adapter: str) -> set[str]:
     """The Jobs of an adapter."""
-    return {f"{job}-{adapter}" for job in ("dataset-relocation", "model-training", "model-evaluation")}
+    return {f"{job}-{adapter}"
+            for job in ("dataset-relocation", "dataset-encoding", "model-training", "model-evaluation")}
 
 
 SHARED_JOBS = {"model-relocation", "tokenizer-relocation", "model-reference-relocation"}
@@ -123,7 +124,7 @@ def test_without_a_change_nothing_is_new_and_nothing_runs(overlay: Path) -> None
     found = planned(overlay)
     assert {part.status for part in [found.environment, *found.adapters.values()]} == {"unchanged"}
     assert (running(found), found.removed, found.restarts, found.rollouts) == ({}, [], [], [])
-    assert len(found.runs) == 9
+    assert len(found.runs) == 11
     assert changes_report.summary(found) == "2 adapters unchanged; no Job runs; serving does not restart"
 
 
@@ -134,10 +135,11 @@ def test_a_setting_of_training_concerns_its_adapter_only_and_is_named(overlay: P
         "adapter": ("training.lora.r: 16 -> 32",), "adapter-scores": ("new input: adapter",),
         "evaluation": ("new input: adapter, adapter-scores",)}
     assert new(found.environment) == new(found.adapters[B]) == {}
-    assert running(found) == {f"dataset-relocation-{A}": (), f"model-training-{A}": (f"{A}/adapter",),
+    assert running(found) == {f"dataset-relocation-{A}": (), f"dataset-encoding-{A}": (),
+                              f"model-training-{A}": (f"{A}/adapter",),
                               f"model-evaluation-{A}": (f"{A}/adapter-scores", f"{A}/evaluation")}
     assert (found.adapters[A].service, found.adapters[B].service) == ("kept", "unchanged")
-    assert changes_report.summary(found) == ("1 adapter trained again, 1 unchanged; 3 Jobs run, 1 for nothing new; "
+    assert changes_report.summary(found) == ("1 adapter trained again, 1 unchanged; 4 Jobs run, 2 for nothing new; "
                                              "serving does not restart")
 
 
@@ -155,7 +157,8 @@ def test_new_data_is_a_reason_by_its_pin(overlay: Path) -> None:
     report = command.make(overlay)
     why = new(report.changes.adapters[B])
     assert why["dataset"] == (f"dataset.sha256: {before[:12]}… -> {after[:12]}…",)
-    assert why["adapter"] == ("new input: dataset",)
+    assert why["encoded-dataset"] == ("new input: dataset",)
+    assert why["adapter"] == ("new input: dataset, encoded-dataset",)
     assert not any("relocation would fail" in note for note in report.notes)
 
 
@@ -169,7 +172,7 @@ def test_a_new_base_model_makes_every_adapter_new_and_serving_waits_for_them(ove
         "base_model.source: builtin:tiny -> hf://HuggingFaceTB/SmolLM2-135M-Instruct",
         f"base_model.revision: none -> {build_pipeline.COMMIT[:12]}…")
     for name in (A, B):
-        assert new(found.adapters[name])["adapter"] == ("new input: base-model, tokenizer",)
+        assert new(found.adapters[name])["adapter"] == ("new input: encoded-dataset, base-model, tokenizer",)
         assert found.adapters[name].service == "kept"
     assert running(found).keys() == SHARED_JOBS | of(A) | of(B)
     assert [(each.when, each.reason) for each in found.restarts] == [
@@ -200,7 +203,7 @@ def test_a_job_that_runs_for_nothing_is_told_from_one_that_works(
     assert new(found.adapters[A]) == {}
     assert running(found) == dict.fromkeys(of(A), ())
     assert [str(each) for each in found.adapters[A].settings] == shown
-    assert changes_report.summary(found) == ("2 adapters unchanged; 3 Jobs run for nothing new; serving does not "
+    assert changes_report.summary(found) == ("2 adapters unchanged; 4 Jobs run for nothing new; serving does not "
                                              "restart")
 
 
@@ -218,7 +221,7 @@ def test_adapters_come_and_go_without_a_restart(overlay: Path) -> None:
     assert running(found).keys() == of("third")
     assert {name.rpartition("-")[0] for name in found.removed} == of(B)
     assert found.restarts == []
-    assert changes_report.summary(found) == ("1 adapter added, 1 removed, 1 unchanged; 3 Jobs run; serving does not "
+    assert changes_report.summary(found) == ("1 adapter added, 1 removed, 1 unchanged; 4 Jobs run; serving does not "
                                              "restart")
 
 
@@ -308,13 +311,15 @@ def alone(**edits: Any) -> Changes:
         "dataset.source: file:dataset.jsonl -> hf://datasets/a/b", f"dataset.revision: none -> {'12fd25f77366'}…",
         "dataset.sha256: 5b1f5b1f5b1f… -> none")}),
     ({"training__quantization": "4bit"}, {"adapter": ("training.quantization: none -> 4bit",)}),
-    ({"training__max_length": 512}, {"adapter": ("training.max_length: 1024 -> 512",),
-                                     "base-scores": ("training.max_length: 1024 -> 512",)}),
+    ({"training__max_length": 512}, {"encoded-dataset": ("training.max_length: 1024 -> 512",),
+                                     "adapter": ("new input: encoded-dataset",),
+                                     "base-scores": ("training.max_length: 1024 -> 512",
+                                                     "new input: encoded-dataset")}),
     ({"training__lora__target_modules": ["q_proj"]},
      {"adapter": ("training.lora.target_modules: all-linear -> [q_proj]",)}),
     ({"tokenizer": {"source": "hf://a/b", "revision": build_pipeline.COMMIT}}, {
         "tokenizer": ("tokenizer.source: none -> hf://a/b", f"tokenizer.revision: none -> {'12fd25f77366'}…"),
-        "adapter": ("new input: tokenizer",)}),
+        "encoded-dataset": ("new input: tokenizer",), "adapter": ("new input: encoded-dataset, tokenizer",)}),
     ({"evaluation__gate": {"rougeL": {"min_gain": 0.1}}}, {"evaluation": (
         "evaluation.gate.perplexity: {max_ratio: 0.9} -> none", "evaluation.gate.rougeL: none -> {min_gain: 0.1}")}),
     ({"base_model__architecture": "LlamaForCausalLM"}, {}),
@@ -383,7 +388,7 @@ def job_set(name: str, adapter: str | None, *stages: str) -> list[Manifest]:
 
 
 def test_a_jobset_is_one_name_for_all_of_its_stages() -> None:
-    stages = ("relocate dataset", "await dataset base-model", "train", "evaluate")
+    stages = ("relocate dataset", "encode", "await encoded-dataset base-model", "train", "evaluate")
     models = job_set("models-2222222222", None, "relocate base-model", "relocate tokenizer")
     before, after = build_pipeline.build(), build_pipeline.build(training__lora__r=16)
     found = changes.compare(
@@ -442,8 +447,8 @@ def test_volumes_show_what_is_there_and_what_would_be_made(overlay: Path, tmp_pa
             folder.rename(folder.with_name(folder.name + suffix))
     found = planned(overlay, volumes=volumes)
     there = {each.name: each.there for each in found.adapters[A].artifacts}
-    assert there == {"dataset": True, "acceptability": True, "adapter": False, "base-scores": True,
-                     "adapter-scores": False, "reference-scores": True, "evaluation": False}
+    assert there == {"dataset": True, "acceptability": True, "encoded-dataset": True, "adapter": False,
+                     "base-scores": True, "adapter-scores": False, "reference-scores": True, "evaluation": False}
     assert running(found)[f"dataset-relocation-{A}"] == ()
     assert running(found)[f"model-training-{A}"] == (f"{A}/adapter",)
     table = changes_report.table(command.make(overlay, None, volumes))
@@ -466,7 +471,7 @@ def test_a_revert_restores_an_adapter_without_training(overlay: Path, tmp_path: 
     assert part.artifact("adapter").new  # type: ignore[union-attr]
     assert (part.service, part.promoted, changes_report.work(part)) == ("at once", promoted.adapter.digest, "restored")
     assert set(running(found).values()) == {()}
-    assert changes_report.summary(found).startswith("1 adapter restored, 1 unchanged; 3 Jobs run for nothing new")
+    assert changes_report.summary(found).startswith("1 adapter restored, 1 unchanged; 4 Jobs run for nothing new")
 
 
 @pytest.mark.parametrize(("passed", "promoted", "service"), [
@@ -721,5 +726,9 @@ def test_the_yaml_of_a_new_key_needs_no_code() -> None:
     others = {"epochs": 2, "learning_rate": 0.01, "max_length": 99, "tokens_per_batch": 2048, "seed": 7}
     for key, value in others.items():
         assert settings[key] != value
-        found = alone(**{f"training__{key}": value})
-        assert new(found.adapters[A])["adapter"] == (f"training.{key}: {values.shown(settings[key])} -> {value}",)
+        found = new(alone(**{f"training__{key}": value}).adapters[A])
+        reason = (f"training.{key}: {values.shown(settings[key])} -> {value}",)
+        # What a key changes itself has it as its reason, and what follows from that has the new input.
+        first = "encoded-dataset" if key == "max_length" else "adapter"
+        assert found[first] == reason
+        assert first == "adapter" or found["adapter"] == (f"new input: {first}",)

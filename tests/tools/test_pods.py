@@ -119,7 +119,7 @@ def test_the_overlays_jobs_mount_the_environment_and_the_file_of_their_own_adapt
     assert len(adapters) == 2
     assert sorted(pod.title for pod in mapped if pod.adapter) == sorted(
         f"{stage}-{name}" for name in adapters
-        for stage in ("dataset-relocation", "model-training", "model-evaluation"))
+        for stage in ("dataset-relocation", "dataset-encoding", "model-training", "model-evaluation"))
     for pod in mapped:
         if pod.kind == "Job":
             (container,) = pod.containers

@@ -285,7 +285,7 @@ def test_what_vllm_could_not_serve_is_refused_before_training(
 def test_a_missing_input_is_named_and_worth_a_retry(tmp_path: Path) -> None:
     file, volumes = published_inputs(tmp_path)
     wanted = plan(pipeline.load(file).pipeline)
-    wanted.dataset.path(volumes).rename(tmp_path / "elsewhere")
+    wanted.encoded_dataset.path(volumes).rename(tmp_path / "elsewhere")
     done = subprocess.run(command(file, volumes), cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert f"error: waited 1 s for {wanted.dataset}" in done.stderr
+    assert f"error: waited 1 s for {wanted.encoded_dataset}" in done.stderr
