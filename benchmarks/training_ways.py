@@ -138,18 +138,15 @@ def ours(folder: Path, shape: Shape, turns: Turns) -> None:
     from jobs.data.encoded import Splits
     from jobs.training import callbacks, packing, train
 
-    batches: list[list[int]] = []
-
-    def flatten(packs: Sequence[packing.Pack]) -> dict[str, Tensor]:
-        batches.append([turns.numbers[tuple(record.tokens)] for pack in packs for record in pack])
-        return packing.flatten(packs)
+    training = shape.training()
+    batches = [[int(number) for number in batch] for batch in packing.Batches(turns.records, training)]
 
     def trainer_callbacks(*arguments: Any, **named: Any) -> list[Any]:
         return [*callbacks.trainer_callbacks(*arguments, **named), turns.callback(batches)]
 
-    with patch.multiple(train, flatten=flatten, trainer_callbacks=trainer_callbacks):
-        train.train(models.load_model(folder), Splits(turns.records, [], 0), shape.training(), TARGETS,
-                    train.Folders(folder / "checkpoints", folder / "tensorboard"), folder / "adapter")
+    with patch.object(train, "trainer_callbacks", trainer_callbacks):
+        train.train(models.load_model(folder), Splits(turns.records, turns.records[:1], 0), training, TARGETS,
+                    callbacks.Folders(folder / "checkpoints", folder / "tensorboard"), folder / "adapter")
 
 
 def trl(folder: Path, shape: Shape, turns: Turns) -> None:
@@ -195,7 +192,7 @@ def loop(folder: Path, shape: Shape, turns: Turns) -> None:
     model = models.load_model(folder)
     attention.attend_by_record(model)
     adapted = _adapted(model, shape)
-    _follow(adapted.parameters(), turns, lambda batch: adapted(**flatten([batch]), use_cache=False).loss)
+    _follow(adapted.parameters(), turns, lambda batch: adapted(**flatten(batch), use_cache=False).loss)
 
 
 def padded(folder: Path, shape: Shape, turns: Turns) -> None:

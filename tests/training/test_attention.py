@@ -86,7 +86,7 @@ def test_a_pack_has_the_loss_and_the_gradients_of_its_records_one_by_one(archite
     wanted = gradients(model, expected)
     attention.attend_by_record(model)
     assert model.config._attn_implementation == attention.NAME
-    loss = model(**packing.flatten([records])).loss
+    loss = model(**packing.flatten(records)).loss
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     found = gradients(model, loss)
     assert found.keys() == wanted.keys()
@@ -108,7 +108,7 @@ def test_no_attention_between_records_is_computed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     model, records = build("LlamaForCausalLM"), pack()
     attention.attend_by_record(model)
-    model(**packing.flatten([records]))
+    model(**packing.flatten(records))
     assert computed == [(len(record), len(record)) for record in records] * model.config.num_hidden_layers
 
 
@@ -124,7 +124,7 @@ def test_padded_rows_are_refused_instead_of_computed_wrong() -> None:
 def test_logits_are_computed_where_a_token_is_learned_and_nowhere_else() -> None:
     model, records = build("LlamaForCausalLM"), pack()
     attention.attend_by_record(model)
-    batch = packing.flatten([records])
+    batch = packing.flatten(records)
     assert model(**batch).logits.shape == (1, sum(record.scored for record in records), VOCABULARY)
     assert batch["shift_labels"].tolist() == [[token for record in records for first, last in record.learned
                                                for token in record.tokens[max(first, 1):last]]]

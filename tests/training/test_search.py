@@ -423,8 +423,8 @@ def test_the_search_of_overlays_kind_costs_less_than_two_trainings(tmp_path: Pat
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     wanted, encoded_data = plan(loaded.pipeline), tmp_path / "encoded"
     encoded_data.mkdir()
-    encode.encode_splits(tmp_path, encoded_data, models.load_tokenizer(wanted.tokenizer.path(embedded_models)),
-                         loaded.pipeline.training.max_length, {})
+    encode.encode_splits(tmp_path, encoded_data, encode.Settings(wanted.tokenizer.path(embedded_models),
+                                                                loaded.pipeline.training.max_length))
     splits, searched = encoded.read(encoded_data), loaded.pipeline.training.model_copy(update={"epochs": 6})
     base = wanted.base_model.path(embedded_models)
     layers = models.check_target_modules(models.architecture(base), "all-linear", str(base), "lora")
