@@ -59,6 +59,10 @@ class Environment(Strict):
     serving: Serving = Serving()
     retention: Retention = Retention()
 
+    def __hash__(self) -> int:
+        """Equal environments have equal models; a dict, such as `chat_template`, has no hash."""
+        return hash((self.base_model, self.tokenizer, self.reference_model))
+
     @property
     def tokenizer_source(self) -> Source:
         """The tokenizer's source: its own, or the base model's."""
