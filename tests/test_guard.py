@@ -23,6 +23,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -852,20 +853,36 @@ def test_a_reply_that_the_client_cuts_off_is_counted_as_far_as_it_came(keyed: Wo
     until(lambda: counted(keyed, key="team-a", alias=NAME) == after, 5)
 
 
-def test_of_a_request_in_progress_each_prompt_counts_once_each_sequence_and_no_other_request() -> None:
+def test_a_request_of_which_vllm_reports_nothing_counts_without_tokens() -> None:
+    labels = ("some-key", "some-alias", "some-digest")
+    with usage.Usage(labels, None):
+        pass
+    names = dict(zip(("key", "alias", "digest"), labels, strict=True))
+    assert [REGISTRY.get_sample_value(f"serving_{name}_total", names)
+            for name in ("requests", "prompt_tokens", "completion_tokens")] == [1, 0, 0]
+
+
+def test_of_a_request_in_progress_each_prompt_counts_once_each_sequence_and_no_other_request(
+        caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "serving")
+
     def state(prompt: int, completion: int) -> SimpleNamespace:
         return SimpleNamespace(prompt_len=prompt, detokenizer=SimpleNamespace(num_output_tokens=lambda: completion))
 
     processor = SimpleNamespace(
         external_req_ids={"cmpl-1-0": ["a", "b", "ended"], "cmpl-1-1": ["c"], "cmpl-10-0": ["d"], "cmpl-1-x": ["d"],
-                          "cmpl-2": ["d"], "cmpl-3": []},
+                          "cmpl-2": ["d"], "cmpl-3": [], "cmpl-4-0": ["ended"], "cmpl-4-1": ["c"]},
         request_states={"a": state(10, 1), "b": state(10, 2), "c": state(20, 3), "d": state(1000, 1000)})
     engine = SimpleNamespace(output_processor=processor)
     assert usage._in_progress(engine, "cmpl-1") == (30, 6)
     assert usage._in_progress(engine, "cmpl-2") == (1000, 1000)
+    assert usage._in_progress(engine, "cmpl-4") == (20, 3)
     assert usage._in_progress(engine, "cmpl-3") == usage._in_progress(engine, "cmp") == (0, 0)
     for other in (None, object(), SimpleNamespace(output_processor=None)):  # of another version of vLLM
         assert usage._in_progress(other, "cmpl-1") == (0, 0)
+    assert len(caplog.messages) == 3
+    assert all(message.startswith("this vLLM's engine does not tell what it computes: AttributeError(")
+               for message in caplog.messages)
 
 
 def test_without_keys_requests_are_counted_too(world: World) -> None:
