@@ -21,13 +21,18 @@ OVERLAY ?= overlays/kind
 QUESTION ?= What is the best hotel in Seville?
 # Without a terminal for Ctrl-C, the demo exits when the question is answered. EXIT= keeps it running.
 EXIT ?= $(shell test -t 0 || echo --exit)
-# Two modules of tests at a time: a server of real vLLM computes on one core and takes 2 GB. torch gets one thread in each:
-# on two cores, the threads of two processes would wait for each other.
-WORKERS ?= 2
+# Modules of tests at a time: one more than two cores, because every module also waits, for servers and polls. Each takes
+# up to 4 GB with its servers of real vLLM: WORKERS=2 for 8 GB of memory. torch gets one thread in each: on two cores, the
+# threads of several processes would wait for each other.
+WORKERS ?= 3
 ENGINE ?= docker
 FLAVOUR ?= cpu
 # The tags that the overlays use: the version, with `-cuda` for GPUs.
 TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)$(if $(filter-out cpu,$(FLAVOUR)),-$(FLAVOUR))
+
+# Python writes bytecode beside what it imports, even if the environment says otherwise: uv installs none, and demo and
+# tests start hundreds of processes that would compile torch, transformers and vLLM again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test e2e kind kind-argocd scan mutants images push engine bench-serving bench-many bench-training bench-encoding setup clean
 .DELETE_ON_ERROR:

@@ -13,7 +13,7 @@ from jobs.core import pipeline, promotion
 from jobs.core.plan import FINE_TUNED_VOLUME, plan
 from serving import candidates
 from serving.candidates import Candidate
-from serving.refusal import NotYet, Refused
+from serving.refusal import NotYet, Refused, one_line
 from tests import build_pipeline
 
 NAME = "seville-hotels"
@@ -81,6 +81,11 @@ def test_an_error_that_nobody_thought_of_is_a_refusal_in_one_line(
     monkeypatch.setattr(promotion, "current", _raise(OSError("no number")))
     with pytest.raises(Refused, match="no number"):
         candidates.promoted(NAME, tmp_path)
+
+
+def test_a_message_of_any_length_and_with_any_characters_is_one_short_line_of_the_log() -> None:
+    assert one_line("one\ntwo\x1b[31m") == "one\N{REPLACEMENT CHARACTER}two\N{REPLACEMENT CHARACTER}[31m"
+    assert one_line("x" * 5000) == "x" * 1000
 
 
 def _raise(error: Exception) -> Callable[..., object]:

@@ -7,11 +7,9 @@ others run the same stages on tiny random models from files, where a whole pipel
 from __future__ import annotations
 
 import json
-import os
 import random
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,7 +23,7 @@ from jobs.core import artifacts, pipeline, promotion
 from jobs.core.plan import plan
 from jobs.tools import overlay, pin
 from jobs.tools.pods import CHECKOUT
-from tests import build_models
+from tests import build_models, forked
 
 OVERLAY = CHECKOUT / "overlays" / "kind"
 STAGES = (["relocate", "dataset"], ["relocate", "base-model"], ["relocate", "tokenizer"],
@@ -109,10 +107,8 @@ def tiny_pipeline(folder: Path) -> Path:
     return adapter / "pipeline.yaml"
 
 
-def start(file: Path, volumes: Path, stage: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs", "--pipeline", str(file), "--volumes", str(volumes), "--wait-seconds", "0",
-         *stage], cwd=CHECKOUT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def start(file: Path, volumes: Path, stage: list[str]) -> forked.Job:
+    return forked.Job(["--pipeline", str(file), "--volumes", str(volumes), "--wait-seconds", "0", *stage])
 
 
 def run_all(file: Path, volumes: Path) -> list[str]:
@@ -120,7 +116,7 @@ def run_all(file: Path, volumes: Path) -> list[str]:
     made = []
     for stage in STAGES:
         process = start(file, volumes, stage)
-        _, output = process.communicate(timeout=300)
+        output = process.communicate(timeout=300)
         assert process.returncode == 0, output
         made += [line.split()[2].rstrip(":") for line in output.splitlines() if line[9:].startswith("published ")]
     return made
@@ -173,12 +169,12 @@ def test_after_twenty_kills_at_random_moments_every_artifact_verifies_and_the_ad
     while kills < 20:
         process = start(file, volumes, STAGES[position])
         try:
-            _, output = process.communicate(timeout=chance.uniform(0, 2 * seconds))
+            output = process.communicate(timeout=chance.uniform(0, 2 * seconds))
             assert process.returncode == 0, output
             # A stage that finished is spared; later rounds hit stages that find their work done.
             position = (position + 1) % len(STAGES)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.communicate()
             kills += 1
     run_all(file, volumes)

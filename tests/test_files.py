@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs.core import pipeline
+from jobs.core import environment, pipeline
 from jobs.core.errors import UserError
 from serving import files
 from serving.files import Files
@@ -40,7 +40,19 @@ def test_the_environment_and_the_adapters_are_read_by_the_names_of_their_files(f
     assert [each and each.adapter for each in declared.adapters.values()] == [SECOND, NAME]
     assert declared.environment == build_pipeline.build(base_model={"source": "builtin:tiny"}).environment
     assert not declared.problems
-    assert all(time > 0 for time in declared.changed.values())
+    assert declared.changed == {name: (folder / f"{name}.yaml").stat().st_mtime for name in (SECOND, NAME)}
+
+
+def test_a_folder_that_was_never_there_is_a_problem_that_says_what_must_be_in_it(tmp_path: Path) -> None:
+    reason, message = problem(Files(tmp_path / "absent"), "environment")
+    assert reason == "environment file"
+    assert message.startswith(f"{tmp_path}/absent: there must be an environment.yaml")
+
+
+def test_links_that_lead_nowhere_do_not_hide_the_files_beside_them(folder: Path) -> None:
+    for number in range(50):  # before and behind the others, in whatever order they are listed
+        (folder / f"{number}.yaml").symlink_to("absent")
+    assert list(Files(folder).read().adapters) == [SECOND, NAME]
 
 
 def test_nothing_is_parsed_again_until_a_file_changes_and_then_only_that_one(
@@ -94,7 +106,9 @@ def test_an_invalid_environment_keeps_its_last_valid_content_with_which_the_adap
     after = read.read()
     assert after.environment is before.environment
     assert (pipeline_now := after.adapters[NAME]) and pipeline_now.training.seed == 1
-    assert problem(read, "environment")[0] == "environment file"
+    reason, message = problem(read, "environment")
+    assert reason == "environment file"
+    assert message.startswith(f"{folder}/environment.yaml")
     restarted = Files(folder).read()
     assert restarted.environment is None
     assert dict(restarted.adapters) == {SECOND: None, NAME: None}
@@ -203,15 +217,33 @@ def test_whatever_lies_where_a_file_should_be_is_that_files_problem(
         assert str(file) in problem(read, NAME)[1]
 
 
-@pytest.mark.parametrize("error", [RecursionError("too deep"), KeyError("x"), OSError("gone"), MemoryError()])
+@pytest.mark.parametrize(("error", "words"), [
+    (RecursionError("too deep"), "too deep"), (KeyError("x"), "'x'"), (OSError("gone"), "gone"),
+    (MemoryError(), "MemoryError")])
 def test_whatever_reading_a_file_raises_is_the_error_of_that_file(
-        folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str) -> None:
     def raises(*_: Any) -> None:
         raise error
 
     monkeypatch.setattr(pipeline, "load", raises)
     read = Files(folder)
     assert dict(read.read().adapters) == {SECOND: None, NAME: None}
-    assert f"{NAME}.yaml: cannot be read: " in problem(read, NAME)[1]
+    assert problem(read, NAME)[1] == f"{folder}/{NAME}.yaml: cannot be read: {words}"
     with pytest.raises(UserError):
         files._valid(folder, lambda: raises())
+    monkeypatch.setattr(environment, "load", raises)
+    assert problem(Files(folder), "environment")[1] == f"{folder}/environment.yaml: cannot be read: {words}"
+
+
+@pytest.mark.parametrize(("error", "words"), [(PermissionError(13, "Permission denied"), "Permission denied"),
+                                              (OSError("gone"), "gone")])
+def test_a_file_that_cannot_be_opened_is_named_with_the_systems_words(
+        folder: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, words: str) -> None:
+    def raises(*_: Any, **__: Any) -> bytes:
+        raise error
+
+    read = Files(folder)
+    read.read()
+    os.utime(folder / f"{NAME}.yaml")
+    monkeypatch.setattr(files, "read_plain_file", raises)
+    assert problem(read, NAME)[1] == f"{folder}/{NAME}.yaml: cannot be read: {words}"

@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +23,14 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import bodies, events, guard, heartbeat, keys, parameters, usage, verification
 from serving.aliases import Alias, Version
+from serving.refusal import Refused
+from serving.residency import NoSlot
 from serving.served import Served
 from tests import build_adapter
 from tests.build_guarded import NAME, World, start, until
@@ -618,6 +621,7 @@ def test_a_key_does_not_learn_which_other_models_exist(teams: World) -> None:
     problem = replies[0].json()["error"]
     assert set(problem) == {"message", "type", "param", "code"}
     assert (problem["param"], problem["code"]) == ("model", "model_not_allowed")
+    assert problem["message"] == f"This key may not use a model named `{OTHER}`. See /v1/models"
     for reply in (ask(teams, "key-a", NAME, fail=True), ask(teams, "key-a", NAME, n=99),
                   httpx.post(teams.url + COMPLETION, content=b"{", headers=bearer("key-a"))):
         assert reply.status_code == 400
@@ -793,6 +797,8 @@ def test_metrics_are_open_unless_a_key_has_them(keyed: World) -> None:
     (keyed.folder / "keys.yaml").write_text(yaml.safe_dump(content))
     until(lambda: httpx.get(keyed.url + "/metrics").status_code == 401, 5)
     assert statuses() == {"key-a": 403, "key-admin": 403, "prometheus": 200, "none": 401}
+    refusal = httpx.get(keyed.url + "/metrics", headers=bearer("key-a")).json()["error"]
+    assert (refusal["message"], refusal["code"]) == ("This key may not read the metrics", "metrics_not_allowed")
     assert ask(keyed, "prometheus", NAME).status_code == 403
     assert listed(keyed, "prometheus") == set()
     assert httpx.get(keyed.url + "/health").status_code == 200
@@ -847,20 +853,36 @@ def test_a_reply_that_the_client_cuts_off_is_counted_as_far_as_it_came(keyed: Wo
     until(lambda: counted(keyed, key="team-a", alias=NAME) == after, 5)
 
 
-def test_of_a_request_in_progress_each_prompt_counts_once_each_sequence_and_no_other_request() -> None:
+def test_a_request_of_which_vllm_reports_nothing_counts_without_tokens() -> None:
+    labels = ("some-key", "some-alias", "some-digest")
+    with usage.Usage(labels, None):
+        pass
+    names = dict(zip(("key", "alias", "digest"), labels, strict=True))
+    assert [REGISTRY.get_sample_value(f"serving_{name}_total", names)
+            for name in ("requests", "prompt_tokens", "completion_tokens")] == [1, 0, 0]
+
+
+def test_of_a_request_in_progress_each_prompt_counts_once_each_sequence_and_no_other_request(
+        caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "serving")
+
     def state(prompt: int, completion: int) -> SimpleNamespace:
         return SimpleNamespace(prompt_len=prompt, detokenizer=SimpleNamespace(num_output_tokens=lambda: completion))
 
     processor = SimpleNamespace(
         external_req_ids={"cmpl-1-0": ["a", "b", "ended"], "cmpl-1-1": ["c"], "cmpl-10-0": ["d"], "cmpl-1-x": ["d"],
-                          "cmpl-2": ["d"], "cmpl-3": []},
+                          "cmpl-2": ["d"], "cmpl-3": [], "cmpl-4-0": ["ended"], "cmpl-4-1": ["c"]},
         request_states={"a": state(10, 1), "b": state(10, 2), "c": state(20, 3), "d": state(1000, 1000)})
     engine = SimpleNamespace(output_processor=processor)
     assert usage._in_progress(engine, "cmpl-1") == (30, 6)
     assert usage._in_progress(engine, "cmpl-2") == (1000, 1000)
+    assert usage._in_progress(engine, "cmpl-4") == (20, 3)
     assert usage._in_progress(engine, "cmpl-3") == usage._in_progress(engine, "cmp") == (0, 0)
     for other in (None, object(), SimpleNamespace(output_processor=None)):  # of another version of vLLM
         assert usage._in_progress(other, "cmpl-1") == (0, 0)
+    assert len(caplog.messages) == 3
+    assert all(message.startswith("this vLLM's engine does not tell what it computes: AttributeError(")
+               for message in caplog.messages)
 
 
 def test_without_keys_requests_are_counted_too(world: World) -> None:
@@ -955,6 +977,40 @@ def call(vllm: ASGIApp, monkeypatch: pytest.MonkeyPatch, method: str, path: str,
     return sent
 
 
+@pytest.mark.parametrize(("reason", "words"), [
+    (NoSlot("all 2 LoRA slots are busy"), "all 2 LoRA slots are busy"),
+    (Refused("load", "out of memory in /private/folder"), "its adapter could not be loaded; the server tries again")])
+def test_a_request_whose_adapter_gets_no_slot_is_503_with_the_reason_and_retry_after(
+        monkeypatch: pytest.MonkeyPatch, reason: Exception, words: str) -> None:
+    @contextlib.asynccontextmanager
+    async def busy(_: object) -> AsyncIterator[None]:
+        raise reason
+        yield
+
+    def prepare(guarded: Any) -> None:
+        monkeypatch.setattr(guarded.aliases, "request", busy)
+
+    body = json.dumps({"model": NAME}).encode()
+    start, reply = call(Response(b"passed on"), monkeypatch, "POST", COMPLETION, body, prepare=prepare)
+    problem = json.loads(reply["body"])["error"]
+    assert (start["status"], dict(start["headers"])[b"retry-after"]) == (503, b"5")
+    assert (problem["message"], problem["code"]) == (f"The model `{NAME}` is not ready: {words}", "model_not_ready")
+
+
+def test_a_version_counts_its_requests_while_vllm_answers_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until there are none, it is not unloaded."""
+    versions: list[Version] = []
+    seen: list[int] = []
+
+    async def vllm(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(versions[0].requests)
+        await Response()(scope, receive, send)
+
+    call(vllm, monkeypatch, "POST", COMPLETION, json.dumps({"model": NAME}).encode(),
+         prepare=lambda guarded: versions.append(guarded.aliases.current[NAME].version))
+    assert (seen, versions[0].requests) == ([1], 0)
+
+
 def test_vllm_is_told_the_length_of_the_body_that_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[dict[bytes, bytes], bytes]] = []
 
@@ -976,8 +1032,8 @@ def test_a_request_that_vllms_classes_cannot_nest_into_is_not_passed_on(monkeypa
 
     monkeypatch.setattr(parameters, "_class", lambda _: SimpleNamespace(model_validate=too_deep))
     body = json.dumps({"model": NAME, "prompt": "x", "n": "1000"}).encode()
-    start, _ = call(Response(b"passed on"), monkeypatch, "POST", COMPLETION, body)
-    assert start["status"] == 400
+    start, reply = call(Response(b"passed on"), monkeypatch, "POST", COMPLETION, body)
+    assert (start["status"], b"nested too deeply" in reply["body"]) == (400, True)
 
 
 def test_the_list_of_models_has_what_vllm_has_loaded_and_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1068,7 +1124,13 @@ def test_health_and_ready_say_why_they_fail_and_else_ask_vllm_for_its_health(mon
         guarded.aliases.first_look_done.set()
         guarded.heartbeat = SimpleNamespace(hangs=True)
 
+    def has_no_keys(guarded: Any) -> None:
+        guarded.aliases.first_look_done.set()
+        guarded.keys.problem = "keys.yaml: invalid"
+
     for prepare, path, status, words in (
+            (has_no_keys, "/ready", 503, "The file of keys was never valid"),
+            (has_no_keys, "/health", 200, "vLLM is well"),
             (drains, "/ready", 503, "Draining: stopped by a test"), (drains, "/health", 200, "vLLM is well"),
             (hangs, "/ready", 503, "engine does not answer"), (hangs, "/health", 503, "engine does not answer"),
             (lambda guarded: guarded.aliases.first_look_done.set(), "/ready", 200, "vLLM is well"),

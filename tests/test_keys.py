@@ -149,8 +149,9 @@ def test_whatever_the_file_holds_it_is_valid_or_the_users_error(
 def test_without_a_file_and_a_single_key_everybody_may_use_everything(tmp_path: Path,
                                                                       caplog: pytest.LogCaptureFixture) -> None:
     held = Keys(tmp_path / "keys.yaml", None)
-    assert not held.required
+    assert not held.required and not held.metrics_need_key and not held.locked
     assert "no keys: everybody who can reach this server" in caplog.text
+    assert "is gone" not in caplog.text, "it was never there"
     assert ANYBODY.may_use("anything")
     assert not Keys(tmp_path / "folder-that-is-missing" / "keys.yaml", None).required
 
@@ -206,6 +207,15 @@ def test_a_change_that_keeps_size_and_times_is_followed(tmp_path: Path) -> None:
     assert (name_of(held, "one"), name_of(held, "two")) == (None, "team-a")
 
 
+def test_the_log_names_the_keys_that_are_valid(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write(tmp_path, entry("team-b", "two"), entry("team-a", "one"))
+    held = Keys(file, None)
+    assert caplog.messages == ["2 keys: team-a, team-b"]
+    write(tmp_path)
+    held.read()
+    assert caplog.messages[1:] == ["0 keys: none"]
+
+
 def test_metrics_need_a_key_once_an_entry_has_them_also_when_the_file_is_gone(tmp_path: Path) -> None:
     file = write(tmp_path, entry("team-a", "one"))
     held = Keys(file, "single")
@@ -235,7 +245,8 @@ def test_an_invalid_change_keeps_the_last_valid_keys_and_is_logged_and_counted_o
         held.read()
     assert (name_of(held, "one"), held.problem) == ("team-a", None)
     assert events.KEYS_REFUSED._value.get() == before + 1
-    assert caplog.text.count("its last valid keys stay valid") == 1
+    (message,) = [each for each in caplog.messages if "its last valid keys stay valid" in each]
+    assert str(file) in message
     write(tmp_path, entry("team-b", "two"))
     held.read()
     assert (name_of(held, "one"), name_of(held, "two")) == (None, "team-b")
@@ -258,12 +269,14 @@ def test_a_file_that_is_invalid_from_the_start_lets_only_the_holder_of_the_singl
     assert not closed.locked and name_of(closed, "one") == "team-a"
 
 
-def test_a_file_that_is_removed_takes_its_keys_with_it_and_does_not_open_the_server(tmp_path: Path) -> None:
+def test_a_file_that_is_removed_takes_its_keys_with_it_and_does_not_open_the_server(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = write(tmp_path, entry("team-a", "one"))
     held = Keys(file, None)
     file.unlink()
     held.read()
     assert held.required and name_of(held, "one") is None
+    assert f"{file} is gone, and its keys are not valid any more" in caplog.messages
     write(tmp_path, entry("team-a", "one"))
     held.read()
     assert name_of(held, "one") == "team-a"
@@ -291,7 +304,9 @@ def test_it_follows_by_itself_also_after_an_unexpected_error(tmp_path: Path, mon
         async with asyncio.timeout(10):
             while name_of(held, "two") is None:
                 await asyncio.sleep(0.01)
+        assert held._task
         await held.stop()
+        assert held._task.done()
 
     asyncio.run(changes())
     assert name_of(held, "one") is None
@@ -355,7 +370,9 @@ def test_two_new_keys_differ() -> None:
 
 @pytest.mark.parametrize(("name", "models", "problem"), [
     ("Team A", "x", "name must be 1 to 63 of"), ("team-a", "", "models must be a list"),
-    ("team-a", "x,", "models must be a list"), ("team-a", "x,*", "models must be a list")])
+    ("team-a", "x,", "models must be a list"), ("team-a", "x,*", "models must be a list"),
+    ("team-a", "x" * 257, "models must be a list"),
+    ("A", "", "not at the ends\nmodels must be a list")])
 def test_a_key_that_no_file_could_hold_is_not_made(name: str, models: str, problem: str,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     assert keys.main(["new", name, "--models", models]) == 2
@@ -371,6 +388,40 @@ def test_check_names_what_is_wrong_and_exits_with_2(tmp_path: Path, capsys: pyte
     assert keys.main(["check", str(tmp_path / "none.yaml")]) == 2
     assert keys.main(["check", str(write(tmp_path))]) == 0
     assert "no keys: only the holder of VLLM_API_KEY gets in" in capsys.readouterr().out
+
+
+def test_check_lists_each_key_with_the_models_that_it_opens_and_the_metrics(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, entry("team-a", "one", f"[b, a, {'x' * 256}]"), entry("admin", "two"),
+                 f'- {{name: prometheus, sha256: "{sha256("three")}", metrics: true}}\n')
+    assert keys.main(["check", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"team-a: a, b, {'x' * 256}", "admin: every model", "prometheus: /metrics"]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), [
+    ([], ["usage: python -m serving.keys [-h] COMMAND ...", "Make keys for clients", "make a key and its entry",
+          "validate a file of keys"]),
+    (["new"], ["usage: python -m serving.keys new [-h] --models A,B NAME", "of the key, for people and metrics",
+               "the aliases that it may use"]),
+    (["check"], ["usage: python -m serving.keys check [-h] FILE", "FILE keys.yaml"])])
+def test_help_explains_every_command_and_argument(arguments: list[str], parts: list[str],
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        keys.main([*arguments, "--help"])
+    assert ended.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert [part for part in parts if part not in printed] == []
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["new", "team-a"], ["new", "team-a", "--model", "x"], ["check"], ["--hel"], ["check", "--hel"]])
+def test_a_command_line_that_lacks_or_abbreviates_something_is_refused(
+        arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        keys.main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: python -m serving.keys ")
 
 
 def test_the_command_line_needs_no_package_of_the_server() -> None:

@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from serving import residency
+from serving import events, residency
 from serving.refusal import Refused
 from serving.residency import NoSlot, Residency, Version
 
@@ -25,6 +26,7 @@ class Engine:
         self.seconds = 0.0
 
     async def activate(self, model: str, folder: Path) -> None:
+        assert folder == Path("/x")
         self.calls.append(("activate " if model in self.memory else "load ") + model.partition("@")[0])
         await asyncio.sleep(self.seconds)
         if self.fails:
@@ -67,6 +69,8 @@ def run(setting: Setting, work: Callable[[], Awaitable[None]]) -> None:
                 await work()
         finally:
             await setting.residency.stop()
+        assert setting.residency._task
+        assert setting.residency._task.done()
         assert not any(v.running or v.requests for v in setting.versions.values())
         assert not setting.residency._waiting
 
@@ -79,15 +83,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(residency, name, value)
 
 
-def test_enough_slots_are_filled_once_and_then_no_request_waits() -> None:
+def test_enough_slots_are_filled_once_and_then_no_request_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(3)
+
+    waits: list[float] = []
+    monkeypatch.setattr(events, "SLOT_WAIT", SimpleNamespace(observe=waits.append))
 
     async def work() -> None:
         await asyncio.gather(*(setting.ask(name) for name in "abcabcabc"))
+        assert len(waits) == 9
         await asyncio.gather(*(setting.ask(name) for name in "cba"))
 
     run(setting, work)
     assert sorted(setting.engine.calls) == ["load a", "load b", "load c"]
+    assert len(waits) == 9 and all(0 <= seconds < 20 for seconds in waits)
 
 
 def test_more_adapters_than_slots_take_turns_and_each_is_loaded_once() -> None:
@@ -110,7 +119,68 @@ def test_a_reserved_slot_is_not_given_away() -> None:
         await asyncio.gather(*(setting.ask(name) for name in "abab"))
 
     run(setting, work)
-    assert setting.most == 1
+    assert setting.most == setting.residency.slots == 1
+    assert Residency(setting.engine, 100).slots == 2  # type: ignore[arg-type]
+
+
+def test_what_is_reserved_is_not_counted_as_memory_for_others() -> None:
+    setting = Setting(2, most_in_memory=3, reserved=1)
+
+    async def work() -> None:
+        for name in "abc":
+            await setting.ask(name)
+
+    run(setting, work)
+    assert setting.engine.calls == ["load a", "load b", "evict a", "load c"]
+
+
+def test_metrics_tell_where_each_adapter_is_and_from_where_it_came_into_its_slot(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[tuple[str, str, str | None]] = []
+    sources: list[str] = []
+    monkeypatch.setattr(events, "resident", lambda *place: places.append(place))
+    monkeypatch.setattr(events, "SWITCHES", SimpleNamespace(labels=lambda source: SimpleNamespace(
+        inc=lambda: sources.append(source))))
+    setting = Setting(1, memory=2)
+
+    async def work() -> None:
+        for name in "abac":
+            await setting.ask(name)
+        await setting.residency.forget(setting.version("c"))
+
+    run(setting, work)
+    assert places == [("a", "1", "slot"), ("a", "1", "memory"), ("b", "1", "slot"), ("b", "1", "memory"),
+                      ("a", "1", "slot"), ("a", "1", "memory"), ("b", "1", "disk"), ("c", "1", "slot"),
+                      ("c", "1", None)]
+    assert sources == ["disk", "disk", "memory", "disk"]
+
+
+def test_an_adapter_that_was_used_in_its_slot_stays_longer_in_memory_than_one_that_was_not() -> None:
+    setting = Setting(2, memory=3)
+
+    async def work() -> None:
+        for name in "abacd":
+            await setting.ask(name)
+
+    run(setting, work)
+    assert setting.engine.calls == ["load a", "load b", "load c", "evict b", "load d"]
+
+
+def test_the_engine_switches_for_a_quarter_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(residency, "LONGEST_PAUSE_SECONDS", 10.0)
+    monkeypatch.setattr(residency, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    setting = Setting(1)
+
+    async def work() -> None:
+        async def activate(*_: object) -> None:
+            clock[0] += 2.0
+
+        monkeypatch.setattr(setting.engine, "activate", activate)
+        await setting.ask("a")
+        assert setting.residency._next_switch == 102.0 + 6.0
+
+    run(setting, work)
 
 
 def test_the_least_recently_used_adapter_gives_up_its_slot() -> None:
@@ -213,6 +283,114 @@ def test_a_client_that_gives_up_keeps_nothing() -> None:
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         await asyncio.gather(setting.ask("a"), setting.ask("b"))
+
+    run(setting, work)
+
+
+def test_for_requests_that_all_gave_up_nothing_is_loaded_and_the_other_one_is_served() -> None:
+    setting, end = Setting(1), asyncio.Event()
+
+    async def give_up(*tasks: asyncio.Task[None]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def work() -> None:
+        first = asyncio.create_task(setting.ask("a", end))
+        await asyncio.sleep(0.02)
+        b, c, other = (asyncio.create_task(setting.ask(name)) for name in "bcc")
+        await asyncio.sleep(0.02)
+        await give_up(b, c)
+        end.set()
+        await asyncio.gather(first, other)
+        await asyncio.sleep(0.02)
+
+    run(setting, work)
+    assert setting.engine.calls == ["load a", "load c"]
+
+
+def test_a_request_that_gives_up_in_the_moment_in_which_it_is_admitted_counts_no_more() -> None:
+    setting, end = Setting(1), asyncio.Event()
+
+    async def work() -> None:
+        first = asyncio.create_task(setting.ask("a", end))
+        await asyncio.sleep(0.02)
+        gone = asyncio.create_task(setting.ask("b"))
+        await asyncio.sleep(0)
+        setting.residency._admit(setting.version("b"))
+        assert setting.version("b").running == 1
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        assert setting.version("b").running == 0
+        end.set()
+        await first
+
+    run(setting, work)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_requests_that_give_up_while_their_adapter_is_loaded_disturb_nobody(
+        fails: bool, caplog: pytest.LogCaptureFixture) -> None:
+    setting = Setting(1)
+    setting.engine.seconds, setting.engine.fails = 0.05, fails
+
+    async def work() -> None:
+        gone = asyncio.create_task(setting.ask("b"))
+        await asyncio.sleep(0.02)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        await asyncio.sleep(0.1)
+        setting.engine.fails = False
+        await setting.ask("a")
+
+    run(setting, work)
+    assert "cannot give LoRA slots" not in caplog.text
+    assert ("b@1 cannot be put into a LoRA slot: no room" in caplog.text) == fails
+
+
+def test_after_an_error_that_nobody_thought_of_slots_are_given_again(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    setting, errors = Setting(1), [RuntimeError("unexpected")]
+    bring_in = setting.residency._bring_in
+
+    async def fails_once(version: Version) -> None:
+        if errors:
+            raise errors.pop()
+        await bring_in(version)
+
+    monkeypatch.setattr(setting.residency, "_bring_in", fails_once)
+
+    async def work() -> None:
+        await setting.ask("a")
+
+    run(setting, work)
+    assert "cannot give LoRA slots; trying again" in caplog.text
+
+
+def test_only_after_some_patience_one_busy_slot_is_closed_and_it_stays_that_one_for_a_while() -> None:
+    setting, end = Setting(3), asyncio.Event()
+
+    async def work() -> None:
+        busy = [asyncio.create_task(setting.ask(name, end)) for name in "ab"]
+        await setting.ask("idle")
+        held, now = setting.residency, time.monotonic()
+        held._closed = setting.version("a")
+        assert held._vacate(now), "an idle one gives up its slot"
+        assert held._closed is setting.version("a")
+        held._closed = None
+        assert not held._vacate(now)
+        assert held._closed is None
+        for _ in range(2):
+            assert not held._vacate(now - 2 * residency.PATIENCE_SECONDS)
+            assert held._closed is setting.version("a")
+        await held.forget(Version("never loaded", "1", Path("/x")))
+        assert held._closed is setting.version("a")
+        await setting.ask("a")  # nobody waits for its slot: it is opened again
+        held._closed = setting.version("b")
+        await held.forget(setting.version("b"))
+        assert held._closed is None
+        end.set()
+        await asyncio.gather(*busy)
 
     run(setting, work)
 

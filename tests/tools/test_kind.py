@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -72,7 +73,7 @@ class Tools:
         self.answers: list[tuple[str, list[tuple[int, str]]]] = []
         for name in ("docker", "kind", "kubectl", "git"):
             program = folder / "bin" / name
-            program.write_text(FAKE.format(python=shutil.which("python3"), folder=folder, kubectl=KUBECTL))
+            program.write_text(FAKE.format(python=PYTHON, folder=folder, kubectl=KUBECTL))
             program.chmod(0o755)
         self.say()
 
@@ -93,6 +94,7 @@ class Tools:
 
 
 KUBECTL = shutil.which("kubectl")
+PYTHON = f"{Path(sys.executable).resolve()} -IS"  # starts fast: without the packages of the virtual environment
 
 
 def cluster(*items: Manifest) -> str:
