@@ -76,9 +76,11 @@ class Chat:
             last = number == len(messages) - 1
             found = (message.get("content") or "").strip() in (finished.removeprefix(prompt) if last else prompt)
             for key, other in (("content", None if found else OTHER_TEXT), ("tool_calls", OTHER_CALLS)):
+                if not message.get(key) or not other:
+                    continue
                 changed = [*messages[:number], {**message, key: other}, *messages[number + 1 :]]
-                if message.get(key) and other and (self._renders_same(changed, False, finished) if last else
-                                                   self._renders_same(changed[:-1], True, prompt)):
+                if (self._renders_same(changed, False, finished) if last else
+                        self._renders_same(changed[:-1], True, prompt)):
                     raise RecordError(f"{named(messages, number)}: the chat template leaves out its `{key}`")
         if self.tools and not first and replace(self, tools=None)._renders_same(messages[:-1], True, prompt):
             raise RecordError("the chat template leaves out `tools`. Choose a base model whose template has tools")
