@@ -47,6 +47,7 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
     assert query.shape[0] == 1 and attention_mask is None, "attention by record takes one pack without padding"
+    assert getattr(module, "is_causal", True), "attention by record is causal"
     if cu_seq_lens_q is not None:
         lengths = cu_seq_lens_q.diff().tolist()
     else:

@@ -195,11 +195,9 @@ def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
         check_gpu()
     gpu = use_gpu and torch.cuda.is_available()
     quantized = _four_bits() if four_bits else {}
-    # Gemma 2 bends its attention scores, as vLLM does too; with sdpa transformers leaves that out, without a word.
-    attention = "eager" if read_config(folder).get("attn_logit_softcapping") else "sdpa"
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation=attention,
+            folder, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation="sdpa",
             local_files_only=True, trust_remote_code=False, use_safetensors=True, **quantized)
         if not quantized:
             model.to("cuda" if gpu and not stay_on_cpu else "cpu")  # type: ignore[arg-type]
@@ -207,6 +205,9 @@ def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
         raise
     except Exception as error:
         raise loading_error(f"{folder}: the model cannot be loaded", error) from error
+    if getattr(model.config, "attn_logit_softcapping", None):
+        # Gemma 2 bends its attention scores, as vLLM does too; with sdpa transformers leaves that out, without a word.
+        model.set_attn_implementation("eager")
     linear.use_onednn(model)
     return model.eval()
 

@@ -3,6 +3,7 @@ its records one by one, and costs no more than they do."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +93,13 @@ def test_a_pack_has_the_loss_and_the_gradients_of_its_records_one_by_one(archite
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_a_model_that_bends_its_attention_scores_is_loaded_so_that_it_does(tmp_path: Path) -> None:
+    model = build("Gemma2ForCausalLM")
+    model.save_pretrained(tmp_path)
+    expected = one_by_one(model, pack()).item()
+    assert one_by_one(models.load_model(tmp_path), pack()).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_no_attention_between_records_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
