@@ -126,3 +126,9 @@ def test_an_unforeseen_error_of_a_validator_is_one_line_that_names_the_file(tmp_
     with pytest.raises(UserError) as raised:
         declarations.validate(document, Odd, document.values)
     assert str(raised.value) == f"{tmp_path}/odd.yaml: RuntimeError: first\\nsecond"
+
+
+def test_shares_of_the_data_leave_some_to_train_on(tmp_path: Path) -> None:
+    (line,) = refusal(tmp_path, dataset__holdout=0.5, dataset__validation=0.5)
+    assert "holdout (0.5) and validation (0.5) leave nothing to train on: their sum must be below 1" in line
+    pipeline.load(build_pipeline.write(tmp_path, dataset__holdout=0.5, dataset__validation=0.4))
