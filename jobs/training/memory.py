@@ -15,9 +15,13 @@ TOKENS_ON_CPU = 512
 SHARE_OF_MEMORY = 0.8
 
 
-def tokens_at_once(model: PreTrainedModel, training: Training) -> int:
+def tokens_at_once(model: PreTrainedModel, training: Training, processes: int) -> int:
     """`training.tokens_per_micro_batch`, or by default as many as fit into the free memory by an estimate; never more
-    than a batch has. Where the estimate is too high, training halves it: see `trainer.team_trainer`."""
+    than a batch has. Where the estimate is too high, training halves it: see `trainer.team_trainer`.
+
+    Args:
+        processes: those that divide among them a model that is not on a GPU yet.
+    """
     import torch
 
     if training.tokens_per_micro_batch:
@@ -25,7 +29,8 @@ def tokens_at_once(model: PreTrainedModel, training: Training) -> int:
     if not torch.cuda.is_available():
         return min(TOKENS_ON_CPU, training.tokens_per_batch)
     free, _ = torch.cuda.mem_get_info()
-    fitting = int(SHARE_OF_MEMORY * free / bytes_per_token(model.config, training.gradient_checkpointing))
+    to_come = sum(weight.nbytes for weight in model.parameters() if weight.device.type == "cpu") / processes
+    fitting = int(SHARE_OF_MEMORY * (free - to_come) / bytes_per_token(model.config, training.gradient_checkpointing))
     return max(8, min(fitting, training.tokens_per_batch))
 
 

@@ -198,7 +198,7 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
     measured = held_out(splits, batches)
     adapted = add_adapter(model, training, target_modules)
     masks = dropout.replace(adapted, training.lora.dropout, training.seed)
-    tokens = team.broadcast(tokens_at_once(adapted, training))
+    tokens = team.broadcast(tokens_at_once(adapted, training, team.size))
     trainable, total = adapted.get_nb_trainable_parameters()
     log.info("%d train, %d validation and %d holdout records; %d epochs, %d steps in micro-batches of %d tokens; %d of "
              "%d parameters are trained", len(splits.train), len(splits.validation), len(splits.holdout),

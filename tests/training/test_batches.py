@@ -109,15 +109,18 @@ def test_how_much_is_computed_at_once_is_set_or_follows_from_the_memory(monkeypa
     import torch
 
     model = tiny("llama")[0]
-    assert memory.tokens_at_once(model, Training(tokens_per_micro_batch=100)) == 100
-    assert memory.tokens_at_once(model, Training(tokens_per_micro_batch=9999)) == 4096
+    assert memory.tokens_at_once(model, Training(tokens_per_micro_batch=100), 1) == 100
+    assert memory.tokens_at_once(model, Training(tokens_per_micro_batch=9999), 1) == 4096
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert memory.tokens_at_once(model, Training()) == 512
-    assert memory.tokens_at_once(model, Training(tokens_per_batch=300, max_length=300)) == 300
+    assert memory.tokens_at_once(model, Training(), 1) == 512
+    assert memory.tokens_at_once(model, Training(tokens_per_batch=300, max_length=300), 1) == 300
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for free, expected in ((0, 8), (10**7, 1327), (10**12, 4096)):
+    size = sum(weight.nbytes for weight in model.parameters())  # which is not on the GPU yet
+    for free, expected in ((0, 8), (10**7 + size, 1327), (10**12, 4096)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**12))
-        assert memory.tokens_at_once(model, Training()) == expected
+        assert memory.tokens_at_once(model, Training(), 1) == expected
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**7 + size // 2, 10**12))
+    assert memory.tokens_at_once(model, Training(), 2) == 1327
     kept, recomputed = (memory.bytes_per_token(model.config, chosen) for chosen in (False, True))
     assert kept == 12 * 97 + 2 * 2 * (26 * 32 + 6 * 64)
     assert recomputed == 12 * 97 + 2 * 2 * 32 + 2 * (26 * 32 + 6 * 64)
