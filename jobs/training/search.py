@@ -26,7 +26,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from jobs.data.encoded import Splits
 from jobs.training.callbacks import NotFinite
 from jobs.training.distributed import Team
 from jobs.training.packing import Batches
+from jobs.training.trainer import held_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,9 +88,9 @@ def run(training: Training, splits: Splits, train: Train, folder: Path, tensorbo
     if not len(splits.validation):
         raise UserError(NO_VALIDATION)
     settings, names, rungs = training.trials(), [description(each) for each in search.settings()], search.rungs()
-    steps = {each.epochs: each for each in settings}  # of what is searched, only the epochs change them
-    counts = {epochs: len(Batches(splits.train, each)) for epochs, each in steps.items()}
-    lengths = [counts[each.epochs] for each in settings]
+    by_epochs = {each.epochs: each for each in settings}  # of what is searched, only they change the batches
+    batches = {epochs: Batches(splits.train, each) for epochs, each in by_epochs.items()}
+    lengths = [len(batches[each.epochs]) for each in settings]
     state = State(folder, team)
     log.info("search: %s", search.summary(training.epochs))
     racing = list(range(1, len(settings) + 1))
@@ -104,7 +105,8 @@ def run(training: Training, splits: Splits, train: Train, folder: Path, tensorbo
                     log.info("rung %d of %d: to step %d of %d", number, len(rungs), step, length)
                     if team.main and number == 1:
                         write_settings(trial_folder(tensorboard, trial), search.settings()[trial - 1])
-                    result = state.add(_train_to(step, Result(trial, number, step, None), own, train))
+                    kept = held_out(splits, batches[own.epochs]).steps if own.keep == "best" else None
+                    result = state.add(_train_to(step, Result(trial, number, step, None), own, train, kept))
                     log.info("step %d of %d: validation loss %s", step, length, shown(result.loss))
             results.append(result)
         best = [result.trial for result in sorted(results, key=lambda result: result.order) if result.loss is not None]
@@ -125,17 +127,22 @@ def run(training: Training, splits: Splits, train: Train, folder: Path, tensorbo
     return settings[chosen - 1], history, record
 
 
-def _train_to(step: int, nothing: Result, settings: Training, train: Train) -> Result:
-    """The result of a trial; `nothing` if its loss is not finite."""
+def _train_to(step: int, nothing: Result, settings: Training, train: Train, kept: Collection[int] | None) -> Result:
+    """The result of a trial; `nothing` if its loss is not finite.
+
+    Args:
+        kept: with `keep: best`, the steps whose weights may be kept; it counts with the lowest loss at one of them.
+    """
     try:
         history = train(nothing.trial, settings, step)
     except NotFinite as error:
         log.info("%s", error)
         return nothing
     curve = [[entry["step"], entry["validation_loss"]] for entry in history if "validation_loss" in entry]
-    # With `patience`, it may have ended before. With `keep: best`, its adapter is that of the best step.
-    loss = min(loss for _, loss in curve) if settings.keep == "best" else curve[-1][1]
-    return replace(nothing, step=int(curve[-1][0]), loss=loss, curve=curve)
+    last, loss = curve[-1]  # with `patience`, it may have ended before `step`
+    if kept is not None:
+        loss = min(loss for step, loss in curve if step in kept or step == last)
+    return replace(nothing, step=int(last), loss=loss, curve=curve)
 
 
 class State:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from jobs.core.pipeline import Gate, Rule
-from jobs.evaluation import content, gate, report, report_html
+from jobs.core.plan import plan
+from jobs.evaluation import content, evaluate, gate, report, report_html
 from jobs.evaluation.metrics import SCORES
 from jobs.tools.pods import CHECKOUT
+from tests import build_pipeline
 
 ATTACK = "<script>alert('x')</script> & \"quoted\" | pipe\n# heading [link](http://evil.example)"
 HISTORY = [{"step": s, "epoch": s / 10, "loss": 5.0 / s, "learning_rate": 0.1} for s in range(1, 31)] + [
@@ -221,6 +223,16 @@ def test_every_trial_of_a_search_is_in_all_reports_with_its_curve() -> None:
     assert "| 2 | lora.r 8 | 60 of 60 | 0.750 | chosen |" in report.markdown(values, HISTORY, generations())
     assert [line.split() for line in report.table(values).splitlines()][-2] == [
         "2", "lora.r", "8", "60", "of", "60", "0.750", "chosen"]
+
+
+def test_the_evaluation_names_the_settings_that_were_chosen() -> None:
+    wanted = build_pipeline.build(training__search={"candidates": {"lora.r": [4, 8], "epochs": [1, 5]}})
+    three = {role: scores(role) for role in content.ROLES}
+    record = searched() | {"settings": {"lora.r": 4, "epochs": 5}}
+    found = evaluate.summary(wanted, plan(wanted), three, record)
+    assert (found["training"]["lora"]["r"], found["training"]["epochs"]) == (4, 5)
+    assert found["search"] == record and "search" not in found["training"]
+    assert "search" not in evaluate.summary(build_pipeline.build(), plan(build_pipeline.build()), three)
 
 
 def test_many_trials_and_broken_ones_still_give_a_report() -> None:
