@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_an_edit_is_rendered_and_the_same_files_are_rendered_once(
     kind = copy(tmp_path)
     before = render(kind)
     with monkeypatch.context() as offline:
-        offline.setattr(rendered_once.subprocess, "run", lambda *_, **__: pytest.fail("rendered again"))
+        offline.setattr(subprocess, "run", lambda *_, **__: pytest.fail("rendered again"))
         assert render(kind) == before
     file = tmp_path / "base" / "jobs" / "job.yaml"
     file.write_text(file.read_text().replace("backoffLimit: ", "backoffLimit: 1"))
