@@ -124,9 +124,10 @@ def split(files: list[File], holdout: float, folder: Path | None, validation: fl
     """Validate the records of `files` and divide them into `folder`/train.jsonl, holdout.jsonl and, where there is any,
     validation.jsonl, in their order.
 
-    If any record names its `split`, those that do not are for training. Otherwise shares of `holdout` and `validation`
-    are kept from training, by hash of the record's `group`, or of its prompt where it has none: the same group or
-    prompt is always in the same split, whatever else is in the data.
+    If any record names its `split`, those that do not are for training. Otherwise a share of `holdout` is kept from
+    training. Unless a record names the validation split, so is a share of `validation`. The hash of a record's `group`
+    decides, or of its prompt where it has none: the same group or prompt is always in the same split, whatever else is
+    in the data.
 
     Args:
         folder: where to write; None only checks.
@@ -202,9 +203,10 @@ def _survey(files: list[File], problems: Problems) -> _Overview:
 
 def _split_of(record: Mapping[str, Any], digest: bytes, overview: _Overview, holdout: float, validation: float) -> str:
     """The split of a record: the one that it names, or by `digest`, that of its group or question."""
-    if overview.splits:
-        return str(record.get("split", TRAIN))
     position = int.from_bytes(digest[:8], "big") / 2**64
+    if overview.splits:
+        named = str(record.get("split", TRAIN))
+        return VALIDATION if named == TRAIN and not overview.validation and position < validation else named
     return HOLDOUT if position < holdout else VALIDATION if position < holdout + validation else TRAIN
 
 
@@ -239,8 +241,9 @@ def _require_all(names: list[str], files: list[File], counts: Mapping[str, int],
         if counts[name]:
             continue
         if overview.splits:
-            asked = f", though `dataset.validation` is {shares[VALIDATION]}" if name == VALIDATION else ""
-            raise UserError(f"{names_of(files)}: {overview.records} records, but none for `{name}`{asked}: set "
+            share = shares[VALIDATION]
+            asked = f", though `dataset.validation` is {share}: raise it, or" if name == VALIDATION else ":"
+            raise UserError(f"{names_of(files)}: {overview.records} records, but none for `{name}`{asked} set "
                             f'"split": "{name}" in some, or remove `split` from all')
         # Of a share that is too large, too little is left to train on.
         change, key = ("Lower", HOLDOUT) if name == TRAIN else ("Raise", name)

@@ -203,6 +203,23 @@ def test_records_may_name_validation_as_their_split(tmp_path: Path) -> None:
         "holdout": [GOOD[0]], "validation": [GOOD[1]], "train": GOOD[2:]}
 
 
+def test_where_records_name_train_and_holdout_a_share_for_validation_is_taken_from_training(tmp_path: Path) -> None:
+    records = [{"prompt": f"p{n // 2}", "completion": f"c{n}"} for n in range(2000)]
+    named = [r | {"split": "holdout"} if n < 200 else r | {"split": "train"} if n < 1000 else r
+             for n, r in enumerate(records)]
+    found = divided(jsonl(tmp_path, named), 0.5, 0.2)
+    assert found["holdout"] == records[:200]
+    assert sorted(map(str, found["train"] + found["validation"])) == sorted(map(str, records[200:]))
+    assert abs(len(found["validation"]) / 1800 - 0.2) < 0.05
+    assert {r["prompt"] for r in found["validation"]}.isdisjoint(r["prompt"] for r in found["train"])
+
+
+def test_where_records_name_validation_no_share_is_added(tmp_path: Path) -> None:
+    records = [r | {"split": "holdout" if n < 5 else "validation" if n < 10 else "train"} for n, r in enumerate(GOOD)]
+    found = divided(jsonl(tmp_path, records), 0.2, 0.5)
+    assert (len(found["holdout"]), len(found["validation"]), len(found["train"])) == (5, 5, len(GOOD) - 10)
+
+
 @pytest.mark.parametrize("pair", [("train", "validation"), ("validation", "holdout"), ("holdout", "validation")])
 def test_a_prompt_or_a_group_in_any_two_splits_is_refused(tmp_path: Path, pair: tuple[str, str]) -> None:
     rest = [GOOD[n] | {"split": split} for n, split in enumerate(("train", "validation", "holdout"))]
@@ -216,7 +233,7 @@ def test_a_prompt_or_a_group_in_any_two_splits_is_refused(tmp_path: Path, pair: 
 
 @pytest.mark.parametrize(("records", "hint"), [
     (GOOD, r"50 records, and the hash puts none into validation at validation 1e-05. Raise `dataset.validation`"),
-    ([GOOD[0] | {"split": "holdout"}, GOOD[1]], "none for `validation`, though `dataset.validation` is 1e-05"),
+    ([GOOD[0] | {"split": "holdout"}, GOOD[1]], "for `validation`, though `dataset.validation` is 1e-05: raise it, or"),
 ])
 def test_an_empty_validation_that_is_desired_is_refused(tmp_path: Path, records: list[Any], hint: str) -> None:
     with pytest.raises(UserError, match=hint):

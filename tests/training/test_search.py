@@ -6,12 +6,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +21,10 @@ from jobs.core.errors import Terminated, UserError
 from jobs.core.pipeline import Lora, Training
 from jobs.core.plan import plan
 from jobs.core.search import Search
-from jobs.data import encode, encoded
+from jobs.data import encode, encoded, split
 from jobs.data.encoded import Splits
 from jobs.data.encoding import Encoded
+from jobs.data.formats import files_in
 from jobs.tools.pods import CHECKOUT
 from jobs.training import callbacks, search, train
 from jobs.training.distributed import Team
@@ -394,22 +392,15 @@ def test_without_a_validation_split_training_says_so_before_it_loads_the_model(t
 
 
 def searching_kind(place: Path) -> pipeline.LoadedPipeline:
-    """The committed adapter with its commented search switched on, after the commands of docs/search.md."""
+    """The committed adapter with its commented search switched on."""
     folder = place / "overlays/kind/adapters/seville-hotels"
     shutil.copytree(CHECKOUT / "overlays" / "kind", place / "overlays" / "kind")
     file = folder / "pipeline.yaml"
     text = file.read_text()
-    for line in ("search:", "  candidates: {lora.r: [4, 8, 16]}"):
+    for line in ("validation: 0.1", "search:", "  candidates: {lora.r: [4, 8, 16]}"):
         assert text.count(f"  # {line}\n") == 1
         text = text.replace(f"  # {line}\n", f"  {line}\n")
     file.write_text(text)
-    commands = re.search(r"```sh\n(cd overlays/kind.*?)```", (CHECKOUT / "docs" / "search.md").read_text(), re.S)
-    assert commands
-    tool = place / "bin" / "python"
-    tool.parent.mkdir()
-    tool.symlink_to(sys.executable)
-    subprocess.run(["sh", "-ec", commands[1]], cwd=place, check=True, capture_output=True, env=os.environ | {
-        "PATH": f"{tool.parent}:{os.environ['PATH']}", "PYTHONPATH": str(CHECKOUT)})
     return pipeline.load(folder)
 
 
@@ -420,11 +411,8 @@ EPOCHS = 3  # instead of 20
 def test_the_search_of_overlays_kind_costs_less_than_two_trainings(tmp_path: Path, embedded_models: Path) -> None:
     """Three ranks on the embedded model, in processor time of this process; docs/search.md states the figure."""
     loaded = searching_kind(tmp_path)
-    data: dict[str, list[str]] = {"train": [], "validation": [], "holdout": []}
-    for line in loaded.resolve(loaded.pipeline.dataset).read_text().splitlines():
-        data[json.loads(line)["split"]].append(line + "\n")
-    for name, lines in data.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    data = loaded.pipeline.dataset
+    split.split(files_in(loaded.resolve(data)), data.holdout, tmp_path, data.validation)
     wanted, encoded_data = plan(loaded.pipeline), tmp_path / "encoded"
     encoded_data.mkdir()
     encode.encode_splits(tmp_path, encoded_data, encode.Settings(wanted.tokenizer.path(embedded_models),
