@@ -377,7 +377,8 @@ def test_each_teams_key_opens_counts_and_caches_its_own(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_twenty_swaps_of_one_adapter_leave_an_idle_one_in_its_slot(tmp_path: Path) -> None:
+def test_twenty_swaps_of_one_adapter_leave_an_idle_one_in_its_slot_and_sigterm_finishes_a_stream(
+        tmp_path: Path) -> None:
     """An adapter that is evicted is read from its private copy when the next request comes: without one, that fails."""
     server, idle, busy = Server(tmp_path), "granada-hotels", "cordoba-hotels"
     aliases = {name: build_adapter.declare(tmp_path / "pipelines", adapter=name, training__seed=seed)
@@ -400,7 +401,13 @@ def test_twenty_swaps_of_one_adapter_leave_an_idle_one_in_its_slot(tmp_path: Pat
             server.greedy(NAME)
             assert server.greedy(busy) == said[busy]
         assert server.greedy(idle) == said[idle]
-        assert server.stop() == 0
+
+        # SIGTERM: the stream under way is finished, nothing new is taken, the exit is a success.
+        with streaming(server) as stream:
+            assert server.process
+            server.process.send_signal(signal.SIGTERM)
+            assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+        assert server.exit_code() == 0
     finally:
         server.kill()
 
@@ -471,7 +478,7 @@ def test_six_adapters_on_two_slots_answer_at_once_each_as_if_it_were_alone_while
 
 
 @pytest.mark.slow
-def test_it_drains_comes_back_with_the_same_adapter_follows_the_base_model_and_notices_a_dead_engine(
+def test_it_comes_back_with_the_same_adapter_drains_to_follow_the_base_model_and_notices_a_dead_engine(
         tmp_path: Path) -> None:
     _, planned = build_adapter.declare(tmp_path / "pipelines")
     build_adapter.base(tmp_path / "volumes", planned)
@@ -490,24 +497,13 @@ def test_it_drains_comes_back_with_the_same_adapter_follows_the_base_model_and_n
         server.until(lambda: "no adapter for it has passed the gate yet" in server.log.read_text(), 20)
         assert server.greedy(NAME) == said
 
-        # SIGTERM: the stream under way is finished, nothing new is taken, the exit is a success.
-        with streaming(server) as stream:
-            assert server.process
-            server.process.send_signal(signal.SIGTERM)
-            assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
-        assert server.exit_code() == 0
-
-        # Restarted: ready once it has the same adapter on the same base model, without anybody's help.
-        server.start()
-        server.until(lambda: server.health("/ready") == 200, 60)
-        assert server.serves(path)
-        assert server.greedy(NAME) == said
-
-        # Killed, and started again with an invalid pipeline file: the same.
+        # Killed, and started again with an invalid pipeline file: ready once it has the same adapter on the same base
+        # model, without anybody's help.
         server.kill()
         (tmp_path / "pipelines" / f"{NAME}.yaml").write_text("adapter: [")
         server.start()
-        server.until(lambda: server.serves(path), 60)
+        server.until(lambda: server.health("/ready") == 200, 60)
+        assert server.serves(path)
         assert server.greedy(NAME) == said
         assert {model.id for model in server.client.models.list()} == {BASE, NAME}
         assert server.metrics("serving_refusals_total") == {f'{{alias="{NAME}",reason="pipeline file"}}': 1}
