@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # Multiplications below which MKL is as fast or faster: for few rows, as in generation, or small layers.
 LEAST_WORK = 2**23
+# oneDNN compiles a kernel for each number of rows, and 0.5 to 3 MB of memory stay with each: batches of all lengths
+# would take gigabytes in the end. So rows are filled up to a multiple of this.
+ROWS = 64
 
 
 def use_onednn(model: PreTrainedModel) -> None:
@@ -52,8 +55,10 @@ def _faster_classes() -> dict[type, type]:
     from transformers.pytorch_utils import Conv1D
 
     def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
-        return product
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        filled = nn.functional.pad(rows, (0, 0, 0, -len(rows) % ROWS))
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(filled, weight, bias, "none", [], "")
+        return product[: len(rows)].view(*x.shape[:-1], -1)
 
     class Frozen(torch.autograd.Function):
         """The operator has no gradient of its own. The weight, [out, in], needs none."""

@@ -103,3 +103,19 @@ def test_a_model_is_saved_as_before() -> None:
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.usefixtures("amd")
+def test_batches_of_many_lengths_do_not_fill_the_memory() -> None:
+    """oneDNN keeps a megabyte or more for each number of rows that it has seen."""
+    import psutil
+    import torch
+
+    model = layer("plain")
+    linear.use_onednn(model)
+    x = torch.randn(900, IN)
+    model(x)
+    before = psutil.Process().memory_info().rss
+    for rows in range(200, 900):
+        model(x[:rows])
+    assert psutil.Process().memory_info().rss - before < 60e6
