@@ -57,7 +57,9 @@ class Server:
         values = {**os.environ, **OPENED, "OMP_NUM_THREADS": "1", "PATH": f"{self.folder}/bin", "HANG_SECONDS": "15",
                   "TMPDIR": str(self.folder), "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
                   "VLLM_CACHE_ROOT": str(self.folder / "cache"), "VLLM_RPC_BASE_PATH": self._sockets.name,
-                  "KEYS_FILE": str(self.folder / "keys.yaml"), **self.variables}
+                  "KEYS_FILE": str(self.folder / "keys.yaml"),
+                  # Left alone, every server on a machine of two cores computes on the first one.
+                  "VLLM_CPU_OMP_THREADS_BIND": "nobind", **self.variables}
         values.pop("VLLM_API_KEY", None)
         if self.key:
             values["VLLM_API_KEY"] = self.key

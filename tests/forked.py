@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import set_forkserver_preload
 from pathlib import Path
 
@@ -27,11 +28,9 @@ class Job:
     """A running `python -m jobs ARGUMENTS`; as far as the tests need it, it is used like `subprocess.Popen`."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        context = multiprocessing.get_context("forkserver")
-        set_forkserver_preload([__name__, *PRELOADED])
         with tempfile.NamedTemporaryFile(prefix="job-", delete=False) as output:
             self._output = Path(output.name)
-        self._process = context.Process(target=_run, args=([*arguments], str(self._output)))
+        self._process = _context().Process(target=_run, args=([*arguments], str(self._output)))
         self._process.start()
 
     def communicate(self, timeout: float | None = None) -> str:
@@ -54,6 +53,18 @@ class Job:
     def kill(self) -> None:
         """Send SIGKILL."""
         self._process.kill()
+
+
+def warm_up() -> None:
+    """Do the imports now, so that they count to no job."""
+    process = _context().Process(target=int)
+    process.start()
+    process.join()
+
+
+def _context() -> ForkServerContext:
+    set_forkserver_preload([__name__, *PRELOADED])
+    return multiprocessing.get_context("forkserver")
 
 
 def _run(arguments: list[str], output: str) -> None:

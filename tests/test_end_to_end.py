@@ -159,6 +159,7 @@ def test_after_twenty_kills_at_random_moments_every_artifact_verifies_and_the_ad
         tmp_path: Path) -> None:
     file = tiny_pipeline(tmp_path)
     quiet = tmp_path / "quiet"
+    forked.warm_up()
     began = time.monotonic()
     run_all(file, quiet)
     seconds = (time.monotonic() - began) / len(STAGES)
