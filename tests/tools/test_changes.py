@@ -713,7 +713,7 @@ def test_fifty_adapters_are_planned_within_seconds(overlay: Path) -> None:
     report = command.make(overlay)
     assert cpu_seconds() - before < 30  # of two cores; most of it is kustomize, which renders both sides at once
     assert len(new(report.changes.adapters[B])) == 3
-    assert len(running(report.changes)) == 3 + 50 * 3
+    assert len(running(report.changes)) == 3 + 50 * 4
     assert len(changes_report.table(report).splitlines()) < 120
     edit(overlay / "environment.yaml", "source: builtin:tiny-reference", "source: builtin:tiny")
     assert len(changes_report.markdown(command.make(overlay))) < 65536, "GitHub refuses a longer comment"
