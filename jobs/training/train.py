@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("jobs")
 
+
 @dataclass(frozen=True)
 class Trained:
     """An adapter that was trained: on what, with which settings, and with which loss."""
