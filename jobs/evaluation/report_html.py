@@ -124,7 +124,7 @@ def _loss_chart(history: History) -> LossChart | None:
     held_out = [(entry["step"], loss) for _, entry, loss in held_out_losses(history) if math.isfinite(loss)]
     if not train + held_out:
         return None
-    left, right, top, bottom = 44, 785, 10, 290
+    left, right, top, bottom = 44, 765, 10, 290
     last = max(step for step, _ in train + held_out)
     losses = _ticks(0, max(loss for _, loss in train + held_out))
     steps = [tick for tick in _ticks(0, last, 8) if tick <= last and tick == int(tick)]
@@ -153,7 +153,7 @@ def _search_chart(record: Mapping[str, Any]) -> LossChart | None:
     curves = {trial["trial"]: trial["curve"] for trial in record["trials"] if trial["curve"]}
     if not curves:
         return None
-    left, right, top, bottom = 44, 785, 10, 290
+    left, right, top, bottom = 44, 765, 10, 290
     last = max(step for curve in curves.values() for step, _ in curve)
     found = [loss for curve in curves.values() for _, loss in curve]
     spacing = _ticks(0, max(found) - min(found))[1]

@@ -114,8 +114,8 @@ def run(training: Training, splits: Splits, train: Train, folder: Path, tensorbo
             raise UserError(f"training.search: at rung {number}, the loss of no trial is a finite number. Lower the "
                             "learning rates of its candidates")
         racing = sorted(best[:rungs[number].trials if number < len(rungs) else 1])
-        log.info("rung %d of %d: the best of %d trials: %s", number, len(rungs), len(results),
-                 ", ".join(map(str, racing)))
+        log.info("rung %d of %d: of %d trial%s, best: %s", number, len(rungs), len(results),
+                 "s" if len(results) > 1 else "", ", ".join(map(str, racing)))
         for result in results if team.main else ():
             if result.trial not in racing:
                 shutil.rmtree(trial_folder(folder, result.trial), ignore_errors=True)

@@ -199,7 +199,7 @@ def test_the_log_names_trial_and_rung_and_ends_with_a_table(tmp_path: Path, capl
     assert "trial 2 of 3 (lora.r 8): rung 1 of 2: to step 20 of 60" in lines
     assert "trial 2 of 3 (lora.r 8): training steps: 40 of 60 (100 %)" in lines
     assert "trial 2 of 3 (lora.r 8): step 20 of 60: validation loss 1.000" in lines
-    assert "rung 1 of 2: the best of 3 trials: 2" in lines
+    assert "rung 1 of 2: of 3 trials, best: 2" in lines
     assert [re.split(" {2,}", line) for line in lines[-1].strip().splitlines()][2:] == [
         ["2", "lora.r 8", "60 of 60", "0.500", "chosen"],
         ["3", "lora.r 16", "20 of 60", "not finite", "its loss was not finite"]]
