@@ -862,6 +862,42 @@ def test_a_request_of_which_vllm_reports_nothing_counts_without_tokens() -> None
             for name in ("requests", "prompt_tokens", "completion_tokens")] == [1, 0, 0]
 
 
+def test_vllm_reports_in_a_copy_of_the_requests_own_state() -> None:
+    """Other middleware keeps its own in it, and a scope may have none."""
+    own = {"theirs": 1}
+    one, other = usage.Usage(("a-key", "an-alias", "a-digest"), None), usage.Usage(("a-key", "an-alias", ""), None)
+    state = one.scope({"type": "http", "state": own})["state"]
+    assert state == own and state is not own
+    assert other.scope({"type": "http"}) == {"type": "http", "state": {}}
+
+
+@pytest.mark.parametrize(("message", "metadata", "counted"), [
+    ("http.disconnect", None, (0, 0)),  # it never came to the engine
+    ("http.disconnect", SimpleNamespace(request_id="cut"), (7, 2)),
+    ("http.request", SimpleNamespace(request_id="cut"), (0, 0)),
+    ("http.request", SimpleNamespace(final_usage_info=SimpleNamespace(prompt_tokens=5, completion_tokens=None)),
+     (5, 0)),  # an embedding, for one, has no completion
+], ids=["cut off before the engine", "cut off", "not cut off", "no completion"])
+def test_a_request_counts_what_vllm_reports_or_what_was_computed_until_the_client_cut_it_off(
+        message: str, metadata: Any, counted: tuple[int, int]) -> None:
+    labels = ("counted-key", f"{message} {metadata}", "")
+    running = SimpleNamespace(prompt_len=7, detokenizer=SimpleNamespace(num_output_tokens=lambda: 2))
+    engine = SimpleNamespace(output_processor=SimpleNamespace(
+        external_req_ids={"cut": ["1"]}, request_states={"1": running}))
+
+    async def client() -> Message:
+        return {"type": message}
+
+    with usage.Usage(labels, engine) as counting:
+        scope = counting.scope({"type": "http"})
+        if metadata:
+            scope["state"]["request_metadata"] = metadata
+        asyncio.run(counting.receive(client)())  # type: ignore[arg-type]
+    names = dict(zip(("key", "alias", "digest"), labels, strict=True))
+    assert tuple(REGISTRY.get_sample_value(f"serving_{name}_total", names)
+                 for name in ("prompt_tokens", "completion_tokens")) == counted
+
+
 def test_of_a_request_in_progress_each_prompt_counts_once_each_sequence_and_no_other_request(
         caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", "serving")
