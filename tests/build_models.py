@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import yaml
 from jobs.core import artifacts, pipeline
 from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import plan
-from jobs.data import encode
+from jobs.data import encode, encoded
+from jobs.data.encoding import Encoded
 from jobs.training import merge
 
 CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
@@ -107,6 +109,14 @@ def tiny_adapter(folder: Path, base: Path, *, seed: int = 0) -> None:
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(model, config).save_pretrained(str(folder))
     (folder / "training.json").write_text(json.dumps({"steps": 2, "history": HISTORY}))
+
+
+def write_split(file: Path, rows: Iterable[tuple[int, Encoded]], batch: int = 4096) -> None:
+    """Sequences, each with the line of its record, as the encoding job writes those of a split."""
+    source = iter(rows)
+    with encoded.writer(file) as write_batch:
+        while some := list(itertools.islice(source, batch)):
+            write_batch(encoded.serialized(some))
 
 
 def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str = "file:base", seed: int = 0,

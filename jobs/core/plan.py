@@ -109,9 +109,9 @@ def _plan(key: _ByIdentity) -> Plan:
          # Only where it is set: artifacts from before this setting existed keep their names.
          **({} if training.quantization == "none" else {"quantization": training.quantization}),
          **({} if training.keep == "last" else {"keep": training.keep, "patience": training.patience}),
-         # Through `encoded_dataset` alone it would do; serving reads it here.
+         # `encoded_dataset` follows from it too; serving reads it here.
          **({"chat_template": template} if (template := pipeline.environment.chat_template) else {})},
-        # Through `encoded_dataset` alone it would do; retention and serving look for the others.
+        # `encoded_dataset` follows from data and tokenizer; retention and serving look for these.
         {"dataset": dataset.digest, "encoded_dataset": encoded_dataset.digest, "base_model": base_model.digest,
          "tokenizer": tokenizer.digest})
     base = {"encoded_dataset": encoded_dataset, "model": base_model, "tokenizer": tokenizer}

@@ -36,6 +36,7 @@ from jobs.core.plan import plan
 from jobs.core.progress import Progress
 from jobs.data import encoded
 from jobs.data.encoding import Encoded, encode
+from jobs.data.split import SPLITS, VALIDATION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -121,7 +122,7 @@ def encode_splits(dataset: Path, folder: Path, settings: Settings, processes: in
         UserError: records that cannot be encoded; or a split has records, but none that fits.
         RetryableError: a process was killed.
     """
-    files = {name: dataset / f"{name}.jsonl" for name in encoded.SPLITS}
+    files = {name: dataset / f"{name}.jsonl" for name in SPLITS}
     files = {name: file for name, file in files.items() if file.exists()}  # there may be no validation
     size = sum(file.stat().st_size for file in files.values())
     if processes is None:
@@ -129,7 +130,7 @@ def encode_splits(dataset: Path, folder: Path, settings: Settings, processes: in
     log.info("encoding %s in %d process%s", human_bytes(size), processes, "es" if processes > 1 else "")
     statistics = {}
     with _encoders(settings, processes) as submit:
-        for name in encoded.SPLITS:
+        for name in SPLITS:
             counts, problems = Counts(), list[str]()
             progress = Progress(f"{name}: records encoded", None)
             with encoded.writer(folder / f"{name}.arrow") as write:
@@ -157,7 +158,7 @@ def encode_splits(dataset: Path, folder: Path, settings: Settings, processes: in
 
 
 def _require_some(name: str, counts: Counts, max_length: int) -> None:
-    if not counts.records and (counts.too_long or name != encoded.VALIDATION):
+    if not counts.records and (counts.too_long or name != VALIDATION):
         raise UserError(f"all {counts.too_long} {name} records are longer than training.max_length ({max_length} "
                         f"tokens; the shortest has {counts.shortest}). Raise it, or shorten them")
 

@@ -4,9 +4,8 @@ with the data."""
 from __future__ import annotations
 
 import bisect
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from jobs.data.encoding import Encoded
+from jobs.data.split import HOLDOUT, SPLITS, TRAIN, VALIDATION
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-TRAIN, VALIDATION, HOLDOUT = SPLITS = ("train", "validation", "holdout")
 STATISTICS = "statistics.json"
-SEQUENCES_PER_BATCH = 4096
 
 
 class Split(Sequence[Encoded]):
@@ -111,14 +109,6 @@ def writer(file: Path) -> Iterator[Callable[[bytes], None]]:
 
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, schema()) as stream:
         yield lambda batch: stream.write_batch(pa.ipc.read_record_batch(pa.py_buffer(batch), schema()))
-
-
-def write(file: Path, sequences: Iterable[tuple[int, Encoded]]) -> None:
-    """Write the sequences of a split, each with the line of its record."""
-    source = iter(sequences)
-    with writer(file) as write_batch:
-        while rows := list(itertools.islice(source, SEQUENCES_PER_BATCH)):
-            write_batch(serialized(rows))
 
 
 def read(folder: Path) -> Splits:

@@ -28,6 +28,7 @@ from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.core.search import FILE as SEARCH
 from jobs.core.termination import write_termination_message
 from jobs.data import encoded
+from jobs.data.split import HOLDOUT
 from jobs.evaluation import content, gate, report, scoring
 from jobs.evaluation.metrics import SCORES
 
@@ -89,7 +90,7 @@ def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, ma
     training's job did: encoded."""
     from peft import PeftModel
 
-    holdout = encoded.Split(wanted.encoded_dataset.path(volumes) / f"{encoded.HOLDOUT}.arrow")
+    holdout = encoded.Split(wanted.encoded_dataset.path(volumes) / f"{HOLDOUT}.arrow")
     material = dataclasses.replace(material, encoded=holdout)
     model, tokenizer = _load(wanted.base_model.path(volumes), wanted.tokenizer.path(volumes))
     adapted = PeftModel.from_pretrained(model, str(wanted.adapter.path(volumes))).eval()

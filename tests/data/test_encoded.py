@@ -11,6 +11,8 @@ import pytest
 
 from jobs.data import encoded
 from jobs.data.encoding import Encoded
+from jobs.data.split import SPLITS
+from tests import build_models
 
 CHANCE = random.Random(0)
 
@@ -20,10 +22,9 @@ def sequence(length: int) -> Encoded:
     return Encoded([CHANCE.randrange(50_000) for _ in range(length)], [(third, 2 * third), (2 * third + 1, length)])
 
 
-def test_what_was_written_is_read_over_several_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoded, "SEQUENCES_PER_BATCH", 7)
+def test_what_was_written_is_read_over_several_batches(tmp_path: Path) -> None:
     rows = [(line // 2 + 1, sequence(CHANCE.randint(6, 40))) for line in range(50)]
-    encoded.write(tmp_path / "train.arrow", rows)
+    build_models.write_split(tmp_path / "train.arrow", rows, batch=7)
     split = encoded.Split(tmp_path / "train.arrow")
     assert list(split) == [each for _, each in rows]
     assert split.records.tolist() == [line for line, _ in rows]
@@ -35,8 +36,8 @@ def test_what_was_written_is_read_over_several_batches(tmp_path: Path, monkeypat
 
 
 def test_an_empty_split_is_read_too(tmp_path: Path) -> None:
-    for name in encoded.SPLITS:
-        encoded.write(tmp_path / f"{name}.arrow", [])
+    for name in SPLITS:
+        build_models.write_split(tmp_path / f"{name}.arrow", [])
     (tmp_path / encoded.STATISTICS).write_text(json.dumps({"train": {"too_long": 3}, "holdout": {"too_long": 4}}))
     splits = encoded.read(tmp_path)
     assert (len(splits.train), len(splits.validation), list(splits.holdout), splits.too_long) == (0, 0, [], 7)
@@ -46,7 +47,7 @@ def test_an_empty_split_is_read_too(tmp_path: Path) -> None:
 def test_opening_and_reading_a_few_takes_memory_for_the_lengths_alone(tmp_path: Path) -> None:
     """Not for the tokens, and no Python object for each sequence."""
     many, one = 40_000, sequence(100)
-    encoded.write(tmp_path / "train.arrow", ((line, one) for line in range(1, many + 1)))
+    build_models.write_split(tmp_path / "train.arrow", ((line, one) for line in range(1, many + 1)))
     assert (tmp_path / "train.arrow").stat().st_size > many * 400
     encoded.Split(tmp_path / "train.arrow").lengths.sum()  # what is imported is not counted
     tracemalloc.start()

@@ -21,7 +21,7 @@ from jobs.data.encoding import Encoded, encode
 from jobs.evaluation import scoring
 from jobs.evaluation.metrics import SCORES
 from jobs.evaluation.scoring import Material
-from tests.build_models import RECORDS, SENTENCES, tiny_gpt2, tiny_llama, tiny_tokenizer
+from tests.build_models import RECORDS, SENTENCES, tiny_gpt2, tiny_llama, tiny_tokenizer, write_split
 
 TEXTS = [{"text": "The cook reads the book."}, {"text": "The maid reads."}]
 
@@ -309,10 +309,10 @@ def test_the_encoded_holdout_gives_the_same_scores_as_encoding_it_here(
     lengths = sorted(len(encode(tokenizer, record)[0]) for record in RECORDS)
     here = material(RECORDS, max_length=lengths[2])
     rows = [(line, encode(tokenizer, record)[0]) for line, record in enumerate(RECORDS, 1)]
-    encoded.write(tmp_path / "holdout.arrow", [row for row in rows if len(row[1]) <= lengths[2]])
+    write_split(tmp_path / "holdout.arrow", [row for row in rows if len(row[1]) <= lengths[2]])
     there = dataclasses.replace(here, encoded=encoded.Split(tmp_path / "holdout.arrow"))
     assert scoring.measure(model, tokenizer, there, "tiny") == scoring.measure(model, tokenizer, here, "tiny")
-    encoded.write(tmp_path / "twice.arrow", [(line, each) for line, each in rows for _ in range(2)])
+    write_split(tmp_path / "twice.arrow", [(line, each) for line, each in rows for _ in range(2)])
     twice = dataclasses.replace(material(RECORDS), encoded=encoded.Split(tmp_path / "twice.arrow"))
     once, both = (scoring.measure(model, tokenizer, each, "tiny")[0] for each in (material(RECORDS), twice))
     assert both["records"] == once["records"] == 4
