@@ -271,10 +271,11 @@ def _encoders(settings: Settings, processes: int) -> Iterator[Callable[[Lines], 
 
 
 def _start_process() -> None:
-    """Leave the end to the process that started this one: SIGTERM to the whole group stops that one, which waits for
-    the current chunks. And end with it, even when it is killed."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave the end to the process that started this one, which waits for the current chunks: a signal to its group
+    does not come here. And end with it, even when it is killed."""
+    os.setpgid(0, 0)
+    # The pool ends by it those that are left when one was killed; they may wait for a lock that the killed one held.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
