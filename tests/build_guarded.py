@@ -32,6 +32,13 @@ def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
     return value
 
 
+def replace_file(file: Path, content: str | bytes) -> None:
+    """Replace a file that a server watches in one step, as the kubelet does: the server never reads a part of it."""
+    draft = file.with_name(f".{file.name}.draft")
+    draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    draft.replace(file)
+
+
 class World:
     """A guarded server over one folder of files and its volumes."""
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from serving import base, candidates, drain, verification
 from serving.replies import RETRY_AFTER_SECONDS
 from tests import build_adapter, build_pipeline
-from tests.build_guarded import NAME, World, start, until
+from tests.build_guarded import NAME, World, replace_file, start, until
 from tests.build_server import BASE
 
 
@@ -542,7 +542,7 @@ def test_a_promotion_that_may_not_be_read_is_refused_by_name_once_and_followed_w
         build_adapter.adapter(world.volumes, old)
         build_adapter.evaluation(world.volumes, old)
         (world.volumes / "fine-tuned-model" / "promoted").mkdir()
-        (world.volumes / "fine-tuned-model" / "promoted" / NAME).write_text("{}")
+        replace_file(world.volumes / "fine-tuned-model" / "promoted" / NAME, "{}")
         assert until(world.served) == world.model(old_plan)
         until(lambda: "refused (unreadable)" in caplog.text)
         time.sleep(0.2)  # ten looks
@@ -560,7 +560,7 @@ def test_a_promotion_of_what_is_no_digest_is_logged_and_counted(
     before = world.metric("serving_refusals_total", alias=NAME, reason="damaged")
     folder = world.volumes / "fine-tuned-model" / "promoted"
     folder.mkdir(parents=True)
-    (folder / NAME).write_text(json.dumps({"adapter": "../../elsewhere", "evaluation": "x", "at": "2026"}))
+    replace_file(folder / NAME, json.dumps({"adapter": "../../elsewhere", "evaluation": "x", "at": "2026"}))
     until(lambda: "refused (damaged)" in caplog.text)
     time.sleep(0.2)  # ten looks
     assert caplog.text.count("refused (damaged)") == 1
@@ -835,7 +835,7 @@ def test_one_adapter_that_takes_long_does_not_keep_the_others_waiting(
 def test_an_invalid_pipeline_file_is_that_files_refusal_counted_and_named_and_the_others_go_on(
         world: World, caplog: pytest.LogCaptureFixture, alias: str, text: str | bytes) -> None:
     before = world.metric("serving_refusals_total", alias=alias, reason="pipeline file")
-    (world.files / f"{alias}.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
+    replace_file(world.files / f"{alias}.yaml", text)
     pipeline, planned = world.write()
     build_adapter.promote(world.volumes, pipeline)
     assert until(world.served) == world.model(planned)

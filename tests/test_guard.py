@@ -33,7 +33,7 @@ from serving.refusal import Refused
 from serving.residency import NoSlot
 from serving.served import Served
 from tests import build_adapter
-from tests.build_guarded import NAME, World, start, until
+from tests.build_guarded import NAME, World, replace_file, start, until
 from tests.build_server import BASE, COMPLETION_TOKENS, PROMPT_TOKENS, Engine, raw_request
 
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -579,7 +579,7 @@ def write_keys(folder: Path, *without: str) -> None:
     models = {"a": f"[{NAME}]", "b": f"[{OTHER}, {BASE}, later]", "admin": '"*"'}
     entries = [{"name": f"team-{name}", "sha256": hashlib.sha256(f"key-{name}".encode()).hexdigest(),
                 "models": yaml.safe_load(value)} for name, value in models.items() if name not in without]
-    (folder / "keys.yaml").write_text(yaml.safe_dump({"keys": entries}))
+    replace_file(folder / "keys.yaml", yaml.safe_dump({"keys": entries}))
 
 
 def promote_both(world: World) -> None:
@@ -712,7 +712,7 @@ def test_a_removed_key_stops_working_and_a_request_in_progress_ends_well(keyed: 
         keyed.vllm.hold.set()
         assert [line for line in lines if line][-1] == "data: [DONE]"
     assert ask(keyed, "key-b", OTHER).status_code == 200
-    (keyed.folder / "keys.yaml").write_text("keys: [")
+    replace_file(keyed.folder / "keys.yaml", "keys: [")
     time.sleep(0.2)
     assert (ask_for_models(keyed, "key-a"), ask_for_models(keyed, "key-b")) == (401, 200)
     (keyed.folder / "keys.yaml").unlink()
@@ -796,7 +796,7 @@ def test_metrics_are_open_unless_a_key_has_them(keyed: World) -> None:
     content = yaml.safe_load((keyed.folder / "keys.yaml").read_text())
     digest = hashlib.sha256(b"prometheus").hexdigest()
     content["keys"].append({"name": "prometheus", "sha256": digest, "metrics": True})
-    (keyed.folder / "keys.yaml").write_text(yaml.safe_dump(content))
+    replace_file(keyed.folder / "keys.yaml", yaml.safe_dump(content))
     until(lambda: httpx.get(keyed.url + "/metrics").status_code == 401, 5)
     assert statuses() == {"key-a": 403, "key-admin": 403, "prometheus": 200, "none": 401}
     refusal = httpx.get(keyed.url + "/metrics", headers=bearer("key-a")).json()["error"]
