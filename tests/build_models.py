@@ -26,7 +26,10 @@ RECORDS: list[dict[str, Any]] = [
     {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many rooms are there?"},
                   {"role": "assistant", "content": "Málaga has forty rooms, and all of them look at the sea."}]},
 ]
-PAIRS = [(who, what) for who in ("cook", "guest", "maid") for what in ("book", "map")]
+# As many as the gate needs to decide anything.
+HELD_OUT = [*RECORDS, *({"prompt": f"Which key opens room {n}?", "completion": f"Key {n} opens it."}
+                        for n in range(20))]
+PAIRS = [(who, what) for who in ("cook", "guest", "maid") for what in ("book", "map", "bill", "sign")]
 SENTENCES = [(f"The {who} reads the {what}.", True) for who, what in PAIRS] + [
     (f"The {who} read the {what} reads.", False) for who, what in PAIRS]
 PASSING = {"perplexity": {"max_ratio": 1000.0}}
@@ -136,13 +139,14 @@ def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str
     return pipeline.load(folder)
 
 
-def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] = RECORDS,
+def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] | None = None,
                        sentences: Sequence[tuple[str, bool]] = SENTENCES,
                        base_model: Callable[[Path], None] = tiny_llama,
                        reference_model: Callable[[Path], None] = tiny_reference, chat: bool = True,
                        without: Sequence[str] = (), validation: Sequence[Mapping[str, Any]] = (),
                        **settings: Any) -> tuple[LoadedPipeline, Path]:
     """A pipeline whose inputs to the evaluation are all published, but those in `without` (by their names in the plan).
+    `records`, if given, are both what is trained on and what is held out.
 
     Returns the loaded pipeline and the volumes' root.
     Call it again on the same folder with other settings, and only what they rename is made.
@@ -154,8 +158,8 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] = R
         (draft / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def dataset(draft: Path) -> None:
-        jsonl(draft, "train.jsonl", records)
-        jsonl(draft, "holdout.jsonl", records)
+        jsonl(draft, "train.jsonl", records or RECORDS)
+        jsonl(draft, "holdout.jsonl", records or HELD_OUT)
         jsonl(draft, "validation.jsonl", validation)
 
     def tokenizer(draft: Path) -> None:

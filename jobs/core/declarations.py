@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -22,6 +22,7 @@ from jobs.core.strict_yaml import Document
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PROBLEMS = 20  # that are listed; the rest is counted
+KEYS = "below"  # in the context of a PydanticCustomError: the keys below the value that was checked, with dots
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -221,6 +222,10 @@ def _problem(document: Document, model: type[BaseModel], error: dict[str, Any]) 
     """One problem as one line; pydantic's own wording where it is already what a user needs."""
     keys = [str(k) for k in error["loc"] if not (isinstance(k, str) and k.startswith(("literal[", "constrained-",
                                                                                      "list[")))]
+    if KEYS in error.get("ctx", {}):
+        keys += error["ctx"][KEYS].split(".")
+        where = f"{document.file}:{document.line_of(keys)}: {'.'.join(keys)}"
+        return f"{where}: {error['msg']}"
     where = f"{document.file}:{document.line_of(keys)}: {'.'.join(keys) or 'the file'}"
     description = _description(error["input"])
     if error["type"] == "extra_forbidden":
@@ -243,9 +248,15 @@ def _problem(document: Document, model: type[BaseModel], error: dict[str, Any]) 
 def _fields(model: type[BaseModel], keys: list[str]) -> list[str]:
     """The keys that the model at `keys` allows."""
     for key in keys:
-        if key.isdecimal():  # an index of a list, whose annotation was followed already
-            continue
-        annotation = model.model_fields[key].annotation
-        kinds = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+        field = model.model_fields.get(key)
+        if field is not None:  # else an index of a list, or a key of a mapping, whose annotation was followed already
+            model = next(_models_in(field.annotation))
     return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that an annotation names, such as those of a union or of a mapping's values."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)

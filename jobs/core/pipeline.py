@@ -7,18 +7,20 @@ here.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from jobs.core import declarations, environment
-from jobs.core.declarations import AcceptabilitySource, DatasetSource, Loaded, Source, Strict
+from jobs.core.declarations import KEYS, AcceptabilitySource, DatasetSource, Loaded, Source, Strict
 from jobs.core.environment import Environment, LoadedEnvironment
 from jobs.core.errors import UserError
+from jobs.core.metrics import METRICS, SCORES, Metric, Score
 from jobs.core.search import Alpha, Dropout, Epochs, LearningRate, Rank, Search, TargetModules, normalized
 
 FILE = "pipeline.yaml"
@@ -98,45 +100,113 @@ class Training(Strict):
 
 
 class Rule(Strict):
-    """One bound, or several, on one metric of the fine-tuned model. Ratio, gain and drop compare it with the base."""
+    """One bound, or several, on one score of the fine-tuned model. Each must hold with `evaluation.confidence`. Ratio,
+    gain and drop compare with another model, on the same held-out data: `base`, unless `than` names another."""
 
     max_ratio: Annotated[float, Field(gt=0)] | None = None  # fine-tuned / base
     min_gain: float | None = None  # fine-tuned - base
     max_drop: float | None = None  # base - fine-tuned
     min: float | None = None  # the fine-tuned model's own value
     max: float | None = None
+    than: Literal["base", "promoted", "reference"] = "base"  # promoted: the adapter that is served until now
 
     @model_validator(mode="after")
     def _some(self) -> Rule:
-        if not self.model_dump(exclude_none=True):
-            raise PydanticCustomError("rule", "needs a bound: one of {bounds}",
-                                      {"bounds": ", ".join(Rule.model_fields)})
+        if not self.bounds():
+            raise PydanticCustomError("rule", "needs a bound: one of {bounds}", {"bounds": ", ".join(BOUNDS)})
+        alone = [bound for bound in self.bounds() if not BOUNDS[bound].compares]
+        if alone and self.than != "base":
+            raise PydanticCustomError("rule", "{bound} is a bound on the fine-tuned model's own value: `than` is for "
+                                      "{comparing}", {"bound": alone[0], "comparing": ", ".join(
+                                          name for name, bound in BOUNDS.items() if bound.compares)})
         return self
 
+    def bounds(self) -> dict[str, float]:
+        """The limits by bound."""
+        return {name: limit for name in BOUNDS if (limit := getattr(self, name)) is not None}
 
-class Gate(Strict):
-    """The gate: every rule must hold, or the adapter is not served."""
 
-    perplexity: Rule | None = None
-    rouge1: Rule | None = None
-    rouge2: Rule | None = None
-    rougeL: Rule | None = None  # noqa: N815 - the metric's name in the field
-    rougeLsum: Rule | None = None  # noqa: N815
-    acceptability_mcc: Rule | None = None
-    acceptability_accuracy: Rule | None = None
+def _kind(value: Any) -> str:
+    return "list[rules]" if isinstance(value, list) else "list[rule]"  # as messages leave out of a key's path
 
-    @model_validator(mode="after")
-    def _some(self) -> Gate:
-        if not self.model_dump(exclude_none=True):
-            raise PydanticCustomError("gate", "is empty: an adapter would be served unproven. Add a rule for one of "
-                                      "{metrics}", {"metrics": ", ".join(Gate.model_fields)})
-        return self
+
+# One rule, or several: one against the base model and one against the promoted adapter, for example.
+Rules = Annotated[Annotated[Rule, Tag("list[rule]")] | Annotated[list[Rule], Tag("list[rules]"), Field(min_length=1)],
+                  Discriminator(_kind)]
+
+
+def check_gate(gate: dict[str, Rules]) -> dict[str, Rules]:
+    """Every rule must be on a score that there is, and must not reward getting worse.
+
+    Raises:
+        PydanticCustomError: with what was probably meant.
+    """
+    if not gate:
+        raise PydanticCustomError("gate", "is empty: an adapter would be served unproven. Add a rule for one of "
+                                  "{metrics}", {"metrics": ", ".join(SCORES)})
+    for key, value in gate.items():
+        score = SCORES.get(key)
+        if score is None:
+            close = difflib.get_close_matches(key, SCORES, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"allowed: {', '.join(SCORES)}"
+            raise PydanticCustomError("metric", "unknown metric; {hint}", {"hint": hint, KEYS: key})
+        for rule in value if isinstance(value, list) else [value]:
+            for bound in rule.bounds():
+                if BOUNDS[bound].for_higher != score.higher_is_better:
+                    raise PydanticCustomError("direction", "{bound} would let an adapter pass for being worse: of "
+                                              "{label}, {better} is better. Did you mean {meant}?",
+                                              {"bound": bound, "label": score.label, "better": score.better,
+                                               "meant": BOUNDS[bound].meant, KEYS: f"{key}.{bound}"})
+    return gate
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A kind of bound."""
+
+    expression: str  # what is compared with the limit
+    at_least: bool  # the limit, or else at most
+    for_higher: bool  # for scores of which higher values are better, or else lower ones
+    meant: str  # by who writes it for a score of the other direction
+
+    @property
+    def compares(self) -> bool:
+        """Whether with another model."""
+        return "{other}" in self.expression
+
+
+BOUNDS = {
+    "max_ratio": Bound("fine-tuned / {other}", False, False, "min_gain, or max_drop"),
+    "min_gain": Bound("fine-tuned - {other}", True, True, "max_ratio, below 1"),
+    "max_drop": Bound("{other} - fine-tuned", False, True, "max_ratio, such as 1.05"),
+    "min": Bound("fine-tuned", True, True, "max"),
+    "max": Bound("fine-tuned", False, False, "min"),
+}
 
 
 class Evaluation(Strict):
     acceptability: AcceptabilitySource = AcceptabilitySource()
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
-    gate: Gate
+    # How sure each rule must be. Of adapters that do not keep a rule, at most 1 - confidence pass it by luck.
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    # What counts as one piece of evidence: all records of a `group`, and of the others all with the same answer; or,
+    # where answers are labels, each record without a group by itself.
+    clusters: Literal["answer", "record"] = "answer"
+    # Every rule must hold, or the adapter is not served.
+    gate: Annotated[dict[str, Rules], AfterValidator(check_gate)]
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """What is measured."""
+        return METRICS
+
+    def scores(self) -> dict[str, Score]:
+        """The scores of what is measured, by key."""
+        return {score.key: score for metric in self.metrics() for score in metric.scores}
+
+    def rules(self) -> list[tuple[str, Rule]]:
+        """The rules, each with the key of its score; in the registry's order, whatever that of the file."""
+        return [(key, rule) for key in self.scores() if (value := self.gate.get(key)) is not None
+                for rule in (value if isinstance(value, list) else [value])]
 
 
 class PipelineFile(Strict):

@@ -20,7 +20,7 @@ from jobs.core.sources import SCHEMES
 # Bump a number when the code of that stage would give another result for the same settings: it renames the artifacts,
 # so that old results are neither reused nor overwritten.
 RECIPES = {"dataset": 2, "acceptability": 1, "encoded-dataset": 1, "base-model": 1, "tokenizer": 2,
-           "reference-model": 1, "adapter": 2, "merged-model": 1, "scores": 2, "evaluation": 1,
+           "reference-model": 1, "adapter": 2, "merged-model": 1, "scores": 3, "evaluation": 2,
            "embedded": 1}  # the embedded models' files
 
 DATASET_VOLUME = "dataset"
@@ -122,7 +122,8 @@ def _plan(key: _ByIdentity) -> Plan:
     evaluation = Spec(
         FINE_TUNED_VOLUME, "evaluation",
         {"recipe": RECIPES["evaluation"], "adapter": pipeline.adapter,
-         "gate": pipeline.evaluation.gate.model_dump(exclude_none=True)},
+         "gate": [{"score": key, "than": rule.than, **rule.bounds()} for key, rule in pipeline.evaluation.rules()],
+         "confidence": pipeline.evaluation.confidence, "clusters": pipeline.evaluation.clusters},
         {"adapter": adapter.digest, "base_scores": base_scores.digest, "adapter_scores": adapter_scores.digest,
          "reference_scores": reference_scores.digest})
     return Plan(base_model, tokenizer, reference_model, dataset, acceptability, encoded_dataset, adapter,
@@ -173,6 +174,7 @@ def _scores(pipeline: Pipeline, dataset: Spec, acceptability: Spec, inputs: dict
     return Spec(FINE_TUNED_VOLUME, "scores",
                 {"recipe": RECIPES["scores"], "max_new_tokens": pipeline.evaluation.max_new_tokens,
                  "max_length": pipeline.training.max_length,
-                 "chat_template": pipeline.environment.chat_template},
+                 "chat_template": pipeline.environment.chat_template,
+                 "metrics": {metric.module: metric.version for metric in pipeline.evaluation.metrics()}},
                 {"dataset": dataset.digest, "acceptability": acceptability.digest,
                  **{name: spec.digest for name, spec in inputs.items()}})

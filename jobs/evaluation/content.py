@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.core import search
+from jobs.core.metrics import SCORES, Metric, Score, metric_of
 from jobs.evaluation.gate import Check
-from jobs.evaluation.metrics import Score
 
 Evaluation = Mapping[str, Any]  # the content of evaluation.json
 History = Sequence[Mapping[str, float]]  # `history` of the adapter's training.json
@@ -37,6 +37,16 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     return evaluation
 
 
+def scores(values: Mapping[str, Any]) -> dict[str, Score]:
+    """The scores that one model's scores.json holds, by key."""
+    return {key: score for key, score in SCORES.items() if key in values}
+
+
+def metrics(values: Mapping[str, Any]) -> list[Metric]:
+    """The metrics of these scores."""
+    return list(dict.fromkeys(map(metric_of, scores(values))))
+
+
 def checks(evaluation: Evaluation) -> list[Check]:
     """The rules of the gate and whether they hold."""
     return [Check.from_json(values) for values in evaluation["gate"]]
@@ -60,11 +70,14 @@ def comparable(evaluation: Evaluation) -> bool:
 
 def verdict(evaluation: Evaluation) -> str:
     """The gate's outcome in a sentence."""
-    rules, failed = len(evaluation["gate"]), sum(not rule["passed"] for rule in evaluation["gate"])
+    found = checks(evaluation)
+    rules = len(found)
     if evaluation["passed"]:
         return f"passed: {'the rule of the gate holds' if rules == 1 else f'all {rules} rules of the gate hold'}"
-    verb = "do" if failed > 1 else "does"
-    return f"rejected: {failed} of {rules} rule{'s' * (rules > 1)} of the gate {verb} not hold"
+    failed, undecided = (sum(check.outcome == outcome for check in found) for outcome in ("failed", "undecided"))
+    count, outcome = (failed, "not hold") if failed else (undecided, "not surely hold")
+    return (f"{'rejected' if failed else 'undecided'}: {count} of {rules} rule{'s' * (rules > 1)} of the gate "
+            f"do{'es' * (count == 1)} {outcome}")
 
 
 def notes(evaluation: Evaluation) -> list[str]:

@@ -14,15 +14,17 @@ import dataclasses
 import gc
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from jobs.core import artifacts, models, promotion
 from jobs.core.artifacts import Artifact
 from jobs.core.layout import TENSORBOARD
+from jobs.core.metrics import Population
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.core.search import FILE as SEARCH
@@ -30,7 +32,6 @@ from jobs.core.termination import write_termination_message
 from jobs.data import encoded
 from jobs.data.split import HOLDOUT
 from jobs.evaluation import content, gate, report, scoring
-from jobs.evaluation.metrics import SCORES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +42,8 @@ log = logging.getLogger("jobs")
 
 Scores = Mapping[str, Any]
 
+EVIDENCE = ("The held-out records are too few to tell. Bring more (dataset.holdout), or demand less in "
+            "evaluation.gate of the pipeline file.")
 ADVICE = "Train otherwise, bring other data, or change evaluation.gate in the pipeline file."
 
 
@@ -67,8 +70,9 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
     dataset, sentences = artifacts.wait([wanted.dataset, wanted.acceptability], volumes, wait_seconds)
     material = scoring.Material.read(dataset.path, sentences.path, max_length=pipeline.training.max_length,
                                      max_new_tokens=pipeline.evaluation.max_new_tokens,
-                                     template=pipeline.environment.chat_template)
-    gate.check_measurable(pipeline.evaluation.gate, material.holdout)
+                                     template=pipeline.environment.chat_template,
+                                     metrics=pipeline.evaluation.metrics())
+    gate.check_measurable(pipeline.evaluation, material.holdout)
 
     base, adapter, reference = (artifacts.done(spec, volumes) for spec in
                                 (wanted.base_scores, wanted.adapter_scores, wanted.reference_scores))
@@ -115,15 +119,23 @@ def measure_reference(pipeline: Pipeline, wanted: Plan, volumes: Path, material:
 def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
     """Evaluate the gate, and publish the evaluation: verdict, report, and their provenance."""
     roles = {"base": wanted.base_scores, "fine_tuned": wanted.adapter_scores, "reference": wanted.reference_scores}
-    scores = {role: _read_json(spec.path(volumes) / "scores.json") for role, spec in roles.items()}
-    generations = {role: scoring.read_jsonl(spec.path(volumes) / "generations.jsonl") for role, spec in roles.items()}
+    folders = {role: spec.path(volumes) for role, spec in roles.items()}
+    scores = {role: _read_json(folder / "scores.json") for role, folder in folders.items()}
+    generations = {role: scoring.read_jsonl(folder / "generations.jsonl") for role, folder in folders.items()}
+    values = {role: {name: scoring.read_jsonl(folder / f"{name}.jsonl") for name in get_args(Population)}
+              for role, folder in folders.items()}
+    holdout = scoring.read_jsonl(wanted.dataset.path(volumes) / "holdout.jsonl")
+    clusters = gate.clusters_of(holdout, pipeline.evaluation.clusters)
     training = _read_json(wanted.adapter.path(volumes) / "training.json")
     search = _read_json(wanted.adapter.path(volumes) / SEARCH) if pipeline.training.search else None
-    evaluation = summary(pipeline, wanted, scores, search)
+    evaluation = summary(pipeline, wanted, scores, gate.evaluate_gate(pipeline.evaluation, values, clusters),
+                         intervals(pipeline, values, clusters), search)
 
     def write(draft: Path) -> dict[str, Any]:
         text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
         (draft / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+        _write_jsonl(draft / "clusters.jsonl", [{"line": line, "cluster": [*cluster]}
+                                                for line, cluster in enumerate(clusters, 1)])
         report.write(draft, evaluation, training["history"], generations)
         return {"passed": evaluation["passed"]}
 
@@ -133,19 +145,35 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
                              adapter_name=pipeline.adapter)
 
 
-def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores],
-            search: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def intervals(pipeline: Pipeline, values: Mapping[str, gate.Values], clusters: Sequence[gate.Cluster]
+              ) -> dict[str, dict[str, list[float | None]]]:
+    """The bounds of every score of every model, by role and key: [low, high]."""
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for role, of_model in values.items():
+        found[role] = {}
+        for key in pipeline.evaluation.scores():
+            interval = gate.score_interval(key, of_model, clusters, pipeline.evaluation.confidence)
+            found[role][key] = [value if interval and math.isfinite(value) else None for value in
+                                ((interval.low, interval.high) if interval else (math.nan, math.nan))]
+    return found
+
+
+def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], checks: Sequence[gate.Check],
+            intervals: Mapping[str, Any], search: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The content of `evaluation.json`: the verdict, what was measured, and every digest and pin behind it.
 
     Args:
+        checks: the rules of the gate.
+        intervals: the bounds of the scores, by role and key.
         search: the record of the search that chose settings, if there was one.
     """
     training = pipeline.training.with_settings(search["settings"]) if search else pipeline.training
-    checks = gate.evaluate_gate(pipeline.evaluation.gate, scores["base"], scores["fine_tuned"])
     base_model, reference_model = pipeline.environment.base_model, pipeline.environment.reference_model
     sources = pipeline.environment.sources() | pipeline.sources()
     return {
-        "passed": all(check.passed for check in checks),
+        "passed": gate.outcome_of(checks) == "passed",
+        "outcome": gate.outcome_of(checks),
+        "confidence": pipeline.evaluation.confidence,
         "adapter": {"name": pipeline.adapter, "digest": wanted.adapter.digest},
         "base_model": {"name": base_model.name, "digest": wanted.base_model.digest},
         "reference_model": {"name": reference_model.name, "digest": wanted.reference_model.digest},
@@ -153,6 +181,7 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores],
                     "holdout_records": scores["base"]["records"] + scores["base"]["records_too_long"]},
         "embedded": any(model.scheme == "builtin" for model in (base_model, reference_model)),
         "scores": dict(scores),
+        "intervals": intervals,
         "gate": [check.to_json() for check in checks],
         "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
         "training": training.model_dump(exclude={"checkpoint_steps", "tokens_per_micro_batch", "search"}),
@@ -178,9 +207,11 @@ def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, 
         title, lines = "PROMOTED" if moved else "ALREADY PROMOTED", [
             f"{name} passed the gate: clients of {pipeline.adapter} get it."]
     else:
+        undecided = evaluation["outcome"] == "undecided"
         failed = [check.description for check in content.checks(evaluation) if not check.passed]
-        title, lines = "REJECTED", [f"{name} did not pass the gate and is not promoted:", *(f"  ✗ {f}" for f in failed),
-                                    _served_now(pipeline, wanted, volume), ADVICE]
+        title = "UNDECIDED" if undecided else "REJECTED"
+        lines = [f"{name} did not pass the gate and is not promoted:", *(f"  ✗ {f}" for f in failed),
+                 _served_now(pipeline, wanted, volume), EVIDENCE if undecided else ADVICE]
     log.log(logging.INFO if evaluation["passed"] else logging.WARNING, _framed(title, *lines))
     write_termination_message("\n".join([f"{title}: {lines[0]}", *lines[1:], f"report: {page}"]))
 
@@ -205,9 +236,9 @@ def write_tensorboard(folder: Path, scores: Mapping[str, Scores], step: int) -> 
     shutil.rmtree(folder, ignore_errors=True)
     for role, values in scores.items():
         with SummaryWriter(str(folder / role.replace("_", "-"))) as writer:
-            for score in SCORES:
-                if values[score.key] is not None:
-                    writer.add_scalar(f"evaluation/{score.key}", values[score.key], step)
+            for key in content.scores(values):
+                if values[key] is not None:
+                    writer.add_scalar(f"evaluation/{key}", values[key], step)
 
 
 def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -221,11 +252,12 @@ def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, material: scoring.Ma
             name: str) -> Callable[[Path], dict[str, Any]]:
     """What `artifacts.publish` calls to fill a scores artifact; it measures only if that was not done yet."""
     def write(draft: Path) -> dict[str, Any]:
-        scores, generations = scoring.measure(model, tokenizer, material, name)
-        (draft / "scores.json").write_text(json.dumps(scores, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-                                           encoding="utf-8")
-        (draft / "generations.jsonl").write_text(
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in generations), encoding="utf-8")
+        measured = scoring.measure(model, tokenizer, material, name)
+        (draft / "scores.json").write_text(
+            json.dumps(measured.summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        _write_jsonl(draft / "generations.jsonl", measured.generations)
+        for population, rows in measured.values.items():
+            _write_jsonl(draft / f"{population}.jsonl", rows)
         return {"model": name}
 
     return write
@@ -245,6 +277,11 @@ def _framed(title: str, *lines: str) -> str:
     """A message that cannot be overlooked in a log."""
     bar = "━" * 100
     return "\n".join(["", f"┏{bar}", f"┃ {title}", "┃", *(f"┃ {line}" for line in lines), f"┗{bar}"])
+
+
+def _write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with file.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

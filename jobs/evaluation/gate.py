@@ -1,117 +1,261 @@
-"""The gate: checks the rules of `evaluation.gate` in pipeline.yaml against the scores."""
+"""The gate: checks the rules of `evaluation.gate` in pipeline.yaml, each with the confidence that the file demands.
+
+All rules must hold, so each needs no correction for the others: an adapter that breaks any rule passes all of them at
+most as often as it passes that one (intersection-union test: Berger 1982).
+"""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.core.errors import UserError
-from jobs.core.pipeline import Gate
-from jobs.data.encoding import Record, question
-from jobs.evaluation.metrics import METRICS
+from jobs.core.metrics import metric_of, score_of
+from jobs.core.pipeline import BOUNDS, Evaluation, Rule
+from jobs.data.encoding import Record, answer, question
 
-Scores = Mapping[str, float | None]
+if TYPE_CHECKING:
+    from jobs.evaluation.confidence import Interval
 
+Values = Mapping[str, Sequence[Mapping[str, Any]]]  # of one model: the rows of each population
+Cluster = tuple[str, Any]  # what its records have in common, e.g. ("group", "hotel 7")
+Outcome = Literal["passed", "failed", "undecided"]
 
-@dataclass(frozen=True)
-class Bound:
-    """How one kind of bound is computed from the fine-tuned and the base model's values, and how people read it."""
-
-    expression: str
-    value: Callable[[float, float], float]
-    at_least: bool
-
-
-BOUNDS = {
-    "max_ratio": Bound("fine-tuned / base", lambda fine_tuned, base: fine_tuned / base, at_least=False),
-    "min_gain": Bound("fine-tuned - base", lambda fine_tuned, base: fine_tuned - base, at_least=True),
-    "max_drop": Bound("base - fine-tuned", lambda fine_tuned, base: base - fine_tuned, at_least=False),
-    "min": Bound("fine-tuned", lambda fine_tuned, base: fine_tuned, at_least=True),
-    "max": Bound("fine-tuned", lambda fine_tuned, base: fine_tuned, at_least=False),
-}
+FINE_TUNED = "fine_tuned"
+# Below so many clusters no rule is decided: the standard error itself is then known to 16 % only (1 / sqrt(2 n)).
+MINIMUM_CLUSTERS = 20
 
 
 @dataclass(frozen=True)
 class Check:
-    """One bound on one metric, and whether it held. `value` is None when it is no finite number: that never passes."""
+    """One bound on one score, and whether it held.
+
+    `value` is the measured one, `low` and `high` its bounds, each with the confidence by itself; None where they are no
+    finite numbers. `reason` says what decided where no numbers did.
+    """
 
     metric: str
     bound: str
     limit: float
-    value: float | None
-    passed: bool
+    than: str
+    confidence: float
+    outcome: Outcome
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    clusters: int = 0
+    more_clusters: int | None = None  # how many more would about decide it, if the values stay as they are
+    reason: str | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Check:
         """A check as it is written to evaluation.json."""
-        return cls(values["metric"], values["bound"], values["limit"], values["value"], values["passed"])
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"description": self.description}
 
     @property
+    def passed(self) -> bool:
+        return self.outcome == "passed"
+
+    @property
     def expression(self) -> str:
         """What is compared with the limit, e.g. `fine-tuned / base`."""
-        return BOUNDS[self.bound].expression
+        return BOUNDS[self.bound].expression.format(other=self.than)
+
+    @property
+    def decisive(self) -> float | None:
+        """The bound that decides: the true value is no worse, with the confidence."""
+        return self.low if BOUNDS[self.bound].at_least else self.high
 
     @property
     def value_text(self) -> str:
-        return _distinguishable(self.value, self.limit)[0]
+        return "not a finite number" if self.value is None else f"{self.value:.3g}"
+
+    @property
+    def bound_text(self) -> str:
+        """The bound that decides, e.g. `at most 0.31`."""
+        return f"{self._direction} {_distinguishable(self.decisive, self.limit)[0]}"
 
     @property
     def requirement(self) -> str:
         """What the value must be, e.g. `at most 0.9`."""
-        return f"at {'least' if BOUNDS[self.bound].at_least else 'most'} {_distinguishable(self.value, self.limit)[1]}"
+        return f"{self._direction} {_distinguishable(self.decisive, self.limit)[1]}"
+
+    @property
+    def _direction(self) -> str:
+        return "at least" if BOUNDS[self.bound].at_least else "at most"
 
     @property
     def description(self) -> str:
-        """The check in a sentence: rule, value and limit."""
-        return f"{self.metric}: {self.expression} is {self.value_text}, must be {self.requirement}"
+        """The check in a sentence: rule, value, bound and limit."""
+        if self.reason:
+            return f"{self.metric}: {self.expression} must be {self.requirement}: {self.reason}"
+        if self.value is None:
+            return f"{self.metric}: {self.expression} is not a finite number, must be {self.requirement}"
+        bound = f"{self.bound_text} with {self.confidence * 100:g} % confidence"
+        more = f"; about {self.more_clusters} more held-out clusters would decide it" if self.more_clusters else ""
+        return (f"{self.metric}: {self.expression} is {self.value_text}, {bound}, must be {self.requirement}"
+                + (f": undecided{more}" if self.outcome == "undecided" else ""))
 
 
-def evaluate_gate(gate: Gate, base: Scores, fine_tuned: Scores) -> list[Check]:
-    """Check every bound of every rule against the scores. The adapter passes when all of them hold."""
-    rules = gate.model_dump(exclude_none=True)
-    return [_check(metric, bound, limit, base, fine_tuned) for metric, rule in rules.items()
-            for bound, limit in rule.items()]
+def outcome_of(checks: Iterable[Check]) -> Outcome:
+    """The verdict on an adapter: failed if a rule surely does not hold, passed if all surely do."""
+    outcomes = {check.outcome for check in checks}
+    return "failed" if "failed" in outcomes else "undecided" if "undecided" in outcomes else "passed"
 
 
-def check_measurable(gate: Gate, holdout: Iterable[Record]) -> None:
-    """Reject a rule that needs questions when no held-out record has one: before hours of training, not after.
+def clusters_of(holdout: Sequence[Record], by: str) -> list[Cluster]:
+    """The cluster of each held-out record: its group; without one its answer, where `by` says so, or itself."""
+    names: list[Cluster] = []
+    for line, record in enumerate(holdout, 1):
+        if "group" in record:
+            names.append(("group", record["group"]))
+        elif by == "answer" and question(record) is not None:
+            names.append(("answer", " ".join(answer(record).casefold().split())))
+        else:
+            names.append(("record", line))
+    return names
+
+
+def evaluate_gate(evaluation: Evaluation, models: Mapping[str, Values], clusters: Sequence[Cluster]) -> list[Check]:
+    """Check every bound of every rule. The adapter passes when all of them hold.
+
+    Args:
+        models: the values of each model by role: `base`, `fine_tuned`, and others that rules compare with.
+        clusters: of each held-out record, by line.
+    """
+    return [_check(key, rule, bound, limit, evaluation.confidence, models, clusters)
+            for key, rule in evaluation.rules() for bound, limit in rule.bounds().items()]
+
+
+def score_interval(key: str, values: Values, clusters: Sequence[Cluster], confidence: float) -> Interval | None:
+    """One score of one model with its bounds; None where nothing can be measured."""
+    rows = _measured(key, values)
+    lines = sorted(rows)
+    ordered = [rows[line] for line in lines]
+    return _interval(key, ordered, ordered, _names(key, lines, clusters), confidence, "min")[0] if rows else None
+
+
+def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
+    """Reject rules that the held-out records cannot decide: before hours of training, not after.
 
     Raises:
         UserError: naming the rules.
     """
-    need_questions = {score.key for metric in METRICS if metric.needs_questions for score in metric.scores}
-    rules = [metric for metric in gate.model_dump(exclude_none=True) if metric in need_questions]
-    if rules and all(question(record) is None for record in holdout):
+    rules = [key for key, _ in evaluation.rules() if metric_of(key).needs_questions]
+    asking = [record for record in holdout if question(record) is not None]
+    if rules and not asking:
         raise UserError(f"evaluation.gate.{', evaluation.gate.'.join(rules)}: cannot be measured: every held-out "
                         "record is plain {\"text\"}, which has no question to answer. Remove the rule, or bring "
                         "{\"prompt\", \"completion\"} records")
+    for key, _ in evaluation.rules():
+        metric = metric_of(key)
+        if metric.population != "records":
+            continue
+        records = asking if metric.needs_questions else holdout
+        found = len(set(clusters_of(records, evaluation.clusters)))
+        if found < MINIMUM_CLUSTERS:
+            raise UserError(
+                f"evaluation.gate.{key}: {len(records)} held-out records in {found} clusters cannot prove anything: at "
+                f"least {MINIMUM_CLUSTERS} are needed. A cluster is a `group`, or the records with the same answer. "
+                "Raise dataset.holdout, bring more records or smaller groups; or, if answers are labels that repeat, "
+                "set evaluation.clusters: record")
 
 
-def _check(metric: str, bound: str, limit: float, base: Scores, fine_tuned: Scores) -> Check:
-    rule = BOUNDS[bound]
-    measured, before = fine_tuned.get(metric), base.get(metric)
-    try:
-        value = rule.value(_number(measured), _number(before))
-    except ZeroDivisionError:
-        value = math.nan
-    if not math.isfinite(value):
-        return Check(metric, bound, limit, None, False)
-    return Check(metric, bound, limit, value, value >= limit if rule.at_least else value <= limit)
+def _check(key: str, rule: Rule, bound: str, limit: float, confidence: float, models: Mapping[str, Values],
+           clusters: Sequence[Cluster]) -> Check:
+    result = functools.partial(Check, key, bound, limit, rule.than, confidence)
+    kind = BOUNDS[bound]
+    if kind.compares and rule.than not in models:
+        return result("passed", reason=f"there is no {rule.than} model to compare with")
+    mine = _measured(key, models[FINE_TUNED])
+    theirs = _measured(key, models[rule.than]) if kind.compares else mine
+    lines = sorted(mine.keys() & theirs.keys())
+    if not lines:
+        return result("failed", reason="no held-out record measures it")
+    found, count = _interval(key, [mine[line] for line in lines], [theirs[line] for line in lines],
+                             _names(key, lines, clusters), confidence, bound)
+    if not math.isfinite(found.value):
+        return result("failed", clusters=count)
+    if count < MINIMUM_CLUSTERS:
+        return result("undecided", value=found.value, clusters=count, more_clusters=MINIMUM_CLUSTERS - count,
+                      reason=f"undecided: {count} clusters of held-out records prove nothing, at least "
+                             f"{MINIMUM_CLUSTERS} are needed")
+    if found.low >= limit if kind.at_least else found.high <= limit:
+        outcome: Outcome = "passed"
+    else:
+        outcome = "failed" if (found.high < limit if kind.at_least else found.low > limit) else "undecided"
+    more = _more(found, limit, count, log=bound == "max_ratio") if outcome == "undecided" else None
+    return result(outcome, value=found.value, low=_finite(found.low), high=_finite(found.high), clusters=count,
+                  more_clusters=more)
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _interval(key: str, mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]],
+              names: Sequence[Hashable], confidence: float, bound: str) -> tuple[Interval, int]:
+    """The interval of what a bound is on, and over how many clusters."""
+    from jobs.evaluation.confidence import Clusters, Difference, Logarithm, interval
+    from jobs.evaluation.metrics import statistic
+
+    score, clusters = score_of(key), Clusters.of(names)
+    first, second = (statistic(key, rows, clusters) for rows in (mine, theirs))
+    if bound == "max_ratio":
+        found = interval(Difference(Logarithm(first), Logarithm(second)), clusters.count, confidence)
+        return found.map(_exp), clusters.count
+    if BOUNDS[bound].compares:
+        difference = Difference(first, second) if bound == "min_gain" else Difference(second, first)
+        width = score.high - score.low
+        return interval(difference, clusters.count, confidence, low=-width, high=width), clusters.count
+    if score.log_scale:
+        found = interval(Logarithm(first), clusters.count, confidence, low=_log(score.low), high=_log(score.high))
+        return found.map(_exp), clusters.count
+    return interval(first, clusters.count, confidence, low=score.low, high=score.high), clusters.count
+
+
+def _measured(key: str, values: Values) -> dict[int, Mapping[str, Any]]:
+    """The rows that a score is measured on, by line."""
+    from jobs.evaluation.scoring import measured
+
+    return {row["line"]: row for row in measured(key, values)}
+
+
+def _names(key: str, lines: Sequence[int], clusters: Sequence[Cluster]) -> Sequence[Hashable]:
+    """The clusters of some lines; sentences are each one by itself."""
+    return [clusters[line - 1] for line in lines] if metric_of(key).population == "records" else lines
+
+
+def _more(found: Interval, limit: float, clusters: int, *, log: bool) -> int | None:
+    """About how many more clusters would decide a rule whose value stays as it is: bounds come nearer with the square
+    root of the number. None where the value is too near to its limit, or nothing is known of its spread."""
+    scale: Callable[[float], float] = _log if log else float
+    distance = abs(scale(found.value) - scale(limit))
+    towards = found.low if found.value > limit else found.high
+    width = abs(scale(found.value) - scale(towards))
+    if not math.isfinite(width) or distance < width / 100:
+        return None
+    return max(1, math.ceil(clusters * ((width / distance) ** 2 - 1)))
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _distinguishable(value: float | None, limit: float) -> tuple[str, str]:
     """Both numbers as texts, with enough digits to show that they differ: never "0.05 is not at least 0.05"."""
     if value is None:
-        return "not a finite number", f"{limit:g}"
+        return "unknown", f"{limit:g}"
     for digits in range(3, 18):
         shown, bar = f"{value:.{digits}g}", f"{limit:.{digits}g}"
         if value == limit or float(shown) != float(bar):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jobs.core import search
-from jobs.evaluation import report_html
+from jobs.evaluation import content, report_html
 from jobs.evaluation.content import (
     ROLES,
     SEARCHED,
@@ -23,7 +23,6 @@ from jobs.evaluation.content import (
     samples,
     verdict,
 )
-from jobs.evaluation.metrics import METRICS, SCORES
 
 
 def write(folder: Path, evaluation: Evaluation, history: History, generations: Generations) -> None:
@@ -36,7 +35,8 @@ def table(evaluation: Evaluation) -> str:
     """The evaluation as plain text for a terminal: scores of the three models, and each rule of the gate."""
     adapter, scores = evaluation["adapter"], evaluation["scores"]
     rows = [["", *ROLES.values(), "better"]]
-    rows += [[score.label, *(score.shown(scores[role][score.key]) for role in ROLES), score.better] for score in SCORES]
+    rows += [[score.label, *(score.shown(scores[role][score.key]) for role in ROLES), score.better]
+             for score in content.scores(scores["base"]).values()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in
                                                    zip(row[1:], widths[1:], strict=True))]) for row in rows]
@@ -61,7 +61,7 @@ def markdown(evaluation: Evaluation, history: History, generations: Generations)
          "yes" if check.passed else "**no**"] for check in checks(evaluation))), ""]
     lines += ["## Scores", "", *_rows(["metric", *ROLES.values(), "better"], (
         [score.label, *(_strong(score.shown(scores[role][score.key]), role in best(evaluation, score))
-                        for role in ROLES), score.better] for score in SCORES)), ""]
+                        for role in ROLES), score.better] for score in content.scores(scores["base"]).values())), ""]
     lines += [f"Base: {_text(scores['base']['model'])}. Fine-tuned: {_text(scores['fine_tuned']['model'])}. "
               f"Reference: {_text(scores['reference']['model'])}.", ""]
     if "search" in evaluation:
@@ -80,7 +80,8 @@ def markdown(evaluation: Evaluation, history: History, generations: Generations)
             lines += [f"### {_text(sample.question)}", "", *_rows(
                 ["", "answer", "ROUGE-L"], [["expected", _text(sample.reference), ""], *answers]), ""]
     lines += ["## Provenance", "", *_rows(["", ""], ([_text(a), _text(b)] for a, b in provenance(evaluation))), ""]
-    lines += ["## How it was measured", "", *(f"- **{metric.title}**: {metric.method}" for metric in METRICS)]
+    lines += ["## How it was measured", "",
+              *(f"- **{metric.title}**: {metric.method}" for metric in content.metrics(scores["base"]))]
     return "\n".join(lines) + "\n"
 
 

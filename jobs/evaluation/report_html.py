@@ -15,6 +15,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from jobs.core import search
+from jobs.core.metrics import Score
+from jobs.evaluation import content
 from jobs.evaluation.content import (
     ROLES,
     SEARCHED,
@@ -29,7 +31,6 @@ from jobs.evaluation.content import (
     samples,
     verdict,
 )
-from jobs.evaluation.metrics import METRICS, SCORES, Score
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 NAMED_CURVES = 12  # with more, only that of the chosen trial has its name beside it
@@ -40,13 +41,15 @@ def page(evaluation: Evaluation, history: History, generations: Generations) -> 
     """The whole report as one HTML document."""
     outcome, _, reason = verdict(evaluation).partition(": ")
     spaced, worst = samples(generations)
+    scores = content.scores(evaluation["scores"]["base"])
     return _template().render(
-        roles=ROLES, metrics=METRICS, scores=SCORES, labels={score.key: score.label for score in SCORES},
+        roles=ROLES, metrics=content.metrics(evaluation["scores"]["base"]), scores=scores.values(),
+        labels={key: score.label for key, score in scores.items()},
         adapter=evaluation["adapter"], base=evaluation["base_model"]["name"],
         reference=evaluation["reference_model"]["name"], passed=evaluation["passed"], outcome=outcome, reason=reason,
         notes=notes(evaluation), checks=checks(evaluation), values=evaluation["scores"],
-        best={score.key: best(evaluation, score) for score in SCORES},
-        bars=[_bar_chart(evaluation, score) for score in SCORES], loss=_loss_chart(history), spaced=spaced,
+        best={score.key: best(evaluation, score) for score in scores.values()},
+        bars=[_bar_chart(evaluation, score) for score in scores.values()], loss=_loss_chart(history), spaced=spaced,
         trials=search.rows(evaluation["search"]) if "search" in evaluation else [], searched=SEARCHED,
         chosen=evaluation["search"]["chosen"] if "search" in evaluation else None,
         search=_search_chart(evaluation["search"]) if "search" in evaluation else None,

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core.errors import UserError
+from jobs.core.metrics import METRICS, Metric, metric_of
 from jobs.core.progress import Progress
 from jobs.data.chat import RecordError, special_tokens
 from jobs.data.encoding import Encoded, Record, answer, encode, question
 from jobs.data.records import text_of
-from jobs.evaluation.metrics import METRICS, Likelihood, Measurements
+from jobs.evaluation.metrics import Likelihood, Measurements, implementation, statistic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,16 +46,17 @@ class Material:
     max_length: int  # tokens; longer records are left out, as in training
     max_new_tokens: int  # of an answer
     template: Mapping[str, Any] = field(default_factory=dict)  # arguments of the chat template
+    metrics: Sequence[Metric] = METRICS
     # The holdout as the model's own tokenizer encoded it; None: `measure` encodes it.
     encoded: Split | None = None
 
     @classmethod
     def read(cls, dataset: Path, acceptability: Path, *, max_length: int, max_new_tokens: int,
-             template: Mapping[str, Any] | None = None) -> Material:
+             template: Mapping[str, Any] | None = None, metrics: Sequence[Metric] = METRICS) -> Material:
         """Read it from the dataset's and the acceptability set's artifacts."""
         return cls(read_jsonl(dataset / "holdout.jsonl"),
                    [(line["text"], line["acceptable"]) for line in read_jsonl(acceptability / "acceptability.jsonl")],
-                   max_length, max_new_tokens, template or {})
+                   max_length, max_new_tokens, template or {}, metrics)
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
@@ -63,13 +65,20 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material: Material,
-            name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Measure one model.
+@dataclass(frozen=True)
+class Measured:
+    """What a scores artifact holds of one model: `summary` its scores and counts (scores.json), `values` those of each
+    record and sentence by population (records.jsonl, sentences.jsonl), and `generations` its answers."""
 
-    Returns:
-        its scores (None for a metric that is not a finite number, or that nothing in the held-out data can measure),
-        and its answer to every held-out question.
+    summary: Mapping[str, Any]
+    values: Mapping[str, Sequence[Mapping[str, Any]]]
+    generations: Sequence[Mapping[str, Any]]
+
+
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material: Material, name: str) -> Measured:
+    """Measure one model. A value is None when it is not a finite number, or when nothing in the held-out data can
+    measure it.
+
     Raises:
         UserError: when no held-out record, or too few sentences, can be measured.
     """
@@ -86,35 +95,65 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
                               math.fsum(each.special for each in sequences[first:last]))
                    for first, last in itertools.pairwise(ends)]
 
-    questions = [(record, list(encoded[-1].prompt)) for record, encoded in records if encoded[-1].prompt]
-    progress = Progress(f"{name}: held-out questions answered", len(questions))
-    answers = generate(model, tokenizer, [prompt for _, prompt in questions], material.max_new_tokens, positions,
-                       progress)
+    prompts = {place: list(encoded[-1].prompt) for place, (_, encoded) in enumerate(records) if encoded[-1].prompt}
+    progress = Progress(f"{name}: held-out questions answered", len(prompts))
+    answers = dict(zip(prompts, generate(model, tokenizer, list(prompts.values()), material.max_new_tokens, positions,
+                                         progress), strict=True))
 
     sentences = [(text, acceptable, Encoded.of([], list(tokenizer(text)["input_ids"])[:positions]))
-              for text, acceptable in material.sentences]
-    sentences = [sentence for sentence in sentences if len(sentence[2]) > 1]  # a lone token follows nothing
+                 for text, acceptable in material.sentences]
+    lines = [line for line, (*_, encoded) in enumerate(sentences, 1) if len(encoded) > 1]  # a lone token follows none
+    sentences = [sentences[line - 1] for line in lines]
     progress = Progress(f"{name}: sentences read", len(sentences))
-    sentence_likelihoods = negative_log_likelihoods(model, [encoded for _, _, encoded in sentences], progress)
+    sentence_likelihoods = negative_log_likelihoods(model, [encoded for *_, encoded in sentences], progress)
 
-    measurements = Measurements([record for record, _ in records], likelihoods, [record for record, _ in questions],
-                                answers, [(text, acceptable) for text, acceptable, _ in sentences],
-                                sentence_likelihoods)
-    scores = {key: value if value is not None and math.isfinite(value) else None
-              for metric in METRICS for key, value in metric.measure(measurements).items()}
+    held_out = [material.holdout[line - 1] for line, _ in records]
+    measurements = Measurements(held_out, likelihoods, [answers.get(place) for place in range(len(records))],
+                                [(text, acceptable) for text, acceptable, _ in sentences], sentence_likelihoods)
+    values = _values(measurements, {"records": [line for line, _ in records], "sentences": lines}, material.metrics)
+    summary = {"model": name, **scores_of(values, material.metrics), "records": len(records),
+               "records_too_long": len(material.holdout) - len(records),
+               "completion_tokens": sum(each.tokens for each in likelihoods), "questions": len(prompts),
+               "sentences": len(sentences), "vocabulary": vocabulary(tokenizer)}
     log.info("%s: measured in %.0f s", name, time.monotonic() - started)
-    return {"model": name, **scores, "records": len(records), "records_too_long": len(material.holdout) - len(records),
-            "completion_tokens": sum(each.tokens for each in likelihoods), "questions": len(questions),
-            "sentences": len(sentences), "vocabulary": vocabulary(tokenizer)}, answered(measurements.questions, answers)
+    generations = [{"record": row["line"], "question": question_text(record), "reference": answer(record),
+                    "answer": text, "rougeL": row["rougeL"]}
+                   for record, text, row in zip(held_out, measurements.answers, values["records"], strict=True)
+                   if text is not None]
+    return Measured(summary, values, generations)
 
 
-def answered(records: Sequence[Record], answers: Sequence[str]) -> list[dict[str, Any]]:
-    """Each question with its reference, the model's answer and that answer's ROUGE-L: what generations.jsonl holds."""
-    from jobs.evaluation.metrics.rouge import each
+def _values(measurements: Measurements, lines: Mapping[str, Sequence[int]],
+            metrics: Sequence[Metric]) -> dict[str, list[dict[str, Any]]]:
+    """The values that each metric has of each record and sentence, by population; `line` is the line in the data."""
+    values: dict[str, list[dict[str, Any]]] = {name: [{"line": line} for line in lines[name]] for name in lines}
+    for metric in metrics:
+        for kept, row in zip(values[metric.population], implementation(metric).rows(measurements), strict=True):
+            kept |= {key: value if math.isfinite(value) else None for key, value in (row or {}).items()}
+    return values
 
-    return [{"question": question_text(record), "reference": answer(record), "answer": text,
-             "rougeL": each(answer(record), text)["rougeL"]}
-            for record, text in zip(records, answers, strict=True)]
+
+def scores_of(values: Mapping[str, Sequence[Mapping[str, Any]]],
+              metrics: Sequence[Metric]) -> dict[str, float | None]:
+    """Every score of these metrics by its key; None where it is not a finite number, or nothing can measure it."""
+    import numpy as np
+
+    from jobs.evaluation.confidence import Clusters
+
+    scores: dict[str, float | None] = {}
+    for key in (score.key for metric in metrics for score in metric.scores):
+        rows = measured(key, values)
+        clusters = Clusters.of(range(len(rows)))
+        with np.errstate(all="ignore"):
+            value = float(statistic(key, rows, clusters)(np.ones((1, len(rows))))[0][0]) if rows else math.nan
+        scores[key] = value if math.isfinite(value) else None
+    return scores
+
+
+def measured(key: str, values: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
+    """The rows of those records or sentences that a score is measured on: a text without a question has no ROUGE."""
+    metric = metric_of(key)
+    return [row for row in values[metric.population] if all(column in row for column in metric.columns)]
 
 
 def question_text(record: Record) -> str:
@@ -219,8 +258,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _fitting(tokenizer: PreTrainedTokenizerBase, material: Material, limit: int,
-             name: str) -> list[tuple[Record, list[Encoded]]]:
-    """The held-out records of at most `limit` tokens, encoded; the rest is left out, with a warning.
+             name: str) -> list[tuple[int, list[Encoded]]]:
+    """The held-out records of at most `limit` tokens by line, encoded; the rest is left out, with a warning.
 
     So is a record whose answers are special tokens only: it has no text to measure.
     """
@@ -228,10 +267,10 @@ def _fitting(tokenizer: PreTrainedTokenizerBase, material: Material, limit: int,
         records = list(_encode(tokenizer, material, name))
     else:
         lines = material.encoded.records.tolist()
-        records = [(material.holdout[line - 1], [sequence for _, sequence in sequences]) for line, sequences
+        records = [(line, [sequence for _, sequence in sequences]) for line, sequences
                    in itertools.groupby(zip(lines, material.encoded, strict=True), key=lambda each: each[0])]
     special = special_tokens(tokenizer)
-    fitting = [(record, encoded) for record, encoded in records
+    fitting = [(line, encoded) for line, encoded in records
                if max(map(len, encoded)) <= limit and any(each.has_text(special) for each in encoded)]
     if not fitting:  # an encoded holdout leaves out what is longer than training.max_length, and always holds some
         shortest = min((max(map(len, encoded)) for _, encoded in records), default=0)
@@ -245,9 +284,9 @@ def _fitting(tokenizer: PreTrainedTokenizerBase, material: Material, limit: int,
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, material: Material,
-            name: str) -> Iterator[tuple[Record, list[Encoded]]]:
+            name: str) -> Iterator[tuple[int, list[Encoded]]]:
     for line, record in enumerate(material.holdout, 1):
         try:
-            yield record, encode(tokenizer, record, material.template)
+            yield line, encode(tokenizer, record, material.template)
         except RecordError as error:
             raise UserError(f"{name}: holdout.jsonl:{line} of the dataset: {error}") from None

@@ -273,12 +273,13 @@ def _affected(one: Specs, other: Specs) -> Iterator[str]:
             yield name
 
 
-def changed_keys(before: BaseModel, after: BaseModel, at: tuple[str, ...] = ()) \
+def changed_keys(before: BaseModel | dict[str, Any], after: BaseModel | dict[str, Any], at: tuple[str, ...] = ()) \
         -> Iterator[tuple[tuple[str, ...], Any, Any]]:
     """Every key whose value differs between two files, defaults included: its path, and both values."""
-    for name in type(after).model_fields:
-        was, now = getattr(before, name), getattr(after, name)
-        if isinstance(was, BaseModel) and isinstance(now, BaseModel):
+    values, others = dict(before), dict(after)  # a model gives its fields
+    for name in {**values, **others}:
+        was, now = values.get(name), others.get(name)
+        if isinstance(was, BaseModel | dict) and isinstance(now, BaseModel | dict):
             yield from changed_keys(was, now, (*at, name))
         elif was != now:
             yield (*at, name), was, now
@@ -287,7 +288,10 @@ def changed_keys(before: BaseModel, after: BaseModel, at: tuple[str, ...] = ()) 
 def _with(file: Any, keys: Sequence[str], value: Any) -> Any:
     """The file with another value. Not validated: one half of a change may be invalid alone."""
     key, *rest = keys
-    return file.model_copy(update={key: _with(getattr(file, key), rest, value) if rest else value})
+    changed = {key: _with(dict(file)[key], rest, value) if rest else value}
+    if isinstance(file, dict):
+        return {name: each for name, each in {**file, **changed}.items() if each is not None}
+    return file.model_copy(update=changed)
 
 
 def _reasons(before: Spec | None, after: Spec, name: str, settings: Sequence[Setting], names: Mapping[str, str]) \

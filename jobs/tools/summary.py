@@ -18,10 +18,10 @@ from jobs.core import artifacts
 from jobs.core.artifacts import Spec
 from jobs.core.environment import Environment
 from jobs.core.errors import RetryableError
+from jobs.core.metrics import score_of
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import EnvironmentPlan, plan, plan_environment
 from jobs.evaluation import content
-from jobs.evaluation.metrics import SCORES
 from jobs.tools.waiting import ALIAS_SECONDS, Late, served_adapter, wait_until
 
 IN_DETAIL = 3  # up to so many adapters, every rule is shown with its scores; of more, only rules that do not hold
@@ -88,10 +88,9 @@ def verdicts(results: Sequence[Result]) -> str:
 def _scores(result: Result) -> list[str]:
     """Verdict, and a line for each rule: the scores of the three models and whether the rule holds."""
     scores = result.evaluation["scores"]
-    shown = {score.key: score for score in SCORES}
     rows = [["", *content.ROLES.values(), "rule"]]
     for check in content.checks(result.evaluation):
-        score = shown[check.metric]
+        score = score_of(check.metric)
         rows.append([score.label, *(score.shown(scores[role][score.key]) for role in content.ROLES),
                      f"{'✓' if check.passed else '✗'} {check.expression} is {check.value_text}, must be "
                      f"{check.requirement}"])

@@ -19,7 +19,7 @@ SHOWN_DIGITS = 12
 def shown(value: Any) -> str:
     """A value on one line: digests short, and nothing of a URL that may be secret."""
     if isinstance(value, BaseModel):
-        value = value.model_dump(exclude_none=True)
+        value = value.model_dump(exclude_none=True, exclude_defaults=True)
     if isinstance(value, dict):
         text = "{" + ", ".join(f"{key}: {shown(each)}" for key, each in value.items()) + "}"
     elif isinstance(value, list | tuple):

@@ -106,7 +106,7 @@ def test_a_key_is_named_as_it_stands_in_the_file(tmp_path: Path, key: str, value
 
 
 @pytest.mark.parametrize(("key", "allowed"), [
-    ("evaluation__gate__perplexity__most", "max_ratio, min_gain, max_drop, min, max"),
+    ("evaluation__gate__perplexity__most", "max_ratio, min_gain, max_drop, min, max, than"),
     ("dataset__qqq", "source, revision, sha256, holdout, validation"),
     ("training__lora__qqq", "r, alpha, dropout, target_modules")])
 def test_an_unknown_key_lists_those_of_its_mapping(tmp_path: Path, key: str, allowed: str) -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from jobs.core import pipeline
 from jobs.core.artifacts import Spec
 from jobs.core.environment import SERVABLE_RANKS, Environment
+from jobs.core.metrics import METRICS
 from jobs.core.plan import RECIPES, Plan, merged_model, plan
 from tests import build_pipeline
 
@@ -90,7 +91,8 @@ def test_anyone_can_compute_the_name_of_an_artifact_from_the_pipeline_file(tmp_p
                  evaluation__acceptability__revision=build_pipeline.COMMIT)
     commit, digest = {"revision": build_pipeline.COMMIT}, {name: spec.digest for name, spec in vars(of).items()}
     fine_tuned, model = "fine-tuned-model", {"source": "hf://HuggingFaceTB/SmolLM2-135M-Instruct", **commit}
-    scores = {"recipe": RECIPES["scores"], "max_new_tokens": 64, "max_length": 1024, "chat_template": {}}
+    scores = {"recipe": RECIPES["scores"], "max_new_tokens": 64, "max_length": 1024, "chat_template": {},
+              "metrics": {metric.module: metric.version for metric in METRICS}}
     data = {"dataset": digest["dataset"], "acceptability": digest["acceptability"]}
     base = {"encoded_dataset": digest["encoded_dataset"], "model": digest["base_model"],
             "tokenizer": digest["tokenizer"]}
@@ -120,7 +122,9 @@ def test_anyone_can_compute_the_name_of_an_artifact_from_the_pipeline_file(tmp_p
         "adapter_scores": Spec(fine_tuned, "scores", scores, data | base | {"adapter": digest["adapter"]}),
         "reference_scores": Spec(fine_tuned, "scores", scores, data | {"model": digest["reference_model"]}),
         "evaluation": Spec(fine_tuned, "evaluation", {
-            "recipe": RECIPES["evaluation"], "adapter": "seville-hotels", "gate": {"perplexity": {"max_ratio": 0.9}}},
+            "recipe": RECIPES["evaluation"], "adapter": "seville-hotels",
+            "gate": [{"score": "perplexity", "than": "base", "max_ratio": 0.9}], "confidence": 0.95,
+            "clusters": "answer"},
             {"adapter": digest["adapter"], "base_scores": digest["base_scores"],
              "adapter_scores": digest["adapter_scores"], "reference_scores": digest["reference_scores"]}),
     }
@@ -226,7 +230,11 @@ KEYS = {
     "evaluation.acceptability.sha256": Key(
         {"acceptability"} | SCORES, SHA256, {"evaluation__acceptability": {"source": "file:pairs.csv"}}),
     "evaluation.max_new_tokens": Key(SCORES, st.integers(1, 4096)),
-    "evaluation.gate.*": Key({"evaluation"}, st.floats(0.001, 100)),
+    "evaluation.confidence": Key({"evaluation"}, st.floats(0.5, 0.999)),
+    "evaluation.clusters": Key({"evaluation"}, st.sampled_from(["answer", "record"])),
+    "evaluation.gate": Key({"evaluation"}, st.builds(
+        lambda bound, limit, than: {"perplexity": {bound: limit, **({"than": than} if bound == "max_ratio" else {})}},
+        st.sampled_from(["max", "max_ratio"]), st.floats(0.001, 100), st.sampled_from(["base", "promoted"]))),
     "serving.mode": Key(set(), st.sampled_from(["lora", "merged"])),
     "serving.max_lora_rank": Key(set(), st.sampled_from(SERVABLE_RANKS[2:])),
     "serving.slots": Key(set(), st.integers(1, 1024)),

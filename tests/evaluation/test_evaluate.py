@@ -16,11 +16,11 @@ import pytest
 from jobs.__main__ import main
 from jobs.core import artifacts, models, promotion
 from jobs.core.errors import RetryableError, UserError
+from jobs.core.metrics import SCORES
 from jobs.core.plan import plan
 from jobs.data import encoding
 from jobs.evaluation import evaluate, scoring
-from jobs.evaluation.metrics import SCORES
-from tests.build_models import FAILING, PASSING, RECORDS, published_pipeline, tiny_gpt2, tiny_tokenizer
+from tests.build_models import FAILING, HELD_OUT, PASSING, published_pipeline, tiny_gpt2, tiny_tokenizer
 
 VOLUME = "fine-tuned-model"
 
@@ -85,30 +85,33 @@ def test_the_base_is_measured_as_it_is_without_the_adapter(folder: Path) -> None
     wanted = plan(loaded.pipeline)
     material = scoring.Material.read(wanted.dataset.path(volumes), wanted.acceptability.path(volumes), max_length=128,
                                      max_new_tokens=12)
-    alone, answers = scoring.measure(models.load_model(wanted.base_model.path(volumes)),
+    alone = scoring.measure(models.load_model(wanted.base_model.path(volumes)),
                                      models.load_tokenizer(wanted.tokenizer.path(volumes)), material, "file:base")
     base, tuned = (spec.path(volumes) for spec in (wanted.base_scores, wanted.adapter_scores))
-    assert {score.key: read(base / "scores.json")[score.key] for score in SCORES} == pytest.approx(
-        {score.key: alone[score.key] for score in SCORES}, rel=1e-6)
-    assert scoring.read_jsonl(base / "generations.jsonl") == answers
-    assert read(tuned / "scores.json")["perplexity"] != pytest.approx(alone["perplexity"], rel=1e-3)
+    assert {key: read(base / "scores.json")[key] for key in SCORES} == pytest.approx(
+        {key: alone.summary[key] for key in SCORES}, rel=1e-6)
+    assert scoring.read_jsonl(base / "generations.jsonl") == alone.generations
+    assert read(tuned / "scores.json")["perplexity"] != pytest.approx(alone.summary["perplexity"], rel=1e-3)
 
 
 def test_the_evaluation_says_what_was_measured_on_what_and_why_it_passed(folder: Path) -> None:
     loaded, volumes = published_pipeline(folder)
     wanted = plan(loaded.pipeline)
     artifact = artifacts.read(wanted.evaluation.path(volumes))
-    assert {f["path"] for f in artifact.manifest["files"]} == {"evaluation.json", "report.md", "report.html"}
+    assert {f["path"] for f in artifact.manifest["files"]} == {
+        "evaluation.json", "clusters.jsonl", "report.md", "report.html"}
     evaluation = read(artifact.path / "evaluation.json")
     assert evaluation["passed"] is True and evaluation["embedded"] is False
     assert evaluation["adapter"] == {"name": "hotels", "digest": wanted.adapter.digest}
     assert evaluation["base_model"] == {"name": "file:base", "digest": wanted.base_model.digest}
     assert evaluation["reference_model"] == {"name": "file:reference", "digest": wanted.reference_model.digest}
-    assert evaluation["dataset"] == {"digest": wanted.dataset.digest, "holdout_records": len(RECORDS)}
+    assert evaluation["dataset"] == {"digest": wanted.dataset.digest, "holdout_records": len(HELD_OUT)}
     scores = evaluation["scores"]
     (rule,) = evaluation["gate"]
-    assert rule["value"] == scores["fine_tuned"]["perplexity"] / scores["base"]["perplexity"]
-    assert (rule["metric"], rule["bound"], rule["limit"], rule["passed"]) == ("perplexity", "max_ratio", 1000.0, True)
+    assert rule["value"] == pytest.approx(scores["fine_tuned"]["perplexity"] / scores["base"]["perplexity"])
+    assert rule["low"] < rule["value"] < rule["high"]
+    assert (rule["metric"], rule["bound"], rule["limit"], rule["outcome"]) == (
+        "perplexity", "max_ratio", 1000.0, "passed")
     for role, spec in (("base", wanted.base_scores), ("fine_tuned", wanted.adapter_scores),
                        ("reference", wanted.reference_scores)):
         assert scores[role] == read(spec.path(volumes) / "scores.json")
@@ -136,7 +139,7 @@ def test_a_rejected_adapter_is_a_result_and_nothing_is_promoted(
     with caplog.at_level("INFO", "jobs"):
         evaluate.run(loaded, volumes, 0)
     evaluation = read(plan(loaded.pipeline).evaluation.path(volumes) / "evaluation.json")
-    assert [check["passed"] for check in evaluation["gate"]] == [False, True] and evaluation["passed"] is False
+    assert [check["outcome"] for check in evaluation["gate"]] == ["failed", "passed"] and evaluation["passed"] is False
     assert promoted(volumes) is None
     (loud,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert "REJECTED" in loud and "✗ perplexity: fine-tuned / base is" in loud and "must be at most 1e-06" in loud
@@ -153,10 +156,11 @@ def test_the_pod_ends_with_the_verdict_as_its_termination_message(
     loaded, volumes = published_pipeline(tmp_path / "rejected", gate=FAILING)
     assert main(["--pipeline", str(loaded.path), "--volumes", str(volumes), "evaluate"]) == 0
     wanted = plan(loaded.pipeline)
-    ratio = read(wanted.evaluation.path(volumes) / "evaluation.json")["gate"][0]["value"]
+    rule = read(wanted.evaluation.path(volumes) / "evaluation.json")["gate"][0]
     assert log.read_text().splitlines() == [
         f"REJECTED: hotels@{wanted.adapter.digest} did not pass the gate and is not promoted:",
-        f"  ✗ perplexity: fine-tuned / base is {ratio:.3g}, must be at most 1e-06",
+        f"  ✗ perplexity: fine-tuned / base is {rule['value']:.3g}, at most {rule['high']:.3g} with 95 % confidence, "
+        "must be at most 1e-06",
         "Nothing is promoted as hotels yet, so it is not served.", evaluate.ADVICE,
         f"report: {wanted.evaluation.path(volumes)}/report.html"]
     loaded, _ = published_pipeline(tmp_path / "rejected", gate=PASSING)
@@ -256,15 +260,15 @@ def test_gpt2_is_measured_against_a_larger_one_with_no_chat_template(tmp_path: P
         tiny_tokenizer(folder, chat=False)
         tiny_gpt2(folder, seed=1, heads=3)
 
-    records = [*RECORDS, {"text": "The cook reads the book."}]
+    records = [*HELD_OUT, {"text": "The cook reads the book."}]
     loaded, volumes = published_pipeline(tmp_path, records=records, base_model=tiny_gpt2, reference_model=larger,
                                          chat=False, mode="merged")
     evaluate.run(loaded, volumes, 0)
     wanted = plan(loaded.pipeline)
     base, tuned, reference = (read(spec.path(volumes) / "scores.json") for spec in
                               (wanted.base_scores, wanted.adapter_scores, wanted.reference_scores))
-    assert {scores["records"] for scores in (base, tuned, reference)} == {5}
-    assert {scores["questions"] for scores in (base, tuned, reference)} == {4}, "a text asks nothing"
+    assert {scores["records"] for scores in (base, tuned, reference)} == {25}
+    assert {scores["questions"] for scores in (base, tuned, reference)} == {24}, "a text asks nothing"
     assert len({scores["perplexity"] for scores in (base, tuned, reference)}) == 3
     assert promoted(volumes) == wanted.adapter.digest
 
@@ -300,9 +304,9 @@ def test_an_adapter_of_nan_weights_is_rejected(tmp_path: Path) -> None:
 
 
 def test_a_rouge_rule_on_plain_text_fails_before_waiting_for_the_adapter(tmp_path: Path) -> None:
-    loaded, volumes = published_pipeline(tmp_path, records=[{"text": "The cook reads."}], gate={"rougeL": {"min": 0.5}},
-                                         without=("base_model", "tokenizer", "encoded_dataset", "reference_model",
-                                                  "adapter"))
+    loaded, volumes = published_pipeline(
+        tmp_path, records=[{"text": "The cook reads."}] * 30, gate={"rougeL": {"min": 0.5}},
+        without=("base_model", "tokenizer", "encoded_dataset", "reference_model", "adapter"))
     with pytest.raises(UserError, match=r"evaluation\.gate\.rougeL: cannot be measured"):
         evaluate.run(loaded, volumes, 0)
 
@@ -322,7 +326,7 @@ def test_only_the_reference_model_encodes_the_holdout_again(tmp_path: Path, monk
 
 
 def test_plain_text_is_evaluated_by_perplexity(tmp_path: Path) -> None:
-    loaded, volumes = published_pipeline(tmp_path, records=[{"text": "The cook reads the book."}])
+    loaded, volumes = published_pipeline(tmp_path, records=[{"text": f"The cook reads {n} books."} for n in range(30)])
     evaluate.run(loaded, volumes, 0)
     assert "plain text without questions" in (plan(loaded.pipeline).evaluation.path(volumes) / "report.md").read_text()
     assert promoted(volumes)
@@ -347,7 +351,7 @@ def test_tensorboard_has_each_score_of_each_model_once_even_after_running_twice(
         events = EventAccumulator(str(runs / role))
         events.Reload()
         scores = read(spec.path(volumes) / "scores.json")
-        assert set(events.Tags()["scalars"]) == {f"evaluation/{score.key}" for score in SCORES}
+        assert set(events.Tags()["scalars"]) == {f"evaluation/{key}" for key in SCORES}
         (point,) = events.Scalars("evaluation/perplexity")
         assert (point.step, point.value) == (2, pytest.approx(scores["perplexity"], rel=1e-6))
 

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,43 +14,49 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.core.errors import UserError
-from jobs.core.pipeline import Gate
+from jobs.core.metrics import METRICS, SCORES
 from jobs.evaluation import metrics
-from jobs.evaluation.metrics import acceptability, perplexity, rouge
-from jobs.evaluation.metrics.acceptability import Acceptability, best_threshold, choosing_half, matthews
-from jobs.evaluation.metrics.perplexity import Perplexity
-from jobs.evaluation.metrics.rouge import Rouge, Words
+from jobs.evaluation.metrics import acceptability, perplexity, reusable, rouge
+from jobs.evaluation.metrics.acceptability import halves, matthews, matthews_slopes, thresholds
+from jobs.evaluation.metrics.reusable import Acceptability, Perplexity, Rouge
+from jobs.evaluation.metrics.rouge import Words
 
 COUNT = st.integers(0, 50)
 
 
-def test_the_gate_takes_rules_on_exactly_the_scores_that_the_registry_gates() -> None:
-    """The gate's keys stand in jobs.core, which knows no metrics: a metric that is added here belongs there too."""
-    assert list(Gate.model_fields) == [score.key for score in metrics.SCORES if score.gated]
+def value(metric: Any, key: str, measurements: metrics.Measurements) -> float:
+    return reusable.value_of(metric, key, [row for row in metric.rows(measurements) if row is not None])
 
 
-def test_every_metric_computes_the_scores_that_its_entry_names() -> None:
+def sentences(count: int = 8, *, long: metrics.Likelihood, short: metrics.Likelihood) -> metrics.Measurements:
+    """Measured sentences, every other one acceptable: those have the likelihood `long`, the others `short`."""
+    judged = [(f"sentence {i}", i % 2 == 0) for i in range(count)]
+    return metrics.Measurements([], [], [], judged, [long if good else short for _, good in judged])
+
+
+def test_every_metric_keeps_the_columns_and_computes_the_scores_that_its_entry_names() -> None:
     record = {"prompt": "a", "completion": "b"}
     measurements = metrics.Measurements(
-        [record], [metrics.Likelihood(1.0, 2)], [record], ["b"], [(t, t in "ab") for t in "abcd"],
+        [record], [metrics.Likelihood(1.0, 2)], ["b"], [(t, t in "ab") for t in "abcd"],
         [metrics.Likelihood(nats, 1) for nats in (1.0, 2.0, 3.0, 4.0)])
-    for metric in metrics.METRICS:
-        values = metric.measure(measurements)
-        assert {score.key for score in metric.scores} <= values.keys()
-        assert None not in values.values()
-    assert len({score.key for score in metrics.SCORES}) == len(metrics.SCORES)
+    for metric in METRICS:
+        rows = metrics.implementation(metric).rows(measurements)
+        for row in rows:
+            assert row is not None and tuple(row) == metric.columns
+        for score in metric.scores:
+            found = reusable.value_of(metrics.implementation(metric), score.key, [row for row in rows if row])
+            assert score.low <= found <= score.high
+    assert len(SCORES) == sum(len(metric.scores) for metric in METRICS), "no key twice"
 
 
 def test_a_sentences_score_is_the_mean_log_probability_of_a_token() -> None:
     """Not of the whole sentence: long sentences would be called broken."""
-    sentences = [(f"sentence {i}", i % 2 == 0) for i in range(8)]
     long, short = metrics.Likelihood(10.0, 10), metrics.Likelihood(6.0, 2)  # -1 and -3 a token
-    measurements = metrics.Measurements([], [], [], [], sentences, [long if good else short for _, good in sentences])
-    assert acceptability.measure(measurements) == {
-        "acceptability_mcc": 1.0, "acceptability_accuracy": 1.0, "acceptability_threshold": -2.0}
-    few = metrics.Measurements([], [], [], [], sentences[:3], [long] * 3)
+    measured = sentences(long=long, short=short)
+    assert [row and row["score"] for row in acceptability.rows(measured)] == [-1.0, -3.0] * 4
+    assert value(acceptability, "acceptability_mcc", measured) == 1.0
     with pytest.raises(UserError, match=r"evaluation\.acceptability: needs at least two .* of two tokens or more"):
-        acceptability.measure(few)
+        acceptability.rows(sentences(3, long=long, short=short))
 
 
 def test_the_registry_is_read_without_the_libraries_that_compute() -> None:
@@ -81,9 +88,8 @@ def test_special_tokens_are_no_text_and_their_bits_are_not_divided_by_its_bytes(
 def test_bytes_are_those_of_every_answer_of_a_conversation() -> None:
     record = {"messages": [{"role": role, "content": text} for role, text in (
         ("user", "?"), ("assistant", "é"), ("user", "?"), ("assistant", "abcdef"))]}
-    measured = perplexity.measure(metrics.Measurements(
-        [record], [metrics.Likelihood(8 * math.log(2), 8)], [], [], [], []))
-    assert measured["bits_per_byte"] == pytest.approx(1.0, rel=1e-12)
+    measured = metrics.Measurements([record], [metrics.Likelihood(8 * math.log(2), 8)], [None], [], [])
+    assert value(perplexity, "bits_per_byte", measured) == pytest.approx(1.0, rel=1e-12)
 
 
 def test_rouge_counts_shared_words_pairs_and_sequences() -> None:
@@ -122,14 +128,11 @@ def test_words_of_three_letters_are_not_stemmed() -> None:
 
 
 def test_rouge_compares_the_answers_with_the_references_of_their_questions() -> None:
-    questions = [{"prompt": "a", "completion": "one two"}, {"text": "three four"}]
-    measured = rouge.measure(metrics.Measurements([], [], questions, ["one two", "one two"], [], []))
-    assert measured == {"rouge1": 0.5, "rouge2": 0.5, "rougeL": 0.5, "rougeLsum": 0.5}
-
-
-def test_without_questions_rouge_is_not_measured() -> None:
-    measured = rouge.measure(metrics.Measurements([], [], [], [], [], []))
-    assert measured == {"rouge1": None, "rouge2": None, "rougeL": None, "rougeLsum": None}
+    records = [{"prompt": "a", "completion": "one two"}, {"text": "one two"}, {"prompt": "b", "completion": "three"}]
+    measured = metrics.Measurements(records, [], ["one two", None, "one two"], [], [])
+    assert rouge.rows(measured)[1] is None, "a text asks nothing"
+    assert {key: value(rouge, key, measured) for key in rouge.TYPES} == {
+        "rouge1": 0.5, "rouge2": 0.5, "rougeL": 0.5, "rougeLsum": 0.5}
 
 
 @given(st.text(st.characters(max_codepoint=127)))
@@ -137,6 +140,15 @@ def test_rouge_reads_ascii_exactly_as_rouge_score_does(text: str) -> None:
     from rouge_score.tokenizers import DefaultTokenizer
 
     assert Words().tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
+
+
+def table(*counts: float) -> list[Any]:
+    return [np.array([count], dtype=np.float64) for count in counts]
+
+
+def best_threshold(scores: Any, acceptable: Any) -> float:
+    """Of sentences that each count once."""
+    return float(thresholds(scores, acceptable, np.ones((1, len(scores))))[0])
 
 
 @given(COUNT, COUNT, COUNT, COUNT)
@@ -148,12 +160,19 @@ def test_matthews_correlation_agrees_with_scikit_learn(tp: int, fp: int, fn: int
         return
     truth = [1] * tp + [0] * fp + [1] * fn + [0] * tn
     judged = [1] * tp + [1] * fp + [0] * fn + [0] * tn
-    assert float(matthews(tp, fp, fn, tn)) == pytest.approx(matthews_corrcoef(truth, judged), abs=1e-12)
+    assert float(matthews(*table(tp, fp, fn, tn))[0]) == pytest.approx(matthews_corrcoef(truth, judged), abs=1e-12)
 
 
 @pytest.mark.parametrize("count", [1, 100_000])  # whose product is more than 64 bits hold
 def test_matthews_correlation_of_a_perfect_judge_is_one_whatever_the_size_of_the_set(count: int) -> None:
-    assert float(matthews(count, 0, 0, count)) == 1.0
+    assert float(matthews(*table(count, 0, 0, count))[0]) == 1.0
+
+
+def test_the_slopes_of_matthews_correlation_are_its_derivatives() -> None:
+    at = [30.0, 5.0, 7.0, 21.0]
+    for place, slope in enumerate(matthews_slopes(*table(*at))):
+        more, less = ([count + sign * 1e-4 * (n == place) for n, count in enumerate(at)] for sign in (1, -1))
+        assert slope[0] == pytest.approx((matthews(*table(*more))[0] - matthews(*table(*less))[0]) / 2e-4, rel=1e-5)
 
 
 @settings(max_examples=50)
@@ -179,47 +198,47 @@ def test_of_thresholds_with_the_same_correlation_the_more_accurate_is_taken() ->
     assert best_threshold(np.arange(8.0), acceptable) == 5.5
 
 
-def test_acceptability_is_measured_on_the_half_that_did_not_choose_the_threshold() -> None:
-    """A set whose measured half is judged all wrong by the threshold that is perfect for the other half."""
+def test_each_half_is_judged_by_the_threshold_of_the_other() -> None:
+    """A set whose halves need opposite thresholds: each half is judged all wrong."""
     texts, labels = [f"sentence {i}" for i in range(40)], [i % 2 == 0 for i in range(40)]
-    choosing = choosing_half(texts, labels)
-    scores = [(1.0 if good else -1.0) * (1 if chooses else -1) for good, chooses in zip(labels, choosing, strict=True)]
+    half = halves(texts, labels)
+    scores = [(1.0 if good else -1.0) * (1 if second else -1) for good, second in zip(labels, half, strict=True)]
     got = metrics.compute(Acceptability, texts=texts, predictions=scores, references=labels)
-    assert got == {"acceptability_mcc": -1.0, "acceptability_accuracy": 0.0, "acceptability_threshold": 0.0}
+    assert got["acceptability_mcc"] < 0 and got["acceptability_accuracy"] < 0.5
 
 
 def test_acceptability_of_a_perfect_judge_is_one() -> None:
     texts, labels = [f"sentence {i}" for i in range(40)], [i < 30 for i in range(40)]
     got = metrics.compute(Acceptability, texts=texts, predictions=[-2.0 if good else -5.0 for good in labels],
                           references=labels)
-    assert got == {"acceptability_mcc": 1.0, "acceptability_accuracy": 1.0, "acceptability_threshold": -3.5}
+    assert got == {"acceptability_mcc": 1.0, "acceptability_accuracy": 1.0}
 
 
 def test_a_sentence_exactly_at_the_threshold_is_called_acceptable() -> None:
     """A model that cannot tell them apart accepts all, and is right about the acceptable ones."""
     texts, labels = [f"sentence {i}" for i in range(40)], [i < 30 for i in range(40)]
     got = metrics.compute(Acceptability, texts=texts, predictions=[-2.0] * 40, references=labels)
-    assert got == {"acceptability_mcc": 0.0, "acceptability_accuracy": 0.75, "acceptability_threshold": -2.0}
+    assert got == {"acceptability_mcc": 0.0, "acceptability_accuracy": 0.75}
 
 
 @given(st.permutations(range(23)))
 def test_the_halves_are_balanced_and_do_not_depend_on_the_order_of_the_set(order: list[int]) -> None:
     texts, labels = [f"sentence {i}" for i in range(23)], [i < 9 for i in range(23)]
-    half = choosing_half(texts, labels)
+    half = halves(texts, labels)
     assert (int(half[:9].sum()), int(half[9:].sum())) == (5, 7)
-    moved = choosing_half([texts[i] for i in order], [labels[i] for i in order])
+    moved = halves([texts[i] for i in order], [labels[i] for i in order])
     assert [bool(half[i]) for i in order] == moved.tolist()
 
 
 def test_too_few_sentences_of_a_class_is_said_not_guessed() -> None:
     with pytest.raises(ValueError, match="at least two acceptable and two unacceptable"):
-        acceptability.choosing_half(["a", "b", "c"], [True, True, False])
+        acceptability.halves(["a", "b", "c"], [True, True, False])
 
 
 def test_a_score_that_is_not_a_number_judges_nothing() -> None:
     got = metrics.compute(Acceptability, texts=list("abcd"), predictions=[math.nan, 1.0, 2.0, 3.0],
                           references=[True, False, True, False])
-    assert got.keys() == {"acceptability_mcc", "acceptability_accuracy", "acceptability_threshold"}
+    assert got.keys() == {"acceptability_mcc", "acceptability_accuracy"}
     assert all(math.isnan(value) for value in got.values())
 
 
@@ -231,7 +250,7 @@ import socket
 def refuse(*_): raise AssertionError("the network was used")
 socket.socket.connect = socket.getaddrinfo = refuse
 from jobs.evaluation import metrics
-from jobs.evaluation.metrics.rouge import Rouge
+from jobs.evaluation.metrics.reusable import Rouge
 print(metrics.compute(Rouge, predictions=["a b"], references=["a b"])["rougeL"])
 """
     env = {k: v for k, v in os.environ.items() if k not in {"HF_HOME", "XDG_CACHE_HOME"}} | {"HOME": "/dev/null"}

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from jobs.core.pipeline import Gate, Rule
+from jobs.core.metrics import SCORES
 from jobs.core.plan import plan
 from jobs.evaluation import content, evaluate, gate, report, report_html
-from jobs.evaluation.metrics import SCORES
 from jobs.tools.pods import CHECKOUT
 from tests import build_pipeline
 
@@ -25,18 +24,23 @@ HISTORY = [{"step": s, "epoch": s / 10, "loss": 5.0 / s, "learning_rate": 0.1} f
 def scores(model: str, **changes: Any) -> dict[str, Any]:
     return {"model": model, "perplexity": 812.34, "bits_per_byte": 3.9, "rouge1": 0.1, "rouge2": 0.05, "rougeL": 0.09,
             "rougeLsum": 0.09, "acceptability_mcc": -0.25, "acceptability_accuracy": 0.8,
-            "acceptability_threshold": -3.0, "records": 40, "records_too_long": 0, "completion_tokens": 900,
+            "records": 40, "records_too_long": 0, "completion_tokens": 900,
             "questions": 40, "sentences": 100,
             "vocabulary": "same"} | changes
 
 
-def evaluation(rule: Rule, *, reference: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+def evaluation(limit: float, *, reference: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     three = {"base": scores("base/model"), "reference": scores("reference/model", **(reference or {})),
              "fine_tuned": scores("hotels@00ff", **({"perplexity": 3.14159, "rougeL": 0.875} | changes))}
-    checks = gate.evaluate_gate(Gate(rougeL=rule), three["base"], three["fine_tuned"])
+    value = three["fine_tuned"]["rougeL"] or 0.0
+    checks = [gate.Check("rougeL", "min", limit, "base", 0.95, "passed" if value >= limit else "failed", value,
+                         value - 0.01, value + 0.01, 40)]
+    intervals = {role: {key: [found[key] * 0.9, found[key] * 1.1] for key in SCORES if found[key] is not None}
+                 for role, found in three.items()}
     training = {"lora": {"r": 16, "alpha": 32.0, "dropout": 0.05, "target_modules": "all-linear"}, "epochs": 3,
                 "learning_rate": 2e-4, "max_length": 128, "tokens_per_batch": 256, "seed": 7}
-    return {"passed": all(c.passed for c in checks), "adapter": {"name": "hotels", "digest": "00ff"},
+    return {"passed": all(c.passed for c in checks), "outcome": gate.outcome_of(checks), "confidence": 0.95,
+            "intervals": intervals, "adapter": {"name": "hotels", "digest": "00ff"},
             "base_model": {"name": "base/model", "digest": "aa11"},
             "dataset": {"digest": "cc33", "holdout_records": 40},
             "reference_model": {"name": "reference/model", "digest": "bb22"}, "embedded": False, "scores": three,
@@ -75,7 +79,7 @@ class Tags(HTMLParser):
 def test_data_from_clients_and_models_is_shown_and_never_becomes_markup() -> None:
     line = {"question": ATTACK, "reference": ATTACK, "answer": ATTACK, "rougeL": 0.0}
     attacked = {role: [line] for role in content.ROLES}
-    values = evaluation(Rule(min=0.5))
+    values = evaluation(0.5)
     values["sources"]["dataset"]["source"] = values["base_model"]["name"] = values["scores"]["base"]["model"] = ATTACK
     values["adapter"] = {"name": ATTACK, "digest": ATTACK}
     values["reference_model"]["name"] = values["training"]["lora"]["target_modules"] = ATTACK
@@ -90,7 +94,7 @@ def test_data_from_clients_and_models_is_shown_and_never_becomes_markup() -> Non
 
 
 def test_the_page_opens_by_itself_with_no_script_and_no_network() -> None:
-    tags = Tags(report_html.page(evaluation(Rule(min=0.5)), HISTORY, generations()))
+    tags = Tags(report_html.page(evaluation(0.5), HISTORY, generations()))
     assert tags.open == [], "every tag is closed"
     assert not set(tags.seen) & {"script", "link", "img", "iframe", "object"}
     assert not {name for name, _ in tags.attributes} & {"src", "href", "onload", "onclick"}
@@ -115,7 +119,7 @@ def test_the_template_is_in_the_package() -> None:
 
 
 def test_the_page_shows_every_score_a_bar_for_each_and_both_loss_curves() -> None:
-    page = report_html.page(evaluation(Rule(min=0.5)), HISTORY, generations())
+    page = report_html.page(evaluation(0.5), HISTORY, generations())
     for shown in ("812.3", "3.142", "0.875", "-0.250", "✓ Passed", "held-out 0.2", "Evenly spaced", "Provenance"):
         assert shown in page
     assert page.count('<rect class="bar') == 3 * len(SCORES)
@@ -123,17 +127,18 @@ def test_the_page_shows_every_score_a_bar_for_each_and_both_loss_curves() -> Non
 
 
 def test_the_terminal_table_has_each_score_of_each_model_and_each_rule() -> None:
-    lines = report.table(evaluation(Rule(min_gain=0.3, max_drop=0.1))).splitlines()
+    lines = report.table(evaluation(0.3)).splitlines()
     assert lines[2].split() == ["base", "fine-tuned", "reference", "better"]
     assert lines[4].split() == ["perplexity", "812.3", "3.142", "812.3", "lower"]
-    assert "passed: all 2 rules of the gate hold" in lines
-    assert "  ✓ rougeL: fine-tuned - base is 0.785, must be at least 0.3" in lines
+    assert "passed: the rule of the gate holds" in lines
+    assert "  ✓ rougeL: fine-tuned is 0.875, at least 0.865 with 95 % confidence, must be at least 0.3" in lines
 
 
 def test_a_rejection_is_said_with_the_rule_its_value_and_its_bound(tmp_path: Path) -> None:
-    values = evaluation(Rule(min=0.9))
+    values = evaluation(0.9)
     report.write(tmp_path, values, HISTORY, generations())
-    assert "  ✗ rougeL: fine-tuned is 0.875, must be at least 0.9" in report.table(values)
+    assert "✗ rougeL: fine-tuned is 0.875, at least 0.865 with 95 % confidence, must be at least 0.9" in report.table(
+        values)
     assert "**Rejected: 1 of 1 rule of the gate does not hold.**" in (tmp_path / "report.md").read_text()
     page = (tmp_path / "report.html").read_text()
     assert "✗ Rejected" in page and "✗ fails" in page and "The adapter is not promoted." in page
@@ -142,13 +147,13 @@ def test_a_rejection_is_said_with_the_rule_its_value_and_its_bound(tmp_path: Pat
 @pytest.mark.parametrize("history", [[], HISTORY[:1], HISTORY[-1:],
                                      [{"step": 1, "epoch": 1.0, "loss": float("nan"), "learning_rate": 0.1}]])
 def test_a_short_or_broken_history_still_gives_a_report(history: list[dict[str, float]]) -> None:
-    page = report_html.page(evaluation(Rule(min=0.5)), history, generations())
+    page = report_html.page(evaluation(0.5), history, generations())
     assert Tags(page).open == [] and not re.search(r"\bnan\b", page)
 
 
 def test_what_was_not_measured_is_a_dash_not_a_zero() -> None:
     missing: dict[str, Any] = dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"))
-    values = evaluation(Rule(min=0.5), questions=0, reference=missing, **missing)
+    values = evaluation(0.5, questions=0, reference=missing, **missing)
     values["scores"]["base"] |= missing
     empty: dict[str, list[dict[str, Any]]] = {role: [] for role in content.ROLES}
     page, text = report_html.page(values, HISTORY, empty), report.table(values)
@@ -160,17 +165,17 @@ def test_what_was_not_measured_is_a_dash_not_a_zero() -> None:
 
 def test_perplexities_over_different_tokenizers_are_not_compared() -> None:
     """The reference has the lowest perplexity, but per token of another tokenizer: it is said, and not marked best."""
-    values = evaluation(Rule(min=0.5), reference={"perplexity": 1.5, "vocabulary": "other"})
-    perplexity, bits = SCORES[:2]
+    values = evaluation(0.5, reference={"perplexity": 1.5, "vocabulary": "other"})
+    perplexity, bits = SCORES["perplexity"], SCORES["bits_per_byte"]
     assert "another tokenizer" in report.table(values)
     assert content.best(values, perplexity) == {"fine_tuned"}
     assert content.best(values, bits) == {"base", "fine_tuned", "reference"}
-    same = evaluation(Rule(min=0.5), reference={"perplexity": 1.5})
+    same = evaluation(0.5, reference={"perplexity": 1.5})
     assert "another tokenizer" not in report.table(same) and content.best(same, perplexity) == {"reference"}
 
 
 def test_every_report_on_embedded_models_says_so() -> None:
-    values = evaluation(Rule(min=0.5)) | {"embedded": True}
+    values = evaluation(0.5) | {"embedded": True}
     for text in (report.table(values), report.markdown(values, HISTORY, generations()),
                  report_html.page(values, HISTORY, generations())):
         assert "for trying out and testing only" in text
@@ -209,9 +214,9 @@ def searched(trials: int = 3, **changes: Any) -> dict[str, Any]:
 
 
 def test_every_trial_of_a_search_is_in_all_reports_with_its_curve() -> None:
-    values = evaluation(Rule(min=0.5)) | {"search": searched()}
+    values = evaluation(0.5) | {"search": searched()}
     page = report_html.page(values, HISTORY, generations())
-    plain = report_html.page(evaluation(Rule(min=0.5)), HISTORY, generations())
+    plain = report_html.page(evaluation(0.5), HISTORY, generations())
     assert Tags(page).open == []
     assert page.count("<polyline") == plain.count("<polyline") + 3
     assert page.count("<circle") == plain.count("<circle") + 3, "the points of the chosen trial"
@@ -229,26 +234,26 @@ def test_the_evaluation_names_the_settings_that_were_chosen() -> None:
     wanted = build_pipeline.build(training__search={"candidates": {"lora.r": [4, 8], "epochs": [1, 5]}})
     three = {role: scores(role) for role in content.ROLES}
     record = searched() | {"settings": {"lora.r": 4, "epochs": 5}}
-    found = evaluate.summary(wanted, plan(wanted), three, record)
+    found = evaluate.summary(wanted, plan(wanted), three, [], {}, record)
     assert (found["training"]["lora"]["r"], found["training"]["epochs"]) == (4, 5)
     assert found["search"] == record and "search" not in found["training"]
-    assert "search" not in evaluate.summary(build_pipeline.build(), plan(build_pipeline.build()), three)
+    assert "search" not in evaluate.summary(build_pipeline.build(), plan(build_pipeline.build()), three, [], {})
 
 
 def test_many_trials_and_broken_ones_still_give_a_report() -> None:
     record = searched(trials=20)
     record["trials"][0] |= {"rungs": [{"step": 20, "validation_loss": None}], "curve": [], "ended": ATTACK}
-    page = report_html.page(evaluation(Rule(min=0.5)) | {"search": record}, HISTORY, generations())
+    page = report_html.page(evaluation(0.5) | {"search": record}, HISTORY, generations())
     assert Tags(page).open == [] and "not finite" in page and "<script" not in page
     assert ">trial 2<" in page and ">trial 3<" not in page, "20 names would be on each other"
     for trial in record["trials"]:
         trial["curve"] = []
-    page = report_html.page(evaluation(Rule(min=0.5)) | {"search": record}, HISTORY, generations())
+    page = report_html.page(evaluation(0.5) | {"search": record}, HISTORY, generations())
     assert "Loss on the validation split of each trial" not in page
 
 
 def test_the_loss_on_the_validation_split_is_shown_where_training_measured_that_instead() -> None:
     history = [{"step": s, "epoch": s / 10, "validation_loss": 6.0 / s} for s in (10, 20, 30)]
-    assert "validation 0.2" in report_html.page(evaluation(Rule(min=0.5)), history, generations())
-    assert "## Loss on the validation split while training" in report.markdown(evaluation(Rule(min=0.5)), history,
+    assert "validation 0.2" in report_html.page(evaluation(0.5), history, generations())
+    assert "## Loss on the validation split while training" in report.markdown(evaluation(0.5), history,
                                                                               generations())

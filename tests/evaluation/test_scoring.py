@@ -15,11 +15,11 @@ import pytest
 
 from jobs.core import models
 from jobs.core.errors import UserError
+from jobs.core.metrics import SCORES
 from jobs.core.progress import Progress
 from jobs.data import encoded
 from jobs.data.encoding import Encoded, encode
 from jobs.evaluation import scoring
-from jobs.evaluation.metrics import SCORES
 from jobs.evaluation.scoring import Material
 from tests.build_models import RECORDS, SENTENCES, tiny_gpt2, tiny_llama, tiny_tokenizer, write_split
 
@@ -173,7 +173,8 @@ def test_answers_never_run_past_the_positions_that_the_model_has(loaded: tuple[A
 
 def test_the_scores_of_a_model_are_complete_and_follow_their_definitions(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    scores, generations = scoring.measure(model, tokenizer, material(RECORDS), "tiny")
+    found = scoring.measure(model, tokenizer, material(RECORDS), "tiny")
+    scores, generations = found.summary, found.generations
     encoded = [encode(tokenizer, record)[0] for record in RECORDS]
     nats = sum(slow_nll(model, list(e.tokens), len(e.prompt)) for e in encoded)
     tokens = sum(len(e.completion) for e in encoded)
@@ -189,7 +190,7 @@ def test_the_scores_of_a_model_are_complete_and_follow_their_definitions(loaded:
     answers = scoring.generate(model, tokenizer, [list(e.prompt) for e in encoded], 8, 96, Progress("test", 4))
     assert [line["answer"] for line in generations] == answers
     assert (scores["vocabulary"], scores["records_too_long"]) == (scoring.vocabulary(tokenizer), 0)
-    assert {score.key for score in SCORES} <= scores.keys()
+    assert SCORES.keys() <= scores.keys()
 
 
 def test_every_answer_of_a_conversation_is_measured_and_the_last_one_is_asked_for(loaded: tuple[Any, Any]) -> None:
@@ -197,7 +198,8 @@ def test_every_answer_of_a_conversation_is_measured_and_the_last_one_is_asked_fo
     messages = [{"role": role, "content": text} for role, text in (
         ("user", "Who?"), ("assistant", "The cook."), ("user", "When?"), ("assistant", "Today."))]
     (encoded,) = encode(tokenizer, {"messages": messages})
-    scores, (asked,) = scoring.measure(model, tokenizer, material([{"messages": messages}]), "tiny")
+    found = scoring.measure(model, tokenizer, material([{"messages": messages}]), "tiny")
+    scores, (asked,) = found.summary, found.generations
     text = 0.0
     for first, last in encoded.learned:
         text += slow_nll(model, list(encoded.tokens[: last - 1]), first)
@@ -221,7 +223,7 @@ def test_special_tokens_are_no_answer(loaded: tuple[Any, Any]) -> None:
     writer: Any = Writer()
     assert scoring.generate(writer, tokenizer, [[5] * 4], 8, 96, Progress("test", 1)) == [""]
     odd = {"prompt": "Who?", "completion": "<|user|><|assistant|>"}
-    scores, _ = scoring.measure(model, tokenizer, material([*RECORDS, odd]), "tiny")
+    scores = scoring.measure(model, tokenizer, material([*RECORDS, odd]), "tiny").summary
     assert (scores["records"], scores["questions"]) == (4, 4)
     for alone in (odd, {"text": "<|user|>"}):
         with pytest.raises(UserError, match="none of the 1 held-out records"):
@@ -269,20 +271,21 @@ def test_the_material_is_read_from_the_artifacts(tmp_path: Path) -> None:
 
 
 def test_a_sentence_is_scored_by_its_mean_token_log_probability(loaded: tuple[Any, Any]) -> None:
-    """The threshold lies between two such scores, computed slowly, of the half that chooses it."""
     model, tokenizer = loaded
-    scores, _ = scoring.measure(model, tokenizer, material(RECORDS), "tiny")
+    rows = scoring.measure(model, tokenizer, material(RECORDS), "tiny").values["sentences"]
     means = []
     for text, _good in SENTENCES:
         ids = tokenizer(text)["input_ids"]
         means.append(-slow_nll(model, ids, 1) / (len(ids) - 1))
-    middles = [(a + b) / 2 for a in means for b in means]
-    assert min(abs(scores["acceptability_threshold"] - middle) for middle in middles) < 1e-5
+    assert [row["score"] for row in rows] == pytest.approx(means, abs=1e-5)
+    assert [(row["line"], row["acceptable"]) for row in rows] == [
+        (line, int(good)) for line, (_, good) in enumerate(SENTENCES, 1)]
 
 
 def test_plain_text_has_perplexity_and_no_rouge(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    scores, generations = scoring.measure(model, tokenizer, material(TEXTS), "tiny")
+    found = scoring.measure(model, tokenizer, material(TEXTS), "tiny")
+    scores, generations = found.summary, found.generations
     assert scores["perplexity"] > 1 and scores["rougeL"] is None and scores["questions"] == 0 and generations == []
 
 
@@ -290,7 +293,8 @@ def test_records_that_are_too_long_are_left_out_and_counted(
         loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = loaded
     lengths = sorted(len(encode(tokenizer, record)[0]) for record in RECORDS)
-    scores, generations = scoring.measure(model, tokenizer, material(RECORDS, max_length=lengths[1]), "tiny")
+    found = scoring.measure(model, tokenizer, material(RECORDS, max_length=lengths[1]), "tiny")
+    scores, generations = found.summary, found.generations
     assert (scores["records"], scores["records_too_long"], len(generations)) == (2, 2, 2)
     assert f"tiny: 2 of 4 held-out records have more than {lengths[1]} tokens and are left out" in caplog.messages
     caplog.clear()
@@ -314,7 +318,7 @@ def test_the_encoded_holdout_gives_the_same_scores_as_encoding_it_here(
     assert scoring.measure(model, tokenizer, there, "tiny") == scoring.measure(model, tokenizer, here, "tiny")
     write_split(tmp_path / "twice.arrow", [(line, each) for line, each in rows for _ in range(2)])
     twice = dataclasses.replace(material(RECORDS), encoded=encoded.Split(tmp_path / "twice.arrow"))
-    once, both = (scoring.measure(model, tokenizer, each, "tiny")[0] for each in (material(RECORDS), twice))
+    once, both = (scoring.measure(model, tokenizer, each, "tiny").summary for each in (material(RECORDS), twice))
     assert both["records"] == once["records"] == 4
     assert both["completion_tokens"] == 2 * once["completion_tokens"]
 
@@ -322,14 +326,14 @@ def test_the_encoded_holdout_gives_the_same_scores_as_encoding_it_here(
 def test_what_the_model_cannot_read_or_has_nothing_to_score_is_left_out(loaded: tuple[Any, Any]) -> None:
     """A record longer than the model's positions, whatever max_length allows; and a text of no token but the end."""
     odd = [{"text": "The cook reads the book. " * 40}, {"text": ""}]
-    scores, _ = scoring.measure(*loaded, material([*RECORDS, *odd], max_length=1000), "tiny")
+    scores = scoring.measure(*loaded, material([*RECORDS, *odd], max_length=1000), "tiny").summary
     assert (scores["records"], scores["records_too_long"]) == (4, 2)
 
 
 def test_a_sentence_beyond_the_positions_of_the_model_is_scored_as_far_as_they_go(loaded: tuple[Any, Any]) -> None:
     """GPT-2 would end in an index error; and a sentence of one token has nothing that could be scored."""
     odd = [*SENTENCES, ("The cook reads the book. " * 40, True), ("x", True), ("xq", True)]
-    scores, _ = scoring.measure(*loaded, Material(RECORDS, odd, 90, 4), "tiny")
+    scores = scoring.measure(*loaded, Material(RECORDS, odd, 90, 4), "tiny").summary
     assert scores["sentences"] == len(SENTENCES) + 2
 
 
@@ -347,7 +351,7 @@ def test_scores_that_are_not_numbers_are_recorded_as_not_measured(loaded: tuple[
     model, tokenizer = copy.deepcopy(loaded[0]), loaded[1]
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(math.nan)
-    scores, _ = scoring.measure(model, tokenizer, material(RECORDS), "tiny")
+    scores = scoring.measure(model, tokenizer, material(RECORDS), "tiny").summary
     assert scores["perplexity"] is None and scores["acceptability_mcc"] is None
 
 

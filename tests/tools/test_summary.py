@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from jobs.core.errors import RetryableError
+from jobs.core.metrics import SCORES
 from jobs.evaluation.gate import Check
-from jobs.evaluation.metrics import SCORES
 from jobs.tools import summary, waiting
 from jobs.tools.summary import Result
 from tests import build_pipeline
@@ -22,10 +22,12 @@ from tests.tools.test_waiting import endpoint
 def evaluated(name: str = "seville-hotels", *, ratio: float = 0.25, **changes: Any) -> Result:
     """An adapter whose perplexity is `ratio` of the base model's; its gate takes up to 0.5."""
     pipeline = build_pipeline.build(adapter=name, **changes)
-    check = Check("perplexity", "max_ratio", 0.5, ratio, ratio <= 0.5)
-    scores = {role: {score.key: 0.5 for score in SCORES} | {"records": 60, "vocabulary": "v", "perplexity": perplexity}
+    check = Check("perplexity", "max_ratio", 0.5, "base", 0.95, "passed" if ratio <= 0.5 else "failed", ratio,
+                  ratio - 0.02, ratio + 0.02, 60)
+    scores = {role: dict.fromkeys(SCORES, 0.5) | {"records": 60, "vocabulary": "v", "perplexity": perplexity}
               for role, perplexity in (("base", 800.0), ("fine_tuned", 800 * ratio), ("reference", 400.0))}
-    return Result(pipeline, {"passed": check.passed, "gate": [check.to_json()], "scores": scores, "embedded": True},
+    return Result(pipeline, {"passed": check.passed, "outcome": check.outcome, "gate": [check.to_json()],
+                             "scores": scores, "embedded": True},
                   Path(f"/volumes/{name}/report.html"))
 
 
@@ -43,7 +45,7 @@ def test_of_many_adapters_each_has_a_line_and_only_rules_that_do_not_hold_are_sh
     lines = [line for line in shown.splitlines() if line]
     assert sum("@" in line for line in lines) == 51
     assert [line.strip() for line in lines if "perplexity" in line] == [
-        "✗ perplexity: fine-tuned / base is 0.75, must be at most 0.5"]
+        "✗ perplexity: fine-tuned / base is 0.75, at most 0.77 with 95 % confidence, must be at most 0.5"]
     assert len(lines) == 53  # and the note on embedded models
 
 

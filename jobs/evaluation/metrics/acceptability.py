@@ -1,75 +1,82 @@
-"""Acceptability: does the model still tell English from broken English? A guard against catastrophic forgetting."""
+"""Acceptability: does the model still tell English from broken English? A guard against catastrophic forgetting.
+
+Linguistic acceptability on a CoLA-like set of judged sentences (Warstadt et al. 2019, Neural Network Acceptability
+Judgments). A language model classifies them with no training for it: a sentence's score is its mean token
+log-probability (Lau et al. 2017, Grammaticality, Acceptability, and Probability, "Mean LP"), and it is called
+acceptable from a threshold up. Each half of the sentences is judged by the threshold that is best on the other half
+(cross-fitting), so that no sentence takes part in choosing the threshold by which it is judged.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import datasets
-import evaluate
 import numpy as np
 
 from jobs.core.errors import UserError
-from jobs.evaluation.metrics import Measurements, compute
-
-_DESCRIPTION = """\
-Linguistic acceptability on a CoLA-like set of judged sentences (Warstadt et al. 2019, Neural Network Acceptability
-Judgments). A language model classifies them with no training for it: a sentence's score is its mean token
-log-probability (Lau et al. 2017, Grammaticality, Acceptability, and Probability, "Mean LP"), and it is called
-acceptable from a threshold up. The threshold is chosen on one half of the set, to maximise Matthews correlation, and
-measured on the other half.
-"""
-_INPUTS = """
-Args:
-    texts: the sentences; their sha256 decides the halves, so the order of the set does not matter.
-    predictions: each sentence's score.
-    references: whether each sentence is acceptable.
-Returns:
-    acceptability_mcc: Matthews correlation on the measured half, -1 to 1, higher is better, 0 is chance.
-    acceptability_accuracy: share of the measured half classified correctly, 0 to 1.
-    acceptability_threshold: the score from which a sentence is called acceptable.
-"""
+from jobs.evaluation.confidence import Array, Clusters, Statistic
+from jobs.evaluation.metrics import Measurements, Row
 
 
-def measure(measurements: Measurements) -> dict[str, float | None]:
-    """Acceptability from the sentences' likelihoods; a sentence's score is the mean log-probability of a token.
+def rows(measurements: Measurements) -> Sequence[Row | None]:
+    """Of each sentence: its score, whether it is acceptable, and its half, 0 or 1.
 
     Raises:
         UserError: when a class has too few sentences.
     """
+    acceptable = [truth for _, truth in measurements.sentences]
     try:
-        return {**compute(Acceptability, texts=[text for text, _ in measurements.sentences],
-                          predictions=[-each.nats / each.tokens for each in measurements.sentence_likelihoods],
-                          references=[acceptable for _, acceptable in measurements.sentences])}
+        second = halves([text for text, _ in measurements.sentences], acceptable)
     except ValueError as error:
         raise UserError(f"evaluation.acceptability: {error} of two tokens or more") from None
+    return [{"score": -each.nats / each.tokens, "acceptable": int(truth), "half": int(half)} for each, truth, half
+            in zip(measurements.sentence_likelihoods, acceptable, second, strict=True)]
 
 
-class Acceptability(evaluate.Metric):  # type: ignore[misc]
-    """Columns `texts`, `predictions` and `references` -> `acceptability_mcc`, `_accuracy` and `_threshold`."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION, citation="", inputs_description=_INPUTS,
-            features=datasets.Features({"texts": datasets.Value("string"), "predictions": datasets.Value("float64"),
-                                        "references": datasets.Value("bool")}))
-
-    def _compute(self, texts: list[str], predictions: list[float], references: list[bool]) -> dict[str, float]:
-        scores, acceptable = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=bool)
-        if not np.isfinite(scores).all():  # a damaged model; comparisons with NaN would give classes without an error
-            return dict.fromkeys(("acceptability_mcc", "acceptability_accuracy", "acceptability_threshold"), math.nan)
-        choosing = choosing_half(texts, references)
-        threshold = best_threshold(scores[choosing], acceptable[choosing])
-        accepted, truth = scores[~choosing] >= threshold, acceptable[~choosing]
-        tp, fp = int((accepted & truth).sum()), int((accepted & ~truth).sum())
-        fn, tn = int((~accepted & truth).sum()), int((~accepted & ~truth).sum())
-        return {"acceptability_mcc": float(matthews(tp, fp, fn, tn)),
-                "acceptability_accuracy": (tp + tn) / (tp + fp + fn + tn),
-                "acceptability_threshold": threshold}
+def statistic(key: str, rows: Sequence[Row], clusters: Clusters) -> Statistic:
+    """`acceptability_mcc`: Matthews correlation, -1 to 1, 0 is chance. `acceptability_accuracy`: the share classified
+    correctly, 0 to 1. Higher is better."""
+    return Acceptance(np.array([row["score"] for row in rows], dtype=np.float64),
+                      np.array([row["acceptable"] for row in rows], dtype=bool),
+                      np.array([row["half"] for row in rows], dtype=bool), clusters, key == "acceptability_mcc")
 
 
-def choosing_half(texts: list[str], acceptable: list[bool]) -> np.ndarray:
-    """Which sentences choose the threshold: every other one of each class, in order of the text's sha256.
+@dataclass(frozen=True)
+class Acceptance:
+    """Matthews correlation (or accuracy) of the classes that the thresholds give; a `Statistic`. The thresholds are
+    chosen again in every draw, so that the interval contains the luck of choosing them."""
+
+    scores: Array
+    acceptable: np.ndarray
+    half: np.ndarray
+    clusters: Clusters
+    correlation: bool
+
+    def __call__(self, counts: Array) -> tuple[Array, Array]:
+        if not np.isfinite(self.scores).all():  # comparisons with NaN would give classes without an error
+            return np.full(len(counts), np.nan), np.full(counts.shape, np.nan)
+        weights = self.clusters.of_rows(counts)
+        accepted = self.scores >= np.where(self.half, *(
+            thresholds(self.scores[chosen], self.acceptable[chosen], weights[:, chosen])[:, None]
+            for chosen in (~self.half, self.half)))
+        cells = [accepted & self.acceptable, accepted & ~self.acceptable, ~accepted & self.acceptable,
+                 ~accepted & ~self.acceptable]
+        tp, fp, fn, tn = (np.einsum("dr,dr->d", weights, cell) for cell in cells)
+        if self.correlation:
+            values, slopes = matthews(tp, fp, fn, tn), matthews_slopes(tp, fp, fn, tn)
+        else:
+            total = tp + fp + fn + tn
+            values = (tp + tn) / total
+            right, wrong = (1 - values) / total, -values / total
+            slopes = [right, wrong, wrong, right]
+        of_rows = np.select(cells, [slope[:, None] for slope in slopes])
+        return values, self.clusters.of_clusters(of_rows)
+
+
+def halves(texts: list[str], acceptable: list[bool]) -> np.ndarray:
+    """The halves of the sentences: every other one of each class, in order of the text's sha256.
 
     So both halves hold both classes in the set's proportion, and the split depends on nothing but the sentences.
 
@@ -86,25 +93,45 @@ def choosing_half(texts: list[str], acceptable: list[bool]) -> np.ndarray:
     return half
 
 
-def best_threshold(scores: np.ndarray, acceptable: np.ndarray) -> float:
+def thresholds(scores: Array, acceptable: np.ndarray, weights: Array) -> Array:
     """The threshold with the highest Matthews correlation; of equals the most accurate, then the lowest.
 
     Candidates lie midway between neighbouring scores (and at the lowest score, which accepts everything).
+
+    Args:
+        scores: of each sentence, (sentences,).
+        weights: how often each sentence counts in each draw, (draws, sentences).
+    Returns:
+        a threshold for each draw, (draws,).
     """
-    order = np.argsort(scores)
-    scores, acceptable = scores[order], acceptable[order]
-    fn = np.concatenate([[0], np.cumsum(acceptable)])[:-1]  # acceptable sentences below candidate i
-    tn = np.concatenate([[0], np.cumsum(~acceptable)])[:-1]
-    tp, fp = acceptable.sum() - fn, (~acceptable).sum() - tn
+    order = np.argsort(scores, kind="stable")
+    scores, acceptable, weights = scores[order], acceptable[order], weights[:, order]
+    good, bad = weights * acceptable, weights * ~acceptable
+    fn, tn = (np.cumsum(each, axis=1) - each for each in (good, bad))  # of what is below candidate i
+    tp, fp = good.sum(axis=1, keepdims=True) - fn, bad.sum(axis=1, keepdims=True) - tn
     candidates = np.concatenate([scores[:1], (scores[:-1] + scores[1:]) / 2])
     possible = np.concatenate([[True], scores[1:] > scores[:-1]])  # a threshold cannot separate equal scores
-    ranking = np.lexsort((-np.arange(len(scores)), tp + tn, matthews(tp, fp, fn, tn), possible))
-    return float(candidates[ranking[-1]])
+    correlations = np.where(possible, matthews(tp, fp, fn, tn), -np.inf)
+    best = correlations == correlations.max(axis=1, keepdims=True)
+    chosen: Array = candidates[np.argmax(np.where(best, tp + tn, -1), axis=1)]
+    return chosen
 
 
-def matthews(tp: np.ndarray | int, fp: np.ndarray | int, fn: np.ndarray | int, tn: np.ndarray | int) -> np.ndarray:
-    """Matthews correlation (Matthews 1975) of a 2x2 table, or of many; 0 where a row or column is empty."""
-    tp, fp, fn, tn = (np.asarray(count, dtype=np.float64) for count in (tp, fp, fn, tn))
-    product: np.ndarray = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    correlation: np.ndarray = np.divide(tp * tn - fp * fn, product, out=np.zeros_like(product), where=product > 0)
+def matthews(tp: Array, fp: Array, fn: Array, tn: Array) -> Array:
+    """Matthews correlation (Matthews 1975) of many 2x2 tables; 0 where a row or column is empty."""
+    product = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    correlation: Array = np.divide(tp * tn - fp * fn, product, out=np.zeros_like(product), where=product > 0)
     return correlation
+
+
+def matthews_slopes(tp: Array, fp: Array, fn: Array, tn: Array) -> list[Array]:
+    """The derivatives of Matthews correlation by tp, fp, fn and tn; 0 where a row or column is empty."""
+    product = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    there = product > 0
+    half = matthews(tp, fp, fn, tn) / 2
+    safe = np.where(there, product, 1)
+    accepted, rejected, good, bad = (np.divide(half, total, out=np.zeros_like(half), where=there)
+                                     for total in (tp + fp, tn + fn, tp + fn, tn + fp))
+    slopes = [tn / safe - accepted - good, -fn / safe - accepted - bad, -fp / safe - rejected - good,
+              tp / safe - rejected - bad]
+    return [np.where(there, slope, 0) for slope in slopes]

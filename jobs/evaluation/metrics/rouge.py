@@ -1,31 +1,23 @@
-"""ROUGE: how many words, word pairs and longest common sequences an answer shares with the reference answer."""
+"""ROUGE: how many words, word pairs and longest common sequences an answer shares with the reference answer.
+
+ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum (Lin 2004) through the rouge_score package, with stemming: the F1 of each pair,
+averaged over the pairs. ROUGE-Lsum treats each line as a sentence.
+"""
 
 from __future__ import annotations
 
-import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
-import datasets
-import evaluate
 from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
 from jobs.data.encoding import answer
-from jobs.evaluation.metrics import Measurements, compute
+from jobs.evaluation.confidence import Clusters, Ratio, Statistic
+from jobs.evaluation.metrics import Measurements, Row
 
-_DESCRIPTION = """\
-ROUGE-1, ROUGE-2, ROUGE-L and ROUGE-Lsum (Lin 2004) through the rouge_score package, with stemming: the F1 of each pair,
-averaged over the pairs. ROUGE-Lsum treats each line as a sentence.
-"""
-_INPUTS = """
-Args:
-    predictions: the answers.
-    references: the reference answer to each.
-Returns:
-    rouge1, rouge2, rougeL, rougeLsum: 0 to 1, higher is better.
-"""
 TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 # A word is a run of letters and digits; a character of a script written without spaces is a word by itself.
@@ -33,12 +25,15 @@ _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
 
-def measure(measurements: Measurements) -> dict[str, float | None]:
-    """The mean of each of `TYPES` over the questions; None where there are none."""
-    if not measurements.questions:
-        return dict.fromkeys(TYPES)
-    return {**compute(Rouge, predictions=list(measurements.answers),
-                      references=[answer(record) for record in measurements.questions])}
+def rows(measurements: Measurements) -> Sequence[Row | None]:
+    """The F1 of each of `TYPES` for the answer to each record's question; None for a record without one."""
+    return [None if text is None else each(answer(record), text)
+            for record, text in zip(measurements.records, measurements.answers, strict=True)]
+
+
+def statistic(key: str, rows: Sequence[Row], clusters: Clusters) -> Statistic:
+    """The mean of one of `TYPES`: 0 to 1, higher is better."""
+    return Ratio.mean([row[key] for row in rows], clusters)
 
 
 class Words(Tokenizer):  # type: ignore[misc]
@@ -51,20 +46,6 @@ class Words(Tokenizer):  # type: ignore[misc]
     def tokenize(self, text: str) -> list[str]:
         words = _WORD.findall(text.lower())
         return [self._stemmer.stem(w) if len(w) > 3 and w.isascii() else w for w in words]
-
-
-class Rouge(evaluate.Metric):  # type: ignore[misc]
-    """Columns `predictions` and `references` -> the mean F1 of each of `TYPES`."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION, citation="", inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": datasets.Value("string"),
-                                        "references": datasets.Value("string")}))
-
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        pairs = list(map(each, references, predictions))
-        return {kind: math.fsum(pair[kind] for pair in pairs) / len(pairs) for kind in TYPES}
 
 
 _scorer = RougeScorer(list(TYPES), tokenizer=Words())

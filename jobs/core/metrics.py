@@ -1,0 +1,108 @@
+"""The registry of metrics: what the gate, the digests, the report and TensorBoard know of each, in one place.
+
+To add a metric: an entry in `METRICS`, a module of its name in jobs/evaluation/metrics/ with `rows` and `statistic`
+(that package says what they are), and a test. Validation of the gate, the scores' digest, intervals, report and
+TensorBoard follow from these. Bump `version` when the module would give other values: scores of another version are
+other artifacts, so that old ones are never read as new ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Population = Literal["records", "sentences"]  # what a metric has one value of: the file of its values, too
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of a metric: its key in scores.json and in the gate, and how people read it."""
+
+    key: str
+    label: str
+    higher_is_better: bool
+    scale: str  # what its values mean
+    low: float = 0.0  # its smallest and largest possible value
+    high: float = 1.0
+    per_token: bool = False  # models whose tokenizers differ cannot be compared by it
+    log_scale: bool = False  # models differ by a factor: intervals are computed on its logarithm
+    significant_digits: bool = False  # shown with four of them instead of three decimals
+
+    @property
+    def better(self) -> str:
+        return "higher" if self.higher_is_better else "lower"
+
+    @property
+    def arrow(self) -> str:
+        return "↑" if self.higher_is_better else "↓"
+
+    def shown(self, value: float | None) -> str:
+        """A value as people read it: 812.4, 3.127, 0.912; a dash when it was not measured."""
+        if value is None:
+            return "–"
+        if not self.significant_digits:
+            return f"{value:.3f}"
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One entry of the registry."""
+
+    module: str  # in jobs/evaluation/metrics/
+    version: int
+    title: str
+    method: str  # how it is measured, in sentences for the report
+    columns: tuple[str, ...]  # the values of one record or sentence, as they are kept
+    scores: tuple[Score, ...]
+    population: Population = "records"
+    needs_questions: bool = False  # cannot be measured on records of plain text
+
+
+METRICS = (
+    Metric("perplexity", 1, "Perplexity",
+           "the exponential of the mean negative log-likelihood of the held-out answers' tokens, given their "
+           "questions. Bits per byte divides that of their text, without special tokens, by its bytes.",
+           ("nats", "special_nats", "tokens", "bytes"),
+           (Score("perplexity", "perplexity", False, "1 is no surprise at all", 1.0, float("inf"), per_token=True,
+                  log_scale=True, significant_digits=True),
+            Score("bits_per_byte", "bits per byte", False, "the same, whatever the tokenizer", 0.0, float("inf"),
+                  log_scale=True))),
+    Metric("rouge", 1, "ROUGE",
+           "greedy answers to the held-out questions against the reference answers; mean F1, stemmed (Lin 2004).",
+           ("rouge1", "rouge2", "rougeL", "rougeLsum"),
+           (Score("rouge1", "ROUGE-1", True, "words shared, 0 to 1"),
+            Score("rouge2", "ROUGE-2", True, "word pairs shared, 0 to 1"),
+            Score("rougeL", "ROUGE-L", True, "longest common sequence, 0 to 1"),
+            Score("rougeLsum", "ROUGE-Lsum", True, "the same, line by line, 0 to 1")),
+           needs_questions=True),
+    Metric("acceptability", 2, "Acceptability",
+           "each sentence's mean token log-probability (Lau et al. 2017) against a threshold between acceptable and "
+           "not. Each half of the sentences has the threshold that is best on the other half, chosen again in every "
+           "draw of the interval. Matthews correlation and accuracy of the classes (CoLA: Warstadt et al. 2019). It "
+           "guards against forgetting the language.",
+           ("score", "acceptable", "half"),
+           (Score("acceptability_mcc", "acceptability, MCC", True, "1 is perfect, 0 is chance", -1.0),
+            Score("acceptability_accuracy", "acceptability, accuracy", True, "share classified correctly")),
+           population="sentences"),
+)
+SCORES = {score.key: score for metric in METRICS for score in metric.scores}
+_METRIC_OF = {score.key: metric for metric in METRICS for score in metric.scores}
+
+
+def score_of(key: str) -> Score:
+    """The score of a key that the gate takes.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return SCORES[key]
+
+
+def metric_of(key: str) -> Metric:
+    """The metric that a score belongs to.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return _METRIC_OF[key]
