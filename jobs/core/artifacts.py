@@ -239,12 +239,14 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
         }
         write_atomically(draft / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
         before = draft.with_name(f"{draft.name}-before")  # a draft's name: what a kill leaves is removed by age
-        if replace and target.exists():
+        replaces = replace and target.exists()
+        if replaces:
             shutil.rmtree(before, ignore_errors=True)
             target.rename(before)
         draft.rename(target)
         sync_folder(target.parent)
-        shutil.rmtree(before, ignore_errors=True)
+        if replaces:
+            shutil.rmtree(before, ignore_errors=True)
     size = sum(f["size"] for f in manifest["files"])
     log.info("published %s: %d files, %s", spec, len(manifest["files"]), human_bytes(size))
     retain(target.parent, keep=keep, protected={spec.digest})

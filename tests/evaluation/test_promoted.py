@@ -292,7 +292,8 @@ def test_no_verdict_is_published_that_compares_with_a_former_adapter(
     first(folder)
     _, volumes, between = desired(folder, gate=NO_WORSE, seed=1)
     loaded, _, wanted = desired(folder, gate=NO_WORSE, seed=2)
-    conclude, seen = evaluate.conclude, []
+    conclude = evaluate.conclude
+    seen: list[bool] = []
 
     def late(*arguments: Any) -> Any:
         fill = conclude(*arguments)
