@@ -50,6 +50,7 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
         UserError: a rule of the gate, or a model, cannot be measured on this data.
         RetryableError: an input did not appear in time.
     """
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     pipeline, wanted = loaded.pipeline, plan(loaded.pipeline)
     while (decided := decide(pipeline, wanted, volumes, wait_seconds)) is None:
         log.info("another adapter was promoted as %s meanwhile: comparing again", pipeline.adapter)
@@ -65,35 +66,32 @@ def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float)
         the evaluation, and whether the promotion moved; None where what the gate compares with changed meanwhile.
     """
     comparison = promoted.comparison(pipeline, wanted, volumes)
-    evaluation = artifacts.find(wanted.evaluation, volumes)
-    outdated = evaluation is not None and promoted.outdated(content.read_evaluation(evaluation.path), comparison)
-    fill = None
-    if outdated:
-        log.info("%s compared with an adapter that is not the promoted one now: evaluating again", wanted.evaluation)
-    if evaluation is None or outdated:
-        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1",
-                          TRANSFORMERS_OFFLINE="1")
+    there = artifacts.find(wanted.evaluation, volumes)
+    if there is not None and promoted.outdated(content.read_evaluation(there.path), comparison):
+        log.info("%s does not compare with the adapter that is promoted now: evaluating again", wanted.evaluation)
+        there = None
+    if there is None:
         try:
             other = promoted.find(pipeline, wanted, volumes, comparison.adapter) if comparison.adapter else None
             measure(pipeline, wanted, volumes, wait_seconds, other)
         except UserError:
             if promoted.comparison(pipeline, wanted, volumes) != comparison:
-                return None  # retention may remove an adapter that is no longer promoted
+                return None  # what is no longer promoted, retention may remove
             raise
         fill = conclude(pipeline, wanted, volumes, comparison, other)
     else:
         artifacts.done(wanted.evaluation, volumes)
-        if passed(evaluation):
+        if passed(there):
             # Retention may have removed an old adapter while its evaluation was kept; its training job makes it again.
             artifacts.wait(_served(pipeline, wanted), volumes, wait_seconds)
+
     volume = volumes / FINE_TUNED_VOLUME
-    with promotion.lock(volume, pipeline.adapter):  # serving follows a published verdict, so that is made under it, too
+    # Serving follows a published verdict: what it compared with must be what is promoted at that moment.
+    with promotion.lock(volume, pipeline.adapter):
         if promoted.comparison(pipeline, wanted, volumes) != comparison:
             return None
-        if fill is not None:
-            evaluation = artifacts.publish(wanted.evaluation, volumes, fill, replace=outdated,
-                                           keep=pipeline.environment.retention.keep, adapter_name=pipeline.adapter)
-        assert evaluation is not None
+        evaluation = there or artifacts.publish(wanted.evaluation, volumes, fill, replace=True,
+                                                keep=pipeline.environment.retention.keep, adapter_name=pipeline.adapter)
         return evaluation, passed(evaluation) and promotion.move(volume, pipeline.adapter, wanted.adapter.digest,
                                                                  wanted.evaluation.digest)
 
