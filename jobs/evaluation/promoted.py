@@ -87,7 +87,7 @@ def find(pipeline: Pipeline, wanted: Plan, volumes: Path, digest: str) -> Promot
     """
     name, folder = f"{pipeline.adapter}@{digest}", volumes / FINE_TUNED_VOLUME / wanted.adapter.kind / digest
     pointer = volumes / FINE_TUNED_VOLUME / promotion.FOLDER / pipeline.adapter
-    manifest = _read(folder, name, f"Restore it, or remove {pointer} to evaluate without a comparison")
+    manifest = _read(folder, name, f"Restore it, or remove {pointer} to compare with nothing")
     base, tokenizer = str(manifest["inputs"]["base_model"]), str(manifest["inputs"]["tokenizer"])
     template = manifest["spec"].get("chat_template", {})
     encoded = (tokenizer, template) == (wanted.tokenizer.digest, pipeline.environment.chat_template)
