@@ -40,7 +40,7 @@ class Lora(Strict):
 
 
 class Training(Strict):
-    # What is learned: sft, the answers; or, from preferences, dpo or orpo: one answer rather than another. In the digest.
+    # What is learned: sft, the answers; from preferences, dpo or orpo: one answer rather than another. In the digest.
     objective: Literal["sft", "dpo", "orpo"] = "sft"
     # How much preferences weigh. In dpo, the larger, the nearer to the base model the adapter stays; in orpo, the share
     # of the odds ratio in the loss. 0.1, as in both papers, where it is not set. In the digest.

@@ -35,7 +35,7 @@ from jobs.core.files import human_bytes
 from jobs.core.plan import plan
 from jobs.core.progress import Progress
 from jobs.data import encoded
-from jobs.data.encoding import Encoded, encode, encode_pair
+from jobs.data.encoding import Encoded, encode_for_training
 from jobs.data.records import is_preference
 from jobs.data.split import SPLITS, VALIDATION
 
@@ -205,8 +205,7 @@ def encode_chunk(settings: Settings, chunk: Lines) -> Chunk:
     for line, text in enumerate(chunk[1], chunk[0]):
         try:
             record = json.loads(text)
-            preference = is_preference(record)
-            sequences = (encode_pair if preference else encode)(tokenizer, record, settings.template)
+            sequences = encode_for_training(tokenizer, record, settings.template)
             if not any(sequence.scored for sequence in sequences):
                 raise UserError("encodes to nothing that could be learned: the tokenizer leaves no token of its "
                                 "answer. Remove the record")
@@ -218,7 +217,7 @@ def encode_chunk(settings: Settings, chunk: Lines) -> Chunk:
         if length > settings.max_length:
             one.too_long = 1
         else:
-            one.records, one.sequences, one.preferences = 1, len(sequences), int(preference)
+            one.records, one.sequences, one.preferences = 1, len(sequences), int(is_preference(record))
             one.tokens, one.learned = sum(map(len, sequences)), sum(sequence.scored for sequence in sequences)
             rows += [(line, sequence) for sequence in sequences]
         counts.add(one)

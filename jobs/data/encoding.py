@@ -163,6 +163,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, record: Record,
     return sequences
 
 
+def encode_for_training(tokenizer: PreTrainedTokenizerBase, record: Record,
+                        template: Mapping[str, Any] | None = None) -> list[Encoded]:
+    """As `encode`; of a preference both answers: see `encode_pair`."""
+    return (encode_pair if is_preference(record) else encode)(tokenizer, record, template)
+
+
 def encode_pair(tokenizer: PreTrainedTokenizerBase, record: Record,
                 template: Mapping[str, Any] | None = None) -> list[Encoded]:
     """Tokenize a preference: the prompt with the chosen answer, and with the rejected one. These answers alone

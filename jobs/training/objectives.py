@@ -52,14 +52,23 @@ def for_objective(splits: Splits, training: Training) -> Splits:
     Raises:
         UserError: the records are of the other kind.
     """
-    if splits.preferences != (training.objective != "sft"):
-        found, fitting = (('preferences ({"prompt", "chosen", "rejected"})', "dpo or orpo") if splits.preferences else
-                          ("answers without a rejected one", "sft"))
-        raise UserError(f"training.objective is {training.objective}, but the dataset's records are {found}: set "
-                        f"training.objective: {fitting}, or bring other data")
+    check_kind(training, preferences=splits.preferences)
     if not splits.preferences:
         return splits
     return Splits(Pairs(splits.train), Pairs(splits.holdout), splits.too_long, Pairs(splits.validation), True)
+
+
+def check_kind(training: Training, *, preferences: bool) -> None:
+    """The objective must learn from records of the kind that there is.
+
+    Raises:
+        UserError: with what to set.
+    """
+    if preferences != (training.objective != "sft"):
+        found, fitting = (('preferences ({"prompt", "chosen", "rejected"})', "dpo or orpo") if preferences else
+                          ("answers without a rejected one", "sft"))
+        raise UserError(f"training.objective is {training.objective}, but the dataset's records are {found}: set "
+                        f"training.objective: {fitting}, or bring other data")
 
 
 def counts(batch: dict[str, Tensor]) -> Tensor:

@@ -68,7 +68,7 @@ def padded(some: list[Pair]) -> dict[str, Any]:
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 def test_the_loss_of_dpo_is_that_of_trl(tmp_path: Path, beta: float) -> None:
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]
 
     from tests.build_models import tiny_tokenizer
 
@@ -76,7 +76,7 @@ def test_the_loss_of_dpo_is_that_of_trl(tmp_path: Path, beta: float) -> None:
     theirs = DPOTrainer(model, args=DPOConfig(str(tmp_path), beta=beta, report_to="none", use_cpu=True, bf16=False),
                         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
                         processing_class=tiny_tokenizer(tmp_path))
-    theirs.model.delete_adapter("ref")  # a copy of the adapter, with which TRL would begin; ours begins as the base model
+    theirs.model.delete_adapter("ref")  # a copy of the adapter; without it the base model is the reference
     theirs.model.eval()
     expected = float(theirs._compute_loss(theirs.model, padded(some), return_outputs=False).detach())
     training = Training(objective="dpo", beta=beta, max_length=64, tokens_per_batch=128)
@@ -88,7 +88,7 @@ def test_the_loss_of_dpo_is_that_of_trl(tmp_path: Path, beta: float) -> None:
 
 
 def test_the_losses_of_orpo_are_trl_s_odds_ratio_and_the_likelihood_of_the_chosen_answers() -> None:
-    """TRL takes the likelihood of the prompt, too; the paper and our SFT learn answers only."""
+    """TRL takes the likelihood of the prompt, too; the paper, and our SFT, that of answers only."""
     from torch.nn.functional import cross_entropy
     from trl.experimental.orpo import ORPOTrainer
 
@@ -108,14 +108,15 @@ def test_the_losses_of_orpo_are_trl_s_odds_ratio_and_the_likelihood_of_the_chose
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo"])
-def test_what_is_preferred_becomes_likelier_however_little_is_computed_at_once(tmp_path: Path, objective: str) -> None:
+def test_what_is_preferred_becomes_likelier_however_little_is_computed_at_once(
+        tmp_path: Path, objective: str) -> None:
     settings: dict[str, Any] = {"objective": objective, "max_length": 32, "tokens_per_batch": 64, "epochs": 3,
                                 "learning_rate": 1e-2, "splits": DATA}
     whole, history = trained(tmp_path / "whole", tokens_per_micro_batch=64, **settings)
     divided, _ = trained(tmp_path / "divided", tokens_per_micro_batch=8, **settings)
     assert_equal(divided, whole, within=1e-5)
     held_out = [entry["holdout_loss"] for entry in history if "holdout_loss" in entry]
-    assert held_out[-1] < 0.9 * held_out[0], "also for answers that it has not seen"
+    assert held_out[-1] < held_out[0] - 0.01, "also for answers that it has not seen"
     if objective == "dpo":
         assert history[0]["loss"] == pytest.approx(0.6931, abs=1e-3), "it starts as the base model"
 
