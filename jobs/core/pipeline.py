@@ -40,6 +40,11 @@ class Lora(Strict):
 
 
 class Training(Strict):
+    # What is learned: sft, the answers; from preferences, dpo or orpo: one answer rather than another. In the digest.
+    objective: Literal["sft", "dpo", "orpo"] = "sft"
+    # How much preferences weigh. In dpo, the larger, the nearer to the base model the adapter stays; in orpo, the share
+    # of the odds ratio in the loss. 0.1, as in both papers, where it is not set. In the digest.
+    beta: Annotated[float, Field(gt=0)] | None = None
     lora: Lora = Lora()
     epochs: Epochs = 3
     learning_rate: LearningRate = 2e-4
@@ -71,6 +76,17 @@ class Training(Strict):
         if self.patience is not None and self.keep == "last":
             raise PydanticCustomError("patience", "patience is for keep: best, and keep is last; set keep: best, or "
                                       "remove patience", {})
+        if self.objective == "sft" and self.beta is not None:
+            raise PydanticCustomError("objective", "beta is for objective: dpo and objective: orpo, and objective is "
+                                      "sft; remove beta", {})
+        if self.objective == "dpo" and self.sharding == "fsdp":
+            raise PydanticCustomError("objective", "objective: dpo and sharding: fsdp cannot be combined: dpo also "
+                                      "computes the base model, with the adapter switched off; remove sharding, or "
+                                      "take objective: orpo", {})
+        if self.objective != "sft" and self.tokens_per_batch < 2 * self.max_length:
+            raise PydanticCustomError("batch", "tokens_per_batch ({batch}) must be at least twice max_length "
+                                      "({length}): a batch holds both answers of a preference, each after its prompt",
+                                      {"batch": self.tokens_per_batch, "length": self.max_length})
         if self.tokens_per_batch < self.max_length:
             raise PydanticCustomError("batch", "tokens_per_batch ({batch}) must be at least max_length ({length}): a "
                                       "batch holds whole records", {"batch": self.tokens_per_batch,
@@ -87,6 +103,11 @@ class Training(Strict):
                                           "`search`: remove the key, or add the value there",
                                           {"key": key, "value": str(value)})
         return self
+
+    @property
+    def strength(self) -> float:
+        """The effective `beta`."""
+        return 0.1 if self.beta is None else self.beta
 
     def trials(self) -> list[Training]:
         """The settings of each trial of the search; without one, these."""

@@ -108,6 +108,7 @@ def _plan(key: _ByIdentity) -> Plan:
          "tokens_per_batch": training.tokens_per_batch, "seed": training.seed,
          # Only where it is set: artifacts from before this setting existed keep their names.
          **({} if training.quantization == "none" else {"quantization": training.quantization}),
+         **({} if training.objective == "sft" else {"objective": training.objective, "beta": training.strength}),
          **({} if training.keep == "last" else {"keep": training.keep, "patience": training.patience}),
          # `encoded_dataset` follows from it too; serving reads it here.
          **({"chat_template": template} if (template := pipeline.environment.chat_template) else {})},

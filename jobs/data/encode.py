@@ -35,7 +35,8 @@ from jobs.core.files import human_bytes
 from jobs.core.plan import plan
 from jobs.core.progress import Progress
 from jobs.data import encoded
-from jobs.data.encoding import Encoded, encode
+from jobs.data.encoding import Encoded, encode_for_training
+from jobs.data.records import is_preference
 from jobs.data.split import SPLITS, VALIDATION
 
 if TYPE_CHECKING:
@@ -77,11 +78,12 @@ class Counts:
     sequences: int = 0
     tokens: int = 0
     learned: int = 0  # tokens that are learned and scored
+    preferences: int = 0  # records that are pairs of sequences: the chosen answer, and the rejected one
     longest: int = 0  # tokens of the longest sequence of any record, also of those that were left out
     shortest: int = 0  # … and of the record whose longest sequence is the shortest
 
     def add(self, other: Counts) -> None:
-        for name in ("records", "too_long", "sequences", "tokens", "learned"):
+        for name in ("records", "too_long", "sequences", "tokens", "learned", "preferences"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
         self.shortest = min(filter(None, (self.shortest, other.shortest)), default=0)
@@ -148,6 +150,10 @@ def encode_splits(dataset: Path, folder: Path, settings: Settings, processes: in
                 raise UserError("\n".join(f"{name}.jsonl:{problem}" for problem in problems[:LISTED])
                                 + "\nNothing was published")
             _require_some(name, counts, settings.max_length)
+            if counts.preferences not in (0, counts.records):
+                raise UserError(f"{name}.jsonl of the dataset: {counts.preferences} of {counts.records} records are "
+                                "preferences (`chosen` and `rejected`): training learns from one kind or the other. "
+                                "Bring them as two datasets")
             statistics[name] = asdict(counts)
     too_long = sum(counts["too_long"] for counts in statistics.values())
     if too_long:
@@ -198,7 +204,8 @@ def encode_chunk(settings: Settings, chunk: Lines) -> Chunk:
     counts, problems, rows = Counts(), list[str](), list[tuple[int, Encoded]]()
     for line, text in enumerate(chunk[1], chunk[0]):
         try:
-            sequences = encode(tokenizer, json.loads(text), settings.template)
+            record = json.loads(text)
+            sequences = encode_for_training(tokenizer, record, settings.template)
             if not any(sequence.scored for sequence in sequences):
                 raise UserError("encodes to nothing that could be learned: the tokenizer leaves no token of its "
                                 "answer. Remove the record")
@@ -210,7 +217,7 @@ def encode_chunk(settings: Settings, chunk: Lines) -> Chunk:
         if length > settings.max_length:
             one.too_long = 1
         else:
-            one.records, one.sequences = 1, len(sequences)
+            one.records, one.sequences, one.preferences = 1, len(sequences), int(is_preference(record))
             one.tokens, one.learned = sum(map(len, sequences)), sum(sequence.scored for sequence in sequences)
             rows += [(line, sequence) for sequence in sequences]
         counts.add(one)

@@ -1,6 +1,7 @@
 """Records: validation of a record or of a sentence with its judgement, and the question of a record.
 
-A record is {"prompt", "completion"}, {"messages": [{"role", "content"}, …]} or {"text"}. It may name its `split`
+A record is {"prompt", "completion"}, {"messages": [{"role", "content"}, …]} or {"text"}; or, to learn a preference,
+{"prompt", "chosen", "rejected"}, whose prompt is a text or a list of messages. It may name its `split`
 (train, validation or holdout) and a `group`: records of one group, e.g. of one customer or document, are never divided
 between the splits.
 Messages may call tools, in OpenAI's shape: `tool_calls` of the assistant, their results with the role `tool`, and the
@@ -20,9 +21,10 @@ import regex
 
 from jobs.core.artifacts import canonical
 
-SHAPES = {"prompt": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
+SHAPES = {"prompt": ("prompt", "completion"), "messages": ("messages",), "text": ("text",),
+          "preference": ("prompt", "chosen", "rejected")}
 OPTIONAL = ("split", "group")
-RECORD_KEYS = ("prompt", "completion", "messages", "tools", "text", *OPTIONAL)
+RECORD_KEYS = ("prompt", "completion", "messages", "tools", "text", "chosen", "rejected", *OPTIONAL)
 MESSAGE_KEYS = {"system": ("role", "content"), "user": ("role", "content"),
                 "assistant": ("role", "content", "tool_calls"), "tool": ("role", "content", "tool_call_id", "name")}
 ROLES = tuple(MESSAGE_KEYS)
@@ -57,6 +59,8 @@ def validate_record(record: Any) -> list[str]:
         return found + _message_problems(record["messages"]) + _tool_problems(record.get("tools"))
     if "tools" in record:
         found.append("`tools` needs `messages`")
+    if is_preference(record):
+        return found + _preference_problems(record)
     return found + [f"`{key}` {wrong}" for key in SHAPES[shape_of(record)] if (wrong := _text_problem(record[key]))]
 
 
@@ -74,8 +78,13 @@ def validate_judgement(row: Any) -> list[str]:
 
 
 def shape_of(record: Mapping[str, Any]) -> str:
-    """The record's shape: prompt, messages or text."""
-    return next(shape for shape in SHAPES if shape in record)
+    """The record's shape: prompt, messages, text or preference."""
+    return "preference" if is_preference(record) else next(shape for shape in SHAPES if shape in record)
+
+
+def is_preference(record: Mapping[str, Any]) -> bool:
+    """Whether a record prefers one answer to another."""
+    return "chosen" in record
 
 
 def content_of(record: Mapping[str, Any]) -> Values:
@@ -93,9 +102,10 @@ def question_of(record: Mapping[str, Any]) -> str:
     This is {"prompt"} or the messages before the answer, without system messages; or the whole of a {"text"}, which
     has no question. Each text as `comparable` makes it.
     """
-    if "messages" not in record:
-        return comparable(str(record.get("prompt", record.get("text"))))
-    before = [[m["role"], comparable(text_of(m))] for m in record["messages"][:-1] if m["role"] != "system"]
+    messages = record["messages"][:-1] if "messages" in record else record.get("prompt", record.get("text"))
+    if isinstance(messages, str):
+        return comparable(messages)
+    before = [[m["role"], comparable(text_of(m))] for m in messages if m["role"] != "system"]
     lone = len(before) == 1 and before[0][0] == "user"
     return str(before[0][1]) if lone else canonical(before).decode()
 
@@ -124,7 +134,9 @@ def arguments_of(call: Mapping[str, Any]) -> Values:
 
 
 def lengths_of(record: Mapping[str, Any]) -> tuple[int | None, int]:
-    """The characters of prompt (None for a {"text"}, which has none) and of completion."""
+    """The characters of prompt (None for a {"text"}, which has none) and of the completion or chosen answer."""
+    if is_preference(record):
+        return sum(len(text_of(message)) for message in prompt_of(record)), len(record["chosen"])
     if "messages" in record:
         *before, answer = (len(text_of(m)) for m in record["messages"])
         return sum(before), answer
@@ -136,7 +148,10 @@ def _shape_problems(record: Any, keys: tuple[str, ...], shapes: Mapping[str, tup
         example = ", ".join(next(iter(shapes.values())))
         return [f"must be a JSON object such as {{{example}}}, not {_abbreviated(record)}"]
     unknown = [unknown_key(key, keys) for key in record if key not in keys]
-    begun = [shape for shape, needed in shapes.items() if any(key in record for key in needed)]
+    present = {shape: {key for key in needed if key in record} for shape, needed in shapes.items()}
+    # {"prompt", "chosen"} has begun two shapes, but more of one of them; a lone "prompt" is the first.
+    begun = [shape for at, (shape, own) in enumerate(present.items()) if own and not any(
+        own < other or (own == other and before < at) for before, other in enumerate(present.values()))]
     if unknown:
         return unknown
     if len(begun) != 1:
@@ -183,6 +198,24 @@ def _message_problems(messages: Any) -> list[str]:
     if messages[-1]["role"] != "assistant":
         return ["`messages` must end with the assistant's answer"]
     return _result_problems(messages)
+
+
+def prompt_of(record: Mapping[str, Any]) -> list[Values]:
+    """The prompt of a {"prompt", …} record as messages."""
+    prompt = record["prompt"]
+    return list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+
+
+def _preference_problems(record: Mapping[str, Any]) -> list[str]:
+    found = [f"`{key}` {wrong}" for key in ("chosen", "rejected") if (wrong := _text_problem(record[key]))]
+    if isinstance(record["prompt"], list):
+        whole = [*record["prompt"], {"role": "assistant", "content": "an answer"}]
+        found += [problem.replace("`messages", "`prompt") for problem in _message_problems(whole)]
+    elif wrong := _text_problem(record["prompt"]):
+        found.append(f"`prompt` {wrong}")
+    if not found and record["chosen"].strip() == record["rejected"].strip():
+        found.append("`chosen` and `rejected` are equal: there is nothing to prefer")
+    return found
 
 
 def _call_problems(key: str, calls: Any) -> list[str]:

@@ -20,7 +20,7 @@ from jobs.core.metrics import METRICS, Metric, metric_of
 from jobs.core.progress import Progress
 from jobs.data.chat import RecordError, special_tokens
 from jobs.data.encoding import Encoded, Record, answer, encode, question
-from jobs.data.records import text_of
+from jobs.data.records import is_preference, text_of
 from jobs.evaluation.metrics import Likelihood, Measurements, implementation, statistic
 
 if TYPE_CHECKING:
@@ -269,6 +269,9 @@ def _fitting(tokenizer: PreTrainedTokenizerBase, material: Material, limit: int,
         lines = material.encoded.records.tolist()
         records = [(line, [sequence for _, sequence in sequences]) for line, sequences
                    in itertools.groupby(zip(lines, material.encoded, strict=True), key=lambda each: each[0])]
+        # Of a preference the first is the chosen answer, and the second the rejected one.
+        records = [(line, encoded[:1] if is_preference(material.holdout[line - 1]) else encoded)
+                   for line, encoded in records]
     special = special_tokens(tokenizer)
     fitting = [(line, encoded) for line, encoded in records
                if max(map(len, encoded)) <= limit and any(each.has_text(special) for each in encoded)]

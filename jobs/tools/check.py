@@ -23,6 +23,7 @@ from jobs.core.strict_yaml import CONFIG_MAP_BYTES
 from jobs.tools import overlay
 from jobs.tools.advice import advice
 from jobs.tools.overlay import Files
+from jobs.training.objectives import check_kind
 
 log = logging.getLogger("jobs")
 
@@ -71,11 +72,24 @@ def check_data(loaded: LoadedPipeline) -> None:
         statistics = split.validate(loaded.resolve(source), source.holdout, source.validation)
         if loaded.pipeline.training.keep == "best" and not statistics["records"].get("validation"):
             raise UserError(f"{loaded.path}: {NO_VALIDATION}")
+        check_objective(loaded, statistics["shapes"])
     check_search(loaded, statistics)
     of_trials = (advice(loaded.pipeline.model_copy(update={"training": trial}), statistics)
                  for trial in loaded.pipeline.training.trials())
     for line in dict.fromkeys(itertools.chain.from_iterable(of_trials)):
         log.info("%s: advice: %s", loaded.path, line)
+
+
+def check_objective(loaded: LoadedPipeline, shapes: Mapping[str, int]) -> None:
+    """The records are of one kind, that of the objective; `shapes` has how many there are of each shape."""
+    preferences, others = shapes.get("preference", 0), sum(shapes.values()) - shapes.get("preference", 0)
+    if preferences and others:
+        raise UserError(f"{loaded.path}: dataset: {preferences} records are preferences (`chosen` and `rejected`), and "
+                        f"{others} are not: training learns from one kind or the other. Bring them as two datasets")
+    try:
+        check_kind(loaded.pipeline.training, preferences=bool(preferences))
+    except UserError as error:
+        raise UserError(f"{loaded.path}: {error}") from None
 
 
 def check_search(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -> None:

@@ -44,6 +44,7 @@ from jobs.training.callbacks import (
 from jobs.training.card import finish_adapter
 from jobs.training.distributed import Team
 from jobs.training.memory import tokens_at_once
+from jobs.training.objectives import for_objective
 from jobs.training.packing import Batches, check_length
 from jobs.training.trainer import (
     LESS_MEMORY,
@@ -135,7 +136,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
     def train_adapter(output: Path) -> Trained:
         """What every process of the team does."""
         log.info("training %s on %s: loading model and data", wanted.adapter, pipeline.environment.base_model.name)
-        splits, training = encoded.read(encoded_dataset.path), pipeline.training
+        training = pipeline.training
+        splits = for_objective(encoded.read(encoded_dataset.path), training)
         if training.search is None:
             return Trained(splits, training, train(load(), splits, training, layers(training), own, output, team))
         base = search.SharedModel(load, once=training.sharding == "none" or team.size == 1)
@@ -206,7 +208,7 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
              "%d parameters are trained", len(splits.train), len(splits.validation), len(splits.holdout),
              training.epochs, steps, tokens, trainable, total)
     with _event_at_sigterm() as stop:
-        trainer = team_trainer(team, batches, measured, masks, tokens)(
+        trainer = team_trainer(team, training, batches, measured, masks, tokens)(
             model=adapted,
             args=training_arguments(training, folders.checkpoints, steps, team),
             train_dataset=batches,

@@ -202,6 +202,8 @@ KEYS = {
     "training.max_length": Key(ENCODED | SCORES, st.integers(8, 4096)),
     "training.tokens_per_batch": Key(ADAPTER, st.integers(1024, 100_000)),
     "training.seed": Key(ADAPTER, st.integers(0, 2**32 - 1)),
+    "training.objective": Key(ADAPTER, st.sampled_from(["sft", "dpo", "orpo"])),
+    "training.beta": Key(ADAPTER, st.floats(0.2, 1) | st.none(), {"training": {"objective": "dpo"}}),
     "training.keep": Key(ADAPTER, st.sampled_from(["last", "best"])),
     "training.patience": Key(ADAPTER, st.integers(1, 10) | st.none(), {"training": {"keep": "best"}}),
     "training.tokens_per_micro_batch": Key(set(), st.integers(8, 10_000) | st.none()),
