@@ -20,12 +20,14 @@ from jobs.core.metrics import METRICS, Metric, metric_of
 from jobs.core.progress import Progress
 from jobs.data.chat import RecordError, special_tokens
 from jobs.data.encoding import Encoded, Record, answer, encode, question
-from jobs.data.records import text_of
+from jobs.data.records import Values, conversation_text
+from jobs.evaluation import tasks
 from jobs.evaluation.metrics import Likelihood, Measurements, implementation, statistic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from jobs.core.tasks import Task
     from jobs.data.encoded import Split
 
 log = logging.getLogger("jobs")
@@ -49,6 +51,7 @@ class Material:
     metrics: Sequence[Metric] = METRICS
     # The holdout as the model's own tokenizer encoded it; None: `measure` encodes it.
     encoded: Split | None = None
+    tasks: Sequence[tuple[Task, Sequence[Values]]] = ()  # each with its records
 
     @classmethod
     def read(cls, dataset: Path, acceptability: Path, *, max_length: int, max_new_tokens: int,
@@ -68,11 +71,13 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
 @dataclass(frozen=True)
 class Measured:
     """What a scores artifact holds of one model: `summary` its scores and counts (scores.json), `values` those of each
-    record and sentence by population (records.jsonl, sentences.jsonl), and `generations` its answers."""
+    record and sentence by population (records.jsonl, sentences.jsonl, tasks.NAME.jsonl), `generations` its answers, and
+    `task_answers` those to the tasks."""
 
     summary: Mapping[str, Any]
     values: Mapping[str, Sequence[Mapping[str, Any]]]
     generations: Sequence[Mapping[str, Any]]
+    task_answers: Sequence[Mapping[str, Any]] = ()
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material: Material, name: str) -> Measured:
@@ -111,26 +116,41 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
     measurements = Measurements(held_out, likelihoods, [answers.get(place) for place in range(len(records))],
                                 [(text, acceptable) for text, acceptable, _ in sentences], sentence_likelihoods)
     values = _values(measurements, {"records": [line for line, _ in records], "sentences": lines}, material.metrics)
+    answered = [_answer_task(model, tokenizer, task, asked, material, positions, name)
+                for task, asked in material.tasks]
+    values |= {each.task.key: [*each.rows] for each in answered}
     summary = {"model": name, **scores_of(values, material.metrics), "records": len(records),
                "records_too_long": len(material.holdout) - len(records),
                "completion_tokens": sum(each.tokens for each in likelihoods), "questions": len(prompts),
-               "sentences": len(sentences), "vocabulary": vocabulary(tokenizer)}
+               "sentences": len(sentences), "vocabulary": vocabulary(tokenizer),
+               **({"tasks": {each.task.name: each.summary() for each in answered}} if answered else {})}
     log.info("%s: measured in %.0f s", name, time.monotonic() - started)
     generations = [{"record": row["line"], "question": question_text(record), "reference": answer(record),
                     "answer": text, "rougeL": row["rougeL"]}
                    for record, text, row in zip(held_out, measurements.answers, values["records"], strict=True)
                    if text is not None]
-    return Measured(summary, values, generations)
+    return Measured(summary, values, generations, [row for each in answered for row in each.answers])
 
 
 def _values(measurements: Measurements, lines: Mapping[str, Sequence[int]],
             metrics: Sequence[Metric]) -> dict[str, list[dict[str, Any]]]:
     """The values that each metric has of each record and sentence, by population; `line` is the line in the data."""
     values: dict[str, list[dict[str, Any]]] = {name: [{"line": line} for line in lines[name]] for name in lines}
-    for metric in metrics:
+    for metric in (metric for metric in metrics if metric.population in lines):  # tasks have prompts of their own
         for kept, row in zip(values[metric.population], implementation(metric).rows(measurements), strict=True):
             kept |= {key: value if math.isfinite(value) else None for key, value in (row or {}).items()}
     return values
+
+
+def _answer_task(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, asked: Sequence[Values],
+                 material: Material, positions: int, name: str) -> tasks.Answered:
+    """One model's greedy answers to the prompts of a task, checked."""
+    limit = min(material.max_length, positions - 1)  # with room for an answer
+    prompts = tasks.encode_prompts(tokenizer, task, asked, limit, material.template, name)
+    progress = Progress(f"{name}: prompts of {task.key} answered", len(prompts))
+    answers = generate(model, tokenizer, list(prompts.values()), task.max_new_tokens or material.max_new_tokens,
+                       positions, progress)
+    return tasks.checked(task, asked, dict(zip(prompts, answers, strict=True)))
 
 
 def scores_of(values: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -158,10 +178,7 @@ def measured(key: str, values: Mapping[str, Sequence[Mapping[str, Any]]]) -> lis
 
 def question_text(record: Record) -> str:
     """A record's question as people read it: the messages before the answer, with roles where they are several."""
-    messages = question(record) or []
-    if len(messages) == 1:
-        return text_of(messages[0])
-    return "\n".join(f"{message['role']}: {text_of(message)}" for message in messages)
+    return conversation_text(question(record) or [])
 
 
 def negative_log_likelihoods(model: PreTrainedModel, sequences: Sequence[Encoded],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,32 @@ def check_data(loaded: LoadedPipeline) -> None:
         statistics = split.validate(loaded.resolve(source), source.holdout, source.validation)
         if loaded.pipeline.training.keep == "best" and not statistics["records"].get("validation"):
             raise UserError(f"{loaded.path}: {NO_VALIDATION}")
+    check_tasks(loaded)
     check_search(loaded, statistics)
     of_trials = (advice(loaded.pipeline.model_copy(update={"training": trial}), statistics)
                  for trial in loaded.pipeline.training.trials())
     for line in dict.fromkeys(itertools.chain.from_iterable(of_trials)):
         log.info("%s: advice: %s", loaded.path, line)
+
+
+def check_tasks(loaded: LoadedPipeline) -> None:
+    """The tasks' patterns and schemas compile; the records beside the pipeline file are valid, enough for their rules,
+    and not among those that are trained on."""
+    from jobs.data import split, tasks
+    from jobs.data.formats import files_in
+
+    pipeline, here = loaded.pipeline, {}
+    for task in pipeline.evaluation.tasks:
+        tasks.check_options(task)
+        if task.scheme == "file":
+            here[task.name] = task, tasks.convert(task, files_in(loaded.resolve(task)), None)
+    tasks.require_evidence(pipeline.evaluation, ((task, [each.record for each in placed])
+                                                 for task, placed in here.values()))
+    if here and pipeline.dataset.scheme == "file":
+        with tempfile.TemporaryDirectory() as folder:
+            split.split(files_in(loaded.resolve(pipeline.dataset)), pipeline.dataset.holdout, Path(folder),
+                        pipeline.dataset.validation)
+            tasks.require_unseen(itertools.chain.from_iterable(placed for _, placed in here.values()), Path(folder))
 
 
 def check_search(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -> None:
