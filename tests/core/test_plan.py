@@ -60,6 +60,17 @@ def test_writing_out_a_default_renames_nothing(tmp_path: Path) -> None:
     assert planned(tmp_path, training__seed=0, training__lora__alpha=32) == planned(tmp_path)
 
 
+def test_tasks_are_in_the_digests_only_where_there_are_some_and_in_any_order(tmp_path: Path) -> None:
+    one, two = ({"name": name, "source": f"file:{name}.csv", "sha256": digit * 64, "check": "exact"}
+                for name, digit in (("a", "1"), ("b", "2")))
+    none, some = planned(tmp_path), planned(tmp_path, evaluation__tasks=[one, two])
+    assert "tasks" not in none.base_scores.inputs
+    assert some.base_scores.inputs["tasks"] == some.tasks.digest
+    assert some.adapter == none.adapter
+    assert some == planned(tmp_path, evaluation__tasks=[two, one | {"case_sensitive": True}]), "a default, written out"
+    assert some.tasks.spec["tasks"][0] == {"name": "a", "sha256": "1" * 64, "check": "exact", "format": "csv"}
+
+
 def test_the_order_of_target_modules_renames_nothing(tmp_path: Path) -> None:
     one = planned(tmp_path, training__lora__target_modules=["q_proj", "v_proj"])
     assert one == planned(tmp_path, training__lora__target_modules=["v_proj", "q_proj"])
