@@ -200,9 +200,13 @@ def _problem(task: Task, key: str, value: Any) -> str | None:
         return next(filter(None, map(text_problem, value)), None) if value else "is empty"
     if key == "schema":
         try:
-            compiled_schema(_schema_text(value))
+            text = _schema_text(value)
         except (ValueError, TypeError, RecursionError) as error:
             return f"must be an object (a JSON schema): {error}"
+        try:
+            compiled_schema(text)
+        except ValueError as error:
+            return str(error)
         return None
     wrong = text_problem(value)
     if wrong:

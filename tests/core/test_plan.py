@@ -17,7 +17,7 @@ from jobs.core.artifacts import Spec
 from jobs.core.environment import SERVABLE_RANKS, Environment
 from jobs.core.metrics import METRICS
 from jobs.core.plan import RECIPES, Plan, merged_model, plan
-from jobs.core.tasks import CheckName
+from jobs.core.tasks import CHECKS
 from tests import build_pipeline
 
 EVALUATIONS = {"adapter_scores", "evaluation"}
@@ -256,7 +256,7 @@ KEYS = {
                                                        revision=COMMIT), at="evaluation.tasks"),
     "evaluation.tasks.sha256": Key(TASKS, tasks_with(sha256=SHA256), at="evaluation.tasks"),
     "evaluation.tasks.name": Key(TASKS, tasks_with(name=st.sampled_from(["a", "b-1"])), at="evaluation.tasks"),
-    "evaluation.tasks.check": Key(TASKS, tasks_with(check=st.sampled_from(CheckName.__args__)), at="evaluation.tasks"),
+    "evaluation.tasks.check": Key(TASKS, tasks_with(check=st.sampled_from(list(CHECKS))), at="evaluation.tasks"),
     "evaluation.tasks.max_new_tokens": Key(TASKS, tasks_with(max_new_tokens=st.integers(1, 99)), at="evaluation.tasks"),
     "evaluation.tasks.case_sensitive": Key(TASKS, tasks_with(case_sensitive=st.booleans()), at="evaluation.tasks"),
     "evaluation.tasks.normalize": Key(TASKS, tasks_with(normalize=st.booleans()), at="evaluation.tasks"),

@@ -50,7 +50,7 @@ USER = {"role": "user", "content": "A?"}
     ("regex", {"prompt": "A?", "pattern": "(?=x)"}, "`pattern` is not a regular expression of RE2: invalid perl op"),
     ("json_schema", {"prompt": "A?", "schema": "{"}, "`schema` must be an object (a JSON schema): "),
     ("json_schema", {"prompt": "A?", "schema": "[1]"}, "`schema` must be an object (a JSON schema): not a list"),
-    ("json_schema", {"prompt": "A?", "schema": {"type": "objekt"}}, "must be an object (a JSON schema): is not"),
+    ("json_schema", {"prompt": "A?", "schema": {"type": "objekt"}}, "`schema` is not a JSON schema: "),
     ("json_schema", {"prompt": "A?", "schema": {"$ref": "file:///etc/passwd"}}, "is not a JSON schema: "),
     ("json_schema", {"prompt": "A?", "schema": {"pattern": r"(a)\1"}}, "is not a JSON schema: "),
     ("label_f1", {"prompt": "A?", "label": "maybe"}, "`label` must be one of the task's labels, not 'maybe'"),

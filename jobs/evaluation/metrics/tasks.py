@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from jobs.evaluation.confidence import Array, Clusters, Ratio, Statistic
 from jobs.evaluation.metrics import Row
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def statistic(key: str, rows: Sequence[Row], clusters: Clusters) -> Statistic:
@@ -30,7 +33,7 @@ class MacroF1:
     named: Array  # records that have it, plus answers that name it
 
     @classmethod
-    def of(cls, labels: Sequence[int], predicted: Sequence[int], clusters: Clusters) -> MacroF1:
+    def of(cls, labels: Sequence[int] | Numbers, predicted: Sequence[int] | Numbers, clusters: Clusters) -> MacroF1:
         """Args:
             labels: of each record, from 0.
             predicted: the label that was answered; below 0 for an answer that is no label.
