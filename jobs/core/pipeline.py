@@ -234,8 +234,12 @@ class PipelineFile(Strict):
 
     def sources(self) -> dict[str, Source]:
         """Every source by its key in the pipeline file, in the order in which people read it."""
-        return {"dataset": self.dataset, "evaluation.acceptability": self.evaluation.acceptability,
-                **{f"evaluation.tasks.{number}": task for number, task in enumerate(self.evaluation.tasks)}}
+        found: dict[str, Source] = {"dataset": self.dataset, "evaluation.acceptability": self.evaluation.acceptability}
+        for number, task in enumerate(self.evaluation.tasks):
+            found[f"evaluation.tasks.{number}"] = task
+            if task.lm_eval:
+                found[f"evaluation.tasks.{number}.lm_eval"] = task.lm_eval
+        return found
 
 
 class Pipeline(PipelineFile):

@@ -100,7 +100,8 @@ def _plan(key: _ByIdentity) -> Plan:
     # One artifact for all, so that retention, which counts artifacts, never removes a part of what is desired. With the
     # dataset, because no task may ask what was trained on.
     tasks = Spec(DATASET_VOLUME, "tasks", {"recipe": RECIPES["tasks"], "tasks": [
-        {**_identity(task), "format": _suffix(task), **task.identity()}
+        {**_identity(task), "format": _suffix(task), **task.identity(), **(
+            {"lm_eval": {**_identity(task.lm_eval), "metric": task.lm_eval.metric}} if task.lm_eval else {})}
         for task in sorted(pipeline.evaluation.tasks, key=lambda task: task.name)]}, {"dataset": dataset.digest})
     shared = plan_environment(pipeline.environment)
     base_model, tokenizer, reference_model = shared.base_model, shared.tokenizer, shared.reference_model

@@ -18,7 +18,8 @@ from jobs.core import sources
 from jobs.core.declarations import KEYS, Source
 from jobs.core.metrics import TASKS
 
-CheckName = Literal["exact", "contains", "regex", "json_schema", "label_f1", "rougeL"]
+CheckName = Literal["exact", "contains", "regex", "json_schema", "label_f1", "rougeL", "lm_eval"]
+HarnessMetric = Literal["acc", "acc_norm", "exact_match"]
 COMPARING = ("case_sensitive", "normalize")
 
 
@@ -26,7 +27,7 @@ COMPARING = ("case_sensitive", "normalize")
 class Check:
     """What a check needs: a key of each record, and the options that it takes."""
 
-    needs: str  # of each record, unless the option of this name has it for all
+    needs: str | None  # of each record, unless the option of this name has it for all
     options: tuple[str, ...] = ()
 
 
@@ -37,8 +38,20 @@ CHECKS: Mapping[str, Check] = {
     "json_schema": Check("schema", ("schema", "fence")),
     "label_f1": Check("label", ("labels", *COMPARING)),
     "rougeL": Check("expected"),
+    "lm_eval": Check(None, ("lm_eval",)),
 }
 assert tuple(CHECKS) == get_args(CheckName)
+
+
+class HarnessFile(Source):
+    """A task file of lm-evaluation-harness, and which of its metrics is the score; by default its first."""
+
+    metric: HarnessMetric | None = None
+
+    @model_validator(mode="after")
+    def _allowed(self) -> HarnessFile:
+        sources.check(self.source, "data", self.revision, self.sha256)
+        return self
 
 
 class Task(Source):
@@ -55,6 +68,7 @@ class Task(Source):
     json_schema: dict[str, Any] | None = Field(None, alias="schema")  # that all answers must match
     fence: bool = False  # also accept JSON in a Markdown fence: ```json
     labels: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)] | None = None
+    lm_eval: HarnessFile | None = None
 
     @model_validator(mode="after")
     def _allowed(self) -> Task:
@@ -70,6 +84,9 @@ class Task(Source):
                 allowed = ", ".join(CHECKS[self.check].options) or "none"
                 raise PydanticCustomError("option", "is no option of the check {check}; its options: {allowed}",
                                           {"check": self.check, "allowed": allowed, KEYS: key})
+        if self.check == "lm_eval" and self.lm_eval is None:
+            raise PydanticCustomError("option", "the check lm_eval needs `lm_eval`: {file}", {
+                "file": "{source: file:TASK.yaml}, a task file of lm-evaluation-harness"})
         return self
 
     @property
@@ -81,12 +98,13 @@ class Task(Source):
     def needs(self) -> str | None:
         """The key that each record must have beside its prompt; None where an option has it for all."""
         key = CHECKS[self.check].needs
-        given = {"pattern": self.pattern, "schema": self.json_schema}.get(key)
-        return key if given is None else None
+        given = {"pattern": self.pattern, "schema": self.json_schema}
+        return key if key is not None and given.get(key) is None else None
 
     def identity(self) -> dict[str, Any]:
-        """What of it decides the scores, without its source. Options that have their default are left out."""
-        values = self.model_dump(by_alias=True, exclude_defaults=True, exclude={"source", "revision", "sha256"})
+        """What of it decides the scores, without its sources. Options that have their default are left out."""
+        values = self.model_dump(by_alias=True, exclude_defaults=True,
+                                 exclude={"source", "revision", "sha256", "lm_eval"})
         return values | ({"labels": sorted(self.labels)} if self.labels else {})
 
 

@@ -39,7 +39,7 @@ Values = dict[str, Any]
 class Schema:
     """What rows must be: the keys that they may have, the shapes of which each has one, and what else is checked."""
 
-    keys: tuple[str, ...]
+    keys: tuple[str, ...]  # none: any
     shapes: Mapping[str, tuple[str, ...]]
     validate: Callable[[Any], list[str]]  # the problems of one row; [] when it is valid
 

@@ -18,8 +18,11 @@ from typing import Any, NamedTuple
 from jobs.core.errors import UserError
 from jobs.core.metrics import MINIMUM_CLUSTERS
 from jobs.core.pipeline import Evaluation
+from jobs.core.strict_yaml import one_line
 from jobs.core.tasks import Task
+from jobs.data import harness
 from jobs.data.formats import File, Problems, names_of, read_rows, to_jsonl
+from jobs.data.harness import TaskFile
 from jobs.data.records import Schema, Values, abbreviated, question_of, text_problem, validate_question
 from jobs.data.split import HOLDOUT, TRAIN, VALIDATION
 
@@ -39,17 +42,27 @@ def file_name(task: Task) -> str:
     return f"{task.name}.jsonl"
 
 
-def convert(task: Task, files: Sequence[File], target: Path | None) -> list[Placed]:
+def settings_name(task: Task) -> str:
+    """The name of what its records share in the artifact: the settings of a task file of lm-evaluation-harness."""
+    return f"{task.name}.settings.json"
+
+
+def convert(task: Task, files: Sequence[File], target: Path | None, task_file: TaskFile | None = None) -> list[Placed]:
     """Validate the records of a task and write them to `target`, if given, in one form. Returns them.
 
+    Args:
+        task_file: what `lm_eval` of the task names.
     Raises:
         UserError: with the first ten problems; or when there are no records, or labels without any.
     """
     named = [File(file.path, f"{task.key}: {file.name}") for file in files]
     check_options(task)
     problems = Problems()
-    placed = [Placed(named[number].place(line), _as_written(row, task))
-              for number, line, row in read_rows(named, _schema(task), problems)]
+    if task_file:
+        placed = list(_rendered(task_file, named, problems))
+    else:
+        placed = [Placed(named[number].place(line), _as_written(row, task))
+                  for number, line, row in read_rows(named, _schema(task), problems)]
     problems.raise_if_any()
     records = [each.record for each in placed]
     if not records:
@@ -58,6 +71,8 @@ def convert(task: Task, files: Sequence[File], target: Path | None) -> list[Plac
         _require_labels(task, records, names_of(named))
     if target:
         target.write_bytes(b"".join(map(to_jsonl, records)))
+        if task_file and task.lm_eval:
+            target.with_name(settings_name(task)).write_bytes(to_jsonl(task_file.settings(task.lm_eval.metric)))
     return placed
 
 
@@ -122,7 +137,7 @@ def compiled_pattern(pattern: str, case_sensitive: bool = True) -> Callable[[str
     Raises:
         ValueError: it does not compile; RE2 has no look-around and no back-references.
     """
-    import re2  # type: ignore[import-untyped]
+    import re2
 
     options = re2.Options()
     options.log_errors = False
@@ -175,6 +190,21 @@ def check_options(task: Task) -> None:
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
+
+
+def _rendered(task_file: TaskFile, files: list[File], problems: Problems) -> Iterator[Placed]:
+    """The records that a task file of lm-evaluation-harness makes of the rows of its data."""
+    any_row = Schema((), {"row": ()}, lambda row: [] if isinstance(row, dict) else [
+        f"must be a JSON object, not {abbreviated(row)}"])
+    for number, line, row in read_rows(files, any_row, problems):
+        place = files[number].place(line)
+        try:
+            record = harness.rendered(task_file, row)
+        except ValueError as error:
+            problems.add(place, one_line(str(error)))
+            continue
+        group = row.get("group")
+        yield Placed(place, record | ({"group": group} if isinstance(group, str) and group else {}))
 
 
 def _schema(task: Task) -> Schema:
@@ -259,7 +289,8 @@ def _digest(text: str) -> bytes:
 
 
 def read(folder: Path, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Values]]]:
-    """The records of each task, from the artifact."""
+    """The records of each task, from the artifact; those for lm-evaluation-harness with the `settings` they share."""
     for task in tasks:
+        shared = {"settings": json.loads((folder / settings_name(task)).read_bytes())} if task.lm_eval else {}
         with (folder / file_name(task)).open(encoding="utf-8") as lines:
-            yield task, [json.loads(line) for line in lines]
+            yield task, [json.loads(line) | shared for line in lines]

@@ -93,4 +93,4 @@ def _no_json(constant: str) -> Any:
 _CHECKS: Mapping[str, Callable[[Task, Values, str], Value]] = {
     "exact": exact, "contains": contains, "regex": regex, "json_schema": json_schema, "label_f1": label,
     "rougeL": rouge}
-assert _CHECKS.keys() == CHECKS.keys()
+assert _CHECKS.keys() | {"lm_eval"} == CHECKS.keys(), "the harness finds the values of its tasks itself"

@@ -176,7 +176,9 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
     base_model, reference_model = pipeline.environment.base_model, pipeline.environment.reference_model
     sources = pipeline.environment.sources() | pipeline.sources()
     for number, task in enumerate(pipeline.evaluation.tasks):  # people know them by their names
-        sources[f"evaluation.{task.key}"] = sources.pop(f"evaluation.tasks.{number}")
+        for suffix in ("", ".lm_eval"):
+            if source := sources.pop(f"evaluation.tasks.{number}{suffix}", None):
+                sources[f"evaluation.{task.key}{suffix}"] = source
     return {
         "passed": gate.outcome_of(checks) == "passed",
         "outcome": gate.outcome_of(checks),

@@ -21,7 +21,7 @@ from jobs.core.progress import Progress
 from jobs.data.chat import RecordError, special_tokens
 from jobs.data.encoding import Encoded, Record, answer, encode, question
 from jobs.data.records import Values, conversation_text
-from jobs.evaluation import tasks
+from jobs.evaluation import harness, tasks
 from jobs.evaluation.metrics import Likelihood, Measurements, implementation, statistic
 
 if TYPE_CHECKING:
@@ -146,11 +146,36 @@ def _answer_task(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tas
                  material: Material, positions: int, name: str) -> tasks.Answered:
     """One model's greedy answers to the prompts of a task, checked."""
     limit = min(material.max_length, positions - 1)  # with room for an answer
+    if task.lm_eval:
+        return _answer_harness(model, tokenizer, task, asked, material, limit, positions, name)
     prompts = tasks.encode_prompts(tokenizer, task, asked, limit, material.template, name)
     progress = Progress(f"{name}: prompts of {task.key} answered", len(prompts))
     answers = generate(model, tokenizer, list(prompts.values()), task.max_new_tokens or material.max_new_tokens,
                        positions, progress)
     return tasks.checked(task, asked, dict(zip(prompts, answers, strict=True)))
+
+
+def _answer_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, asked: Sequence[Values],
+                    material: Material, limit: int, positions: int, name: str) -> tasks.Answered:
+    """A task of lm-evaluation-harness, with the likelihoods and the answers of this module."""
+    prompts = tasks.encode_prompts(tokenizer, task, asked, limit, material.template, name)
+    choices = tasks.encode_choices(tokenizer, task, asked, material.template, name)
+    fitting = [number for number in prompts if all(
+        len(choices[asked[number]["prompt"], choice]) <= limit for choice in asked[number].get("choices", ()))]
+    tokens = {asked[number]["prompt"]: prompts[number] for number in prompts}
+
+    def likelihoods(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        progress = Progress(f"{name}: choices of {task.key} read", len(pairs))
+        found = negative_log_likelihoods(model, [choices[pair] for pair in pairs], progress, special_tokens(tokenizer))
+        return [each.special - each.nats for each in found]  # of the text, without the token that ends a reply
+
+    def answer_prompts(texts: Sequence[str]) -> list[str]:
+        longest = asked[0]["settings"]["generation"]["max_gen_toks"] or task.max_new_tokens or material.max_new_tokens
+        return generate(model, tokenizer, [tokens[text] for text in texts], longest, positions,
+                        Progress(f"{name}: prompts of {task.key} answered", len(texts)))
+
+    values, texts = harness.values_of(task, [asked[number] for number in fitting], likelihoods, answer_prompts)
+    return tasks.with_values(task, asked, dict(zip(fitting, zip(values, texts, strict=True), strict=True)))
 
 
 def scores_of(values: Mapping[str, Sequence[Mapping[str, Any]]],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.core.errors import UserError
 from jobs.core.tasks import Task
 from jobs.data.chat import RecordError
-from jobs.data.encoding import asked, encode_question
+from jobs.data.encoding import Encoded, asked, encode, encode_question
 from jobs.data.records import Values, conversation_text
 from jobs.data.tasks import clusters_of, file_name
 from jobs.evaluation import checks
@@ -67,21 +67,49 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, task: Task, records: Sequ
     return prompts
 
 
+def encode_choices(tokenizer: PreTrainedTokenizerBase, task: Task, records: Sequence[Values],
+                   template: Mapping[str, Any], name: str) -> dict[tuple[str, str], Encoded]:
+    """Every choice of the records as the answer to its prompt, by prompt and choice.
+
+    Raises:
+        UserError: the chat template rejects one, or it holds a token that ends a reply.
+    """
+    found: dict[tuple[str, str], Encoded] = {}
+    for number, record in enumerate(records, 1):
+        for choice in record.get("choices", ()):
+            try:
+                [found[record["prompt"], choice]] = encode(
+                    tokenizer, {"prompt": record["prompt"], "completion": choice}, template)
+            except RecordError as error:
+                raise UserError(f"{name}: {task.key}: {file_name(task)}:{number} of the tasks: {error}") from None
+    return found
+
+
 def checked(task: Task, records: Sequence[Values], texts: Mapping[int, str]) -> Answered:
     """Check the answers to a task.
 
     Args:
         texts: the answers by the record's number, from 0.
     """
-    clusters, labels = clusters_of(records), checks.labels_of(task, records)
-    rows, answers = [], []
-    for number, text in texts.items():
-        record = records[number]
-        row = {"line": number + 1, "cluster": clusters[number], "value": checks.value_of(task, record, text)}
+    found = with_values(task, records, {number: (checks.value_of(task, records[number], text), text)
+                                        for number, text in texts.items()})
+    labels = checks.labels_of(task, records)
+    for row, (number, text) in zip(found.rows, texts.items(), strict=True):
         if labels:
-            row |= {"label": labels[checks.comparable(task, record["label"])],
+            row |= {"label": labels[checks.comparable(task, records[number]["label"])],
                     "predicted": labels.get(checks.comparable(task, text), -1)}
-        rows.append(row)
-        answers.append({"task": task.name, "record": number + 1, "question": conversation_text(asked(record)),
-                        "answer": text, "value": row["value"]})
-    return Answered(task, rows, answers, len(records) - len(texts))
+    return found
+
+
+def with_values(task: Task, records: Sequence[Values], answered: Mapping[int, tuple[float, str]]) -> Answered:
+    """The answers to a task whose values are known.
+
+    Args:
+        answered: value and text by the record's number, from 0.
+    """
+    clusters = clusters_of(records)
+    rows = [{"line": number + 1, "cluster": clusters[number], "value": value}
+            for number, (value, _) in answered.items()]
+    answers = [{"task": task.name, "record": number + 1, "question": conversation_text(asked(records[number])),
+                "answer": text, "value": value} for number, (value, text) in answered.items()]
+    return Answered(task, rows, answers, len(records) - len(answered))

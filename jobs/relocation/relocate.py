@@ -23,7 +23,8 @@ from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import human_bytes
 from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import plan, plan_environment
-from jobs.data import acceptability, split, tasks
+from jobs.core.tasks import Task
+from jobs.data import acceptability, harness, split, tasks
 from jobs.data.formats import File, readable
 from jobs.relocation import download, sources
 from jobs.relocation.connection import mismatch, shown
@@ -129,13 +130,25 @@ def write_tasks(loaded: LoadedPipeline, dataset: Path, draft: Path) -> dict[str,
     for task in loaded.pipeline.evaluation.tasks:
         folder = draft / task.name
         folder.mkdir(exist_ok=True)
-        placed = tasks.convert(task, fetch_data(loaded, task, folder), draft / tasks.file_name(task))
+        task_file = fetch_task_file(loaded, task, folder) if task.lm_eval else None
+        placed = tasks.convert(task, fetch_data(loaded, task, folder), draft / tasks.file_name(task), task_file)
         shutil.rmtree(folder)
         found += placed
         facts[task.name] = origin(task) | {"records": len(placed)}
         log.info("%s: %d records of the task %s", shown(task.source), len(placed), task.name)
     tasks.require_unseen(found, dataset)
     return {"tasks": facts}
+
+
+def fetch_task_file(loaded: Loaded, task: Task, folder: Path) -> harness.TaskFile:
+    """Fetch and read the task file of lm-evaluation-harness that a task names."""
+    assert task.lm_eval is not None
+    harness.require_installed(task.key)
+    items = sources.listing(loaded, task.lm_eval)
+    if len(items) != 1:
+        raise UserError(f"{task.key}: {shown(task.lm_eval.source)} must be one file, and holds {len(items)}")
+    fetch(items, task.lm_eval, folder)
+    return harness.read(folder / items[0].name, f"{task.key}: {items[0].name}", task.lm_eval.metric)
 
 
 def fetch_data(loaded: Loaded, source: Source, draft: Path) -> list[File]:

@@ -83,14 +83,18 @@ def check_data(loaded: LoadedPipeline) -> None:
 def check_tasks(loaded: LoadedPipeline) -> None:
     """The tasks' patterns and schemas compile; the records beside the pipeline file are valid, enough for their rules,
     and not among those that are trained on."""
-    from jobs.data import split, tasks
+    from jobs.data import harness, split, tasks
     from jobs.data.formats import files_in
 
     pipeline, here = loaded.pipeline, {}
     for task in pipeline.evaluation.tasks:
         tasks.check_options(task)
-        if task.scheme == "file":
-            here[task.name] = task, tasks.convert(task, files_in(loaded.resolve(task)), None)
+        task_file = None
+        if task.lm_eval and task.lm_eval.scheme == "file":
+            file = loaded.resolve(task.lm_eval)
+            task_file = harness.read(file, str(file), task.lm_eval.metric)
+        if task.scheme == "file" and (task_file or not task.lm_eval):
+            here[task.name] = task, tasks.convert(task, files_in(loaded.resolve(task)), None, task_file)
     tasks.require_evidence(pipeline.evaluation, ((task, [each.record for each in placed])
                                                  for task, placed in here.values()))
     if here and pipeline.dataset.scheme == "file":

@@ -193,6 +193,13 @@ def tasks_with(**values: st.SearchStrategy[Any]) -> st.SearchStrategy[list[dict[
     return st.fixed_dictionaries(values).map(lambda some: [{**task, **some}])
 
 
+def harness_with(**values: st.SearchStrategy[Any]) -> st.SearchStrategy[list[dict[str, Any]]]:
+    """A list of one task with a task file of lm-evaluation-harness that has these values."""
+    file = {"source": "file:city.yaml", "sha256": build_pipeline.SHA256}
+    files = st.fixed_dictionaries(values).map(lambda some: {**file, **some})
+    return tasks_with(check=st.just("lm_eval"), lm_eval=files)
+
+
 KEYS = {
     "adapter": Key({"evaluation"}, st.sampled_from(["hotels", "seville-hotels", "a1"])),
     # Bytes that are pinned are the same wherever they come from; a hub's are named by repository and commit.
@@ -256,7 +263,7 @@ KEYS = {
                                                        revision=COMMIT), at="evaluation.tasks"),
     "evaluation.tasks.sha256": Key(TASKS, tasks_with(sha256=SHA256), at="evaluation.tasks"),
     "evaluation.tasks.name": Key(TASKS, tasks_with(name=st.sampled_from(["a", "b-1"])), at="evaluation.tasks"),
-    "evaluation.tasks.check": Key(TASKS, tasks_with(check=st.sampled_from(list(CHECKS))), at="evaluation.tasks"),
+    "evaluation.tasks.check": Key(TASKS, tasks_with(check=st.sampled_from([*CHECKS][:-1])), at="evaluation.tasks"),
     "evaluation.tasks.max_new_tokens": Key(TASKS, tasks_with(max_new_tokens=st.integers(1, 99)), at="evaluation.tasks"),
     "evaluation.tasks.case_sensitive": Key(TASKS, tasks_with(case_sensitive=st.booleans()), at="evaluation.tasks"),
     "evaluation.tasks.normalize": Key(TASKS, tasks_with(normalize=st.booleans()), at="evaluation.tasks"),
@@ -268,6 +275,14 @@ KEYS = {
                                   at="evaluation.tasks"),
     "evaluation.tasks.labels": Key(TASKS, tasks_with(
         check=st.just("label_f1"), labels=st.sampled_from([["a", "b"], ["a", "c"]])), at="evaluation.tasks"),
+    "evaluation.tasks.lm_eval.source": Key(set(), harness_with(
+        source=st.sampled_from(["file:a.yaml", "s3://x/y.yaml"])), at="evaluation.tasks"),
+    "evaluation.tasks.lm_eval.revision": Key(TASKS, harness_with(source=st.just("hf://datasets/acme/x/a.yaml"),
+                                                                 sha256=st.just(None), revision=COMMIT),
+                                             at="evaluation.tasks"),
+    "evaluation.tasks.lm_eval.sha256": Key(TASKS, harness_with(sha256=SHA256), at="evaluation.tasks"),
+    "evaluation.tasks.lm_eval.metric": Key(TASKS, harness_with(metric=st.sampled_from(["acc", "acc_norm", None])),
+                                           at="evaluation.tasks"),
     "evaluation.max_new_tokens": Key(SCORES, st.integers(1, 4096)),
     "evaluation.confidence": Key({"evaluation"}, st.floats(0.5, 0.999)),
     "evaluation.clusters": Key({"evaluation"}, st.sampled_from(["answer", "record"])),
