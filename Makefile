@@ -116,7 +116,7 @@ install = UV_SYSTEM_CERTS=1 UV_DEFAULT_INDEX="$$($(PIP_INDEX))" $(BIN)/uv pip in
 # --no-deps: the lists are complete, and the CPU build of vLLM requires packages that have no CPU build and break it.
 # The CPU build of torch, because the default one brings gigabytes of CUDA: from the configured index if it has one,
 # else from PyTorch's own.
-.venv/installed: jobs/requirements.txt serving/requirements-cpu.txt tests/requirements.txt
+.venv/installed: jobs/requirements.txt jobs/requirements-lm-eval.txt serving/requirements-cpu.txt tests/requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and \
 	  f"error: Python 3.11 is needed (the CPU build of vLLM is made for it), this is {v[0]}.{v[1]}. " \
 	  "Install it and run: make PYTHON=python3.11 ...")'
@@ -127,7 +127,7 @@ install = UV_SYSTEM_CERTS=1 UV_DEFAULT_INDEX="$$($(PIP_INDEX))" $(BIN)/uv pip in
 	$(BIN)/pip install --no-deps "$(TORCH)+cpu" \
 	  || $(BIN)/pip install --no-deps "$(TORCH)+cpu" --index-url https://download.pytorch.org/whl/cpu
 	-$(BIN)/pip install --no-deps $(UV)
-	$(call install,.venv,-r serving/requirements-cpu.txt -r tests/requirements.txt)
+	$(call install,.venv,-r serving/requirements-cpu.txt -r jobs/requirements-lm-eval.txt -r tests/requirements.txt)
 	@touch $@
 
 # The scanner (300 MB, half a minute), in its own environment: its dependencies conflict with vLLM's.

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from jobs.core import declarations, environment
 from jobs.core.declarations import KEYS, AcceptabilitySource, DatasetSource, Loaded, Source, Strict
 from jobs.core.environment import Environment, LoadedEnvironment
 from jobs.core.errors import UserError
-from jobs.core.metrics import METRICS, SCORES, Metric, Score
+from jobs.core.metrics import METRICS, SCORES, TASKS, Metric, Score, metric_of, score_of
 from jobs.core.search import Alpha, Dropout, Epochs, LearningRate, Rank, Search, TargetModules, normalized
+from jobs.core.tasks import Task, check_names
 
 FILE = "pipeline.yaml"
 ADAPTERS = "adapters"  # the folder of an overlay that holds a folder for each adapter
@@ -156,21 +157,24 @@ Rules = Annotated[Annotated[Rule, Tag("list[rule]")] | Annotated[list[Rule], Tag
                   Discriminator(_kind)]
 
 
-def check_gate(gate: dict[str, Rules]) -> dict[str, Rules]:
+def check_gate(gate: dict[str, Rules], info: ValidationInfo) -> dict[str, Rules]:
     """Every rule must be on a score that there is, and must not reward getting worse.
 
     Raises:
         PydanticCustomError: with what was probably meant.
     """
+    tasks = info.data.get("tasks")  # None: they are invalid themselves
+    allowed = [*SCORES, *(task.key for task in tasks or ())]
     if not gate:
         raise PydanticCustomError("gate", "is empty: an adapter would be served unproven. Add a rule for one of "
-                                  "{metrics}", {"metrics": ", ".join(SCORES)})
+                                  "{metrics}", {"metrics": ", ".join(allowed)})
     for key, value in gate.items():
-        score = SCORES.get(key)
-        if score is None:
-            close = difflib.get_close_matches(key, SCORES, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"allowed: {', '.join(SCORES)}"
-            raise PydanticCustomError("metric", "unknown metric; {hint}", {"hint": hint, KEYS: key})
+        if key not in allowed and not (tasks is None and key.startswith(TASKS)):
+            close = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"allowed: {', '.join(allowed)}"
+            what = "evaluation.tasks has no task of this name" if key.startswith(TASKS) else "unknown metric"
+            raise PydanticCustomError("metric", "{what}; {hint}", {"what": what, "hint": hint, KEYS: key})
+        score = score_of(key)
         for rule in value if isinstance(value, list) else [value]:
             for bound in rule.bounds():
                 if BOUNDS[bound].for_higher != score.higher_is_better:
@@ -213,12 +217,14 @@ class Evaluation(Strict):
     # What counts as one piece of evidence: all records of a `group`, and of the others all with the same answer; or,
     # where answers are labels, each record without a group by itself.
     clusters: Literal["answer", "record"] = "answer"
+    # The user's own tasks: prompts, and a check of the answer to each (docs/tasks.md).
+    tasks: Annotated[list[Task], AfterValidator(check_names)] = Field(default_factory=list)
     # Every rule must hold, or the adapter is not served.
     gate: Annotated[dict[str, Rules], AfterValidator(check_gate)]
 
     def metrics(self) -> tuple[Metric, ...]:
         """What is measured."""
-        return METRICS
+        return (*METRICS, *(metric_of(task.key) for task in self.tasks))
 
     def scores(self) -> dict[str, Score]:
         """The scores of what is measured, by key."""
@@ -247,6 +253,15 @@ class PipelineFile(Strict):
                                       {"file": environment.FILE})
         return name
 
+    def sources(self) -> dict[str, Source]:
+        """Every source by its key in the pipeline file, in the order in which people read it."""
+        found: dict[str, Source] = {"dataset": self.dataset, "evaluation.acceptability": self.evaluation.acceptability}
+        for number, task in enumerate(self.evaluation.tasks):
+            found[f"evaluation.tasks.{number}"] = task
+            if task.lm_eval:
+                found[f"evaluation.tasks.{number}.lm_eval"] = task.lm_eval
+        return found
+
 
 class Pipeline(PipelineFile):
     """One adapter, end to end, in its environment."""
@@ -267,10 +282,6 @@ class Pipeline(PipelineFile):
             raise PydanticCustomError("name", "adapter has the base model's name: clients could not tell them apart",
                                       {})
         return self
-
-    def sources(self) -> dict[str, Source]:
-        """Every source by its key in the pipeline file, in the order in which people read it."""
-        return {"dataset": self.dataset, "evaluation.acceptability": self.evaluation.acceptability}
 
 
 @dataclass(frozen=True)

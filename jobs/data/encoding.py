@@ -103,6 +103,11 @@ def question(record: Record) -> list[Record] | None:
     return messages[:-1] if messages else None
 
 
+def asked(record: Record) -> list[Record]:
+    """The messages of a question without an answer: {"prompt"} or {"messages"}, as the records of tasks are."""
+    return list(record["messages"]) if "messages" in record else [{"role": "user", "content": record["prompt"]}]
+
+
 def answer(record: Record) -> str:
     """What the record answers: the completion, the last message with its tool calls, or the whole text."""
     return answers(record)[-1]
@@ -187,6 +192,22 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, record: Record,
     if pair[0].tokens == pair[1].tokens:
         raise RecordError("`chosen` and `rejected` are the same tokens: there is nothing to prefer")
     return pair
+
+
+def encode_question(tokenizer: PreTrainedTokenizerBase, record: Record,
+                    template: Mapping[str, Any] | None = None) -> list[int]:
+    """The tokens of a question without an answer, {"prompt"} or {"messages"}: what serving makes of it.
+
+    Args:
+        template: the arguments of the chat template: `chat_template` of the environment.
+    Raises:
+        RecordError: the template rejects the messages or leaves out a part of them.
+    """
+    messages = asked(record)
+    chat = Chat(tokenizer, template or {}, record.get("tools"))
+    prompt = chat.render(messages, prompt=True)
+    chat.require_rendered([*messages, {"role": "assistant", "content": ""}], 0, prompt, prompt)
+    return _ids(tokenizer, prompt, special=not tokenizer.chat_template)
 
 
 def _turn(chat: Chat, messages: Sequence[Record], seen: int) -> tuple[list[int], list[int]]:

@@ -19,17 +19,16 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from jobs.core import artifacts, models, promotion
 from jobs.core.artifacts import Artifact
 from jobs.core.layout import TENSORBOARD
-from jobs.core.metrics import Population
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.core.search import FILE as SEARCH
 from jobs.core.termination import write_termination_message
-from jobs.data import encoded
+from jobs.data import encoded, tasks
 from jobs.data.split import HOLDOUT
 from jobs.evaluation import content, gate, report, scoring
 
@@ -67,11 +66,16 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
 def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> None:
     """Wait for the inputs, and publish the scores of each model that has none yet."""
     # First the inputs that can show that measuring is impossible, before hours of waiting for the adapter.
-    dataset, sentences = artifacts.wait([wanted.dataset, wanted.acceptability], volumes, wait_seconds)
+    declared = pipeline.evaluation.tasks
+    dataset, sentences, *of_tasks = artifacts.wait(
+        [wanted.dataset, wanted.acceptability, *([wanted.tasks] if declared else [])], volumes, wait_seconds)
     material = scoring.Material.read(dataset.path, sentences.path, max_length=pipeline.training.max_length,
                                      max_new_tokens=pipeline.evaluation.max_new_tokens,
                                      template=pipeline.environment.chat_template,
                                      metrics=pipeline.evaluation.metrics())
+    if declared:
+        material = dataclasses.replace(material, tasks=list(tasks.read(of_tasks[0].path, declared)))
+        tasks.require_evidence(pipeline.evaluation, material.tasks)
     gate.check_measurable(pipeline.evaluation, material.holdout)
 
     base, adapter, reference = (artifacts.done(spec, volumes) for spec in
@@ -122,7 +126,8 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
     folders = {role: spec.path(volumes) for role, spec in roles.items()}
     scores = {role: _read_json(folder / "scores.json") for role, folder in folders.items()}
     generations = {role: scoring.read_jsonl(folder / "generations.jsonl") for role, folder in folders.items()}
-    values = {role: {name: scoring.read_jsonl(folder / f"{name}.jsonl") for name in get_args(Population)}
+    populations = dict.fromkeys(metric.population for metric in pipeline.evaluation.metrics())
+    values = {role: {name: scoring.read_jsonl(folder / f"{name}.jsonl") for name in populations}
               for role, folder in folders.items()}
     holdout = scoring.read_jsonl(wanted.dataset.path(volumes) / "holdout.jsonl")
     clusters = gate.clusters_of(holdout, pipeline.evaluation.clusters)
@@ -170,6 +175,10 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
     training = pipeline.training.with_settings(search["settings"]) if search else pipeline.training
     base_model, reference_model = pipeline.environment.base_model, pipeline.environment.reference_model
     sources = pipeline.environment.sources() | pipeline.sources()
+    for number, task in enumerate(pipeline.evaluation.tasks):  # people know them by their names
+        for suffix in ("", ".lm_eval"):
+            if source := sources.pop(f"evaluation.tasks.{number}{suffix}", None):
+                sources[f"evaluation.{task.key}{suffix}"] = source
     return {
         "passed": gate.outcome_of(checks) == "passed",
         "outcome": gate.outcome_of(checks),
@@ -184,6 +193,8 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
         "intervals": intervals,
         "gate": [check.to_json() for check in checks],
         "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
+        **({"tasks": {task.name: task.identity() for task in pipeline.evaluation.tasks}}
+           if pipeline.evaluation.tasks else {}),
         "training": training.model_dump(exclude={"checkpoint_steps", "tokens_per_micro_batch", "search"}),
         **({"search": dict(search)} if search else {}),
     }
@@ -258,6 +269,8 @@ def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, material: scoring.Ma
         _write_jsonl(draft / "generations.jsonl", measured.generations)
         for population, rows in measured.values.items():
             _write_jsonl(draft / f"{population}.jsonl", rows)
+        if measured.task_answers:
+            _write_jsonl(draft / "task_answers.jsonl", measured.task_answers)
         return {"model": name}
 
     return write

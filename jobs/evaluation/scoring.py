@@ -20,12 +20,14 @@ from jobs.core.metrics import METRICS, Metric, metric_of
 from jobs.core.progress import Progress
 from jobs.data.chat import RecordError, special_tokens
 from jobs.data.encoding import Encoded, Record, answer, encode, question
-from jobs.data.records import is_preference, text_of
+from jobs.data.records import Values, conversation_text, is_preference
+from jobs.evaluation import harness, tasks
 from jobs.evaluation.metrics import Likelihood, Measurements, implementation, statistic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from jobs.core.tasks import Task
     from jobs.data.encoded import Split
 
 log = logging.getLogger("jobs")
@@ -49,6 +51,7 @@ class Material:
     metrics: Sequence[Metric] = METRICS
     # The holdout as the model's own tokenizer encoded it; None: `measure` encodes it.
     encoded: Split | None = None
+    tasks: Sequence[tuple[Task, Sequence[Values]]] = ()  # each with its records
 
     @classmethod
     def read(cls, dataset: Path, acceptability: Path, *, max_length: int, max_new_tokens: int,
@@ -68,11 +71,13 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
 @dataclass(frozen=True)
 class Measured:
     """What a scores artifact holds of one model: `summary` its scores and counts (scores.json), `values` those of each
-    record and sentence by population (records.jsonl, sentences.jsonl), and `generations` its answers."""
+    record and sentence by population (records.jsonl, sentences.jsonl, tasks.NAME.jsonl), `generations` its answers, and
+    `task_answers` those to the tasks."""
 
     summary: Mapping[str, Any]
     values: Mapping[str, Sequence[Mapping[str, Any]]]
     generations: Sequence[Mapping[str, Any]]
+    task_answers: Sequence[Mapping[str, Any]] = ()
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material: Material, name: str) -> Measured:
@@ -111,26 +116,66 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
     measurements = Measurements(held_out, likelihoods, [answers.get(place) for place in range(len(records))],
                                 [(text, acceptable) for text, acceptable, _ in sentences], sentence_likelihoods)
     values = _values(measurements, {"records": [line for line, _ in records], "sentences": lines}, material.metrics)
+    answered = [_answer_task(model, tokenizer, task, asked, material, positions, name)
+                for task, asked in material.tasks]
+    values |= {each.task.key: [*each.rows] for each in answered}
     summary = {"model": name, **scores_of(values, material.metrics), "records": len(records),
                "records_too_long": len(material.holdout) - len(records),
                "completion_tokens": sum(each.tokens for each in likelihoods), "questions": len(prompts),
-               "sentences": len(sentences), "vocabulary": vocabulary(tokenizer)}
+               "sentences": len(sentences), "vocabulary": vocabulary(tokenizer),
+               **({"tasks": {each.task.name: each.summary() for each in answered}} if answered else {})}
     log.info("%s: measured in %.0f s", name, time.monotonic() - started)
     generations = [{"record": row["line"], "question": question_text(record), "reference": answer(record),
                     "answer": text, "rougeL": row["rougeL"]}
                    for record, text, row in zip(held_out, measurements.answers, values["records"], strict=True)
                    if text is not None]
-    return Measured(summary, values, generations)
+    return Measured(summary, values, generations, [row for each in answered for row in each.answers])
 
 
 def _values(measurements: Measurements, lines: Mapping[str, Sequence[int]],
             metrics: Sequence[Metric]) -> dict[str, list[dict[str, Any]]]:
     """The values that each metric has of each record and sentence, by population; `line` is the line in the data."""
     values: dict[str, list[dict[str, Any]]] = {name: [{"line": line} for line in lines[name]] for name in lines}
-    for metric in metrics:
+    for metric in (metric for metric in metrics if metric.population in lines):  # tasks have prompts of their own
         for kept, row in zip(values[metric.population], implementation(metric).rows(measurements), strict=True):
             kept |= {key: value if math.isfinite(value) else None for key, value in (row or {}).items()}
     return values
+
+
+def _answer_task(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, asked: Sequence[Values],
+                 material: Material, positions: int, name: str) -> tasks.Answered:
+    """One model's greedy answers to the prompts of a task, checked."""
+    limit = min(material.max_length, positions - 1)  # with room for an answer
+    if task.lm_eval:
+        return _answer_harness(model, tokenizer, task, asked, material, limit, positions, name)
+    prompts = tasks.encode_prompts(tokenizer, task, asked, limit, material.template, name)
+    progress = Progress(f"{name}: prompts of {task.key} answered", len(prompts))
+    answers = generate(model, tokenizer, list(prompts.values()), task.max_new_tokens or material.max_new_tokens,
+                       positions, progress)
+    return tasks.checked(task, asked, dict(zip(prompts, answers, strict=True)))
+
+
+def _answer_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, asked: Sequence[Values],
+                    material: Material, limit: int, positions: int, name: str) -> tasks.Answered:
+    """A task of lm-evaluation-harness, with the likelihoods and the answers of this module."""
+    prompts = tasks.encode_prompts(tokenizer, task, asked, limit, material.template, name)
+    choices = tasks.encode_choices(tokenizer, task, asked, material.template, name)
+    fitting = [number for number in prompts if all(
+        len(choices[asked[number]["prompt"], choice]) <= limit for choice in asked[number].get("choices", ()))]
+    tokens = {asked[number]["prompt"]: prompts[number] for number in prompts}
+
+    def likelihoods(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        progress = Progress(f"{name}: choices of {task.key} read", len(pairs))
+        found = negative_log_likelihoods(model, [choices[pair] for pair in pairs], progress, special_tokens(tokenizer))
+        return [each.special - each.nats for each in found]  # of the text, without the token that ends a reply
+
+    def answer_prompts(texts: Sequence[str]) -> list[str]:
+        longest = asked[0]["settings"]["generation"]["max_gen_toks"] or task.max_new_tokens or material.max_new_tokens
+        return generate(model, tokenizer, [tokens[text] for text in texts], longest, positions,
+                        Progress(f"{name}: prompts of {task.key} answered", len(texts)))
+
+    values, texts = harness.values_of(task, [asked[number] for number in fitting], likelihoods, answer_prompts)
+    return tasks.with_values(task, asked, dict(zip(fitting, zip(values, texts, strict=True), strict=True)))
 
 
 def scores_of(values: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -158,10 +203,7 @@ def measured(key: str, values: Mapping[str, Sequence[Mapping[str, Any]]]) -> lis
 
 def question_text(record: Record) -> str:
     """A record's question as people read it: the messages before the answer, with roles where they are several."""
-    messages = question(record) or []
-    if len(messages) == 1:
-        return text_of(messages[0])
-    return "\n".join(f"{message['role']}: {text_of(message)}" for message in messages)
+    return conversation_text(question(record) or [])
 
 
 def negative_log_likelihoods(model: PreTrainedModel, sequences: Sequence[Encoded],

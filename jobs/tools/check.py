@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def check_data(loaded: LoadedPipeline) -> None:
         if loaded.pipeline.training.keep == "best" and not statistics["records"].get("validation"):
             raise UserError(f"{loaded.path}: {NO_VALIDATION}")
         check_objective(loaded, statistics["shapes"])
+    check_tasks(loaded)
     check_search(loaded, statistics)
     of_trials = (advice(loaded.pipeline.model_copy(update={"training": trial}), statistics)
                  for trial in loaded.pipeline.training.trials())
@@ -90,6 +92,30 @@ def check_objective(loaded: LoadedPipeline, shapes: Mapping[str, int]) -> None:
         check_kind(loaded.pipeline.training, preferences=bool(preferences))
     except UserError as error:
         raise UserError(f"{loaded.path}: {error}") from None
+
+
+def check_tasks(loaded: LoadedPipeline) -> None:
+    """The tasks' patterns and schemas compile; the records beside the pipeline file are valid, enough for their rules,
+    and not among those that are trained on."""
+    from jobs.data import harness, split, tasks
+    from jobs.data.formats import files_in
+
+    pipeline, here = loaded.pipeline, {}
+    for task in pipeline.evaluation.tasks:
+        tasks.check_options(task)
+        task_file = None
+        if task.lm_eval and task.lm_eval.scheme == "file":
+            file = loaded.resolve(task.lm_eval)
+            task_file = harness.read(file, str(file), task.lm_eval.metric)
+        if task.scheme == "file" and (task_file or not task.lm_eval):
+            here[task.name] = task, tasks.convert(task, files_in(loaded.resolve(task)), None, task_file)
+    tasks.require_evidence(pipeline.evaluation, ((task, [each.record for each in placed])
+                                                 for task, placed in here.values()))
+    if here and pipeline.dataset.scheme == "file":
+        with tempfile.TemporaryDirectory() as folder:
+            split.split(files_in(loaded.resolve(pipeline.dataset)), pipeline.dataset.holdout, Path(folder),
+                        pipeline.dataset.validation)
+            tasks.require_unseen(itertools.chain.from_iterable(placed for _, placed in here.values()), Path(folder))
 
 
 def check_search(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -> None:
