@@ -14,6 +14,7 @@ from jobs.core import artifacts, pipeline
 from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import plan
 from jobs.data import encode, encoded
+from jobs.data.canaries import Canaries
 from jobs.data.encoding import Encoded
 from jobs.training import merge
 
@@ -123,7 +124,8 @@ def write_split(file: Path, rows: Iterable[tuple[int, Encoded]], batch: int = 40
 
 
 def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str = "file:base", seed: int = 0,
-                   keep: int = 5, max_length: int = 128, mode: str = "lora", **training: Any) -> LoadedPipeline:
+                   keep: int = 5, max_length: int = 128, mode: str = "lora", privacy: Mapping[str, int] | None = None,
+                   **training: Any) -> LoadedPipeline:
     """An environment.yaml and a pipeline.yaml in `folder`, with made-up pins (nothing is relocated), loaded."""
     def source(location: str, digit: str) -> dict[str, str]:
         return {"source": location} | ({} if location.startswith("builtin:") else {"sha256": digit * 64})
@@ -135,7 +137,8 @@ def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str
     (folder / "pipeline.yaml").write_text(yaml.safe_dump({
         "adapter": "hotels", "dataset": source("file:dataset.jsonl", "d"),
         "training": {"max_length": max_length, "tokens_per_batch": 256, "seed": seed, **training},
-        "evaluation": {"gate": dict(gate), "max_new_tokens": 12}}))
+        "evaluation": {"gate": dict(gate), "max_new_tokens": 12,
+                       **({} if privacy is None else {"privacy": dict(privacy)})}}))
     return pipeline.load(folder)
 
 
@@ -171,7 +174,8 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] | N
     def encoded_dataset(draft: Path) -> None:
         encode.encode_splits(wanted.dataset.path(volumes), draft, encode.Settings(
             wanted.tokenizer.path(volumes), loaded.pipeline.training.max_length,
-            loaded.pipeline.environment.chat_template))
+            loaded.pipeline.environment.chat_template,
+            Canaries.of(loaded.pipeline.evaluation.privacy, wanted.dataset.digest, wanted.dataset.path(volumes))))
 
     def merged_model(draft: Path) -> None:
         merge.write_merged(wanted.base_model.path(volumes), wanted.adapter.path(volumes), draft)

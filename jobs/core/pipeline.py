@@ -20,11 +20,12 @@ from jobs.core import declarations, environment
 from jobs.core.declarations import KEYS, AcceptabilitySource, DatasetSource, Loaded, Source, Strict
 from jobs.core.environment import Environment, LoadedEnvironment
 from jobs.core.errors import UserError
-from jobs.core.metrics import METRICS, SCORES, Metric, Score
+from jobs.core.metrics import KNOWN, METRICS, OF_CANARIES, PRIVACY, SCORES, Metric, Score
 from jobs.core.search import Alpha, Dropout, Epochs, LearningRate, Rank, Search, TargetModules, normalized
 
 FILE = "pipeline.yaml"
 ADAPTERS = "adapters"  # the folder of an overlay that holds a folder for each adapter
+MINIMUM_CANARIES = 20  # as many clusters as the gate needs to decide anything
 # What `check` and training say of it, the one where the data is at hand, the other where it is not.
 NO_VALIDATION = ("training.keep: best chooses by the loss on the validation split, and the dataset has none: set "
                  'dataset.validation (0.1, for example) or, in some records, "split": "validation"; or remove the key')
@@ -145,10 +146,10 @@ def check_gate(gate: dict[str, Rules]) -> dict[str, Rules]:
         raise PydanticCustomError("gate", "is empty: an adapter would be served unproven. Add a rule for one of "
                                   "{metrics}", {"metrics": ", ".join(SCORES)})
     for key, value in gate.items():
-        score = SCORES.get(key)
+        score = KNOWN.get(key)
         if score is None:
-            close = difflib.get_close_matches(key, SCORES, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"allowed: {', '.join(SCORES)}"
+            close = difflib.get_close_matches(key, KNOWN, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"allowed: {', '.join(KNOWN)}"
             raise PydanticCustomError("metric", "unknown metric; {hint}", {"hint": hint, KEYS: key})
         for rule in value if isinstance(value, list) else [value]:
             for bound in rule.bounds():
@@ -184,6 +185,24 @@ BOUNDS = {
 }
 
 
+class Privacy(Strict):
+    """What is measured of how much the adapter remembers of single records (docs/privacy.md). Canaries, made-up records
+    with a random secret, are added to the train split: they are in the digest of the encoded dataset."""
+
+    canaries: Annotated[int, Field(ge=0, le=1000)] = 100  # 0: none; only the real records are measured
+    repetitions: Annotated[int, Field(ge=1, le=100)] = 1  # how often each canary is in the train split
+    records: Annotated[int, Field(ge=100, le=100_000)] = 1000  # train records, and held-out ones, that are measured
+    verbatim_tokens: Annotated[int, Field(ge=1)] = 50  # that count as a verbatim continuation
+
+    @field_validator("canaries")
+    @classmethod
+    def _enough(cls, canaries: int) -> int:
+        if 0 < canaries < MINIMUM_CANARIES:
+            raise PydanticCustomError("canaries", "{canaries} canaries cannot prove anything: at least {minimum} are "
+                                      "needed, or 0 for none", {"canaries": canaries, "minimum": MINIMUM_CANARIES})
+        return canaries
+
+
 class Evaluation(Strict):
     acceptability: AcceptabilitySource = AcceptabilitySource()
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
@@ -192,16 +211,34 @@ class Evaluation(Strict):
     # What counts as one piece of evidence: all records of a `group`, and of the others all with the same answer; or,
     # where answers are labels, each record without a group by itself.
     clusters: Literal["answer", "record"] = "answer"
+    # Without it, nothing of privacy is measured, and training is on the data alone.
+    privacy: Privacy | None = None
     # Every rule must hold, or the adapter is not served.
     gate: Annotated[dict[str, Rules], AfterValidator(check_gate)]
 
     def metrics(self) -> tuple[Metric, ...]:
         """What is measured."""
-        return METRICS
+        return (*METRICS, PRIVACY) if self.privacy else METRICS
 
     def scores(self) -> dict[str, Score]:
         """The scores of what is measured, by key."""
         return {score.key: score for metric in self.metrics() for score in metric.scores}
+
+    @model_validator(mode="after")
+    def _measures_privacy(self) -> Evaluation:
+        for key in (score.key for score in PRIVACY.scores if score.key in self.gate):
+            if self.privacy is None:
+                raise PydanticCustomError("privacy", "is not measured: add `{key}` to evaluation, or remove the rule",
+                                          {"key": "privacy: {}", KEYS: f"gate.{key}"})
+            if key in OF_CANARIES and not self.privacy.canaries:
+                raise PydanticCustomError("privacy", "is measured with canaries, and evaluation.privacy.canaries is 0: "
+                                          "raise it, or remove the rule", {KEYS: f"gate.{key}"})
+            rules = self.gate[key]
+            for rule in rules if isinstance(rules, list) else [rules]:
+                if other := [bound for bound in rule.bounds() if bound != "max"]:
+                    raise PydanticCustomError("privacy", "privacy is not compared with other models, which were not "
+                                              "trained on the same records. Write max", {KEYS: f"gate.{key}.{other[0]}"})
+        return self
 
     def rules(self) -> list[tuple[str, Rule]]:
         """The rules, each with the key of its score; in the registry's order, whatever that of the file."""
