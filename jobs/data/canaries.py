@@ -66,19 +66,20 @@ class Canaries:
         for other in range(1, count + 1):
             yield self.record("canary", number, self._digits(f"canary {number} alternative {other}", SECRET_DIGITS))
 
-    def check_fits(self, records: int) -> None:
-        """Refuse canaries that would be most of what is trained on.
-
-        Args:
-            records: those of the train split.
-        Raises:
-            UserError: there are more canaries, with their repetitions.
-        """
-        if self.count * self.repetitions > records:
-            raise UserError(f"evaluation.privacy: {self.count} canaries, each {self.repetitions} times, are more than "
-                            f"the {records} train records: the adapter would learn canaries instead of the data. Lower "
-                            "canaries or repetitions, or bring more records")
-
     def _digits(self, what: str, count: int) -> str:
         hashed = int.from_bytes(hashlib.sha256(f"{self.seed} {what}".encode()).digest(), "big")
         return f"{hashed % 10**count:0{count}d}"
+
+
+def check_fits(count: int, repetitions: int, records: int) -> None:
+    """Refuse canaries that would be most of what is trained on.
+
+    Args:
+        records: those of the train split.
+    Raises:
+        UserError: there are more canaries, with their repetitions.
+    """
+    if count * repetitions > records:
+        raise UserError(f"evaluation.privacy: {count} canaries, {repetitions} of each, are more than the {records} "
+                        "train records: the adapter would learn canaries instead of the data. Lower canaries or "
+                        "repetitions, or bring more records")

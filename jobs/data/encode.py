@@ -35,7 +35,7 @@ from jobs.core.files import human_bytes
 from jobs.core.plan import plan
 from jobs.core.progress import Progress
 from jobs.data import encoded
-from jobs.data.canaries import Canaries
+from jobs.data.canaries import Canaries, check_fits
 from jobs.data.encoding import Encoded, encode
 from jobs.data.split import SPLITS, TRAIN, VALIDATION
 
@@ -168,7 +168,7 @@ def _add_canaries(settings: Settings, canaries: Canaries, records: int, write: C
     Args:
         records: how many the train split has without them.
     """
-    canaries.check_fits(records)
+    check_fits(canaries.count, canaries.repetitions, records)
     counts, rows, tokenizer = Counts(), list[tuple[int, Encoded]](), _tokenizer(settings.tokenizer)
     for number in range(1, canaries.count + 1):
         try:

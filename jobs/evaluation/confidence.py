@@ -88,6 +88,42 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Proportion(Ratio):
+    """The share of the rows with a property: a mean of values that are 0 or 1.
+
+    Its interval is exact instead of drawn: where few rows or none have the property, draws without any say nothing.
+    Clopper and Pearson (1934), with as many rows as would be as sure if they were independent (Korn and Graubard 1998).
+    """
+
+    def interval(self, confidence: float) -> Interval:
+        clusters, (found, rows) = len(self.totals), self.totals.sum(axis=0)
+        value = float(found / rows)
+        if not math.isfinite(value):
+            return Interval(value, math.nan, math.nan)
+        away = self.totals[:, 0] - value * self.totals[:, 1]
+        variance = float((away**2).sum() / rows**2) * clusters / max(1, clusters - 1)
+        # Where all clusters say the same, nothing tells how sure a row is: each cluster counts once.
+        effective = int(min(rows, value * (1 - value) / variance)) if variance > 1e-15 else clusters
+        hits = value * effective
+        return Interval(value, 1 - _most(effective - math.floor(hits + 1e-9), effective, confidence),
+                        _most(math.ceil(hits - 1e-9), effective, confidence))
+
+
+def _most(hits: int, trials: int, confidence: float) -> float:
+    """The largest share with which so few hits in so many independent trials are no rarer than 1 - confidence."""
+    if hits >= trials:
+        return 1.0
+    chosen = np.arange(hits + 1)
+    choices = np.array([math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1) for k in chosen])
+    low, high = hits / trials, 1.0
+    while high - low > 1e-9:
+        share = (low + high) / 2
+        tail = np.exp(choices + chosen * math.log(share) + (trials - chosen) * math.log1p(-share)).sum()
+        low, high = (share, high) if tail > 1 - confidence else (low, share)
+    return high
+
+
+@dataclass(frozen=True)
 class Exponential:
     """exp of a statistic."""
 
@@ -145,6 +181,8 @@ def interval(statistic: Statistic, clusters: int, confidence: float, *, low: flo
         confidence: of each bound by itself, e.g. 0.95.
         low: the smallest possible value of the statistic, to which the bounds are limited; `high`: the largest.
     """
+    if isinstance(statistic, Proportion):
+        return statistic.interval(confidence)
     with np.errstate(all="ignore"):  # an infinite perplexity is a result, and shows as one
         values, slopes = statistic(np.ones((1, clusters)))
         value, error = float(values[0]), float(_errors(np.ones((1, clusters)), slopes)[0])

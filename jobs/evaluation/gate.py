@@ -136,9 +136,8 @@ def evaluate_gate(evaluation: Evaluation, models: Mapping[str, Values], clusters
 def score_interval(key: str, values: Values, clusters: Sequence[Cluster], confidence: float) -> Interval | None:
     """One score of one model with its bounds; None where nothing can be measured."""
     rows = _measured(key, values)
-    lines = sorted(rows)
-    ordered = [rows[line] for line in lines]
-    return _interval(key, ordered, ordered, _names(key, lines, clusters), confidence, "min")[0] if rows else None
+    ordered = [rows[line] for line in sorted(rows)]
+    return _interval(key, ordered, ordered, _names(key, ordered, clusters), confidence, "min")[0] if rows else None
 
 
 def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
@@ -179,7 +178,7 @@ def _check(key: str, rule: Rule, bound: str, limit: float, confidence: float, mo
     if not lines:
         return result("failed", reason="no held-out record measures it")
     found, count = _interval(key, [mine[line] for line in lines], [theirs[line] for line in lines],
-                             _names(key, lines, clusters), confidence, bound)
+                             _names(key, [mine[line] for line in lines], clusters), confidence, bound)
     if not math.isfinite(found.value):
         return result("failed", clusters=count)
     if count < MINIMUM_CLUSTERS:
@@ -223,9 +222,11 @@ def _measured(key: str, values: Values) -> dict[int, Mapping[str, Any]]:
     return {row["line"]: row for row in measured(key, values)}
 
 
-def _names(key: str, lines: Sequence[int], clusters: Sequence[Cluster]) -> Sequence[Hashable]:
-    """The clusters of some lines; sentences are each one by itself."""
-    return [clusters[line - 1] for line in lines] if metric_of(key).population == "records" else lines
+def _names(key: str, rows: Sequence[Mapping[str, Any]], clusters: Sequence[Cluster]) -> Sequence[Hashable]:
+    """The clusters of some rows; those of privacy name their own, and sentences and canaries are each one by itself."""
+    if metric_of(key).population == "records":
+        return [clusters[row["line"] - 1] for row in rows]
+    return [row.get("cluster", row["line"]) for row in rows]
 
 
 def _more(found: Interval, limit: float, clusters: int, *, log: bool) -> int | None:
