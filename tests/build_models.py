@@ -147,9 +147,10 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] | N
                        base_model: Callable[[Path], None] = tiny_llama,
                        reference_model: Callable[[Path], None] = tiny_reference, chat: bool = True,
                        without: Sequence[str] = (), validation: Sequence[Mapping[str, Any]] = (),
+                       train_records: Sequence[Mapping[str, Any]] | None = None,
                        **settings: Any) -> tuple[LoadedPipeline, Path]:
     """A pipeline whose inputs to the evaluation are all published, but those in `without` (by their names in the plan).
-    `records`, if given, are both what is trained on and what is held out.
+    `records`, if given, are both what is trained on and what is held out, unless `train_records` are trained on.
 
     Returns the loaded pipeline and the volumes' root.
     Call it again on the same folder with other settings, and only what they rename is made.
@@ -161,7 +162,7 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] | N
         (draft / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def dataset(draft: Path) -> None:
-        jsonl(draft, "train.jsonl", records or RECORDS)
+        jsonl(draft, "train.jsonl", train_records or records or RECORDS)
         jsonl(draft, "holdout.jsonl", records or HELD_OUT)
         jsonl(draft, "validation.jsonl", validation)
 

@@ -102,11 +102,18 @@ class Proportion(Ratio):
             return Interval(value, math.nan, math.nan)
         away = self.totals[:, 0] - value * self.totals[:, 1]
         variance = float((away**2).sum() / rows**2) * clusters / max(1, clusters - 1)
-        # Where all clusters say the same, nothing tells how sure a row is: each cluster counts once.
-        effective = int(min(rows, value * (1 - value) / variance)) if variance > 1e-15 else clusters
-        hits = value * effective
-        return Interval(value, 1 - _most(effective - math.floor(hits + 1e-9), effective, confidence),
-                        _most(math.ceil(hits - 1e-9), effective, confidence))
+        # Where all clusters say the same, or each is one row, each counts once.
+        alone = clusters == rows or variance < 1e-15
+        effective = clusters if alone else int(min(rows, value * (1 - value) / variance))
+        return Interval(value, *exact_bounds(value, effective, confidence))
+
+
+def exact_bounds(share: float, trials: int, confidence: float) -> tuple[float, float]:
+    """Both bounds of a share that was found in so many independent trials (Clopper and Pearson 1934). What are no whole
+    hits is rounded so that the bounds become wider."""
+    hits = share * trials
+    return (1 - _most(trials - math.floor(hits + 1e-9), trials, confidence),
+            _most(math.ceil(hits - 1e-9), trials, confidence))
 
 
 def _most(hits: int, trials: int, confidence: float) -> float:
@@ -183,13 +190,16 @@ def interval(statistic: Statistic, clusters: int, confidence: float, *, low: flo
     """
     if isinstance(statistic, Proportion):
         return statistic.interval(confidence)
+    within = getattr(statistic, "within", None)  # bounds that hold in any case, where draws without spread have none
+    if within:
+        low, high = within(confidence)
     with np.errstate(all="ignore"):  # an infinite perplexity is a result, and shows as one
         values, slopes = statistic(np.ones((1, clusters)))
         value, error = float(values[0]), float(_errors(np.ones((1, clusters)), slopes)[0])
         if not math.isfinite(value):
             return Interval(value, math.nan, math.nan)
         if not error > 1e-12 * max(1.0, abs(value)):
-            return _without_spread(value, clusters, confidence, low, high)
+            return Interval(value, low, high) if within else _without_spread(value, clusters, confidence, low, high)
         distances = []
         for counts in draws(clusters, resamples):
             values, slopes = statistic(counts)

@@ -110,7 +110,8 @@ class Subjects:
             if subject.kind in (CANARY, TRAIN):
                 row |= {"continued": own[-1].continued, "continuation": len(last) - continued_from(last)}
             if subject.kind == TRAIN and row["continuation"] >= self.verbatim_tokens:
-                row["verbatim"] = int(row["continued"] >= self.verbatim_tokens)
+                row["verbatim"] = (int(row["continued"] >= self.verbatim_tokens) if math.isfinite(row["nats"])
+                                   else math.nan)
             rows.append(row)
         for row in (row for row in rows if row["kind"] == CANARY):
             row["exposure"] = exposure(row["nats"], [next(found).nats for _ in range(ALTERNATIVES)])

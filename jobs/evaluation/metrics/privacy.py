@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jobs.evaluation.confidence import Array, Clusters, Proportion, Ratio, Statistic
+from jobs.evaluation.confidence import Array, Clusters, Proportion, Ratio, Statistic, exact_bounds
 from jobs.evaluation.metrics import Measurements, Row
 
 FALSE_POSITIVES = 0.01  # the rate at which the true positive rate is measured
@@ -74,6 +74,13 @@ class AreaUnderCurve:
         slopes = np.empty_like(weights)
         slopes[:, self.order] = (placed - values) / np.where(self.member, members, others)
         return values[:, 0], self.clusters.of_clusters(slopes)
+
+    def within(self, confidence: float) -> tuple[float, float]:
+        """Bounds that hold in any case: the variance is never above that of a share in as many trials as there are
+        clusters of the fewer kind (van Dantzig 1951). Draws say nothing where nearly all are told apart."""
+        value = float(self(np.ones((1, self.clusters.count)))[0][0])
+        kinds = [len(np.unique(self.clusters.of_row[self.order[chosen]])) for chosen in (self.member, ~self.member)]
+        return exact_bounds(value, min(kinds), confidence) if self.finite and min(kinds) else (0.0, 1.0)
 
     def _placements(self, weights: Array) -> Array:
         """The weight below each row, and half of that of its own score."""
