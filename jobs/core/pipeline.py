@@ -20,12 +20,23 @@ from jobs.core import declarations, environment
 from jobs.core.declarations import KEYS, AcceptabilitySource, DatasetSource, Loaded, Source, Strict
 from jobs.core.environment import Environment, LoadedEnvironment
 from jobs.core.errors import UserError
-from jobs.core.metrics import METRICS, SCORES, TASKS, Metric, Score, metric_of, score_of
+from jobs.core.metrics import (
+    KNOWN,
+    METRICS,
+    OF_CANARIES,
+    PRIVACY,
+    TASKS,
+    Metric,
+    Score,
+    metric_of,
+    score_of,
+)
 from jobs.core.search import Alpha, Dropout, Epochs, LearningRate, Rank, Search, TargetModules, normalized
 from jobs.core.tasks import Task, check_names
 
 FILE = "pipeline.yaml"
 ADAPTERS = "adapters"  # the folder of an overlay that holds a folder for each adapter
+MINIMUM_CANARIES = 20  # as many clusters as the gate needs to decide anything
 # What `check` and training say of it, the one where the data is at hand, the other where it is not.
 NO_VALIDATION = ("training.keep: best chooses by the loss on the validation split, and the dataset has none: set "
                  'dataset.validation (0.1, for example) or, in some records, "split": "validation"; or remove the key')
@@ -164,7 +175,7 @@ def check_gate(gate: dict[str, Rules], info: ValidationInfo) -> dict[str, Rules]
         PydanticCustomError: with what was probably meant.
     """
     tasks = info.data.get("tasks")  # None: they are invalid themselves
-    allowed = [*SCORES, *(task.key for task in tasks or ())]
+    allowed = [*KNOWN, *(task.key for task in tasks or ())]
     if not gate:
         raise PydanticCustomError("gate", "is empty: an adapter would be served unproven. Add a rule for one of "
                                   "{metrics}", {"metrics": ", ".join(allowed)})
@@ -209,6 +220,24 @@ BOUNDS = {
 }
 
 
+class Privacy(Strict):
+    """What is measured of how much the adapter remembers of single records (docs/privacy.md). Canaries, made-up records
+    with a random secret, are added to the train split: they are in the digest of the encoded dataset."""
+
+    canaries: Annotated[int, Field(ge=0, le=1000)] = 100  # 0: none; only the real records are measured
+    repetitions: Annotated[int, Field(ge=1, le=100)] = 1  # how often each canary is in the train split
+    records: Annotated[int, Field(ge=100, le=100_000)] = 1000  # train records, and held-out ones, that are measured
+    verbatim_tokens: Annotated[int, Field(ge=1)] = 50  # that count as a verbatim continuation
+
+    @field_validator("canaries")
+    @classmethod
+    def _enough(cls, canaries: int) -> int:
+        if 0 < canaries < MINIMUM_CANARIES:
+            raise PydanticCustomError("canaries", "{canaries} canaries cannot prove anything: at least {minimum} are "
+                                      "needed, or 0 for none", {"canaries": canaries, "minimum": MINIMUM_CANARIES})
+        return canaries
+
+
 class Evaluation(Strict):
     acceptability: AcceptabilitySource = AcceptabilitySource()
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
@@ -219,16 +248,34 @@ class Evaluation(Strict):
     clusters: Literal["answer", "record"] = "answer"
     # The user's own tasks: prompts, and a check of the answer to each (docs/tasks.md).
     tasks: Annotated[list[Task], AfterValidator(check_names)] = Field(default_factory=list)
+    # Without it, nothing of privacy is measured, and training is on the data alone.
+    privacy: Privacy | None = None
     # Every rule must hold, or the adapter is not served.
     gate: Annotated[dict[str, Rules], AfterValidator(check_gate)]
 
     def metrics(self) -> tuple[Metric, ...]:
         """What is measured."""
-        return (*METRICS, *(metric_of(task.key) for task in self.tasks))
+        return (*METRICS, *([PRIVACY] if self.privacy else []), *(metric_of(task.key) for task in self.tasks))
 
     def scores(self) -> dict[str, Score]:
         """The scores of what is measured, by key."""
         return {score.key: score for metric in self.metrics() for score in metric.scores}
+
+    @model_validator(mode="after")
+    def _measures_privacy(self) -> Evaluation:
+        for key in (score.key for score in PRIVACY.scores if score.key in self.gate):
+            if self.privacy is None:
+                raise PydanticCustomError("privacy", "is not measured: add `{key}` to evaluation, or remove the rule",
+                                          {"key": "privacy: {}", KEYS: f"gate.{key}"})
+            if key in OF_CANARIES and not self.privacy.canaries:
+                raise PydanticCustomError("privacy", "is measured with canaries, and evaluation.privacy.canaries is 0: "
+                                          "raise it, or remove the rule", {KEYS: f"gate.{key}"})
+            rules = self.gate[key]
+            for rule in rules if isinstance(rules, list) else [rules]:
+                if other := [bound for bound in rule.bounds() if bound != "max"]:
+                    raise PydanticCustomError("privacy", "privacy is not compared with other models: they were trained "
+                                              "on other records. Write max", {KEYS: f"gate.{key}.{other[0]}"})
+        return self
 
     def rules(self) -> list[tuple[str, Rule]]:
         """The rules, each with the key of its score; in the registry's order, whatever that of the file."""
@@ -278,6 +325,10 @@ class Pipeline(PipelineFile):
                                       "environment: vLLM would refuse the adapter. Lower the one or raise the other",
                                       {"key": "search.candidates.lora.r has" if searched else "lora.r is", "r": r,
                                        "max": serving.max_lora_rank})
+        if self.evaluation.privacy and self.training.objective != "sft":
+            raise PydanticCustomError("privacy", "evaluation.privacy measures what `training.objective: sft` learned, "
+                                      "and the objective is {objective}: remove evaluation.privacy",
+                                      {"objective": self.training.objective})
         if self.adapter == self.environment.base_model.name:
             raise PydanticCustomError("name", "adapter has the base model's name: clients could not tell them apart",
                                       {})

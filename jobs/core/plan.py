@@ -13,6 +13,7 @@ from typing import Any
 from jobs.core.artifacts import Spec
 from jobs.core.declarations import Source
 from jobs.core.environment import Environment
+from jobs.core.metrics import PRIVACY
 from jobs.core.pipeline import Pipeline, Training
 from jobs.core.search import normalized
 from jobs.core.sources import SCHEMES
@@ -21,7 +22,8 @@ from jobs.core.sources import SCHEMES
 # so that old results are neither reused nor overwritten.
 RECIPES = {"dataset": 2, "acceptability": 1, "encoded-dataset": 1, "base-model": 1, "tokenizer": 2,
            "reference-model": 1, "adapter": 2, "merged-model": 1, "scores": 3, "evaluation": 2,
-           "tasks": 1, "embedded": 1}  # the embedded models' files
+           "tasks": 1, "embedded": 1,  # the embedded models' files
+           "canaries": 1}  # what they read like
 
 DATASET_VOLUME = "dataset"
 BASE_MODEL_VOLUME = "base-model"
@@ -88,7 +90,7 @@ class _ByIdentity:
 @functools.lru_cache(maxsize=1024)
 def _plan(key: _ByIdentity) -> Plan:
     pipeline = key.pipeline
-    training = pipeline.training
+    training, privacy = pipeline.training, pipeline.evaluation.privacy
     dataset = Spec(DATASET_VOLUME, "dataset", {**_source("dataset", pipeline.dataset),
                                                "format": _suffix(pipeline.dataset),
                                                "holdout": pipeline.dataset.holdout,
@@ -107,7 +109,10 @@ def _plan(key: _ByIdentity) -> Plan:
     base_model, tokenizer, reference_model = shared.base_model, shared.tokenizer, shared.reference_model
     encoded_dataset = Spec(DATASET_VOLUME, "encoded-dataset",
                            {"recipe": RECIPES["encoded-dataset"], "max_length": training.max_length,
-                            "chat_template": pipeline.environment.chat_template},
+                            "chat_template": pipeline.environment.chat_template,
+                            **({"canaries": {"recipe": RECIPES["canaries"], "count": privacy.canaries,
+                                             "repetitions": privacy.repetitions}}
+                               if privacy and privacy.canaries else {})},
                            {"dataset": dataset.digest, "tokenizer": tokenizer.digest})
     adapter = Spec(
         FINE_TUNED_VOLUME, "adapter",
@@ -184,9 +189,14 @@ def _suffix(source: Source) -> str:
 
 
 def _scores(pipeline: Pipeline, inputs: dict[str, Spec]) -> Spec:
+    # The reference model has nothing to do with what was trained on: of it, privacy is not measured.
+    privacy = pipeline.evaluation.privacy if "encoded_dataset" in inputs else None
+    metrics = [metric for metric in pipeline.evaluation.metrics() if privacy or metric is not PRIVACY]
     return Spec(FINE_TUNED_VOLUME, "scores",
                 {"recipe": RECIPES["scores"], "max_new_tokens": pipeline.evaluation.max_new_tokens,
                  "max_length": pipeline.training.max_length,
                  "chat_template": pipeline.environment.chat_template,
-                 "metrics": {metric.module: metric.version for metric in pipeline.evaluation.metrics()}},
+                 "metrics": {metric.module: metric.version for metric in metrics},
+                 **({"privacy": {"records": privacy.records, "verbatim_tokens": privacy.verbatim_tokens}}
+                    if privacy else {})},
                 {name: spec.digest for name, spec in inputs.items()})

@@ -35,12 +35,13 @@ from jobs.core.files import human_bytes
 from jobs.core.plan import plan
 from jobs.core.progress import Progress
 from jobs.data import encoded
-from jobs.data.encoding import Encoded, encode_for_training
+from jobs.data.canaries import Canaries, check_fits
+from jobs.data.encoding import Encoded, encode, encode_for_training
 from jobs.data.records import is_preference
-from jobs.data.split import SPLITS, VALIDATION
+from jobs.data.split import SPLITS, TRAIN, VALIDATION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from jobs.core.pipeline import LoadedPipeline
 
@@ -67,6 +68,7 @@ class Settings:
     tokenizer: Path
     max_length: int
     template: Mapping[str, Any] = field(default_factory=dict)
+    canaries: Canaries | None = None  # that are trained on with the data
 
 
 @dataclass
@@ -102,7 +104,8 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
     dataset, tokenizer = artifacts.wait([wanted.dataset, wanted.tokenizer], volumes, wait_seconds)
 
     def write(draft: Path) -> dict[str, Any]:
-        settings = Settings(tokenizer.path, pipeline.training.max_length, pipeline.environment.chat_template)
+        settings = Settings(tokenizer.path, pipeline.training.max_length, pipeline.environment.chat_template,
+                            Canaries.of(pipeline.evaluation.privacy, dataset.digest, dataset.path))
         return {"dataset": dataset.digest, **encode_splits(dataset.path, draft, settings)}
 
     artifact = artifacts.publish(wanted.encoded_dataset, volumes, write, keep=pipeline.environment.retention.keep,
@@ -119,9 +122,9 @@ def encode_splits(dataset: Path, folder: Path, settings: Settings, processes: in
     Args:
         processes: how many encode; by default as many as the pod has CPUs and memory for, and 1 for little data.
     Returns:
-        what was counted of each split, which is also written to `folder`.
+        what was counted of each split, and of the canaries if there are any, which is also written to `folder`.
     Raises:
-        UserError: records that cannot be encoded; or a split has records, but none that fits.
+        UserError: records, or canaries, that cannot be encoded; or a split has records, but none that fits.
         RetryableError: a process was killed.
     """
     files = {name: dataset / f"{name}.jsonl" for name in SPLITS}
@@ -145,6 +148,8 @@ def encode_splits(dataset: Path, folder: Path, settings: Settings, processes: in
                     counts.add(chunk.counts)
                     progress.add(chunk.counts.records + chunk.counts.too_long,
                                  lambda counts=counts: f"{counts.tokens:,} tokens")  # type: ignore[misc]
+                if name == TRAIN and settings.canaries and not problems:
+                    statistics["canaries"] = asdict(_add_canaries(settings, settings.canaries, counts.records, write))
             progress.finish(lambda counts=counts: f"{counts.tokens:,} tokens")  # type: ignore[misc]
             if problems:
                 raise UserError("\n".join(f"{name}.jsonl:{problem}" for problem in problems[:LISTED])
@@ -161,6 +166,36 @@ def encode_splits(dataset: Path, folder: Path, settings: Settings, processes: in
                     settings.max_length)
     (folder / encoded.STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
     return statistics
+
+
+def _add_canaries(settings: Settings, canaries: Canaries, records: int, write: Callable[[bytes], None]) -> Counts:
+    """Encode the canaries and add them to the train split. Their record is their number, negated: it is no line.
+
+    Args:
+        records: how many the train split has without them.
+    """
+    check_fits(canaries.count, canaries.repetitions, records)
+    counts, rows, tokenizer = Counts(), list[tuple[int, Encoded]](), _tokenizer(settings.tokenizer)
+    for number in range(1, canaries.count + 1):
+        try:
+            sequences = encode(tokenizer, canaries.record("canary", number), settings.template)
+        except UserError as error:
+            raise UserError(f"canary {number} (evaluation.privacy): {error}") from None
+        one = _count(sequences, settings.max_length)
+        if one.too_long:
+            raise UserError(f"canary {number} (evaluation.privacy) has {one.longest} tokens, more than "
+                            f"training.max_length ({settings.max_length}): raise it, or set evaluation.privacy."
+                            "canaries: 0")
+        if canaries.secret("canary", number) not in tokenizer.decode(sequences[-1].tokens).replace(" ", ""):
+            raise UserError(f"canary {number} (evaluation.privacy): the tokenizer cannot write its digits, so there "
+                            "is nothing to learn. Set evaluation.privacy.canaries: 0")
+        for _ in range(canaries.repetitions):
+            counts.add(one)
+            rows += [(-number, sequence) for sequence in sequences]
+    write(encoded.serialized(rows))
+    log.info("train: %d canaries added, each %d time%s", canaries.count, canaries.repetitions,
+             "s" * (canaries.repetitions > 1))
+    return counts
 
 
 def _require_some(name: str, counts: Counts, max_length: int) -> None:
@@ -212,16 +247,21 @@ def encode_chunk(settings: Settings, chunk: Lines) -> Chunk:
         except UserError as error:
             problems.append(f"{line} of the dataset: {error}")
             continue
-        length = max(map(len, sequences))
-        one = Counts(longest=length, shortest=length)
-        if length > settings.max_length:
-            one.too_long = 1
-        else:
-            one.records, one.sequences, one.preferences = 1, len(sequences), int(is_preference(record))
-            one.tokens, one.learned = sum(map(len, sequences)), sum(sequence.scored for sequence in sequences)
+        one = _count(sequences, settings.max_length)
+        if not one.too_long:
+            one.preferences = int(is_preference(record))
             rows += [(line, sequence) for sequence in sequences]
         counts.add(one)
     return Chunk(encoded.serialized(rows) if rows else None, counts, problems)
+
+
+def _count(sequences: Sequence[Encoded], max_length: int) -> Counts:
+    """What one record adds."""
+    length = max(map(len, sequences))
+    if length > max_length:
+        return Counts(too_long=1, longest=length, shortest=length)
+    return Counts(records=1, sequences=len(sequences), tokens=sum(map(len, sequences)),
+                  learned=sum(sequence.scored for sequence in sequences), longest=length, shortest=length)
 
 
 @functools.lru_cache(maxsize=1)

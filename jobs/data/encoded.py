@@ -43,7 +43,8 @@ class Split(Sequence[Encoded]):
 
     @cached_property
     def records(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The record of each sequence: its line in the dataset's file of this split, from 1."""
+        """The record of each sequence: its line in the dataset's file of this split, from 1; of a canary, its number,
+        negated."""
         return self._column("record")
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.core import search
-from jobs.core.metrics import SCORES, TASKS, Metric, Score, metric_of, score_of
+from jobs.core.metrics import KNOWN, TASKS, Metric, Score, metric_of, score_of
 from jobs.evaluation.gate import Check
 
 Evaluation = Mapping[str, Any]  # the content of evaluation.json
@@ -39,7 +39,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 def scores(values: Mapping[str, Any]) -> dict[str, Score]:
     """The scores that one model's scores.json holds, by key."""
-    return {key: score_of(key) for key in values if key in SCORES or key.startswith(TASKS)}
+    return {key: score_of(key) for key in values if key in KNOWN or key.startswith(TASKS)}
 
 
 def metrics(values: Mapping[str, Any]) -> list[Metric]:

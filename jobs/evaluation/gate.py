@@ -135,8 +135,7 @@ def evaluate_gate(evaluation: Evaluation, models: Mapping[str, Values], clusters
 def score_interval(key: str, values: Values, clusters: Sequence[Cluster], confidence: float) -> Interval | None:
     """One score of one model with its bounds; None where nothing can be measured."""
     rows = _measured(key, values)
-    lines = sorted(rows)
-    ordered = [rows[line] for line in lines]
+    ordered = [rows[line] for line in sorted(rows)]
     return _interval(key, ordered, ordered, _names(key, ordered, clusters), confidence, "min")[0] if rows else None
 
 
@@ -223,7 +222,8 @@ def _measured(key: str, values: Values) -> dict[int, Mapping[str, Any]]:
 
 
 def _names(key: str, rows: Sequence[Mapping[str, Any]], clusters: Sequence[Cluster]) -> Sequence[Hashable]:
-    """The clusters of some rows. Those of a task name theirs; sentences are each one by itself."""
+    """The clusters of some rows. Those of tasks and privacy name theirs; sentences and canaries are each one by
+    itself."""
     if metric_of(key).population == "records":
         return [clusters[row["line"] - 1] for row in rows]
     return [row.get("cluster", row["line"]) for row in rows]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core.errors import UserError
-from jobs.core.metrics import METRICS, Metric, metric_of
+from jobs.core.metrics import METRICS, Metric, metric_of, score_of
 from jobs.core.progress import Progress
 from jobs.data.chat import RecordError, special_tokens
 from jobs.data.encoding import Encoded, Record, answer, encode, question
@@ -198,7 +198,8 @@ def scores_of(values: Mapping[str, Sequence[Mapping[str, Any]]],
 def measured(key: str, values: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
     """The rows of those records or sentences that a score is measured on: a text without a question has no ROUGE."""
     metric = metric_of(key)
-    return [row for row in values[metric.population] if all(column in row for column in metric.columns)]
+    columns = score_of(key).columns or metric.columns
+    return [row for row in values.get(metric.population, ()) if all(column in row for column in columns)]
 
 
 def question_text(record: Record) -> str:

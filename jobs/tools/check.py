@@ -76,6 +76,7 @@ def check_data(loaded: LoadedPipeline) -> None:
         check_objective(loaded, statistics["shapes"])
     check_tasks(loaded)
     check_search(loaded, statistics)
+    check_privacy(loaded, statistics)
     of_trials = (advice(loaded.pipeline.model_copy(update={"training": trial}), statistics)
                  for trial in loaded.pipeline.training.trials())
     for line in dict.fromkeys(itertools.chain.from_iterable(of_trials)):
@@ -133,6 +134,25 @@ def check_search(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -
     if not statistics and not dataset.validation:
         log.warning("%s: training.search chooses by the loss on the validation split, and dataset.validation is 0: "
                     "some records of %s must have `\"split\": \"validation\"`", loaded.path, dataset.source)
+
+
+def check_privacy(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -> None:
+    """There are records enough for the canaries and for the rules on privacy.
+
+    Args:
+        statistics: those of the split; None where the data is not here to look.
+    """
+    from jobs.data.canaries import check_fits
+    from jobs.evaluation.privacy import check_held_out
+
+    evaluation = loaded.pipeline.evaluation
+    if evaluation.privacy is None or statistics is None:
+        return
+    try:
+        check_fits(evaluation.privacy.canaries, evaluation.privacy.repetitions, statistics["records"]["train"])
+        check_held_out(evaluation, statistics["records"]["holdout"])
+    except UserError as error:
+        raise UserError(f"{loaded.path}: {error}") from None
 
 
 def data_in_git(loaded: LoadedPipeline) -> dict[str, Source]:

@@ -56,6 +56,20 @@ def test_an_edit_renames_exactly_what_it_changes(tmp_path: Path, changes: dict[s
     assert {name for name, spec in vars(after).items() if spec.digest != vars(before)[name].digest} == renamed
 
 
+def test_privacy_renames_only_where_it_is_set(tmp_path: Path) -> None:
+    """Without canaries the training is the same, and so is the adapter; the reference model has no part in it."""
+    before, without, canaries = planned(tmp_path), planned(tmp_path, evaluation__privacy={"canaries": 0}), planned(
+        tmp_path, evaluation__privacy={})
+
+    def renamed(after: Plan) -> set[str]:
+        return {name for name, spec in vars(after).items() if spec.digest != vars(before)[name].digest}
+
+    assert renamed(without) == {"base_scores"} | EVALUATIONS
+    assert renamed(canaries) == {"base_scores"} | ENCODED
+    assert canaries == planned(tmp_path, evaluation__privacy={"canaries": 100, "repetitions": 1})
+    assert canaries.encoded_dataset.spec["canaries"] == {"recipe": RECIPES["canaries"], "count": 100, "repetitions": 1}
+
+
 def test_writing_out_a_default_renames_nothing(tmp_path: Path) -> None:
     assert planned(tmp_path, training__seed=0, training__lora__alpha=32) == planned(tmp_path)
 
@@ -288,6 +302,10 @@ KEYS = {
     "evaluation.max_new_tokens": Key(SCORES, st.integers(1, 4096)),
     "evaluation.confidence": Key({"evaluation"}, st.floats(0.5, 0.999)),
     "evaluation.clusters": Key({"evaluation"}, st.sampled_from(["answer", "record"])),
+    "evaluation.privacy.canaries": Key(ENCODED | {"base_scores"}, st.integers(20, 1000)),
+    "evaluation.privacy.repetitions": Key(ENCODED | {"base_scores"}, st.integers(1, 100)),
+    "evaluation.privacy.records": Key({"base_scores"} | EVALUATIONS, st.integers(100, 100_000)),
+    "evaluation.privacy.verbatim_tokens": Key({"base_scores"} | EVALUATIONS, st.integers(1, 100)),
     "evaluation.gate": Key({"evaluation"}, st.builds(
         lambda bound, limit, than: {"perplexity": {bound: limit, **({"than": than} if bound == "max_ratio" else {})}},
         st.sampled_from(["max", "max_ratio"]), st.floats(0.001, 100), st.sampled_from(["base", "promoted"]))),
