@@ -13,7 +13,7 @@ from typing import Any
 from jobs.core.artifacts import Spec
 from jobs.core.declarations import Source
 from jobs.core.environment import Environment
-from jobs.core.pipeline import Pipeline, Training
+from jobs.core.pipeline import ANSWERED_RECORDS, Pipeline, Training
 from jobs.core.search import normalized
 from jobs.core.sources import SCHEMES
 
@@ -175,6 +175,8 @@ def _scores(pipeline: Pipeline, dataset: Spec, acceptability: Spec, inputs: dict
                 {"recipe": RECIPES["scores"], "max_new_tokens": pipeline.evaluation.max_new_tokens,
                  "max_length": pipeline.training.max_length,
                  "chat_template": pipeline.environment.chat_template,
+                 **({} if pipeline.evaluation.answered_records == ANSWERED_RECORDS else
+                    {"answered_records": pipeline.evaluation.answered_records}),
                  "metrics": {metric.module: metric.version for metric in pipeline.evaluation.metrics()}},
                 {"dataset": dataset.digest, "acceptability": acceptability.digest,
                  **{name: spec.digest for name, spec in inputs.items()}})

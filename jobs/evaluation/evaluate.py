@@ -32,6 +32,7 @@ from jobs.core.termination import write_termination_message
 from jobs.data import encoded
 from jobs.data.split import HOLDOUT
 from jobs.evaluation import content, gate, report, scoring
+from jobs.evaluation.holdout import JsonLines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,7 +72,8 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
     material = scoring.Material.read(dataset.path, sentences.path, max_length=pipeline.training.max_length,
                                      max_new_tokens=pipeline.evaluation.max_new_tokens,
                                      template=pipeline.environment.chat_template,
-                                     metrics=pipeline.evaluation.metrics())
+                                     metrics=pipeline.evaluation.metrics(),
+                                     answered_records=pipeline.evaluation.answered_records)
     gate.check_measurable(pipeline.evaluation, material.holdout)
 
     base, adapter, reference = (artifacts.done(spec, volumes) for spec in
@@ -124,7 +126,7 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
     generations = {role: scoring.read_jsonl(folder / "generations.jsonl") for role, folder in folders.items()}
     values = {role: {name: scoring.read_jsonl(folder / f"{name}.jsonl") for name in get_args(Population)}
               for role, folder in folders.items()}
-    holdout = scoring.read_jsonl(wanted.dataset.path(volumes) / "holdout.jsonl")
+    holdout = JsonLines(wanted.dataset.path(volumes) / "holdout.jsonl")
     clusters = gate.clusters_of(holdout, pipeline.evaluation.clusters)
     training = _read_json(wanted.adapter.path(volumes) / "training.json")
     search = _read_json(wanted.adapter.path(volumes) / SEARCH) if pipeline.training.search else None

@@ -230,6 +230,7 @@ KEYS = {
     "evaluation.acceptability.sha256": Key(
         {"acceptability"} | SCORES, SHA256, {"evaluation__acceptability": {"source": "file:pairs.csv"}}),
     "evaluation.max_new_tokens": Key(SCORES, st.integers(1, 4096)),
+    "evaluation.answered_records": Key(SCORES, st.integers(1, 10**6)),
     "evaluation.confidence": Key({"evaluation"}, st.floats(0.5, 0.999)),
     "evaluation.clusters": Key({"evaluation"}, st.sampled_from(["answer", "record"])),
     "evaluation.gate": Key({"evaluation"}, st.builds(
