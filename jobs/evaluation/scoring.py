@@ -120,7 +120,8 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
     summary = {"model": name, **scores_of(values, material.metrics), "records": len(records),
                "records_too_long": len(material.holdout) - len(records),
                "completion_tokens": sum(each.tokens for each in likelihoods), "questions": len(prompts),
-               "questions_left_out": len(asking) - len(prompts), "sentences": len(sentences), "vocabulary": vocabulary(tokenizer)}
+               "questions_left_out": len(asking) - len(prompts), "sentences": len(sentences),
+               "vocabulary": vocabulary(tokenizer)}
     log.info("%s: measured in %.0f s", name, time.monotonic() - started)
     generations = [{"record": row["line"], "question": question_text(record), "reference": answer(record),
                     "answer": text, "rougeL": row["rougeL"]}

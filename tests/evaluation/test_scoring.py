@@ -381,7 +381,7 @@ def test_an_empty_sequence_list_measures_nothing(loaded: tuple[Any, Any]) -> Non
 
 
 def test_only_so_many_questions_are_answered_and_the_rest_is_still_read(loaded: tuple[Any, Any]) -> None:
-    """100,000 held-out records are not answered by three models: ROUGE is over the first by hash, perplexity over all."""
+    """Three models do not answer 100,000 questions: ROUGE is over the first by sha256, perplexity over all records."""
     all_answered = scoring.measure(*loaded, material(RECORDS), "tiny")
     found = scoring.measure(*loaded, dataclasses.replace(material(RECORDS), answered_records=3), "tiny")
     assert (found.summary["questions"], found.summary["questions_left_out"], found.summary["records"]) == (3, 1, 4)
