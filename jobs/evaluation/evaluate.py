@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from jobs.core import artifacts, models, promotion
 from jobs.core.artifacts import Artifact
+from jobs.core.imports import fast_imports
 from jobs.core.layout import TENSORBOARD
 from jobs.core.metrics import Population
 from jobs.core.pipeline import Pipeline
@@ -94,7 +95,8 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
 def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, material: scoring.Material) -> None:
     """Measure the base model with the adapter switched off, then on; skips what is already there. Both read the data as
     training's job did: encoded."""
-    from peft import PeftModel
+    with fast_imports():
+        from peft import PeftModel
 
     holdout = encoded.Split(wanted.encoded_dataset.path(volumes) / f"{HOLDOUT}.arrow")
     material = dataclasses.replace(material, encoded=holdout)

@@ -34,9 +34,12 @@ log = logging.getLogger("jobs")
 
 # A batch's logits are its tokens times the vocabulary, in float32: 512 MiB of them is 2700 tokens at SmolLM2's 49152.
 LOGITS_BYTES = 2**29
-# With a small vocabulary the rest decides. GPU: an 8 B model keeps about 150 kB of keys and values a token, 2.4 GB.
-# CPU: a larger batch is no faster, and progress could not be logged every few seconds.
+# With a small vocabulary the rest decides. CPU: a larger batch is no faster, and progress could not be logged every few
+# seconds.
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 2048}
+# Keys and values of questions and answers together: an 8 B model keeps about 150 kB a token in bfloat16, 2.4 GB, and
+# twice that in float32. Every step reads all weights, so that larger batches are faster on a CPU, too.
+TOKENS_PER_GENERATION = {"cuda": 16384, "cpu": 8192}
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,9 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
     answers = dict(zip(prompts, generate(model, tokenizer, list(prompts.values()), material.max_new_tokens, positions,
                                          progress), strict=True))
 
-    sentences = [(text, acceptable, Encoded.of([], list(tokenizer(text)["input_ids"])[:positions]))
-                 for text, acceptable in material.sentences]
+    tokens = tokenizer([text for text, _ in material.sentences])["input_ids"] if material.sentences else []
+    sentences = [(text, acceptable, Encoded.of([], ids[:positions]))
+                 for (text, acceptable), ids in zip(material.sentences, tokens, strict=True)]
     lines = [line for line, (*_, encoded) in enumerate(sentences, 1) if len(encoded) > 1]  # a lone token follows none
     sentences = [sentences[line - 1] for line in lines]
     progress = Progress(f"{name}: sentences read", len(sentences))
@@ -224,7 +228,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     # Replaces the model's own defaults (sampling, repetition penalties): this measures the model, not its settings.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
     with torch.inference_mode():
-        for batch in batches([len(p) + max_new_tokens for p in prompts], TOKENS_PER_BATCH[model.device.type]):
+        for batch in batches([len(p) + max_new_tokens for p in prompts], TOKENS_PER_GENERATION[model.device.type]):
             chosen = [prompts[i] for i in batch]
             longest = max(map(len, chosen))
             ids = torch.full((len(chosen), longest), int(tokenizer.pad_token_id))

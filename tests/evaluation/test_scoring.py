@@ -159,7 +159,7 @@ def test_a_batch_takes_no_more_memory_than_it_may(monkeypatch: pytest.MonkeyPatc
             return input_ids
 
     shapes.clear()
-    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", {"cpu": 60})
+    monkeypatch.setattr(scoring, "TOKENS_PER_GENERATION", {"cpu": 60})
     writer: Any = Writer()
     scoring.generate(writer, loaded[1], [[5] * 12] * 6, 8, 96, Progress("test", 6))
     assert shapes == [(3, 12), (3, 12)]
