@@ -220,6 +220,9 @@ BOUNDS = {
 }
 
 
+ANSWERED_RECORDS = 1000
+
+
 class Privacy(Strict):
     """What is measured of how much the adapter remembers of single records (docs/privacy.md). Canaries, made-up records
     with a random secret, are added to the train split: they are in the digest of the encoded dataset."""
@@ -241,6 +244,9 @@ class Privacy(Strict):
 class Evaluation(Strict):
     acceptability: AcceptabilitySource = AcceptabilitySource()
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
+    # How many held-out questions each model answers, at most: the first by sha256. The mean ROUGE of 1000 answers is
+    # known to about 0.016 with 95 % confidence (single values vary by about 0.3): finer than any sensible rule.
+    answered_records: Annotated[int, Field(ge=1)] = ANSWERED_RECORDS
     # How sure each rule must be. Of adapters that do not keep a rule, at most 1 - confidence pass it by luck.
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     # What counts as one piece of evidence: all records of a `group`, and of the others all with the same answer; or,

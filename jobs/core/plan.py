@@ -14,7 +14,7 @@ from jobs.core.artifacts import Spec
 from jobs.core.declarations import Source
 from jobs.core.environment import Environment
 from jobs.core.metrics import PRIVACY
-from jobs.core.pipeline import Pipeline, Training
+from jobs.core.pipeline import ANSWERED_RECORDS, Pipeline, Training
 from jobs.core.search import normalized
 from jobs.core.sources import SCHEMES
 
@@ -196,6 +196,8 @@ def _scores(pipeline: Pipeline, inputs: dict[str, Spec]) -> Spec:
                 {"recipe": RECIPES["scores"], "max_new_tokens": pipeline.evaluation.max_new_tokens,
                  "max_length": pipeline.training.max_length,
                  "chat_template": pipeline.environment.chat_template,
+                 **({} if pipeline.evaluation.answered_records == ANSWERED_RECORDS else
+                    {"answered_records": pipeline.evaluation.answered_records}),
                  "metrics": {metric.module: metric.version for metric in metrics},
                  **({"privacy": {"records": privacy.records, "verbatim_tokens": privacy.verbatim_tokens}}
                     if privacy else {})},

@@ -160,6 +160,10 @@ def encode_splits(dataset: Path, folder: Path, settings: Settings, processes: in
                                 "preferences (`chosen` and `rejected`): training learns from one kind or the other. "
                                 "Bring them as two datasets")
             statistics[name] = asdict(counts)
+    kinds = {bool(statistics[name]["preferences"]) for name in SPLITS if statistics[name]["records"]}
+    if len(kinds) > 1:
+        raise UserError("the dataset: some splits are preferences (`chosen` and `rejected`) and others are not: "
+                        "training learns from one kind or the other. Bring them as two datasets")
     too_long = sum(counts["too_long"] for counts in statistics.values())
     if too_long:
         log.warning("%d records are longer than training.max_length (%d tokens) and are left out", too_long,

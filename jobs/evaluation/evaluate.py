@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.core import artifacts, models, promotion
 from jobs.core.artifacts import Artifact
+from jobs.core.imports import fast_imports
 from jobs.core.layout import TENSORBOARD
 from jobs.core.metrics import PRIVACY
 from jobs.core.pipeline import Pipeline
@@ -32,6 +33,7 @@ from jobs.core.termination import write_termination_message
 from jobs.data import encoded, tasks
 from jobs.data.split import HOLDOUT
 from jobs.evaluation import content, gate, privacy, report, scoring
+from jobs.evaluation.holdout import JsonLines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,7 +76,8 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
                                      max_new_tokens=pipeline.evaluation.max_new_tokens,
                                      template=pipeline.environment.chat_template,
                                      metrics=[metric for metric in pipeline.evaluation.metrics()
-                                              if metric.population != "privacy"])
+                                              if metric.population != "privacy"],
+                                     answered_records=pipeline.evaluation.answered_records)
     if declared:
         material = dataclasses.replace(material, tasks=list(tasks.read(of_tasks[0].path, declared)))
         tasks.require_evidence(pipeline.evaluation, material.tasks)
@@ -102,7 +105,8 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
 def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, material: scoring.Material) -> None:
     """Measure the base model with the adapter switched off, then on; skips what is already there. Both read the data as
     training's job did: encoded."""
-    from peft import PeftModel
+    with fast_imports():
+        from peft import PeftModel
 
     holdout = encoded.Split(wanted.encoded_dataset.path(volumes) / f"{HOLDOUT}.arrow")
     material = dataclasses.replace(material, encoded=holdout)
@@ -144,7 +148,7 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
     for of_model in values.values():
         if "privacy" in of_model:
             of_model["privacy"] = privacy.with_clusters(of_model["privacy"], pipeline.evaluation.clusters)
-    holdout = scoring.read_jsonl(wanted.dataset.path(volumes) / "holdout.jsonl")
+    holdout = JsonLines(wanted.dataset.path(volumes) / "holdout.jsonl")
     clusters = gate.clusters_of(holdout, pipeline.evaluation.clusters)
     training = _read_json(wanted.adapter.path(volumes) / "training.json")
     search = _read_json(wanted.adapter.path(volumes) / SEARCH) if pipeline.training.search else None

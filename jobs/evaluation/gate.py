@@ -17,6 +17,7 @@ from jobs.core.metrics import MINIMUM_CLUSTERS as MINIMUM_CLUSTERS
 from jobs.core.metrics import metric_of, score_of
 from jobs.core.pipeline import BOUNDS, Evaluation, Rule
 from jobs.data.encoding import Record, answer, question
+from jobs.evaluation.holdout import Chosen, answered_lines
 
 if TYPE_CHECKING:
     from jobs.evaluation.confidence import Interval
@@ -146,7 +147,7 @@ def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
         UserError: naming the rules.
     """
     rules = [key for key, _ in evaluation.rules() if metric_of(key).needs_questions]
-    asking = [record for record in holdout if question(record) is not None]
+    asking = Chosen(holdout, answered_lines(holdout, evaluation.answered_records))
     if rules and not asking:
         raise UserError(f"evaluation.gate.{', evaluation.gate.'.join(rules)}: cannot be measured: every held-out "
                         "record is plain {\"text\"}, which has no question to answer. Remove the rule, or bring "
@@ -158,11 +159,13 @@ def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
         records = asking if metric.needs_questions else holdout
         found = len(set(clusters_of(records, evaluation.clusters)))
         if found < MINIMUM_CLUSTERS:
+            limited = metric.needs_questions and len(records) == evaluation.answered_records
+            capped = "evaluation.answered_records or " if limited else ""
             raise UserError(
                 f"evaluation.gate.{key}: {len(records)} held-out records in {found} clusters cannot prove anything: at "
                 f"least {MINIMUM_CLUSTERS} are needed. A cluster is a `group`, or the records with the same answer. "
-                "Raise dataset.holdout, bring more records or smaller groups; or, if answers are labels that repeat, "
-                "set evaluation.clusters: record")
+                f"Raise {capped}dataset.holdout, bring more records or smaller groups; or, if answers are labels that "
+                "repeat, set evaluation.clusters: record")
 
 
 def _check(key: str, rule: Rule, bound: str, limit: float, confidence: float, models: Mapping[str, Values],

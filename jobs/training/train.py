@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.core import artifacts, attention, models
 from jobs.core.errors import Terminated, UserError
+from jobs.core.imports import fast_imports
 from jobs.core.layout import CHECKPOINTS, TENSORBOARD
 from jobs.core.pipeline import NO_VALIDATION, Pipeline, Training
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
@@ -248,8 +249,9 @@ def _history(logged: list[dict[str, float]], measured: HeldOut, training: Traini
 
 def add_adapter(model: PreTrainedModel, training: Training, target_modules: list[str]) -> Any:
     """The model with a new LoRA adapter on `target_modules`, as a PEFT model; `training.seed` decides its values."""
-    from peft import get_peft_model, prepare_model_for_kbit_training
-    from transformers import set_seed
+    with fast_imports():
+        from peft import get_peft_model, prepare_model_for_kbit_training
+        from transformers import set_seed
     from transformers.pytorch_utils import Conv1D
 
     set_seed(training.seed)  # LoRA's A matrices start random

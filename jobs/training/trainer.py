@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core.errors import UserError
+from jobs.core.imports import fast_imports
 from jobs.core.pipeline import Lora, Training
 from jobs.data.encoded import Splits
 from jobs.data.encoding import Example
@@ -123,8 +124,9 @@ def team_trainer(team: Team, training: Training, batches: Batches, measured: Hel
         measured: what `evaluate` reads.
         tokens: of a micro-batch.
     """
-    import torch
-    from transformers import Trainer
+    with fast_imports():
+        import torch
+        from transformers import Trainer
 
     class TeamTrainer(Trainer):
         share = Share(team.rank, team.size, tokens)

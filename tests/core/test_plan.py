@@ -300,6 +300,7 @@ KEYS = {
     "evaluation.tasks.lm_eval.metric": Key(TASKS, harness_with(metric=st.sampled_from(["acc", "acc_norm", None])),
                                            at="evaluation.tasks"),
     "evaluation.max_new_tokens": Key(SCORES, st.integers(1, 4096)),
+    "evaluation.answered_records": Key(SCORES, st.integers(1, 10**6)),
     "evaluation.confidence": Key({"evaluation"}, st.floats(0.5, 0.999)),
     "evaluation.clusters": Key({"evaluation"}, st.sampled_from(["answer", "record"])),
     "evaluation.privacy.canaries": Key(ENCODED | {"base_scores"}, st.integers(20, 1000)),
