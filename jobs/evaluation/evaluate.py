@@ -11,6 +11,7 @@ an adapter that passed. A rejection is a result, not a failure.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -29,10 +30,12 @@ from jobs.core.pipeline import LoadedPipeline, Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.core.search import FILE as SEARCH
 from jobs.core.termination import write_termination_message
+from jobs.data import tasks
 from jobs.data.split import HOLDOUT
-from jobs.evaluation import content, gate, promoted, report, scores, scoring
+from jobs.evaluation import content, gate, privacy, promoted, report, scores, scoring
+from jobs.evaluation.holdout import JsonLines
 from jobs.evaluation.promoted import Comparison, Promoted
-from jobs.evaluation.scores import Subject
+from jobs.evaluation.scores import ScoredModel
 
 log = logging.getLogger("jobs")
 
@@ -106,55 +109,71 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
     """Wait for the inputs, and publish the scores of each model that has none yet; `other` is what the gate compares
     with."""
     # First the inputs that can show that measuring is impossible, before hours of waiting for the adapter.
-    dataset, sentences = artifacts.wait([wanted.dataset, wanted.acceptability], volumes, wait_seconds)
+    declared = pipeline.evaluation.tasks
+    dataset, sentences, *of_tasks = artifacts.wait(
+        [wanted.dataset, wanted.acceptability, *([wanted.tasks] if declared else [])], volumes, wait_seconds)
     material = scoring.Material.read(dataset.path, sentences.path, max_length=pipeline.training.max_length,
                                      max_new_tokens=pipeline.evaluation.max_new_tokens,
                                      template=pipeline.environment.chat_template,
-                                     metrics=pipeline.evaluation.metrics())
+                                     metrics=[metric for metric in pipeline.evaluation.metrics()
+                                              if metric.population != "privacy"],
+                                     answered_records=pipeline.evaluation.answered_records)
+    if declared:
+        material = dataclasses.replace(material, tasks=list(tasks.read(of_tasks[0].path, declared)))
+        tasks.require_evidence(pipeline.evaluation, material.tasks)
     gate.check_measurable(pipeline.evaluation, material.holdout)
-    everyone = subjects(pipeline, wanted, volumes, other)
+    privacy.check_held_out(pipeline.evaluation, len(material.holdout))
+    everyone = scored_models(pipeline, wanted, volumes, other)
     check_tokenizers(pipeline, everyone, volumes, wait_seconds)
 
-    missing = [subject for subject in everyone.values() if artifacts.done(subject.scores, volumes) is None]
+    missing = [each for each in everyone.values() if artifacts.done(each.scores, volumes) is None]
+    read_privacy = None
+    if pipeline.evaluation.privacy and any(each.private for each in missing):
+        (encoded,) = artifacts.wait([wanted.encoded_dataset], volumes, wait_seconds)
+        privacy.check_encoded(pipeline.evaluation, dataset.path, dataset.digest, encoded.path)
+        read_privacy = functools.partial(privacy.Subjects.read, pipeline.evaluation.privacy, dataset.path,
+                                         dataset.digest, encoded.path, template=pipeline.environment.chat_template)
     inputs = {spec.digest: spec for spec in (*_served(pipeline, wanted), *(i for each in missing for i in each.inputs))}
     artifacts.wait(list(inputs.values()), volumes, wait_seconds)
     with models.gpu_memory("Take a GPU with more, a smaller reference model, or a lower training.max_length"):
         # All models share the scores' folder: with `keep: 1`, the last one's must not push out the first one's.
         scores.measure(missing, material, volumes, keep=len(everyone) * pipeline.environment.retention.keep,
-                       adapter_name=pipeline.adapter)
+                       adapter_name=pipeline.adapter, privacy=read_privacy)
 
 
-def subjects(pipeline: Pipeline, wanted: Plan, volumes: Path, other: Promoted | None) -> dict[str, Subject]:
+def scored_models(pipeline: Pipeline, wanted: Plan, volumes: Path, other: Promoted | None) -> dict[str, ScoredModel]:
     """The models that are measured, by role. In mode merged, clients get the merged model, so that one is measured."""
     environment = pipeline.environment
     data = [wanted.encoded_dataset, wanted.tokenizer]
-    base = Subject(environment.base_model.name, wanted.base_scores, wanted.base_model.path(volumes),
+    base = ScoredModel(environment.base_model.name, wanted.base_scores, wanted.base_model.path(volumes),
                    wanted.tokenizer.path(volumes), encoded=wanted.encoded_dataset.path(volumes) / f"{HOLDOUT}.arrow",
-                   template=environment.chat_template, inputs=[*data, wanted.base_model])
-    tuned = dataclasses.replace(base, name=f"{pipeline.adapter}@{wanted.adapter.digest}", scores=wanted.adapter_scores)
+                   template=environment.chat_template, inputs=[*data, wanted.base_model], private=True)
+    tuned = dataclasses.replace(base, name=f"{pipeline.adapter}@{wanted.adapter.digest}", scores=wanted.adapter_scores,
+                                base_scores=wanted.base_scores.path(volumes))
     if environment.serving.mode == "merged":
         tuned = dataclasses.replace(tuned, model=wanted.merged_model.path(volumes), inputs=[*data, wanted.merged_model])
     else:
         tuned = dataclasses.replace(tuned, adapter=wanted.adapter.path(volumes), inputs=[*base.inputs, wanted.adapter])
     # The reference model has a tokenizer of its own, so it encodes the data itself.
     folder = wanted.reference_model.path(volumes)
-    reference = Subject(environment.reference_model.name, wanted.reference_scores, folder, folder,
-                        template=environment.chat_template, inputs=[wanted.reference_model])
-    return {"base": base, gate.FINE_TUNED: tuned, **({promoted.ROLE: other.subject} if other else {}),
+    reference = ScoredModel(environment.reference_model.name, wanted.reference_scores, folder, folder,
+                            template=environment.chat_template, inputs=[wanted.reference_model])
+    return {"base": base, gate.FINE_TUNED: tuned, **({promoted.ROLE: other.scored} if other else {}),
             "reference": reference}
 
 
-def check_tokenizers(pipeline: Pipeline, subjects: Mapping[str, Subject], volumes: Path, wait_seconds: float) -> None:
+def check_tokenizers(pipeline: Pipeline, everyone: Mapping[str, ScoredModel], volumes: Path,
+                     wait_seconds: float) -> None:
     """Refuse rules per token between models of different tokenizers: both are there long before the adapter is.
 
     Raises:
         UserError: naming the rule.
     """
-    mine = subjects[gate.FINE_TUNED]
-    others = {rule.than: subjects[rule.than] for key, rule in pipeline.evaluation.rules()
-              if score_of(key).per_token and rule.than in subjects and subjects[rule.than].tokenizer != mine.tokenizer}
+    others = {rule.than: everyone[rule.than] for key, rule in pipeline.evaluation.rules()
+              if score_of(key).per_token and rule.than in everyone
+              and everyone[rule.than].tokenizer != everyone[gate.FINE_TUNED].tokenizer}
     if others:
-        ours = subjects["base"]  # the tokenizer is the same, and it needs no adapter
+        ours = everyone["base"]  # the tokenizer is the same, and it needs no adapter
         artifacts.wait_until_there([spec for each in (ours, *others.values()) for spec in each.inputs
                                     if not each.scores.path(volumes).exists()], volumes, wait_seconds)
         gate.check_comparable(pipeline.evaluation, {gate.FINE_TUNED: ours.vocabulary(volumes)} | {
@@ -165,12 +184,17 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path, comparison: Compar
              other: Promoted | None) -> Callable[[Path], dict[str, Any]]:
     """Evaluate the gate. Returns what `artifacts.publish` calls to fill the evaluation: verdict, report, and their
     provenance."""
-    measured = {role: scores.read(subject.scores.path(volumes)) for role, subject in
-                subjects(pipeline, wanted, volumes, other).items()}
-    values = {role: each.values for role, each in measured.items()}
-    summaries = {role: each.summary for role, each in measured.items()}
+    populations = dict.fromkeys(metric.population for metric in pipeline.evaluation.metrics())
+    measured = {role: scores.read(each.scores.path(volumes), populations) for role, each in
+                scored_models(pipeline, wanted, volumes, other).items()}
+    values = {role: dict(each.values) for role, each in measured.items()}
+    for of_model in values.values():
+        if "privacy" in of_model:
+            of_model["privacy"] = privacy.with_clusters([*map(dict, of_model["privacy"])], pipeline.evaluation.clusters)
+    summaries = {role: dict.fromkeys(pipeline.evaluation.scores()) | dict(each.summary)
+                 for role, each in measured.items()}
     generations = {role: each.generations for role, each in measured.items()}
-    holdout = scoring.read_jsonl(wanted.dataset.path(volumes) / f"{HOLDOUT}.jsonl")
+    holdout = JsonLines(wanted.dataset.path(volumes) / f"{HOLDOUT}.jsonl")
     clusters = gate.clusters_of(holdout, pipeline.evaluation.clusters)
     training = _read_json(wanted.adapter.path(volumes) / "training.json")
     search = _read_json(wanted.adapter.path(volumes) / SEARCH) if pipeline.training.search else None
@@ -178,6 +202,8 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path, comparison: Compar
     evaluation = summary(pipeline, wanted, summaries,
                          gate.evaluate_gate(pipeline.evaluation, values, clusters, absent),
                          intervals(pipeline, values, clusters), search, other)
+    if pipeline.evaluation.privacy:
+        evaluation["privacy"] = privacy.summary(pipeline, [*map(dict, values[gate.FINE_TUNED]["privacy"])])
 
     def fill(draft: Path) -> dict[str, Any]:
         text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
@@ -219,6 +245,10 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
     training = pipeline.training.with_settings(search["settings"]) if search else pipeline.training
     base_model, reference_model = pipeline.environment.base_model, pipeline.environment.reference_model
     sources = pipeline.environment.sources() | pipeline.sources()
+    for number, task in enumerate(pipeline.evaluation.tasks):  # people know them by their names
+        for suffix in ("", ".lm_eval"):
+            if source := sources.pop(f"evaluation.tasks.{number}{suffix}", None):
+                sources[f"evaluation.{task.key}{suffix}"] = source
     return {
         "passed": gate.outcome_of(checks) == "passed",
         "outcome": gate.outcome_of(checks),
@@ -234,6 +264,8 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
         "intervals": intervals,
         "gate": [check.to_json() for check in checks],
         "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
+        **({"tasks": {task.name: task.identity() for task in pipeline.evaluation.tasks}}
+           if pipeline.evaluation.tasks else {}),
         "training": training.model_dump(exclude={"checkpoint_steps", "tokens_per_micro_batch", "search"}),
         **({"search": dict(search)} if search else {}),
     }

@@ -23,7 +23,7 @@ from jobs.core.plan import (
     scores_of_adapter,
 )
 from jobs.data.split import HOLDOUT
-from jobs.evaluation.scores import Subject
+from jobs.evaluation.scores import ScoredModel
 
 ROLE = "promoted"
 
@@ -42,7 +42,7 @@ class Promoted:
 
     adapter: str  # its digest
     base_model: str  # the digest of what it was trained on
-    subject: Subject
+    scored: ScoredModel
 
     def to_json(self, name: str) -> dict[str, str]:
         """How evaluation.json names it."""
@@ -90,11 +90,14 @@ def find(pipeline: Pipeline, wanted: Plan, volumes: Path, digest: str) -> Promot
     manifest = _read(folder, name, f"Restore it, or remove {pointer} to compare with nothing")
     base, tokenizer = str(manifest["inputs"]["base_model"]), str(manifest["inputs"]["tokenizer"])
     template = manifest["spec"].get("chat_template", {})
+    # What it was trained on decides whether its privacy can be measured on this data; usually it is other data.
+    private = all(manifest["inputs"].get(kind) == getattr(wanted, kind).digest
+                  for kind in ("dataset", "encoded_dataset", "base_model"))
     encoded = (tokenizer, template) == (wanted.tokenizer.digest, pipeline.environment.chat_template)
     merged = merged_model(digest, base)
     is_merged = pipeline.environment.serving.mode == "merged" and merged.path(volumes).exists()
     scores = scores_of_adapter(wanted, digest, model=merged.digest if is_merged else base, tokenizer=tokenizer,
-                               chat_template=template, encoded=encoded)
+                               chat_template=template, encoded=encoded, private=private)
     model = merged.path(volumes) if is_merged else volumes / BASE_MODEL_VOLUME / wanted.base_model.kind / base
     tokenizer_folder = volumes / TOKENIZER_VOLUME / wanted.tokenizer.kind / tokenizer
     needed = {model, tokenizer_folder}
@@ -104,10 +107,11 @@ def find(pipeline: Pipeline, wanted: Plan, volumes: Path, digest: str) -> Promot
         for path in needed.difference(spec.path(volumes) for spec in awaited):
             _read(path, name, "It was trained with that, and cannot be measured on this data without it. Relocate that "
                   "again (git revert brings it back), or take the rules `than: promoted` out for this change")
-    return Promoted(digest, base, Subject(
+    return Promoted(digest, base, ScoredModel(
         name, scores, model, tokenizer_folder, adapter=None if is_merged else folder, template=template,
         encoded=wanted.encoded_dataset.path(volumes) / f"{HOLDOUT}.arrow" if encoded else None,
-        inputs=[*awaited, *([wanted.encoded_dataset] if encoded else [])]))
+        inputs=[*awaited, *([wanted.encoded_dataset] if encoded else [])], private=private,
+        base_scores=wanted.base_scores.path(volumes)))
 
 
 def _read(artifact: Path, name: str, advice: str) -> Mapping[str, Any]:

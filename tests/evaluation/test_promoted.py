@@ -348,10 +348,24 @@ def test_the_promoted_adapter_is_measured_in_the_chat_format_in_which_it_is_serv
     before = first(folder)
     loaded, volumes, wanted = desired(folder, gate=NO_WORSE, seed=1, template={"enable_thinking": False})
     found = promoted.find(loaded.pipeline, wanted, volumes, before.adapter.digest)
-    assert found.subject.template == {} and found.subject.encoded is None
+    assert found.scored.template == {} and found.scored.encoded is None
     evaluate.run(loaded, volumes, 0)
-    assert read(found.subject.scores.path(volumes) / "artifact.json")["spec"]["chat_template"] == {}
+    assert read(found.scored.scores.path(volumes) / "artifact.json")["spec"]["chat_template"] == {}
     assert served(volumes) == wanted.adapter.digest
+
+
+def test_privacy_is_measured_of_the_promoted_adapter_only_on_what_it_was_trained_on(folder: Path) -> None:
+    """On other data, which of the records it was trained on is not known."""
+    before = first(folder)
+    same, volumes, wanted = desired(folder, gate=NO_WORSE, seed=1, privacy={"canaries": 0})
+    assert promoted.find(same.pipeline, wanted, volumes, before.adapter.digest).scored.private
+    loaded, _, wanted = desired(folder, gate=NO_WORSE, seed=1, max_length=100, privacy={"canaries": 0})
+    evaluate.run(loaded, volumes, 0)
+    other = promoted.find(loaded.pipeline, wanted, volumes, before.adapter.digest).scored
+    assert (wanted.adapter_scores.path(volumes) / "privacy.jsonl").exists()
+    assert not other.private and not (other.scores.path(volumes) / "privacy.jsonl").exists()
+    assert "privacy" in wanted.adapter_scores.spec and "privacy" not in other.scores.spec
+    assert evaluation(loaded, volumes)["scores"]["promoted"]["privacy.membership_auc"] is None
 
 
 def test_in_mode_merged_the_merged_model_is_what_is_measured(tmp_path: Path, measured: list[str]) -> None:
