@@ -1,25 +1,33 @@
-"""What a report contains, whatever its format: verdict, notes, samples of answers, provenance."""
+"""What a report contains, whatever its format: verdict, rules, scores with their intervals, what changed for each
+record, samples of answers, notes and provenance."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.core import search
-from jobs.core.metrics import SCORES, Metric, Score, metric_of
-from jobs.evaluation.gate import Check
+from jobs.core.metrics import SCORES, Metric, Score, metric_of, score_of
+from jobs.evaluation.gate import Check, Values
 
 Evaluation = Mapping[str, Any]  # the content of evaluation.json
 History = Sequence[Mapping[str, float]]  # `history` of the adapter's training.json
 Generations = Mapping[str, Sequence[Mapping[str, Any]]]  # each model's generations.jsonl, by role
 
-ROLES = {"base": "base", "fine_tuned": "fine-tuned", "reference": "reference"}
+ROLES = {"base": "base", "fine_tuned": "fine-tuned", "reference": "reference", "promoted": "promoted"}
+MARKS = {"passed": "✓", "failed": "✗", "undecided": "?"}  # of outcomes, for readers who see no colours too
+OUTCOMES = {"passed": "passes", "failed": "fails", "undecided": "undecided"}
 SEARCHED = ("Training chose its settings among these trials, by the loss on the validation split. The held-out "
             "records, on which the scores and the gate are computed, had no part in it.")
 EMBEDDED = "Embedded models: for trying out and testing only. They know nothing but a small grammar and your data."
+NO_ANSWERS = ("Questions and answers are left out of this report (evaluation.report_answers: false). Records are named "
+              "by their line in holdout.jsonl of the dataset.")
+# A record is unchanged where its ROUGE-L differs by less than half of what is shown, or its perplexity by under 1 %.
+UNCHANGED = {"rougeL": 0.005, "perplexity": math.log(1.01)}
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,42 @@ class Sample:
     question: str
     reference: str
     answers: Mapping[str, tuple[str, float]]  # by role
+    record: int  # the line in holdout.jsonl
+
+
+@dataclass(frozen=True)
+class Change:
+    """One record's score of the fine-tuned model beside that of another model."""
+
+    record: int  # the line in holdout.jsonl
+    before: float
+    after: float
+    gain: float  # above 0 is better; of perplexity the logarithm of the ratio
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What changed for each record against another model, the worst change first."""
+
+    score: Score
+    than: str  # a role
+    changes: Sequence[Change]
+
+    @property
+    def worse(self) -> list[Change]:
+        """The records that got worse, the worst first."""
+        return [change for change in self.changes if change.gain <= -UNCHANGED[self.score.key]]
+
+    @property
+    def better(self) -> list[Change]:
+        """The records that got better, the best first."""
+        return [change for change in reversed(self.changes) if change.gain >= UNCHANGED[self.score.key]]
+
+    @property
+    def counts(self) -> str:
+        """How many got better and worse, e.g. `66 better, 5 worse, 2 unchanged`."""
+        better, worse = len(self.better), len(self.worse)
+        return f"{better} better, {worse} worse, {len(self.changes) - better - worse} unchanged"
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -37,29 +81,75 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     return evaluation
 
 
-def scores(values: Mapping[str, Any]) -> dict[str, Score]:
-    """The scores that one model's scores.json holds, by key."""
-    return {key: score for key, score in SCORES.items() if key in values}
+# --- scores ---------------------------------------------------------------------------------------------------------
 
 
-def metrics(values: Mapping[str, Any]) -> list[Metric]:
-    """The metrics of these scores."""
-    return list(dict.fromkeys(map(metric_of, scores(values))))
+def scores(values: Iterable[str]) -> dict[str, Score]:
+    """The scores among the keys of a scores.json, by key: first those of every pipeline, in the registry's order."""
+    keys = list(values)
+    found = {}
+    for key in [*(key for key in SCORES if key in keys), *(key for key in keys if key not in SCORES)]:
+        try:
+            found[key] = score_of(key)
+        except KeyError:  # a count or a name
+            continue
+    return found
 
 
-def checks(evaluation: Evaluation) -> list[Check]:
-    """The rules of the gate and whether they hold."""
-    return [Check.from_json(values) for values in evaluation["gate"]]
+def all_scores(evaluation: Evaluation) -> dict[str, Score]:
+    """The scores that any of the models has, by key."""
+    return scores(dict.fromkeys(key for values in evaluation["scores"].values() for key in values))
+
+
+def metrics(evaluation: Evaluation) -> dict[Metric, list[Score]]:
+    """The metrics that were measured, each with its scores."""
+    found: dict[Metric, list[Score]] = {}
+    for key, score in all_scores(evaluation).items():
+        found.setdefault(metric_of(key), []).append(score)
+    return found
+
+
+def roles(evaluation: Evaluation) -> dict[str, str]:
+    """The models that were measured: the role and its name."""
+    return {role: name for role, name in ROLES.items() if role in evaluation["scores"]}
+
+
+def value(evaluation: Evaluation, role: str, score: Score) -> float | None:
+    """A model's score; None where it was not measured."""
+    found: float | None = evaluation["scores"][role].get(score.key)
+    return found
+
+
+def bounds(evaluation: Evaluation, role: str, score: Score) -> tuple[float | None, float | None]:
+    """The lower and the upper bound of a model's score; None where there is none."""
+    low, high = evaluation["intervals"].get(role, {}).get(score.key) or (None, None)
+    return low, high
+
+
+def interval_text(evaluation: Evaluation, role: str, score: Score) -> str:
+    """The bounds as people read them, e.g. `[1.23, 1.31]`: with as many digits as keep them apart from each other."""
+    low, high = bounds(evaluation, role, score)
+    if low is None and high is None:
+        return ""
+    for digits in range(2, 6):
+        texts = ["–" if end is None else f"{end:,.0f}" if abs(end) >= 100 else
+                 f"{end:.{digits}f}" if not score.significant_digits else f"{end:.{digits + 1}g}" for end in (low, high)]
+        if texts[0] != texts[1]:
+            break
+    return f"[{texts[0]}, {texts[1]}]"
 
 
 def best(evaluation: Evaluation, score: Score) -> set[str]:
     """The roles with the best value of a score, as shown: two that read the same are both best. Where tokenizers
     differ, the reference model's score per token does not compete."""
-    competing = [role for role in ROLES if not score.per_token or comparable(evaluation) or role != "reference"]
-    shown = {role: float(score.shown(value).replace(",", "")) for role in competing
-             if (value := evaluation["scores"][role][score.key]) is not None}
-    top = (max if score.higher_is_better else min)(shown.values(), default=None)
-    return {role for role, value in shown.items() if value == top}
+    competing = [role for role in roles(evaluation) if not score.per_token or comparable(evaluation)
+                 or role != "reference"]
+    shown = {role: float(score.shown(found).replace(",", "")) for role in competing
+             if (found := value(evaluation, role, score)) is not None}
+    if len(shown) < 2:
+        return set()
+    top = (max if score.higher_is_better else min)(shown.values())
+    return {role for role, found in shown.items() if found == top}
 
 
 def comparable(evaluation: Evaluation) -> bool:
@@ -68,16 +158,71 @@ def comparable(evaluation: Evaluation) -> bool:
     return bool(scores["reference"]["vocabulary"] == scores["fine_tuned"]["vocabulary"])
 
 
+# --- the gate -------------------------------------------------------------------------------------------------------
+
+
+def checks(evaluation: Evaluation) -> list[Check]:
+    """The rules of the gate and whether they hold."""
+    return [Check.from_json(values) for values in evaluation["gate"]]
+
+
+def outcome(evaluation: Evaluation) -> str:
+    """`passed`, `rejected` or `undecided`."""
+    return {"failed": "rejected"}.get(evaluation["outcome"], evaluation["outcome"])
+
+
 def verdict(evaluation: Evaluation) -> str:
     """The gate's outcome in a sentence."""
     found = checks(evaluation)
-    rules = len(found)
-    if evaluation["passed"]:
-        return f"passed: {'the rule of the gate holds' if rules == 1 else f'all {rules} rules of the gate hold'}"
-    failed, undecided = (sum(check.outcome == outcome for check in found) for outcome in ("failed", "undecided"))
-    count, outcome = (failed, "not hold") if failed else (undecided, "not surely hold")
-    return (f"{'rejected' if failed else 'undecided'}: {count} of {rules} rule{'s' * (rules > 1)} of the gate "
-            f"do{'es' * (count == 1)} {outcome}")
+    rules = f"{len(found)} rule{'s' * (len(found) > 1)} of the gate"
+    failed, undecided = (sum(check.outcome == name for check in found) for name in ("failed", "undecided"))
+    if failed:
+        also = f", {undecided} {'is' if undecided == 1 else 'are'} undecided" if undecided else ""
+        return f"rejected: {failed} of {rules} do{'es' * (failed == 1)} not hold{also}"
+    if undecided:
+        return f"undecided: the data cannot decide {undecided} of {rules}"
+    return f"passed: {'the rule of the gate holds' if len(found) == 1 else f'all {rules} hold'}"
+
+
+def next_step(evaluation: Evaluation) -> str:
+    """What to do about a verdict; nothing where the adapter passed."""
+    found = checks(evaluation)
+    if outcome(evaluation) == "passed":
+        return ""
+    if outcome(evaluation) == "rejected":
+        return "Train otherwise, bring other data, or change evaluation.gate in the pipeline file."
+    where = {"records": "held-out records (dataset.holdout)", "sentences": "sentences (evaluation.acceptability)"}
+    more = dict.fromkeys(where.get(metric_of(check.metric).population, "records of what it measures")
+                         for check in found if check.outcome == "undecided")
+    return (f"The evidence is too little to tell. Bring more {' and '.join(more)}, or demand less in evaluation.gate "
+            "of the pipeline file.")
+
+
+def rule(check: Check) -> str:
+    """What a rule demands, with the key by which the pipeline file has it."""
+    return f"{check.metric}: {check.expression} must be {check.requirement}"
+
+
+def finding(check: Check) -> str:
+    """What was found of a rule: the value and the bound that decides, or why there is none."""
+    if check.reason:
+        return check.reason
+    if check.value is None:
+        return "not a finite number"
+    bound = f"{check.value_text}, {check.bound_text} with {check.confidence * 100:g} % confidence"
+    return f"{bound}: undecided{more_evidence(check)}" if check.outcome == "undecided" else bound
+
+
+def more_evidence(check: Check) -> str:
+    """About how much more would decide a rule that is undecided."""
+    if not check.more_clusters:
+        return ""
+    unit = {"records": "clusters of held-out records", "sentences": "sentences"}.get(
+        metric_of(check.metric).population, "clusters")
+    return f"; about {check.more_clusters:,} more {unit} would decide it"
+
+
+# --- what a reader must know ----------------------------------------------------------------------------------------
 
 
 def notes(evaluation: Evaluation) -> list[str]:
@@ -87,7 +232,7 @@ def notes(evaluation: Evaluation) -> list[str]:
     if not comparable(evaluation):
         found.append("The reference model has another tokenizer: its perplexity, which is per token, cannot be "
                      "compared with the others'. Bits per byte can.")
-    for role, name in ROLES.items():
+    for role, name in roles(evaluation).items():
         if scores[role]["records_too_long"]:
             found.append(f"{scores[role]['records_too_long']} held-out records were too long for the {name} model and "
                          "are left out of its scores.")
@@ -96,19 +241,127 @@ def notes(evaluation: Evaluation) -> list[str]:
     return found
 
 
+def bounds_meaning(evaluation: Evaluation) -> str:
+    """What the ends of an interval mean."""
+    return (f"Each end of an interval is a bound by itself: with {evaluation['confidence'] * 100:g} % confidence the "
+            "true value is not below the lower one, and with the same confidence not above the upper one.")
+
+
+# --- records --------------------------------------------------------------------------------------------------------
+
+
+def comparisons(models: Mapping[str, Values]) -> list[Comparison]:
+    """What changed for each record against the base model and the promoted adapter: by its answer's ROUGE-L, and by its
+    perplexity.
+
+    Args:
+        models: the values of each model by role.
+    """
+    found = [Comparison(SCORES[key], than, _changes(key, models[than], models["fine_tuned"]))
+             for than in ("base", "promoted") for key in UNCHANGED if than in models]
+    return [comparison for comparison in found if comparison.changes]
+
+
+def _changes(key: str, theirs: Values, mine: Values) -> list[Change]:
+    before, after = ({row["line"]: row for row in of_model["records"]} for of_model in (theirs, mine))
+    changes = []
+    for line in sorted(before.keys() & after.keys()):
+        first, second = (_of_record(key, rows[line]) for rows in (before, after))
+        if first is None or second is None:
+            continue
+        change = second - first if key != "perplexity" else 0.0 if first == second else _log(first) - _log(second)
+        changes.append(Change(line, first, second, change))
+    return sorted(changes, key=lambda change: change.gain)
+
+
+def _of_record(key: str, row: Mapping[str, Any]) -> float | None:
+    """A record's own score; None where it has none."""
+    if key != "perplexity":
+        found: float | None = row.get(key)
+        return found
+    if "nats" not in row or not row["tokens"]:
+        return None
+    mean = math.inf if row["nats"] is None else row["nats"] / row["tokens"]
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
+
+
+def every_sample(generations: Generations) -> dict[int, Sample]:
+    """The held-out questions that the fine-tuned model was asked, by record, with the answers of all models."""
+    by_role = {role: {line["record"]: (line["answer"], line["rougeL"]) for line in lines}
+               for role, lines in generations.items()}
+    return {line["record"]: Sample(line["question"], line["reference"],
+                                   {role: by_role[role][line["record"]] for role in ROLES
+                                    if line["record"] in by_role.get(role, {})}, line["record"])
+            for line in generations["fine_tuned"]}
+
+
 def samples(generations: Generations, count: int = 6, worst: int = 3) -> tuple[list[Sample], list[Sample]]:
-    """Held-out questions with the three models' answers: `count` evenly spaced ones, and of the others the `worst` on
+    """Held-out questions with the models' answers: `count` evenly spaced ones, and of the others the `worst` on
     which the fine-tuned model did worst (none that it got fully right)."""
-    by_role = {role: {(line["question"], line["reference"]): (line["answer"], line["rougeL"])
-                      for line in generations[role]} for role in ROLES}
-    everything = [Sample(*key, {role: lines[key] for role, lines in by_role.items() if key in lines})
-                  for key in by_role["fine_tuned"]]
+    everything = list(every_sample(generations).values())
     step = max(1.0, (len(everything) - 1) / max(1, count - 1))
     places = sorted({round(i * step) for i in range(count)} & set(range(len(everything))))
     rest = [sample for place, sample in enumerate(everything) if place not in places]
     rest.sort(key=lambda sample: sample.answers["fine_tuned"][1])
     return ([everything[place] for place in places],
             [sample for sample in rest[:worst] if sample.answers["fine_tuned"][1] < 0.995])
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Some of the records that got worse, or better, than another model's: the largest change first."""
+
+    title: str
+    score: Score
+    than: str  # a role
+    total: int  # how many there are; `records` are the first of them
+    records: Sequence[tuple[Change, Sample | None]]  # None where answers are not to be shown, or there are none
+
+
+@dataclass(frozen=True)
+class RecordByRecord:
+    """What the report says of single records."""
+
+    comparisons: Sequence[Comparison]
+    flips: Sequence[Flips]
+    spaced: Sequence[Sample]  # evenly over the held-out questions
+    lowest: Sequence[Sample]  # where the fine-tuned model does worst, of those that are shown nowhere else
+
+    @classmethod
+    def of(cls, generations: Generations, models: Mapping[str, Values], *, answers: bool = True) -> RecordByRecord:
+        """Choose the records to show.
+
+        Args:
+            models: the values of each model by role.
+            answers: whether questions and answers may be shown; without them records are lines and numbers.
+        """
+        compared = comparisons(models)
+        by_record = every_sample(generations) if answers else {}
+        flips = []
+        for comparison in {comparison.than: comparison for comparison in reversed(compared)}.values():
+            for title, changes, count in (("Worse", comparison.worse, 5), ("Better", comparison.better, 3)):
+                shown = [(change, by_record.get(change.record)) for change in changes[:count if answers else 2 * count]]
+                if shown:
+                    flips.append(Flips(f"{title} than the {ROLES[comparison.than]} model", comparison.score,
+                                       comparison.than, len(changes), shown))
+        flips.sort(key=lambda each: list(ROLES).index(each.than))
+        spaced, lowest = samples(generations) if answers else ([], [])
+        seen = {change.record for each in flips for change, _ in each.records}
+        return cls(compared, flips, spaced, [sample for sample in lowest if sample.record not in seen])
+
+
+def positions(evaluation: Evaluation) -> list[list[str]]:
+    """Where training data was found in answers, as a table with a header, or nothing. Numbers only: never the text."""
+    found = (evaluation.get("privacy") or {}).get("positions") or []
+    columns = list(dict.fromkeys(name for entry in found for name, value in entry.items()
+                                 if isinstance(value, int | float)))
+    rows = [[f"{entry[name]:,.4g}" if isinstance(entry.get(name), float) else str(entry.get(name, "–"))
+             for name in columns] for entry in found]
+    return [[name.replace("_", " ") for name in columns], *rows] if columns else []
 
 
 def held_out_losses(history: History) -> list[tuple[str, Mapping[str, float], float]]:
@@ -137,4 +390,16 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
           if "search" in evaluation else []),
         ("measured on", f"{tuned['records']} held-out records ({tuned['completion_tokens']} tokens of answers), "
                         f"{tuned['questions']} questions, {tuned['sentences']} judged sentences"),
+        *([("compared with", f"{scores['promoted']['model']}, promoted until now")] if "promoted" in scores else []),
+        ("confidence", _confidence(evaluation)),
     ]
+
+
+def _confidence(evaluation: Evaluation) -> str:
+    text = f"{evaluation['confidence'] * 100:g} % for each bound by itself"
+    drawn = evaluation.get("resampling")
+    if drawn is None:
+        return text
+    together = "one `group`, or the same answer" if drawn["by"] == "answer" else "one `group`"
+    return (f"{text}, from {drawn['resamples']:,} resamples (seed {drawn['seed']}) of {drawn['clusters']} clusters of "
+            f"held-out records; a cluster is the records of {together}")

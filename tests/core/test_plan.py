@@ -232,6 +232,7 @@ KEYS = {
     "evaluation.max_new_tokens": Key(SCORES, st.integers(1, 4096)),
     "evaluation.confidence": Key({"evaluation"}, st.floats(0.5, 0.999)),
     "evaluation.clusters": Key({"evaluation"}, st.sampled_from(["answer", "record"])),
+    "evaluation.report_answers": Key({"evaluation"}, st.booleans()),
     "evaluation.gate": Key({"evaluation"}, st.builds(
         lambda bound, limit, than: {"perplexity": {bound: limit, **({"than": than} if bound == "max_ratio" else {})}},
         st.sampled_from(["max", "max_ratio"]), st.floats(0.001, 100), st.sampled_from(["base", "promoted"]))),
