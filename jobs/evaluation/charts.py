@@ -45,14 +45,15 @@ class Axis:
 
     def x(self, value: float) -> float:
         """Where a value is; at the axis's end where it is beyond."""
-        scale = _log if self.logarithmic else float
+        scale = math.log if self.logarithmic else float
         low, high, at = scale(self.low), scale(self.high), scale(value)
         return MARGIN + min(max((at - low) / (high - low), 0.0), 1.0) * (100 - 2 * MARGIN)
 
 
 @dataclass(frozen=True)
 class Whisker:
-    """One model's value with its interval; `dot` is None where the score was not measured."""
+    """One model's value with its interval. `dot` is None where the score was not measured; `low` and `high` where there
+    is no interval. A bound that is not known reaches to the chart's end."""
 
     role: str
     name: str
@@ -87,20 +88,22 @@ def score_chart(evaluation: Evaluation, score: Score) -> ScoreChart:
         if axis is None or value is None:
             return Whisker(*texts)
         low, high = ends[role]
-        return Whisker(*texts, axis.x(value), axis.x(value if low is None else low),
-                       axis.x(value if high is None else high))
+        if low is None and high is None:
+            return Whisker(*texts, axis.x(value))
+        return Whisker(*texts, axis.x(value), 0.0 if low is None else axis.x(low),
+                       100.0 if high is None else axis.x(high))
 
     return ScoreChart(score, axis, [whisker(role, value) for role, value in values.items()])
 
 
 def _score_axis(score: Score, ends: Sequence[float]) -> Axis | None:
-    """The axis that shows these values: logarithmic where models differ by a factor; the whole range of a score that has
-    one, unless all values are near each other."""
+    """The axis that shows these values: logarithmic where models differ by a factor; the whole range of a score that
+    has one, unless all values are near each other."""
     if not ends:
         return None
     low, high = min(ends), max(ends)
     if score.log_scale and low > 0 and high / low > FACTOR:
-        return _logarithmic(score.low if 0 < score.low and low / score.low < FACTOR else low / 1.15, high * 1.15)
+        return _logarithmic(score.low if score.low > 0 and low < FACTOR * score.low else low / 1.15, high * 1.15)
     if math.isfinite(score.high - score.low) and high - low > 0.4 * (score.high - score.low):
         return _linear(score.low, score.high)
     room = (high - low) * 0.15 or abs(high) * 0.05 or 0.5
@@ -204,11 +207,11 @@ def histogram(comparison: Comparison) -> Histogram:
 
 def _linear(low: float, high: float) -> Axis:
     """A linear axis with two to four round numbers below it."""
-    raw = (high - low) / 3
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    values = [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+    power = 10.0 ** math.floor(math.log10((high - low) / 5))
+    for step in (power * factor for factor in (1, 2, 2.5, 5, 10, 20)):
+        values = [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+        if len(values) <= 4:
+            break
     return _with_ticks(Axis(low, high), values)
 
 
@@ -217,7 +220,7 @@ def _logarithmic(low: float, high: float) -> Axis:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     candidates: Iterable[list[float]] = ([factor * 10.0**power for power in powers for factor in factors
                                           if low <= factor * 10.0**power <= high]
-                                         for factors in ((1, 2, 5), (1, 3), (1,)))
+                                         for factors in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)))
     values = next((found for found in candidates if len(found) <= 4), [])
     if not values:  # many powers of ten: some of them
         found = [10.0**power for power in powers if low <= 10.0**power <= high]
@@ -227,16 +230,20 @@ def _logarithmic(low: float, high: float) -> Axis:
 
 def _with_ticks(axis: Axis, values: Iterable[float]) -> Axis:
     return Axis(axis.low, axis.high, axis.logarithmic,
-                [Tick(axis.x(value), f"{value:,.6g}", _anchor(axis.x(value))) for value in values])
+                [Tick(axis.x(value), _short(value), _anchor(axis.x(value))) for value in values])
+
+
+def _short(value: float) -> str:
+    """A round number in few characters: 0.25, 100, 20k, 1M."""
+    for unit, suffix in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:.6g}{suffix}"
+    return f"{value:.6g}"
 
 
 def _anchor(x: float) -> Anchor:
     """How a text stands at its place: within the chart at its ends, else around it."""
     return "start" if x < 12 else "end" if x > 88 else "middle"
-
-
-def _log(value: float) -> float:
-    return math.log(value)
 
 
 @dataclass(frozen=True)

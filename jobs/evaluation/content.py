@@ -122,7 +122,7 @@ def value(evaluation: Evaluation, role: str, score: Score) -> float | None:
 
 def bounds(evaluation: Evaluation, role: str, score: Score) -> tuple[float | None, float | None]:
     """The lower and the upper bound of a model's score; None where there is none."""
-    low, high = evaluation["intervals"].get(role, {}).get(score.key) or (None, None)
+    low, high = evaluation.get("intervals", {}).get(role, {}).get(score.key) or (None, None)
     return low, high
 
 
@@ -132,11 +132,18 @@ def interval_text(evaluation: Evaluation, role: str, score: Score) -> str:
     if low is None and high is None:
         return ""
     for digits in range(2, 6):
-        texts = ["–" if end is None else f"{end:,.0f}" if abs(end) >= 100 else
-                 f"{end:.{digits}f}" if not score.significant_digits else f"{end:.{digits + 1}g}" for end in (low, high)]
+        texts = [_shown(end, score, digits) for end in (low, high)]
         if texts[0] != texts[1]:
             break
     return f"[{texts[0]}, {texts[1]}]"
+
+
+def _shown(end: float | None, score: Score, digits: int) -> str:
+    if end is None:
+        return "–"
+    if abs(end) >= 100:
+        return f"{end:,.0f}"
+    return f"{end:.{digits + 1}g}" if score.significant_digits else f"{end:.{digits}f}"
 
 
 def best(evaluation: Evaluation, score: Score) -> set[str]:

@@ -76,17 +76,18 @@ def _cell(evaluation: Evaluation, role: str, score: Score) -> str:
     return f"{text} {content.interval_text(evaluation, role, score)}".rstrip() if role == "fine_tuned" else text
 
 
-def rule_lines(check: Check) -> list[str]:
+def rule_lines(check: Check, indent: int = 2) -> list[str]:
     """A rule and what was found of it, as lines for a terminal."""
-    return [*wrapped(f"{MARKS[check.outcome]} {content.rule(check)}", 2, 6), *wrapped(content.finding(check), 6, 6)]
+    return [*wrapped(f"{MARKS[check.outcome]} {content.rule(check)}", indent, indent + 4),
+            *wrapped(content.finding(check), indent + 4, indent + 4)]
 
 
-def unmet_rules(evaluation: Evaluation) -> list[str]:
+def unmet_rules(evaluation: Evaluation, indent: int = 2) -> list[str]:
     """The rules that an adapter did not pass, as lines for a terminal; those that failed first."""
     unmet = sorted((check for check in content.checks(evaluation) if not check.passed),
                    key=lambda check: check.outcome != "failed")
-    more = [f"  and {len(unmet) - UNMET} more rules, in the report"] if len(unmet) > UNMET else []
-    return [*(line for check in unmet[:UNMET] for line in rule_lines(check)), *more]
+    more = [f"{' ' * indent}and {len(unmet) - UNMET} more rules, in the report"] if len(unmet) > UNMET else []
+    return [*(line for check in unmet[:UNMET] for line in rule_lines(check, indent)), *more]
 
 
 def wrapped(text: str, indent: int = 0, further: int = 0) -> list[str]:
