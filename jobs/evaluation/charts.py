@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jobs.core.metrics import Score
+from jobs.core.metrics import Score, score_of
 from jobs.core.pipeline import BOUNDS
 from jobs.evaluation import content
 from jobs.evaluation.content import Comparison, Evaluation, History, held_out_losses
@@ -120,28 +120,26 @@ class Bullet:
     mark: str
     outcome: str
     finding: str
-    more: str
     band: tuple[float, float] | None = None  # first x and width
     limit: Tick | None = None
     same: Tick | None = None  # no difference from the model that it is compared with
     dot: float | None = None
     whisker: Point | None = None  # the whole interval
-    deciding: Point | None = None  # the part of it between the value and the bound that decides
+    deciding: Point | None = None  # the part of it between the value and the bound that decided
     logarithmic: bool = False
 
 
 def bullet(check: Check) -> Bullet:
     """The drawing of a rule; its texts alone where there is no value."""
-    label = content.score_of(check.metric).label
-    texts = (check, label, content.MARKS[check.outcome], content.OUTCOMES[check.outcome])
-    finding, more = content.finding(check), content.more_evidence(check).removeprefix("; ").capitalize()
+    label = score_of(check.metric).label
+    texts = (check, label, content.MARKS[check.outcome], content.OUTCOMES[check.outcome], content.finding(check))
     kind = BOUNDS[check.bound]
     if check.value is None:
-        return Bullet(*texts, finding, more)
+        return Bullet(*texts)
     neutral = None if not kind.compares else 1.0 if check.bound == "max_ratio" else 0.0
     known = [end for end in (check.value, check.low, check.high, check.limit, neutral) if end is not None]
     low, high = min(known), max(known)
-    by_factor = (check.bound == "max_ratio" or content.score_of(check.metric).log_scale) and low > 0
+    by_factor = (check.bound == "max_ratio" or score_of(check.metric).log_scale) and low > 0
     if by_factor and high / low > FACTOR:
         axis = Axis(low / (high / low) ** 0.12, high * (high / low) ** 0.12, True)
     else:
@@ -149,13 +147,12 @@ def bullet(check: Check) -> Bullet:
         axis = Axis(low - room, high + room)
     at, limit = axis.x(check.value), axis.x(check.limit)
     ends = [axis.x(end) if end is not None else edge for end, edge in ((check.low, 0.0), (check.high, 100.0))]
-    decides = ends[0] if kind.at_least else ends[1]
+    decides = ends[0] if kind.at_least != (check.outcome == "failed") else ends[1]
     same = None
     if neutral is not None and abs(axis.x(neutral) - limit) > 30:
         same = Tick(axis.x(neutral), f"same as {check.than}", _anchor(axis.x(neutral)))
     measured = check.low is not None or check.high is not None
-    return Bullet(*texts, finding, more,
-                  (limit, 100 - limit) if kind.at_least else (0.0, limit),
+    return Bullet(*texts, (limit, 100 - limit) if kind.at_least else (0.0, limit),
                   Tick(limit, f"limit {check.limit:g}", _anchor(limit)), same, at,
                   (ends[0], ends[1]) if measured else None,
                   (min(at, decides), max(at, decides)) if measured else None, axis.logarithmic)

@@ -175,7 +175,7 @@ def checks(evaluation: Evaluation) -> list[Check]:
 
 def outcome(evaluation: Evaluation) -> str:
     """`passed`, `rejected` or `undecided`."""
-    return {"failed": "rejected"}.get(evaluation["outcome"], evaluation["outcome"])
+    return "rejected" if evaluation["outcome"] == "failed" else str(evaluation["outcome"])
 
 
 def verdict(evaluation: Evaluation) -> str:
@@ -211,22 +211,19 @@ def rule(check: Check) -> str:
 
 
 def finding(check: Check) -> str:
-    """What was found of a rule: the value and the bound that decides, or why there is none."""
+    """What was found of a rule: the value and the bound that decided, or why there is none."""
     if check.reason:
         return check.reason
     if check.value is None:
         return "not a finite number"
-    bound = f"{check.value_text}, {check.bound_text} with {check.confidence * 100:g} % confidence"
-    return f"{bound}: undecided{more_evidence(check)}" if check.outcome == "undecided" else bound
-
-
-def more_evidence(check: Check) -> str:
-    """About how much more would decide a rule that is undecided."""
+    bound = f"{check.value_text}, {check.known_text} with {check.confidence * 100:g} % confidence"
+    if check.outcome != "undecided":
+        return bound
     if not check.more_clusters:
-        return ""
+        return f"{bound}: undecided"
     unit = {"records": "clusters of held-out records", "sentences": "sentences"}.get(
         metric_of(check.metric).population, "clusters")
-    return f"; about {check.more_clusters:,} more {unit} would decide it"
+    return f"{bound}; about {check.more_clusters:,} more {unit} would decide it"
 
 
 # --- what a reader must know ----------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_the_pod_ends_with_the_verdict_as_its_termination_message(
     assert log.read_text().splitlines() == [
         f"REJECTED: hotels@{wanted.adapter.digest} did not pass the gate and is not promoted:",
         "  ✗ perplexity: fine-tuned / base must be at most 1e-06",
-        f"      {rule['value']:.3g}, at most {rule['high']:.3g} with 95 % confidence",
+        f"      {rule['value']:.3g}, at least {rule['low']:.3g} with 95 % confidence",
         "Nothing is promoted as hotels yet, so it is not served.",
         "Train otherwise, bring other data, or change evaluation.gate in the pipeline file.",
         f"report: {wanted.evaluation.path(volumes)}/report.html"]

@@ -39,7 +39,7 @@ def test_of_few_adapters_each_rule_is_shown_with_the_scores_of_the_three_models(
     assert re.search(r"perplexity +800 +200 \[191, 209\] +400 +lower\n", shown)
     assert "\n    ✓ perplexity: fine-tuned / base is at most 0.27 (95 %), must be at most 0.5\n" in shown
     assert ("\n    ✗ perplexity: fine-tuned / base must be at most 0.5\n"
-            "        0.75, at most 0.77 with 95 % confidence\n") in shown
+            "        0.75, at least 0.73 with 95 % confidence\n") in shown
     assert shown.count("Embedded models") == 1
     assert max(map(len, shown.splitlines())) <= 100
 
@@ -51,7 +51,7 @@ def test_of_an_undecided_adapter_the_rule_says_what_would_decide_it() -> None:
     shown = summary.verdicts([result])
     assert "undecided: the data cannot decide 1 of 1 rule of the gate" in shown
     assert "    ? perplexity: fine-tuned / base must be at most 0.26\n" in shown
-    assert "undecided; about 12 more clusters of held-out records would decide it" in " ".join(shown.split())
+    assert "confidence; about 12 more clusters of held-out records would decide it" in " ".join(shown.split())
 
 
 def test_of_many_adapters_each_has_a_line_and_only_rules_that_do_not_hold_are_shown() -> None:
@@ -60,7 +60,7 @@ def test_of_many_adapters_each_has_a_line_and_only_rules_that_do_not_hold_are_sh
     assert sum("@" in line for line in lines) == 51
     assert [line.strip() for line in lines if "perplexity" in line] == [
         "✗ perplexity: fine-tuned / base must be at most 0.5"]
-    assert "      0.75, at most 0.77 with 95 % confidence" in shown
+    assert "      0.75, at least 0.73 with 95 % confidence" in shown
     assert len(lines) == 55  # with the two of the rule, and two of the note on embedded models
 
 
