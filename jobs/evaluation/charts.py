@@ -14,8 +14,9 @@ from typing import Any, Literal
 from jobs.core.metrics import Score, score_of
 from jobs.core.pipeline import BOUNDS
 from jobs.evaluation import content
-from jobs.evaluation.content import Comparison, Evaluation, History, held_out_losses
+from jobs.evaluation.content import Evaluation, History, held_out_losses
 from jobs.evaluation.gate import Check
+from jobs.evaluation.report_records import Comparison
 
 NAMED_CURVES = 12  # with more, only that of the chosen trial has its name beside it
 MARGIN = 3.0  # per cent of a chart's width on each side, for the dots at the ends
@@ -187,10 +188,9 @@ def histogram(comparison: Comparison) -> Histogram:
     finite = [abs(gain) for gain in gains if math.isfinite(gain)]
     ratio = comparison.score.log_scale
     reach = max([*finite, 0.1]) if ratio else 1.0
-    edge = content.UNCHANGED[comparison.score.key]
     counts = [0] * (2 * BINS + 1)
     for gain in gains:
-        away = 0 if abs(gain) < edge else min(BINS, 1 + int(min(abs(gain) / reach, 1.0) * BINS))
+        away = 0 if abs(gain) < comparison.unchanged else min(BINS, 1 + int(min(abs(gain) / reach, 1.0) * BINS))
         counts[BINS + (away if gain > 0 else -away)] += 1
     width = 100 / len(counts)
     columns = [Column(place * width, width, count / max(counts) * HISTOGRAM_HEIGHT, count,

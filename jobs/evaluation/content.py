@@ -1,22 +1,19 @@
-"""What a report contains, whatever its format: verdict, rules, scores with their intervals, what changed for each
-record, samples of answers, notes and provenance."""
+"""What a report contains, whatever its format: verdict, rules, scores with their intervals, notes and provenance. What
+it says of single records is in report_records.py."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.core import search
 from jobs.core.metrics import SCORES, Metric, Score, metric_of, score_of
-from jobs.evaluation.gate import Check, Values
+from jobs.evaluation.gate import Check
 
 Evaluation = Mapping[str, Any]  # the content of evaluation.json
 History = Sequence[Mapping[str, float]]  # `history` of the adapter's training.json
-Generations = Mapping[str, Sequence[Mapping[str, Any]]]  # each model's generations.jsonl, by role
 
 ROLES = {"base": "base", "fine_tuned": "fine-tuned", "reference": "reference", "promoted": "promoted"}
 MARKS = {"passed": "✓", "failed": "✗", "undecided": "?"}  # of outcomes, for readers who see no colours too
@@ -26,53 +23,6 @@ SEARCHED = ("Training chose its settings among these trials, by the loss on the 
 EMBEDDED = "Embedded models: for trying out and testing only. They know nothing but a small grammar and your data."
 NO_ANSWERS = ("Questions and answers are left out of this report (evaluation.report_answers: false). Records are named "
               "by their line in holdout.jsonl of the dataset.")
-# A record is unchanged where its ROUGE-L differs by less than half of what is shown, or its perplexity by under 1 %.
-UNCHANGED = {"rougeL": 0.005, "perplexity": math.log(1.01)}
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One held-out question, its reference answer, and what each model answered with the answer's ROUGE-L."""
-
-    question: str
-    reference: str
-    answers: Mapping[str, tuple[str, float]]  # by role
-    record: int  # the line in holdout.jsonl
-
-
-@dataclass(frozen=True)
-class Change:
-    """One record's score of the fine-tuned model beside that of another model."""
-
-    record: int  # the line in holdout.jsonl
-    before: float
-    after: float
-    gain: float  # above 0 is better; of perplexity the logarithm of the ratio
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What changed for each record against another model, the worst change first."""
-
-    score: Score
-    than: str  # a role
-    changes: Sequence[Change]
-
-    @property
-    def worse(self) -> list[Change]:
-        """The records that got worse, the worst first."""
-        return [change for change in self.changes if change.gain <= -UNCHANGED[self.score.key]]
-
-    @property
-    def better(self) -> list[Change]:
-        """The records that got better, the best first."""
-        return [change for change in reversed(self.changes) if change.gain >= UNCHANGED[self.score.key]]
-
-    @property
-    def counts(self) -> str:
-        """How many got better and worse, e.g. `66 better, 5 worse, 2 unchanged`."""
-        better, worse = len(self.better), len(self.worse)
-        return f"{better} better, {worse} worse, {len(self.changes) - better - worse} unchanged"
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -198,9 +148,7 @@ def next_step(evaluation: Evaluation) -> str:
         return ""
     if outcome(evaluation) == "rejected":
         return "Train otherwise, bring other data, or change evaluation.gate in the pipeline file."
-    where = {"records": "held-out records (dataset.holdout)", "sentences": "sentences (evaluation.acceptability)"}
-    more = dict.fromkeys(where.get(metric_of(check.metric).population, "records of what it measures")
-                         for check in found if check.outcome == "undecided")
+    more = dict.fromkeys(_evidence(check.metric) for check in found if check.outcome == "undecided")
     return (f"The evidence is too little to tell. Bring more {' and '.join(more)}, or demand less in evaluation.gate "
             "of the pipeline file.")
 
@@ -221,9 +169,26 @@ def finding(check: Check) -> str:
         return bound
     if not check.more_clusters:
         return f"{bound}: undecided"
-    unit = {"records": "clusters of held-out records", "sentences": "sentences"}.get(
-        metric_of(check.metric).population, "clusters")
-    return f"{bound}; about {check.more_clusters:,} more {unit} would decide it"
+    return f"{bound}; about {check.more_clusters:,} more {_unit(check.metric)} would decide it"
+
+
+def _evidence(key: str) -> str:
+    """What to bring more of for a score, and where."""
+    population = metric_of(key).population
+    if population == "records":
+        return "held-out records (dataset.holdout)"
+    if population == "sentences":
+        return "sentences (evaluation.acceptability)"
+    group, _, name = key.partition(".")
+    return f"records of the task {name}" if group == "tasks" else f"records and canaries (evaluation.{group})"
+
+
+def _unit(key: str) -> str:
+    """What counts as one piece of evidence for a score."""
+    population = metric_of(key).population
+    if population == "sentences":
+        return "sentences"
+    return "clusters of held-out records" if population == "records" else "clusters"
 
 
 # --- what a reader must know ----------------------------------------------------------------------------------------
@@ -251,121 +216,26 @@ def bounds_meaning(evaluation: Evaluation) -> str:
             "true value is not below the lower one, and with the same confidence not above the upper one.")
 
 
-# --- records --------------------------------------------------------------------------------------------------------
+def privacy_tables(evaluation: Evaluation) -> list[tuple[str, list[list[str]]]]:
+    """What was found of single records, such as the canaries that are known best: titles and tables with a header. Of
+    each record its position and numbers: never a text."""
+    tables = []
+    for key, found in (evaluation.get("privacy") or {}).items():
+        entries = [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+        columns = list(dict.fromkeys(name for entry in entries for name, value in entry.items()
+                                     if isinstance(value, int | float)))
+        if columns:
+            tables.append((_words(key).capitalize(), [[_words(name) for name in columns], *(
+                [_number(entry.get(name)) for name in columns] for entry in entries)]))
+    return tables
 
 
-def comparisons(models: Mapping[str, Values]) -> list[Comparison]:
-    """What changed for each record against the base model and the promoted adapter: by its answer's ROUGE-L, and by its
-    perplexity.
-
-    Args:
-        models: the values of each model by role.
-    """
-    found = [Comparison(SCORES[key], than, _changes(key, models[than], models["fine_tuned"]))
-             for than in ("base", "promoted") for key in UNCHANGED if than in models]
-    return [comparison for comparison in found if comparison.changes]
+def _words(key: str) -> str:
+    return key.replace("_", " ")
 
 
-def _changes(key: str, theirs: Values, mine: Values) -> list[Change]:
-    before, after = ({row["line"]: row for row in of_model["records"]} for of_model in (theirs, mine))
-    changes = []
-    for line in sorted(before.keys() & after.keys()):
-        first, second = (_of_record(key, rows[line]) for rows in (before, after))
-        if first is None or second is None:
-            continue
-        change = second - first if key != "perplexity" else 0.0 if first == second else _log(first) - _log(second)
-        changes.append(Change(line, first, second, change))
-    return sorted(changes, key=lambda change: change.gain)
-
-
-def _of_record(key: str, row: Mapping[str, Any]) -> float | None:
-    """A record's own score; None where it has none."""
-    if key != "perplexity":
-        found: float | None = row.get(key)
-        return found
-    if "nats" not in row or not row["tokens"]:
-        return None
-    mean = math.inf if row["nats"] is None else row["nats"] / row["tokens"]
-    return math.exp(mean) if mean < 700 else math.inf
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf
-
-
-def every_sample(generations: Generations) -> dict[int, Sample]:
-    """The held-out questions that the fine-tuned model was asked, by record, with the answers of all models."""
-    by_role = {role: {line["record"]: (line["answer"], line["rougeL"]) for line in lines}
-               for role, lines in generations.items()}
-    return {line["record"]: Sample(line["question"], line["reference"],
-                                   {role: by_role[role][line["record"]] for role in ROLES
-                                    if line["record"] in by_role.get(role, {})}, line["record"])
-            for line in generations["fine_tuned"]}
-
-
-def samples(generations: Generations, count: int = 6, worst: int = 3) -> tuple[list[Sample], list[Sample]]:
-    """Held-out questions with the models' answers: `count` evenly spaced ones, and of the others the `worst` on
-    which the fine-tuned model did worst (none that it got fully right)."""
-    everything = list(every_sample(generations).values())
-    step = max(1.0, (len(everything) - 1) / max(1, count - 1))
-    places = sorted({round(i * step) for i in range(count)} & set(range(len(everything))))
-    rest = [sample for place, sample in enumerate(everything) if place not in places]
-    rest.sort(key=lambda sample: sample.answers["fine_tuned"][1])
-    return ([everything[place] for place in places],
-            [sample for sample in rest[:worst] if sample.answers["fine_tuned"][1] < 0.995])
-
-
-@dataclass(frozen=True)
-class Flips:
-    """Some of the records that got worse, or better, than another model's: the largest change first."""
-
-    title: str
-    score: Score
-    than: str  # a role
-    total: int  # how many there are; `records` are the first of them
-    records: Sequence[tuple[Change, Sample | None]]  # None where answers are not to be shown, or there are none
-
-
-@dataclass(frozen=True)
-class RecordByRecord:
-    """What the report says of single records."""
-
-    comparisons: Sequence[Comparison]
-    flips: Sequence[Flips]
-    spaced: Sequence[Sample]  # evenly over the held-out questions
-    lowest: Sequence[Sample]  # where the fine-tuned model does worst, of those that are shown nowhere else
-
-    @classmethod
-    def of(cls, generations: Generations, models: Mapping[str, Values], *, answers: bool = True) -> RecordByRecord:
-        """Choose the records to show.
-
-        Args:
-            models: the values of each model by role.
-            answers: whether questions and answers may be shown; without them records are lines and numbers.
-        """
-        compared = comparisons(models)
-        by_record = every_sample(generations) if answers else {}
-        flips = []
-        for comparison in {comparison.than: comparison for comparison in reversed(compared)}.values():
-            for title, changes, count in (("Worse", comparison.worse, 5), ("Better", comparison.better, 3)):
-                shown = [(change, by_record.get(change.record)) for change in changes[:count if answers else 2 * count]]
-                if shown:
-                    flips.append(Flips(f"{title} than the {ROLES[comparison.than]} model", comparison.score,
-                                       comparison.than, len(changes), shown))
-        flips.sort(key=lambda each: list(ROLES).index(each.than))
-        spaced, lowest = samples(generations) if answers else ([], [])
-        seen = {change.record for each in flips for change, _ in each.records}
-        return cls(compared, flips, spaced, [sample for sample in lowest if sample.record not in seen])
-
-
-def positions(evaluation: Evaluation) -> list[list[str]]:
-    """Where training data was found in answers, as a table with a header, or nothing. Numbers only: never the text."""
-    found = (evaluation.get("privacy") or {}).get("positions") or []
-    columns = list(dict.fromkeys(name for entry in found for name, value in entry.items()
-                                 if isinstance(value, int | float)))
-    rows = [[f"{entry[name]:,.4g}" if isinstance(entry.get(name), float) else str(entry.get(name, "–"))
-             for name in columns] for entry in found]
-    return [[name.replace("_", " ") for name in columns], *rows] if columns else []
+def _number(value: Any) -> str:
+    return "–" if not isinstance(value, int | float) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def held_out_losses(history: History) -> list[tuple[str, Mapping[str, float], float]]:
@@ -394,6 +264,8 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
           if "search" in evaluation else []),
         ("measured on", f"{tuned['records']} held-out records ({tuned['completion_tokens']} tokens of answers), "
                         f"{tuned['questions']} questions, {tuned['sentences']} judged sentences"),
+        *([("privacy", ", ".join(f"{count} {kind}" for kind, count in counts.items()))]
+          if (counts := evaluation.get("privacy", {}).get("counts")) else []),
         *([("compared with", f"{scores['promoted']['model']}, promoted until now")] if "promoted" in scores else []),
         ("confidence", _confidence(evaluation)),
     ]

@@ -11,19 +11,9 @@ from pathlib import Path
 from jobs.core import search
 from jobs.core.metrics import Score
 from jobs.evaluation import content, report_html
-from jobs.evaluation.content import (
-    MARKS,
-    OUTCOMES,
-    ROLES,
-    SEARCHED,
-    Evaluation,
-    Flips,
-    Generations,
-    History,
-    RecordByRecord,
-    Sample,
-)
+from jobs.evaluation.content import MARKS, OUTCOMES, ROLES, SEARCHED, Evaluation, History
 from jobs.evaluation.gate import Check, Values
+from jobs.evaluation.report_records import Flips, Generations, RecordByRecord, Sample
 
 COLUMNS = 100  # of a terminal
 LABEL = 30  # columns of a score's name at most
@@ -56,7 +46,7 @@ def table(evaluation: Evaluation) -> str:
         f"{adapter['name']}@{adapter['digest']} on {scores['fine_tuned']['records']} held-out records",
         bar, lines[0], bar, *lines[1:], bar, content.verdict(evaluation),
         *(line for check in content.checks(evaluation) for line in rule_lines(check)),
-        *(line for note in content.notes(evaluation) for line in wrapped(note)),
+        *content.notes(evaluation),
         *(["settings chosen by search:", search.text_table(evaluation["search"])] if "search" in evaluation else [])])
 
 
@@ -125,9 +115,8 @@ def markdown(evaluation: Evaluation, history: History, generations: Generations,
                       for score in of_metric)), ""]
     lines += [" ".join(f"{name[0].upper()}{name[1:]}: {_text(scores[role]['model'])}." for role, name in roles.items()),
               ""]
-    positions = content.positions(evaluation)
-    if positions:
-        lines += ["### Found in answers", "", *_rows(positions[0], positions[1:]), ""]
+    for title, rows in content.privacy_tables(evaluation):
+        lines += [f"### {_text(title)}", "", *_rows(rows[0], rows[1:]), ""]
     if "search" in evaluation:
         header, *trials = search.rows(evaluation["search"])
         lines += ["## Search", "", SEARCHED, "", *_rows(header, ([*map(_text, row)] for row in trials)), ""]
@@ -158,7 +147,8 @@ def _records(records: RecordByRecord) -> list[str]:
 
 
 def _flips(flips: Flips) -> list[str]:
-    lines = [f"### {flips.title}: {len(flips.records)} of {flips.total}", "", *_rows(
+    title = _text(flips.title[0].upper() + flips.title[1:])
+    lines = [f"### {title}: {len(flips.records)} of {flips.total}", "", *_rows(
         ["record", f"{flips.score.label}, {ROLES[flips.than]}", "fine-tuned"],
         ([str(change.record), flips.score.shown(change.before), flips.score.shown(change.after)]
          for change, _ in flips.records)), ""]

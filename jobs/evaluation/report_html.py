@@ -13,8 +13,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from jobs.core import search
 from jobs.evaluation import charts, content
-from jobs.evaluation.content import ROLES, SEARCHED, Evaluation, Generations, History, RecordByRecord
+from jobs.evaluation.content import ROLES, SEARCHED, Evaluation, History
 from jobs.evaluation.gate import Values
+from jobs.evaluation.report_records import Generations, RecordByRecord
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -38,7 +39,7 @@ def page(evaluation: Evaluation, history: History, generations: Generations,
         confidence=f"{evaluation['confidence'] * 100:g} %", meaning=content.bounds_meaning(evaluation),
         metrics=[(metric, [charts.score_chart(evaluation, score) for score in scores])
                  for metric, scores in content.metrics(evaluation).items()],
-        positions=content.positions(evaluation), records=records, no_answers="" if answers else content.NO_ANSWERS,
+        privacy=content.privacy_tables(evaluation), records=records, no_answers="" if answers else content.NO_ANSWERS,
         histograms=[charts.histogram(comparison) for comparison in records.comparisons],
         histogram_height=charts.HISTOGRAM_HEIGHT, loss=charts.loss_chart(history),
         trials=search.rows(searched) if searched else [], searched=SEARCHED,

@@ -82,8 +82,7 @@ def verdicts(results: Sequence[Result]) -> str:
         lines += [*_scores(result), ""] if detailed else [
             f"  {f'{result.name}@{result.digest}':<{width}}  {content.verdict(result.evaluation)}",
             *report.unmet_rules(result.evaluation, indent=4)]
-    embedded = any(result.evaluation["embedded"] for result in results)
-    notes = [*report.wrapped(content.EMBEDDED, 2, 2), ""] if embedded else []
+    notes = [f"  {content.EMBEDDED}", ""] if any(result.evaluation["embedded"] for result in results) else []
     return "\n".join(["", *lines, *([] if detailed else [""]), *notes])
 
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.core.metrics import SCORES, Metric, Score, metric_of, score_of
+from jobs.core import metrics
+from jobs.core.metrics import SCORES, Metric, Score
 from jobs.core.plan import plan
-from jobs.evaluation import charts, content, evaluate, gate, report, report_html
+from jobs.evaluation import charts, content, evaluate, gate, report, report_html, report_records
 from jobs.tools.pods import CHECKOUT
 from tests import build_pipeline
 
@@ -60,7 +61,7 @@ def generations(answer: str = "An answer.") -> dict[str, list[dict[str, Any]]]:
                     "answer": f"{answer} {role} {i}", "rougeL": i / 40} for i in range(40)] for role in THREE}
 
 
-def values(**rouge: list[float]) -> dict[str, gate.Values]:
+def values(**rouge: list[float]) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """The values of each record by role, of models with these ROUGE-L; their perplexity is 8 divided by the place of
     the role."""
     return {role: {"records": [{"line": line, "nats": 10 * math.log(8 / place), "tokens": 10, "rougeL": score}
@@ -201,13 +202,20 @@ def test_every_dot_lies_between_the_ends_of_its_whisker_and_within_the_chart(num
         assert 0 <= whisker.low <= whisker.dot <= whisker.high <= 100  # type: ignore[operator]
 
 
+def register(monkeypatch: pytest.MonkeyPatch, metric: Metric) -> None:
+    """A metric that only some pipelines have."""
+    for module in (content, report_records):
+        for name, found in (("score_of", metric.scores[0]), ("metric_of", metric)):
+            before = getattr(metrics, name)
+            monkeypatch.setattr(module, name, lambda key, found=found, before=before:
+                                found if key == metric.scores[0].key else before(key))
+
+
 def test_any_registered_score_is_shown_under_its_metric_and_a_model_without_it_has_a_dash(
         monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores that exist for some pipelines only, such as those of the user's own tasks."""
     score = Score("tasks.address", "address", True, "share correct")
-    metric = Metric("tasks", 1, "Task: address", "the share of answers that are right.", ("x",), (score,))
-    monkeypatch.setattr(content, "score_of", lambda key: score if key == score.key else score_of(key))
-    monkeypatch.setattr(content, "metric_of", lambda key: metric if key == score.key else metric_of(key))
+    register(monkeypatch, Metric("tasks", 1, "Task: address", "the share of answers that are right.", ("x",), (score,)))
     found = evaluation(0.5)
     found["scores"]["fine_tuned"]["tasks.address"] = 0.93
     found["intervals"]["fine_tuned"]["tasks.address"] = [0.88, 0.97]
@@ -231,7 +239,6 @@ def test_the_terminal_table_fits_100_columns() -> None:
     """With a promoted adapter, long names of scores, and a rule of which much is to be said."""
     found = undecided(metric="acceptability_mcc", bound="max_drop", than="promoted")
     found["scores"]["promoted"] = scores("hotels@0001", perplexity=123456.0)
-    found["embedded"] = True
     assert max(map(len, report.table(found).splitlines())) <= 100
     assert "promoted - fine-tuned must be at most 0.9" in report.table(found)
 
@@ -329,6 +336,22 @@ def test_the_report_counts_and_shows_the_records_that_got_worse_and_better_the_w
         "#### 4: Question 3?") < text.index("### Better than the base model: 1 of 1")
 
 
+def test_the_records_of_a_task_that_flipped_are_counted_and_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    score = Score("tasks.address", "task address", True, "share correct")
+    population: Any = "tasks.address"
+    register(monkeypatch, Metric("tasks", 1, "Task address", "checked.", ("value",), (score,), population))
+    models = {role: {**of_model, "tasks.address": [{"line": line, "value": right} for line, right in enumerate(row, 1)]}
+              for (role, of_model), row in zip(values(base=[0.5], fine_tuned=[0.5]).items(),
+                                               ([1, 0, 0, 1], [1, 1, 1, 0]), strict=True)}
+    page = report_html.page(evaluation(0.5), HISTORY, generations(), models)
+    assert "against the base model: 2 better, 1 worse, 1 unchanged" in page
+    worse = page.partition(">Task address: worse than the base model")[2].partition("<h3>")[0]
+    assert re.findall(r"<tr><td>(\d+)</td>", worse) == ["4"]
+    text = report.markdown(evaluation(0.5), HISTORY, generations(), models)
+    assert "- task address, against the base model: 2 better, 1 worse, 1 unchanged" in text
+    assert "| 4 | 1.000 | 0.000 |" in text
+
+
 def test_records_are_compared_with_the_promoted_adapter_where_it_was_measured() -> None:
     models = values(base=[0.1, 0.1], fine_tuned=[0.5, 0.5], promoted=[0.6, 0.4])
     found = evaluation(0.5)
@@ -343,9 +366,9 @@ def test_records_are_compared_with_the_promoted_adapter_where_it_was_measured() 
 def test_records_are_joined_by_their_line_and_of_a_text_without_a_question_the_perplexity_is_compared() -> None:
     models: dict[str, gate.Values] = {
         "base": {"records": [{"line": 7, "nats": 20.0, "tokens": 10}, {"line": 9, "nats": None, "tokens": 10}]},
-              "fine_tuned": {"records": [{"line": 8, "nats": 1.0, "tokens": 10}, {"line": 9, "nats": 10.0, "tokens": 5},
-                                         {"line": 7, "nats": 30.0, "tokens": 10}]}}
-    (comparison,) = content.comparisons(models)
+        "fine_tuned": {"records": [{"line": 8, "nats": 1.0, "tokens": 10}, {"line": 9, "nats": 10.0, "tokens": 5},
+                                   {"line": 7, "nats": 30.0, "tokens": 10}]}}
+    (comparison,) = report_records.comparisons(models)
     assert [change.record for change in comparison.changes] == [7, 9]
     assert [change.before for change in comparison.changes] == pytest.approx([math.exp(2), math.inf])
     assert [change.after for change in comparison.changes] == pytest.approx([math.exp(3), math.exp(2)])
@@ -355,9 +378,21 @@ def test_records_are_joined_by_their_line_and_of_a_text_without_a_question_the_p
     assert "<tr><td>7</td>" in page.partition(">Worse than the base model")[2]
 
 
+def test_texts_without_a_question_among_questions_are_listed_by_their_perplexity() -> None:
+    """The answers are all the same, and only a text got worse: there is no answer to show."""
+    models = values(base=[0.5, 0.5], fine_tuned=[0.5, 0.5])
+    for of_model, nats in zip(models.values(), (10.0, 20.0), strict=True):
+        of_model["records"][1].pop("rougeL")
+        of_model["records"][1]["nats"] = nats
+    asked = {role: lines[:1] for role, lines in generations().items()}
+    page = report_html.page(evaluation(0.5), HISTORY, asked, models)
+    worse = page.partition(">Worse than the base model")[2].partition("<h3>")[0]
+    assert "<tr><td>2</td>" in worse and "2.718" in worse and "7.389" in worse
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=50))
 def test_a_histogram_counts_every_record_on_its_side(pairs: list[tuple[float, float]]) -> None:
-    first, *_ = content.comparisons(values(base=[a for a, _ in pairs], fine_tuned=[b for _, b in pairs]))
+    first, *_ = report_records.comparisons(values(base=[a for a, _ in pairs], fine_tuned=[b for _, b in pairs]))
     columns = charts.histogram(first).columns
     counts = {kind: sum(column.count for column in columns if column.kind == kind)
               for kind in ("better", "worse", "unchanged")}
@@ -378,11 +413,15 @@ def test_where_answers_are_private_the_report_has_numbers_and_lines_only(tmp_pat
     assert "Secret" in (tmp_path / "report.html").read_text() and "Secret" in (tmp_path / "report.md").read_text()
 
 
-def test_positions_of_training_data_found_in_answers_are_a_table_of_numbers() -> None:
-    found = evaluation(0.5) | {"privacy": {"positions": [{"record": 12, "tokens": 31, "text": "a secret"},
-                                                         {"record": 40, "tokens": 9}]}}
+def test_what_privacy_found_of_single_records_is_shown_as_positions_and_numbers() -> None:
+    found = evaluation(0.5) | {"privacy": {
+        "canaries": 100, "counts": {"canary": 100, "train": 365},
+        "worst_canaries": [{"position": 12, "exposure": 5.87654, "text": "a secret"}, {"position": 40}],
+        "longest_verbatim": []}}
     page, text = report_html.page(found, HISTORY, generations()), report.markdown(found, HISTORY, generations())
-    assert "| 12 | 31 |" in text and '<td class="n">31</td>' in page
+    assert "### Worst canaries" in text and "<h3>Worst canaries</h3>" in page
+    assert "| 12 | 5.877 |" in text and "| 40 | – |" in text and '<td class="n">5.877</td>' in page
+    assert "100 canary, 365 train" in page and "ongest verbatim" not in page + text
     assert "a secret" not in page + text
 
 
@@ -424,7 +463,7 @@ def test_every_report_on_embedded_models_says_so() -> None:
 
 
 def test_samples_are_evenly_spaced_and_the_worst_are_shown_too() -> None:
-    spaced, worst = content.samples(generations(), count=4, worst=2)
+    spaced, worst = report_records.samples(generations(), count=4, worst=2)
     assert [sample.question for sample in spaced] == [f"Question {i}?" for i in (0, 13, 26, 39)]
     assert [sample.question for sample in worst] == ["Question 1?", "Question 2?"]
     assert set(spaced[0].answers) == set(THREE)
@@ -432,12 +471,12 @@ def test_samples_are_evenly_spaced_and_the_worst_are_shown_too() -> None:
 
 def test_a_perfect_adapter_has_no_worst_answers() -> None:
     perfect = {role: [line | {"rougeL": 1.0} for line in lines] for role, lines in generations().items()}
-    assert content.samples(perfect)[1] == []
+    assert report_records.samples(perfect)[1] == []
 
 
 def test_a_question_that_one_model_could_not_be_asked_is_shown_with_the_other_answers() -> None:
     partial = generations() | {"reference": []}
-    assert set(content.samples(partial)[0][0].answers) == {"base", "fine_tuned"}
+    assert set(report_records.samples(partial)[0][0].answers) == {"base", "fine_tuned"}
 
 
 # --- settings that a search chose -----------------------------------------------------------------------------------
