@@ -150,8 +150,10 @@ def bullet(check: Check) -> Bullet:
     ends = [axis.x(end) if end is not None else edge for end, edge in ((check.low, 0.0), (check.high, 100.0))]
     decides = ends[0] if kind.at_least != (check.outcome == "failed") else ends[1]
     same = None
-    if neutral is not None and abs(axis.x(neutral) - limit) > 30:
+    if neutral is not None:
         same = Tick(axis.x(neutral), f"same as {check.than}", _anchor(axis.x(neutral)))
+        if abs(same.x - limit) < (30 if same.anchor == "middle" else 45):  # the texts would be on each other
+            same = None
     measured = check.low is not None or check.high is not None
     return Bullet(*texts, (limit, 100 - limit) if kind.at_least else (0.0, limit),
                   Tick(limit, f"limit {check.limit:g}", _anchor(limit)), same, at,
