@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jobs.core import search
 from jobs.core.metrics import Score
-from jobs.evaluation import content, report_html
+from jobs.evaluation import content
 from jobs.evaluation.content import MARKS, OUTCOMES, ROLES, SEARCHED, Evaluation, History
 from jobs.evaluation.gate import Check, Values
 from jobs.evaluation.report_records import Flips, Generations, RecordByRecord, Sample
@@ -28,6 +28,8 @@ def write(folder: Path, evaluation: Evaluation, history: History, generations: G
         models: the values of each record by role.
         answers: whether questions, references and answers are shown.
     """
+    from jobs.evaluation import report_html  # jinja2: what only prints tables needs none
+
     (folder / "report.md").write_text(markdown(evaluation, history, generations, models, answers=answers),
                                       encoding="utf-8")
     (folder / "report.html").write_text(report_html.page(evaluation, history, generations, models, answers=answers),
@@ -117,6 +119,7 @@ def markdown(evaluation: Evaluation, history: History, generations: Generations,
               ""]
     for title, rows in content.privacy_tables(evaluation):
         lines += [f"### {_text(title)}", "", *_rows(rows[0], rows[1:]), ""]
+    lines += _records(RecordByRecord.of(generations, models or {}, answers=answers))
     if "search" in evaluation:
         header, *trials = search.rows(evaluation["search"])
         lines += ["## Search", "", SEARCHED, "", *_rows(header, ([*map(_text, row)] for row in trials)), ""]
@@ -124,7 +127,6 @@ def markdown(evaluation: Evaluation, history: History, generations: Generations,
     if held_out:
         lines += [f"## Loss on the {held_out[0][0]} split while training", "", *_rows(["step", "epoch", "loss"], (
             [f"{entry['step']:g}", f"{entry['epoch']:.2f}", f"{loss:.4f}"] for _, entry, loss in held_out)), ""]
-    lines += _records(RecordByRecord.of(generations, models or {}, answers=answers))
     lines += ["## Provenance", "", *_rows(["", ""], ([_text(a), _text(b)] for a, b in content.provenance(evaluation)))]
     return "\n".join(lines) + "\n"
 
