@@ -107,7 +107,7 @@ def _score_axis(score: Score, ends: Sequence[float]) -> Axis | None:
         return _logarithmic(score.low if score.low > 0 and low < FACTOR * score.low else low / 1.15, high * 1.15)
     if math.isfinite(score.high - score.low) and high - low > 0.4 * (score.high - score.low):
         return _linear(score.low, score.high)
-    room = (high - low) * 0.15 or abs(high) * 0.05 or 0.5
+    room = (high - low) * 0.15 if high - low > 1e-6 * abs(high) else abs(high) * 0.05 or 0.5
     return _linear(max(low - room, score.low), min(high + room, score.high))
 
 
@@ -233,7 +233,9 @@ def _with_ticks(axis: Axis, values: Iterable[float]) -> Axis:
 
 
 def _short(value: float) -> str:
-    """A round number in few characters: 0.25, 100, 20k, 1M."""
+    """A round number in few characters: 0.25, 100, 20k, 1M, 1e+12."""
+    if abs(value) >= 1e9:
+        return f"{value:.3g}"
     for unit, suffix in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:.6g}{suffix}"

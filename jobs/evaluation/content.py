@@ -164,7 +164,8 @@ def finding(check: Check) -> str:
         return check.reason
     if check.value is None:
         return "not a finite number"
-    bound = f"{check.value_text}, {check.known_text} with {check.confidence * 100:g} % confidence"
+    sure = f"with {check.confidence * 100:g} % confidence"
+    bound = f"{check.value_text}, {f'no bound {sure}' if check.decisive is None else f'{check.known_text} {sure}'}"
     if check.outcome != "undecided":
         return bound
     if not check.more_clusters:

@@ -210,7 +210,8 @@ def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, 
     else:
         title = content.outcome(evaluation).upper()
         lines = [f"{name} did not pass the gate and is not promoted:", *report.unmet_rules(evaluation),
-                 _served_now(pipeline, wanted, volume), *report.wrapped(content.next_step(evaluation))]
+                 *report.wrapped(_served_now(pipeline, wanted, volume)),
+                 *report.wrapped(content.next_step(evaluation))]
     log.log(logging.INFO if evaluation["passed"] else logging.WARNING, _framed(title, *lines))
     write_termination_message("\n".join([f"{title}: {lines[0]}", *lines[1:], f"report: {page}"]))
 

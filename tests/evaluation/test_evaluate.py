@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -115,6 +116,18 @@ def test_the_evaluation_says_what_was_measured_on_what_and_why_it_passed(folder:
     for role, spec in (("base", wanted.base_scores), ("fine_tuned", wanted.adapter_scores),
                        ("reference", wanted.reference_scores)):
         assert scores[role] == read(spec.path(volumes) / "scores.json")
+
+
+def test_a_report_without_answers_is_made_from_the_same_scores(folder: Path, measured: list[str]) -> None:
+    public, volumes = published_pipeline(folder)
+    settings = public.pipeline.evaluation.model_copy(update={"report_answers": False})
+    private = dataclasses.replace(public, pipeline=public.pipeline.model_copy(update={"evaluation": settings}))
+    evaluate.run(private, volumes, 0)
+    assert measured == []
+    shown, hidden = (plan(loaded.pipeline).evaluation.path(volumes) for loaded in (public, private))
+    for name in ("report.html", "report.md"):
+        assert "Which key opens room" in (shown / name).read_text()
+        assert "room" not in (hidden / name).read_text() and "unchanged" in (hidden / name).read_text()
 
 
 def test_running_again_changes_nothing_and_answers_without_torch(folder: Path) -> None:

@@ -290,6 +290,23 @@ def test_a_rule_that_no_number_decided_is_shown_with_the_reason() -> None:
     assert '<svg class="bullet"' not in page and "✓ passes" in page
 
 
+def test_a_rule_without_a_bound_says_so() -> None:
+    found = undecided(low=None, high=None, more_clusters=None)
+    assert "      0.875, no bound with 95 % confidence: undecided" in report.table(found).splitlines()
+    assert '<svg class="bullet"' in report_html.page(found, HISTORY, generations())
+
+
+@pytest.mark.parametrize(("value", "tick"), [(1e300, "1e+"), (0.8581125142423945, "0.8")])
+def test_values_that_are_huge_or_all_the_same_are_drawn(value: float, tick: str) -> None:
+    found = evaluation(0.5, perplexity=value)
+    for of_model in found["scores"].values():
+        of_model["rougeL"] = 0.8581125142423945
+    found["intervals"]["fine_tuned"] = {"perplexity": [value, value * (1 + 1e-15)], "rougeL": [0.85811251424239, 1.0]}
+    found["intervals"]["base"] = found["intervals"]["reference"] = {}
+    page = report_html.page(found, HISTORY, generations())
+    assert tick in page and Tags(page).open == [] and not re.search(r"\b(nan|inf)%", page)
+
+
 def test_of_many_rules_a_message_names_the_first_failed_ones() -> None:
     """A pod's termination message has 4 KiB, and what to do and where the report is come after the rules."""
     found = undecided()
