@@ -21,6 +21,7 @@ from jobs.evaluation.report_records import Comparison
 NAMED_CURVES = 12  # with more, only that of the chosen trial has its name beside it
 MARGIN = 3.0  # per cent of a chart's width on each side, for the dots at the ends
 FACTOR = 3.0  # values that differ by more are on a logarithmic axis, where the score or the rule is of that kind
+TICKS_LENGTH = 13  # characters of all texts below an axis that a phone has room for
 BINS = 10  # of a histogram, on each side of "unchanged"
 Anchor = Literal["start", "middle", "end"]
 Point = tuple[float, float]
@@ -211,6 +212,8 @@ def _linear(low: float, high: float) -> Axis:
         values = [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
         if len(values) <= 4:
             break
+    if len(values) > 2 and sum(len(_short(value)) for value in values) > TICKS_LENGTH:
+        values = values[::2]
     return _with_ticks(Axis(low, high), values)
 
 
