@@ -192,10 +192,10 @@ class Evaluation(Strict):
     # What counts as one piece of evidence: all records of a `group`, and of the others all with the same answer; or,
     # where answers are labels, each record without a group by itself.
     clusters: Literal["answer", "record"] = "answer"
-    # false: the report shows numbers and line numbers only, no questions, references and answers.
-    report_answers: bool = True
     # Every rule must hold, or the adapter is not served.
     gate: Annotated[dict[str, Rules], AfterValidator(check_gate)]
+    # false: the report shows numbers and line numbers only, no questions, references and answers.
+    report_answers: bool = True
 
     def metrics(self) -> tuple[Metric, ...]:
         """What is measured."""

@@ -232,10 +232,10 @@ KEYS = {
     "evaluation.max_new_tokens": Key(SCORES, st.integers(1, 4096)),
     "evaluation.confidence": Key({"evaluation"}, st.floats(0.5, 0.999)),
     "evaluation.clusters": Key({"evaluation"}, st.sampled_from(["answer", "record"])),
-    "evaluation.report_answers": Key({"evaluation"}, st.booleans()),
     "evaluation.gate": Key({"evaluation"}, st.builds(
         lambda bound, limit, than: {"perplexity": {bound: limit, **({"than": than} if bound == "max_ratio" else {})}},
         st.sampled_from(["max", "max_ratio"]), st.floats(0.001, 100), st.sampled_from(["base", "promoted"]))),
+    "evaluation.report_answers": Key({"evaluation"}, st.booleans()),
     "serving.mode": Key(set(), st.sampled_from(["lora", "merged"])),
     "serving.max_lora_rank": Key(set(), st.sampled_from(SERVABLE_RANKS[2:])),
     "serving.slots": Key(set(), st.integers(1, 1024)),
