@@ -206,6 +206,15 @@ def notes(evaluation: Evaluation) -> list[str]:
         if scores[role]["records_too_long"]:
             found.append(f"{scores[role]['records_too_long']} held-out records were too long for the {name} model and "
                          "are left out of its scores.")
+        for task, counts in scores[role].get("tasks", {}).items():
+            if counts["records_too_long"]:
+                found.append(f"{counts['records_too_long']} prompts of the task {task} were too long for the {name} "
+                             "model and are left out of its score.")
+    left_out = scores["fine_tuned"].get("questions_left_out")
+    if left_out:
+        asked = scores["fine_tuned"]["questions"]
+        found.append(f"Of {asked + left_out:,} held-out questions, {asked:,} were answered, the first by sha256 "
+                     "(evaluation.answered_records). Perplexity is over all of them.")
     if scores["fine_tuned"]["questions"] == 0:
         found.append("The held-out records are plain text without questions, so there is no ROUGE.")
     return found

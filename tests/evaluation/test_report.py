@@ -472,6 +472,12 @@ def test_perplexities_over_different_tokenizers_are_not_compared() -> None:
     assert "another tokenizer" not in report.table(same) and content.best(same, perplexity) == {"reference"}
 
 
+def test_prompts_of_a_task_that_were_too_long_are_said() -> None:
+    found = evaluation(0.5, tasks={"address": {"records": 30, "records_too_long": 2}})
+    assert content.notes(found) == [
+        "2 prompts of the task address were too long for the fine-tuned model and are left out of its score."]
+
+
 def test_every_report_on_embedded_models_says_so() -> None:
     values = evaluation(0.5) | {"embedded": True}
     for text in (report.table(values), report.markdown(values, HISTORY, generations()),
