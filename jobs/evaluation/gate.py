@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.core.errors import UserError
+from jobs.core.metrics import MINIMUM_CLUSTERS as MINIMUM_CLUSTERS
 from jobs.core.metrics import metric_of, score_of
 from jobs.core.pipeline import BOUNDS, Evaluation, Rule
 from jobs.data.encoding import Record, answer, question
+from jobs.evaluation.holdout import Chosen, answered_lines
 
 if TYPE_CHECKING:
     from jobs.evaluation.confidence import Interval
@@ -25,8 +27,6 @@ Cluster = tuple[str, Any]  # what its records have in common, e.g. ("group", "ho
 Outcome = Literal["passed", "failed", "undecided"]
 
 FINE_TUNED = "fine_tuned"
-# Below so many clusters no rule is decided: the standard error itself is then known to 16 % only (1 / sqrt(2 n)).
-MINIMUM_CLUSTERS = 20
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,8 @@ def evaluate_gate(evaluation: Evaluation, models: Mapping[str, Values], clusters
 def score_interval(key: str, values: Values, clusters: Sequence[Cluster], confidence: float) -> Interval | None:
     """One score of one model with its bounds; None where nothing can be measured."""
     rows = _measured(key, values)
-    lines = sorted(rows)
-    ordered = [rows[line] for line in lines]
-    return _interval(key, ordered, ordered, _names(key, lines, clusters), confidence, "min")[0] if rows else None
+    ordered = [rows[line] for line in sorted(rows)]
+    return _interval(key, ordered, ordered, _names(key, ordered, clusters), confidence, "min")[0] if rows else None
 
 
 def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
@@ -158,7 +157,7 @@ def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
         UserError: naming the rules.
     """
     rules = [key for key, _ in evaluation.rules() if metric_of(key).needs_questions]
-    asking = [record for record in holdout if question(record) is not None]
+    asking = Chosen(holdout, answered_lines(holdout, evaluation.answered_records))
     if rules and not asking:
         raise UserError(f"evaluation.gate.{', evaluation.gate.'.join(rules)}: cannot be measured: every held-out "
                         "record is plain {\"text\"}, which has no question to answer. Remove the rule, or bring "
@@ -170,11 +169,13 @@ def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
         records = asking if metric.needs_questions else holdout
         found = len(set(clusters_of(records, evaluation.clusters)))
         if found < MINIMUM_CLUSTERS:
+            limited = metric.needs_questions and len(records) == evaluation.answered_records
+            capped = "evaluation.answered_records or " if limited else ""
             raise UserError(
                 f"evaluation.gate.{key}: {len(records)} held-out records in {found} clusters cannot prove anything: at "
                 f"least {MINIMUM_CLUSTERS} are needed. A cluster is a `group`, or the records with the same answer. "
-                "Raise dataset.holdout, bring more records or smaller groups; or, if answers are labels that repeat, "
-                "set evaluation.clusters: record")
+                f"Raise {capped}dataset.holdout, bring more records or smaller groups; or, if answers are labels that "
+                "repeat, set evaluation.clusters: record")
 
 
 def _check(key: str, rule: Rule, bound: str, limit: float, confidence: float, models: Mapping[str, Values],
@@ -189,7 +190,7 @@ def _check(key: str, rule: Rule, bound: str, limit: float, confidence: float, mo
     if not lines:
         return result("failed", reason="no held-out record measures it")
     found, count = _interval(key, [mine[line] for line in lines], [theirs[line] for line in lines],
-                             _names(key, lines, clusters), confidence, bound)
+                             _names(key, [mine[line] for line in lines], clusters), confidence, bound)
     if not math.isfinite(found.value):
         return result("failed", clusters=count)
     if count < MINIMUM_CLUSTERS:
@@ -233,9 +234,12 @@ def _measured(key: str, values: Values) -> dict[int, Mapping[str, Any]]:
     return {row["line"]: row for row in measured(key, values)}
 
 
-def _names(key: str, lines: Sequence[int], clusters: Sequence[Cluster]) -> Sequence[Hashable]:
-    """The clusters of some lines; sentences are each one by itself."""
-    return [clusters[line - 1] for line in lines] if metric_of(key).population == "records" else lines
+def _names(key: str, rows: Sequence[Mapping[str, Any]], clusters: Sequence[Cluster]) -> Sequence[Hashable]:
+    """The clusters of some rows. Those of tasks and privacy name theirs; sentences and canaries are each one by
+    itself."""
+    if metric_of(key).population == "records":
+        return [clusters[row["line"] - 1] for row in rows]
+    return [row.get("cluster", row["line"]) for row in rows]
 
 
 def _more(found: Interval, limit: float, clusters: int, *, log: bool) -> int | None:
