@@ -47,8 +47,9 @@ def scores(values: Iterable[str]) -> dict[str, Score]:
 
 
 def all_scores(evaluation: Evaluation) -> dict[str, Score]:
-    """The scores that any of the models has, by key."""
-    return scores(dict.fromkeys(key for values in evaluation["scores"].values() for key in values))
+    """The scores of every pipeline, and the others that any of the models has, by key."""
+    return scores(dict.fromkeys(key for values in evaluation["scores"].values() for key, value in values.items()
+                                if key in SCORES or value is not None))
 
 
 def metrics(evaluation: Evaluation) -> dict[Metric, list[Score]]:
@@ -235,7 +236,7 @@ def privacy_tables(evaluation: Evaluation) -> list[tuple[str, list[list[str]]]]:
         columns = list(dict.fromkeys(name for entry in entries for name, value in entry.items()
                                      if isinstance(value, int | float)))
         if columns:
-            tables.append((_words(key).capitalize(), [[_words(name) for name in columns], *(
+            tables.append((f"Privacy: {_words(key)}", [[_words(name) for name in columns], *(
                 [_number(entry.get(name)) for name in columns] for entry in entries)]))
     return tables
 

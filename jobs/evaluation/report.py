@@ -16,7 +16,7 @@ from jobs.evaluation.gate import Check, Values
 from jobs.evaluation.report_records import Flips, Generations, RecordByRecord, Sample
 
 COLUMNS = 100  # of a terminal
-LABEL = 30  # columns of a score's name at most
+LABEL = 34  # columns of a score's name at most
 UNMET = 8  # rules that a message names at most: a pod's termination message has 4 KiB
 
 

@@ -219,11 +219,14 @@ def test_any_registered_score_is_shown_under_its_metric_and_a_model_without_it_h
     found = evaluation(0.5)
     found["scores"]["fine_tuned"]["tasks.address"] = 0.93
     found["intervals"]["fine_tuned"]["tasks.address"] = [0.88, 0.97]
+    found["scores"]["reference"]["tasks.address"] = None
     page, text = report_html.page(found, HISTORY, generations()), report.markdown(found, HISTORY, generations())
     assert "<h3>Task: address</h3>" in page and "The share of answers that are right." in page
     assert "### Task: address" in text and "| address | – | 0.930 \\[0.88, 0.97\\] | – | higher |" in text
     assert ["address", "–", "0.930", "[0.88,", "0.97]", "–", "higher"] in [
         line.split() for line in report.table(found).splitlines()]
+    found["scores"]["fine_tuned"]["tasks.address"] = None
+    assert "address" not in report.table(found), "a score that no model has"
 
 
 def test_the_terminal_table_has_each_score_of_each_model_and_each_rule() -> None:
@@ -436,7 +439,7 @@ def test_what_privacy_found_of_single_records_is_shown_as_positions_and_numbers(
         "worst_canaries": [{"position": 12, "exposure": 5.87654, "text": "a secret"}, {"position": 40}],
         "longest_verbatim": []}}
     page, text = report_html.page(found, HISTORY, generations()), report.markdown(found, HISTORY, generations())
-    assert "### Worst canaries" in text and "<h3>Worst canaries</h3>" in page
+    assert "### Privacy: worst canaries" in text and "<h3>Privacy: worst canaries</h3>" in page
     assert "| 12 | 5.877 |" in text and "| 40 | – |" in text and '<td class="n">5.877</td>' in page
     assert "100 canary, 365 train" in page and "ongest verbatim" not in page + text
     assert "a secret" not in page + text
