@@ -178,7 +178,7 @@ def check_gate(gate: dict[str, Rules], info: ValidationInfo) -> dict[str, Rules]
     allowed = [*KNOWN, *(task.key for task in tasks or ())]
     if not gate:
         raise PydanticCustomError("gate", "is empty: an adapter would be served unproven. Add a rule for one of "
-                                  "{metrics}", {"metrics": ", ".join(allowed)})
+                                  "{metrics}", {"metrics": ", ".join([*SCORES, *(task.key for task in tasks or ())])})
     for key, value in gate.items():
         if key not in allowed and not (tasks is None and key.startswith(TASKS)):
             close = difflib.get_close_matches(key, allowed, n=1)
