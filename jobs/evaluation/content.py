@@ -98,10 +98,9 @@ def _shown(end: float | None, score: Score, digits: int) -> str:
 
 
 def best(evaluation: Evaluation, score: Score) -> set[str]:
-    """The roles with the best value of a score, as shown: two that read the same are both best. Where tokenizers
-    differ, the reference model's score per token does not compete."""
-    competing = [role for role in roles(evaluation) if not score.per_token or comparable(evaluation)
-                 or role != "reference"]
+    """The roles with the best value of a score, as shown: two that read the same are both best. By a score per token,
+    models with other tokens than the fine-tuned one's do not compete."""
+    competing = set(roles(evaluation)) - (other_tokens(evaluation) if score.per_token else set())
     shown = {role: float(score.shown(found).replace(",", "")) for role in competing
              if (found := value(evaluation, role, score)) is not None}
     if len(shown) < 2:
@@ -110,10 +109,10 @@ def best(evaluation: Evaluation, score: Score) -> set[str]:
     return {role for role, found in shown.items() if found == top}
 
 
-def comparable(evaluation: Evaluation) -> bool:
-    """Whether the reference model's perplexity is over the same tokens as the fine-tuned model's."""
+def other_tokens(evaluation: Evaluation) -> set[str]:
+    """The roles whose tokenizer is another than the fine-tuned model's: their perplexity is over other tokens."""
     scores = evaluation["scores"]
-    return bool(scores["reference"]["vocabulary"] == scores["fine_tuned"]["vocabulary"])
+    return {role for role in roles(evaluation) if scores[role]["vocabulary"] != scores["fine_tuned"]["vocabulary"]}
 
 
 # --- the gate -------------------------------------------------------------------------------------------------------
@@ -200,10 +199,10 @@ def notes(evaluation: Evaluation) -> list[str]:
     """Notes that a reader needs to interpret the figures."""
     scores = evaluation["scores"]
     found = [EMBEDDED] if evaluation["embedded"] else []
-    if not comparable(evaluation):
-        found.append("The reference model has another tokenizer: its perplexity, which is per token, cannot be "
-                     "compared with the others'. Bits per byte can.")
     for role, name in roles(evaluation).items():
+        if role in other_tokens(evaluation):
+            found.append(f"The {name} model has another tokenizer: its perplexity, which is per token, cannot be "
+                         "compared with the others'. Bits per byte can.")
         if scores[role]["records_too_long"]:
             found.append(f"{scores[role]['records_too_long']} held-out records were too long for the {name} model and "
                          "are left out of its scores.")
@@ -277,9 +276,15 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
                         f"{tuned['questions']} questions, {tuned['sentences']} judged sentences"),
         *([("privacy", ", ".join(f"{count} {kind}" for kind, count in counts.items()))]
           if (counts := evaluation.get("privacy", {}).get("counts")) else []),
-        *([("compared with", f"{scores['promoted']['model']}, promoted until now")] if "promoted" in scores else []),
+        *([("compared with", _promoted(evaluation))] if "promoted" in scores else []),
         ("confidence", _confidence(evaluation)),
     ]
+
+
+def _promoted(evaluation: Evaluation) -> str:
+    base = evaluation.get("promoted", {}).get("base_model", evaluation["base_model"]["digest"])
+    other = "" if base == evaluation["base_model"]["digest"] else f", trained on base-model/{base}"
+    return f"{evaluation['scores']['promoted']['model']}, which was promoted then{other}"
 
 
 def _confidence(evaluation: Evaluation) -> str:

@@ -119,7 +119,7 @@ def markdown(evaluation: Evaluation, history: History, generations: Generations,
               ""]
     for title, rows in content.privacy_tables(evaluation):
         lines += [f"### {_text(title)}", "", *_rows(rows[0], rows[1:]), ""]
-    lines += _records(RecordByRecord.of(generations, models or {}, answers=answers))
+    lines += _records(RecordByRecord.of(evaluation, generations, models or {}, answers=answers))
     if "search" in evaluation:
         header, *trials = search.rows(evaluation["search"])
         lines += ["## Search", "", SEARCHED, "", *_rows(header, ([*map(_text, row)] for row in trials)), ""]

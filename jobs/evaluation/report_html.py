@@ -29,7 +29,7 @@ def page(evaluation: Evaluation, history: History, generations: Generations,
         answers: whether questions, references and answers are shown.
     """
     searched = evaluation.get("search")
-    records = RecordByRecord.of(generations, models or {}, answers=answers)
+    records = RecordByRecord.of(evaluation, generations, models or {}, answers=answers)
     return _template().render(
         roles=ROLES, adapter=evaluation["adapter"], base=evaluation["base_model"]["name"],
         reference=evaluation["reference_model"]["name"], outcome=content.outcome(evaluation),

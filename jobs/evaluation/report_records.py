@@ -4,12 +4,12 @@ show."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jobs.core.metrics import Score, metric_of, score_of
-from jobs.evaluation.content import ROLES
+from jobs.evaluation.content import ROLES, Evaluation, other_tokens
 from jobs.evaluation.gate import Values
 
 Generations = Mapping[str, Sequence[Mapping[str, Any]]]  # each model's generations.jsonl, by role
@@ -71,16 +71,18 @@ class Comparison:
         return f"{better} better, {worse} worse, {len(self.changes) - better - worse} unchanged"
 
 
-def comparisons(models: Mapping[str, Values]) -> list[Comparison]:
+def comparisons(models: Mapping[str, Values], other_tokens: Collection[str] = ()) -> list[Comparison]:
     """What changed for each record against the base model and the promoted adapter: by its answer's ROUGE-L, by its
     perplexity, and for each task by what the check found.
 
     Args:
         models: the values of each model by role.
+        other_tokens: the roles with other tokens than the fine-tuned model's: not compared per token.
     """
     tasks = [name for name, rows in models.get("fine_tuned", {}).items() if any("value" in row for row in rows)]
     found = [Comparison(score_of(key), than, _changes(score_of(key), models[than], models["fine_tuned"]))
-             for than in ("base", "promoted") if than in models for key in (*BY_RECORD, *tasks)]
+             for than in ("base", "promoted") if than in models for key in (*BY_RECORD, *tasks)
+             if not (score_of(key).per_token and than in other_tokens)]
     return [comparison for comparison in found if comparison.changes]
 
 
@@ -161,14 +163,15 @@ class RecordByRecord:
     lowest: Sequence[Sample]  # where the fine-tuned model does worst, of those that are shown nowhere else
 
     @classmethod
-    def of(cls, generations: Generations, models: Mapping[str, Values], *, answers: bool = True) -> RecordByRecord:
+    def of(cls, evaluation: Evaluation, generations: Generations, models: Mapping[str, Values], *,
+           answers: bool = True) -> RecordByRecord:
         """Choose the records to show.
 
         Args:
             models: the values of each model by role.
             answers: whether questions and answers may be shown; without them records are lines and numbers.
         """
-        compared = comparisons(models)
+        compared = comparisons(models, other_tokens(evaluation))
         by_record = every_sample(generations) if answers else {}
         flips: list[Flips] = []
         for comparison in compared:

@@ -379,7 +379,13 @@ def test_records_are_compared_with_the_promoted_adapter_where_it_was_measured() 
     page = report_html.page(found, HISTORY, generations(), models)
     assert "against the promoted model: 1 better, 1 worse, 0 unchanged" in page
     assert ">Worse than the promoted model" in page and ">Worse than the base model" not in page
-    assert "hotels@0001, promoted until now" in page
+    assert "hotels@0001, which was promoted then</dd>" in page
+    found["scores"]["promoted"]["vocabulary"] = "other"
+    found["promoted"] = {"name": "hotels", "digest": "0001", "base_model": "ff99"}
+    other = report_html.page(found, HISTORY, generations(), models)
+    assert "hotels@0001, which was promoted then, trained on base-model/ff99" in other
+    assert page.count("against the promoted model") - other.count("against the promoted model") == 1
+    assert "The promoted model has another tokenizer" in other and "another tokenizer" not in page
     assert drawn(page)["rougeL"] == (4, 3), "without an interval no whisker: the value would look certain"
 
 
