@@ -82,6 +82,16 @@ class Check:
         return f"{self._direction} {_distinguishable(self.decisive, self.limit)[0]}"
 
     @property
+    def known_text(self) -> str:
+        """What is known of the true value, e.g. `at most 0.31`: the bound that decides, or of a rule that failed the
+        other one, which shows that it does not hold."""
+        if self.outcome != "failed":
+            return self.bound_text
+        at_least = BOUNDS[self.bound].at_least
+        other = _distinguishable(self.high if at_least else self.low, self.limit)[0]
+        return f"{'at most' if at_least else 'at least'} {other}"
+
+    @property
     def requirement(self) -> str:
         """What the value must be, e.g. `at most 0.9`."""
         return f"{self._direction} {_distinguishable(self.decisive, self.limit)[1]}"
