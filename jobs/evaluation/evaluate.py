@@ -41,8 +41,8 @@ log = logging.getLogger("jobs")
 
 Scores = Mapping[str, Any]
 
-EVIDENCE = ("The held-out records are too few to tell. Bring more (dataset.holdout), or demand less in "
-            "evaluation.gate of the pipeline file.")
+EVIDENCE = ("The held-out records are too few to tell. Bring more (dataset.holdout; of a task, its records), or demand "
+            "less in evaluation.gate of the pipeline file.")
 ADVICE = "Train otherwise, bring other data, or change evaluation.gate in the pipeline file."
 
 
