@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.core.errors import UserError
 from jobs.core.metrics import MINIMUM_CLUSTERS as MINIMUM_CLUSTERS
-from jobs.core.metrics import metric_of, score_of
+from jobs.core.metrics import TASKS, metric_of, score_of
 from jobs.core.pipeline import BOUNDS, Evaluation, Rule
 from jobs.data.encoding import Record, answer, question
 from jobs.evaluation.holdout import Chosen, answered_lines
@@ -108,7 +108,8 @@ class Check:
         if self.value is None:
             return f"{self.metric}: {self.expression} is not a finite number, must be {self.requirement}"
         bound = f"{self.bound_text} with {self.confidence * 100:g} % confidence"
-        more = f"; about {self.more_clusters} more held-out clusters would decide it" if self.more_clusters else ""
+        evidence = "clusters of the task" if self.metric.startswith(TASKS) else "held-out clusters"
+        more = f"; about {self.more_clusters} more {evidence} would decide it" if self.more_clusters else ""
         return (f"{self.metric}: {self.expression} is {self.value_text}, {bound}, must be {self.requirement}"
                 + (f": undecided{more}" if self.outcome == "undecided" else ""))
 
