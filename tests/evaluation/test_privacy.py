@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
+import scipy.stats  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
