@@ -124,7 +124,8 @@ def write_split(file: Path, rows: Iterable[tuple[int, Encoded]], batch: int = 40
 
 
 def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str = "file:base", seed: int = 0,
-                   keep: int = 5, max_length: int = 128, mode: str = "lora", privacy: Mapping[str, int] | None = None,
+                   keep: int = 5, max_length: int = 128, mode: str = "lora", tasks: Sequence[Mapping[str, Any]] = (),
+                   privacy: Mapping[str, int] | None = None,
                    **training: Any) -> LoadedPipeline:
     """An environment.yaml and a pipeline.yaml in `folder`, with made-up pins (nothing is relocated), loaded."""
     def source(location: str, digit: str) -> dict[str, str]:
@@ -137,8 +138,10 @@ def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str
     (folder / "pipeline.yaml").write_text(yaml.safe_dump({
         "adapter": "hotels", "dataset": source("file:dataset.jsonl", "d"),
         "training": {"max_length": max_length, "tokens_per_batch": 256, "seed": seed, **training},
-        "evaluation": {"gate": dict(gate), "max_new_tokens": 12,
-                       **({} if privacy is None else {"privacy": dict(privacy)})}}))
+        "evaluation": {"gate": dict(gate), "max_new_tokens": 12, "tasks": [
+            {**source(f"file:{task['name']}.jsonl", "a"), **{key: value for key, value in task.items()
+                                                             if key != "records"}} for task in tasks],
+            **({} if privacy is None else {"privacy": dict(privacy)})}}))
     return pipeline.load(folder)
 
 
@@ -151,6 +154,7 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] | N
                        **settings: Any) -> tuple[LoadedPipeline, Path]:
     """A pipeline whose inputs to the evaluation are all published, but those in `without` (by their names in the plan).
     `records`, if given, are both what is trained on and what is held out, unless `train_records` are trained on.
+    `tasks` have their `records`.
 
     Returns the loaded pipeline and the volumes' root.
     Call it again on the same folder with other settings, and only what they rename is made.
@@ -191,6 +195,12 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] | N
         "reference_model": reference_model,
         "adapter": adapter,
     }
+    def tasks(draft: Path) -> None:
+        for task in settings["tasks"]:
+            jsonl(draft, f"{task['name']}.jsonl", task["records"])
+
+    if settings.get("tasks"):
+        makers["tasks"] = tasks
     if loaded.pipeline.environment.serving.mode == "merged":
         makers["merged_model"] = merged_model
     for name, make in makers.items():

@@ -8,12 +8,17 @@ other artifacts, so that old ones are never read as new ones.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-# What a metric has one value of: the file of its values, too. `privacy`: canaries and records, trained on and not.
-Population = Literal["records", "sentences", "privacy"]
+# What a metric has one value of, and the name of the file of its values: "records", "sentences", "privacy" (canaries
+# and records, trained on and not), or the key of a task.
+Population = str
+
+TASKS = "tasks."  # before the name of a task, in the key of its score
+# Below so many clusters no rule is decided: the standard error itself is then known to 16 % only (1 / sqrt(2 n)).
+MINIMUM_CLUSTERS = 20
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def score_of(key: str) -> Score:
     Raises:
         KeyError: there is none.
     """
-    return KNOWN[key]
+    return task_metric(key).scores[0] if key.startswith(TASKS) else KNOWN[key]
 
 
 def metric_of(key: str) -> Metric:
@@ -138,4 +143,14 @@ def metric_of(key: str) -> Metric:
     Raises:
         KeyError: there is none.
     """
-    return _METRIC_OF[key]
+    return task_metric(key) if key.startswith(TASKS) else _METRIC_OF[key]
+
+
+@functools.cache
+def task_metric(key: str) -> Metric:
+    """The metric of a task of the pipeline file, by the key of its score: `tasks.NAME`."""
+    name = key.removeprefix(TASKS)
+    return Metric("tasks", 1, f"Task {name}",
+                  "greedy answers to the task's prompts, checked one by one: the share of the answers that pass; with "
+                  "the check label_f1 the F1 of each label, averaged over the labels; with rougeL the mean ROUGE-L.",
+                  ("value",), (Score(key, f"task {name}", True, "1 is every answer right"),), population=key)

@@ -14,7 +14,7 @@ from jobs.core.artifacts import Spec
 from jobs.core.declarations import Source
 from jobs.core.environment import Environment
 from jobs.core.metrics import PRIVACY
-from jobs.core.pipeline import Pipeline, Training
+from jobs.core.pipeline import ANSWERED_RECORDS, Pipeline, Training
 from jobs.core.search import normalized
 from jobs.core.sources import SCHEMES
 
@@ -22,7 +22,7 @@ from jobs.core.sources import SCHEMES
 # so that old results are neither reused nor overwritten.
 RECIPES = {"dataset": 2, "acceptability": 1, "encoded-dataset": 1, "base-model": 1, "tokenizer": 2,
            "reference-model": 1, "adapter": 2, "merged-model": 1, "scores": 3, "evaluation": 2,
-           "embedded": 1,  # the embedded models' files
+           "tasks": 1, "embedded": 1,  # the embedded models' files
            "canaries": 1}  # what they read like
 
 DATASET_VOLUME = "dataset"
@@ -51,6 +51,7 @@ class Plan(EnvironmentPlan):
 
     dataset: Spec
     acceptability: Spec
+    tasks: Spec  # always named; made only where there are tasks
     encoded_dataset: Spec  # of the base model's tokenizer
     adapter: Spec
     merged_model: Spec  # always named; made only in `serving: {mode: merged}`
@@ -98,6 +99,12 @@ def _plan(key: _ByIdentity) -> Plan:
     acceptability = Spec(DATASET_VOLUME, "acceptability",
                          {**_source("acceptability", pipeline.evaluation.acceptability),
                           "format": _suffix(pipeline.evaluation.acceptability)})
+    # One artifact for all, so that retention, which counts artifacts, never removes a part of what is desired. With the
+    # dataset, because no task may ask what was trained on.
+    tasks = Spec(DATASET_VOLUME, "tasks", {"recipe": RECIPES["tasks"], "tasks": [
+        {**_identity(task), "format": _suffix(task), **task.identity(), **(
+            {"lm_eval": {**_identity(task.lm_eval), "metric": task.lm_eval.metric}} if task.lm_eval else {})}
+        for task in sorted(pipeline.evaluation.tasks, key=lambda task: task.name)]}, {"dataset": dataset.digest})
     shared = plan_environment(pipeline.environment)
     base_model, tokenizer, reference_model = shared.base_model, shared.tokenizer, shared.reference_model
     encoded_dataset = Spec(DATASET_VOLUME, "encoded-dataset",
@@ -113,6 +120,7 @@ def _plan(key: _ByIdentity) -> Plan:
          "tokens_per_batch": training.tokens_per_batch, "seed": training.seed,
          # Only where it is set: artifacts from before this setting existed keep their names.
          **({} if training.quantization == "none" else {"quantization": training.quantization}),
+         **({} if training.objective == "sft" else {"objective": training.objective, "beta": training.strength}),
          **({} if training.keep == "last" else {"keep": training.keep, "patience": training.patience}),
          # `encoded_dataset` follows from it too; serving reads it here.
          **({"chat_template": template} if (template := pipeline.environment.chat_template) else {})},
@@ -120,10 +128,12 @@ def _plan(key: _ByIdentity) -> Plan:
         {"dataset": dataset.digest, "encoded_dataset": encoded_dataset.digest, "base_model": base_model.digest,
          "tokenizer": tokenizer.digest})
     base = {"encoded_dataset": encoded_dataset, "model": base_model, "tokenizer": tokenizer}
-    base_scores = _scores(pipeline, dataset, acceptability, base)
-    adapter_scores = _scores(pipeline, dataset, acceptability, base | {"adapter": adapter})
+    measured_on = {"dataset": dataset, "acceptability": acceptability} | (
+        {"tasks": tasks} if pipeline.evaluation.tasks else {})
+    base_scores = _scores(pipeline, measured_on | base)
+    adapter_scores = _scores(pipeline, measured_on | base | {"adapter": adapter})
     # The reference model has a tokenizer of its own, so it encodes the data itself.
-    reference_scores = _scores(pipeline, dataset, acceptability, {"model": reference_model})
+    reference_scores = _scores(pipeline, measured_on | {"model": reference_model})
     evaluation = Spec(
         FINE_TUNED_VOLUME, "evaluation",
         {"recipe": RECIPES["evaluation"], "adapter": pipeline.adapter,
@@ -131,7 +141,7 @@ def _plan(key: _ByIdentity) -> Plan:
          "confidence": pipeline.evaluation.confidence, "clusters": pipeline.evaluation.clusters},
         {"adapter": adapter.digest, "base_scores": base_scores.digest, "adapter_scores": adapter_scores.digest,
          "reference_scores": reference_scores.digest})
-    return Plan(base_model, tokenizer, reference_model, dataset, acceptability, encoded_dataset, adapter,
+    return Plan(base_model, tokenizer, reference_model, dataset, acceptability, tasks, encoded_dataset, adapter,
                 merged_model(adapter.digest, base_model.digest), base_scores, adapter_scores, reference_scores,
                 evaluation)
 
@@ -158,15 +168,18 @@ def merged_model(adapter: str, base_model: str) -> Spec:
 
 
 def _source(recipe: str, source: Source) -> dict[str, Any]:
+    return {"recipe": RECIPES[recipe], **_identity(source)}
+
+
+def _identity(source: Source) -> dict[str, Any]:
     """What identifies a relocated source. Bytes pinned by sha256 are the same bytes wherever they come from, so the
     URL is not part of it: moving the data to another bucket renames nothing."""
-    identity: dict[str, Any] = {"recipe": RECIPES[recipe]}
     pin = SCHEMES[source.scheme].pin
     if pin == "sha256":
-        return identity | {"sha256": source.sha256}
+        return {"sha256": source.sha256}
     if pin is None:
-        return identity | {"source": source.source, "embedded": RECIPES["embedded"]}
-    return identity | {"source": source.source, pin: getattr(source, pin)}
+        return {"source": source.source, "embedded": RECIPES["embedded"]}
+    return {"source": source.source, pin: getattr(source, pin)}
 
 
 def _suffix(source: Source) -> str:
@@ -175,7 +188,7 @@ def _suffix(source: Source) -> str:
     return name.rpartition(".")[2].lower() if "." in name and SCHEMES[source.scheme].pin else ""
 
 
-def _scores(pipeline: Pipeline, dataset: Spec, acceptability: Spec, inputs: dict[str, Spec]) -> Spec:
+def _scores(pipeline: Pipeline, inputs: dict[str, Spec]) -> Spec:
     # The reference model has nothing to do with what was trained on: of it, privacy is not measured.
     privacy = pipeline.evaluation.privacy if "encoded_dataset" in inputs else None
     metrics = [metric for metric in pipeline.evaluation.metrics() if privacy or metric is not PRIVACY]
@@ -183,8 +196,9 @@ def _scores(pipeline: Pipeline, dataset: Spec, acceptability: Spec, inputs: dict
                 {"recipe": RECIPES["scores"], "max_new_tokens": pipeline.evaluation.max_new_tokens,
                  "max_length": pipeline.training.max_length,
                  "chat_template": pipeline.environment.chat_template,
+                 **({} if pipeline.evaluation.answered_records == ANSWERED_RECORDS else
+                    {"answered_records": pipeline.evaluation.answered_records}),
                  "metrics": {metric.module: metric.version for metric in metrics},
                  **({"privacy": {"records": privacy.records, "verbatim_tokens": privacy.verbatim_tokens}}
                     if privacy else {})},
-                {"dataset": dataset.digest, "acceptability": acceptability.digest,
-                 **{name: spec.digest for name, spec in inputs.items()}})
+                {name: spec.digest for name, spec in inputs.items()})

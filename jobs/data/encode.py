@@ -36,7 +36,8 @@ from jobs.core.plan import plan
 from jobs.core.progress import Progress
 from jobs.data import encoded
 from jobs.data.canaries import Canaries, check_fits
-from jobs.data.encoding import Encoded, encode
+from jobs.data.encoding import Encoded, encode, encode_for_training
+from jobs.data.records import is_preference
 from jobs.data.split import SPLITS, TRAIN, VALIDATION
 
 if TYPE_CHECKING:
@@ -79,11 +80,12 @@ class Counts:
     sequences: int = 0
     tokens: int = 0
     learned: int = 0  # tokens that are learned and scored
+    preferences: int = 0  # records that are pairs of sequences: the chosen answer, and the rejected one
     longest: int = 0  # tokens of the longest sequence of any record, also of those that were left out
     shortest: int = 0  # … and of the record whose longest sequence is the shortest
 
     def add(self, other: Counts) -> None:
-        for name in ("records", "too_long", "sequences", "tokens", "learned"):
+        for name in ("records", "too_long", "sequences", "tokens", "learned", "preferences"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
         self.shortest = min(filter(None, (self.shortest, other.shortest)), default=0)
@@ -153,7 +155,15 @@ def encode_splits(dataset: Path, folder: Path, settings: Settings, processes: in
                 raise UserError("\n".join(f"{name}.jsonl:{problem}" for problem in problems[:LISTED])
                                 + "\nNothing was published")
             _require_some(name, counts, settings.max_length)
+            if counts.preferences not in (0, counts.records):
+                raise UserError(f"{name}.jsonl of the dataset: {counts.preferences} of {counts.records} records are "
+                                "preferences (`chosen` and `rejected`): training learns from one kind or the other. "
+                                "Bring them as two datasets")
             statistics[name] = asdict(counts)
+    kinds = {bool(statistics[name]["preferences"]) for name in SPLITS if statistics[name]["records"]}
+    if len(kinds) > 1:
+        raise UserError("the dataset: some splits are preferences (`chosen` and `rejected`) and others are not: "
+                        "training learns from one kind or the other. Bring them as two datasets")
     too_long = sum(counts["too_long"] for counts in statistics.values())
     if too_long:
         log.warning("%d records are longer than training.max_length (%d tokens) and are left out", too_long,
@@ -233,7 +243,8 @@ def encode_chunk(settings: Settings, chunk: Lines) -> Chunk:
     counts, problems, rows = Counts(), list[str](), list[tuple[int, Encoded]]()
     for line, text in enumerate(chunk[1], chunk[0]):
         try:
-            sequences = encode(tokenizer, json.loads(text), settings.template)
+            record = json.loads(text)
+            sequences = encode_for_training(tokenizer, record, settings.template)
             if not any(sequence.scored for sequence in sequences):
                 raise UserError("encodes to nothing that could be learned: the tokenizer leaves no token of its "
                                 "answer. Remove the record")
@@ -242,6 +253,7 @@ def encode_chunk(settings: Settings, chunk: Lines) -> Chunk:
             continue
         one = _count(sequences, settings.max_length)
         if not one.too_long:
+            one.preferences = int(is_preference(record))
             rows += [(line, sequence) for sequence in sequences]
         counts.add(one)
     return Chunk(encoded.serialized(rows) if rows else None, counts, problems)
@@ -252,8 +264,8 @@ def _count(sequences: Sequence[Encoded], max_length: int) -> Counts:
     length = max(map(len, sequences))
     if length > max_length:
         return Counts(too_long=1, longest=length, shortest=length)
-    return Counts(1, 0, len(sequences), sum(map(len, sequences)), sum(sequence.scored for sequence in sequences),
-                  length, length)
+    return Counts(records=1, sequences=len(sequences), tokens=sum(map(len, sequences)),
+                  learned=sum(sequence.scored for sequence in sequences), longest=length, shortest=length)
 
 
 @functools.lru_cache(maxsize=1)

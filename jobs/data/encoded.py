@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from jobs.data.encoding import Encoded
+from jobs.data.encoding import Encoded, Example
 from jobs.data.split import HOLDOUT, SPLITS, TRAIN, VALIDATION
 
 if TYPE_CHECKING:
@@ -77,10 +77,11 @@ class Split(Sequence[Encoded]):
 class Splits:
     """The encoded splits of a dataset, and how many records were left out because they are longer than `max_length`."""
 
-    train: Sequence[Encoded]
-    holdout: Sequence[Encoded]
+    train: Sequence[Example]
+    holdout: Sequence[Example]
     too_long: int
-    validation: Sequence[Encoded] = ()
+    validation: Sequence[Example] = ()
+    preferences: bool = False  # each record is two sequences: the chosen answer, and the rejected one
 
 
 def schema() -> pa.Schema:
@@ -117,4 +118,4 @@ def read(folder: Path) -> Splits:
     statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
     splits = {name: Split(folder / f"{name}.arrow") for name in SPLITS}
     return Splits(splits[TRAIN], splits[HOLDOUT], sum(each["too_long"] for each in statistics.values()),
-                  splits[VALIDATION])
+                  splits[VALIDATION], bool(statistics[TRAIN].get("preferences")))

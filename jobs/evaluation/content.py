@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.core import search
-from jobs.core.metrics import KNOWN, Metric, Score, metric_of
+from jobs.core.metrics import KNOWN, TASKS, Metric, Score, metric_of, score_of
 from jobs.evaluation.gate import Check
 
 Evaluation = Mapping[str, Any]  # the content of evaluation.json
@@ -39,7 +39,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 def scores(values: Mapping[str, Any]) -> dict[str, Score]:
     """The scores that one model's scores.json holds, by key."""
-    return {key: score for key, score in KNOWN.items() if key in values}
+    return {key: score_of(key) for key in values if key in KNOWN or key.startswith(TASKS)}
 
 
 def metrics(values: Mapping[str, Any]) -> list[Metric]:
@@ -91,6 +91,15 @@ def notes(evaluation: Evaluation) -> list[str]:
         if scores[role]["records_too_long"]:
             found.append(f"{scores[role]['records_too_long']} held-out records were too long for the {name} model and "
                          "are left out of its scores.")
+        for task, counts in scores[role].get("tasks", {}).items():
+            if counts["records_too_long"]:
+                found.append(f"{counts['records_too_long']} prompts of the task {task} were too long for the {name} "
+                             "model and are left out of its score.")
+    left_out = scores["fine_tuned"].get("questions_left_out")
+    if left_out:
+        asked = scores["fine_tuned"]["questions"]
+        found.append(f"Of {asked + left_out:,} held-out questions, {asked:,} were answered, the first by sha256 "
+                     "(evaluation.answered_records). Perplexity is over all of them.")
     if scores["fine_tuned"]["questions"] == 0:
         found.append("The held-out records are plain text without questions, so there is no ROUGE.")
     return found

@@ -19,19 +19,21 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from jobs.core import artifacts, models, promotion
 from jobs.core.artifacts import Artifact
+from jobs.core.imports import fast_imports
 from jobs.core.layout import TENSORBOARD
-from jobs.core.metrics import PRIVACY, Population
+from jobs.core.metrics import PRIVACY
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.core.search import FILE as SEARCH
 from jobs.core.termination import write_termination_message
-from jobs.data import encoded
+from jobs.data import encoded, tasks
 from jobs.data.split import HOLDOUT
 from jobs.evaluation import content, gate, privacy, report, scoring
+from jobs.evaluation.holdout import JsonLines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,12 +69,18 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
 def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> None:
     """Wait for the inputs, and publish the scores of each model that has none yet."""
     # First the inputs that can show that measuring is impossible, before hours of waiting for the adapter.
-    dataset, sentences = artifacts.wait([wanted.dataset, wanted.acceptability], volumes, wait_seconds)
+    declared = pipeline.evaluation.tasks
+    dataset, sentences, *of_tasks = artifacts.wait(
+        [wanted.dataset, wanted.acceptability, *([wanted.tasks] if declared else [])], volumes, wait_seconds)
     material = scoring.Material.read(dataset.path, sentences.path, max_length=pipeline.training.max_length,
                                      max_new_tokens=pipeline.evaluation.max_new_tokens,
                                      template=pipeline.environment.chat_template,
                                      metrics=[metric for metric in pipeline.evaluation.metrics()
-                                              if metric.population != "privacy"])
+                                              if metric.population != "privacy"],
+                                     answered_records=pipeline.evaluation.answered_records)
+    if declared:
+        material = dataclasses.replace(material, tasks=list(tasks.read(of_tasks[0].path, declared)))
+        tasks.require_evidence(pipeline.evaluation, material.tasks)
     gate.check_measurable(pipeline.evaluation, material.holdout)
     privacy.check_held_out(pipeline.evaluation, len(material.holdout))
 
@@ -97,7 +105,8 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
 def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, material: scoring.Material) -> None:
     """Measure the base model with the adapter switched off, then on; skips what is already there. Both read the data as
     training's job did: encoded."""
-    from peft import PeftModel
+    with fast_imports():
+        from peft import PeftModel
 
     holdout = encoded.Split(wanted.encoded_dataset.path(volumes) / f"{HOLDOUT}.arrow")
     material = dataclasses.replace(material, encoded=holdout)
@@ -130,16 +139,17 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
     """Evaluate the gate, and publish the evaluation: verdict, report, and their provenance."""
     roles = {"base": wanted.base_scores, "fine_tuned": wanted.adapter_scores, "reference": wanted.reference_scores}
     folders = {role: spec.path(volumes) for role, spec in roles.items()}
+    populations = dict.fromkeys(metric.population for metric in pipeline.evaluation.metrics())
     # A model may lack some: of the reference model, privacy is not measured.
     scores = {role: dict.fromkeys(pipeline.evaluation.scores()) | _read_json(folder / "scores.json")
               for role, folder in folders.items()}
     generations = {role: scoring.read_jsonl(folder / "generations.jsonl") for role, folder in folders.items()}
-    values = {role: {name: scoring.read_jsonl(file) for name in get_args(Population)
+    values = {role: {name: scoring.read_jsonl(file) for name in populations
                      if (file := folder / f"{name}.jsonl").exists()} for role, folder in folders.items()}
     for of_model in values.values():
         if "privacy" in of_model:
             of_model["privacy"] = privacy.with_clusters(of_model["privacy"], pipeline.evaluation.clusters)
-    holdout = scoring.read_jsonl(wanted.dataset.path(volumes) / "holdout.jsonl")
+    holdout = JsonLines(wanted.dataset.path(volumes) / "holdout.jsonl")
     clusters = gate.clusters_of(holdout, pipeline.evaluation.clusters)
     training = _read_json(wanted.adapter.path(volumes) / "training.json")
     search = _read_json(wanted.adapter.path(volumes) / SEARCH) if pipeline.training.search else None
@@ -187,6 +197,10 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
     training = pipeline.training.with_settings(search["settings"]) if search else pipeline.training
     base_model, reference_model = pipeline.environment.base_model, pipeline.environment.reference_model
     sources = pipeline.environment.sources() | pipeline.sources()
+    for number, task in enumerate(pipeline.evaluation.tasks):  # people know them by their names
+        for suffix in ("", ".lm_eval"):
+            if source := sources.pop(f"evaluation.tasks.{number}{suffix}", None):
+                sources[f"evaluation.{task.key}{suffix}"] = source
     return {
         "passed": gate.outcome_of(checks) == "passed",
         "outcome": gate.outcome_of(checks),
@@ -201,6 +215,8 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
         "intervals": intervals,
         "gate": [check.to_json() for check in checks],
         "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
+        **({"tasks": {task.name: task.identity() for task in pipeline.evaluation.tasks}}
+           if pipeline.evaluation.tasks else {}),
         "training": training.model_dump(exclude={"checkpoint_steps", "tokens_per_micro_batch", "search"}),
         **({"search": dict(search)} if search else {}),
     }
@@ -285,6 +301,8 @@ def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, material: scoring.Ma
         _write_jsonl(draft / "generations.jsonl", measured.generations)
         for population, rows in measured.values.items():
             _write_jsonl(draft / f"{population}.jsonl", rows)
+        if measured.task_answers:
+            _write_jsonl(draft / "task_answers.jsonl", measured.task_answers)
         return {"model": name}
 
     return write

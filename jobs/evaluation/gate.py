@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.core.errors import UserError
+from jobs.core.metrics import MINIMUM_CLUSTERS as MINIMUM_CLUSTERS
 from jobs.core.metrics import metric_of, score_of
 from jobs.core.pipeline import BOUNDS, Evaluation, Rule
 from jobs.data.encoding import Record, answer, question
+from jobs.evaluation.holdout import Chosen, answered_lines
 
 if TYPE_CHECKING:
     from jobs.evaluation.confidence import Interval
@@ -25,8 +27,6 @@ Cluster = tuple[str, Any]  # what its records have in common, e.g. ("group", "ho
 Outcome = Literal["passed", "failed", "undecided"]
 
 FINE_TUNED = "fine_tuned"
-# Below so many clusters no rule is decided: the standard error itself is then known to 16 % only (1 / sqrt(2 n)).
-MINIMUM_CLUSTERS = 20
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
         UserError: naming the rules.
     """
     rules = [key for key, _ in evaluation.rules() if metric_of(key).needs_questions]
-    asking = [record for record in holdout if question(record) is not None]
+    asking = Chosen(holdout, answered_lines(holdout, evaluation.answered_records))
     if rules and not asking:
         raise UserError(f"evaluation.gate.{', evaluation.gate.'.join(rules)}: cannot be measured: every held-out "
                         "record is plain {\"text\"}, which has no question to answer. Remove the rule, or bring "
@@ -159,11 +159,13 @@ def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
         records = asking if metric.needs_questions else holdout
         found = len(set(clusters_of(records, evaluation.clusters)))
         if found < MINIMUM_CLUSTERS:
+            limited = metric.needs_questions and len(records) == evaluation.answered_records
+            capped = "evaluation.answered_records or " if limited else ""
             raise UserError(
                 f"evaluation.gate.{key}: {len(records)} held-out records in {found} clusters cannot prove anything: at "
                 f"least {MINIMUM_CLUSTERS} are needed. A cluster is a `group`, or the records with the same answer. "
-                "Raise dataset.holdout, bring more records or smaller groups; or, if answers are labels that repeat, "
-                "set evaluation.clusters: record")
+                f"Raise {capped}dataset.holdout, bring more records or smaller groups; or, if answers are labels that "
+                "repeat, set evaluation.clusters: record")
 
 
 def _check(key: str, rule: Rule, bound: str, limit: float, confidence: float, models: Mapping[str, Values],
@@ -223,7 +225,8 @@ def _measured(key: str, values: Values) -> dict[int, Mapping[str, Any]]:
 
 
 def _names(key: str, rows: Sequence[Mapping[str, Any]], clusters: Sequence[Cluster]) -> Sequence[Hashable]:
-    """The clusters of some rows; those of privacy name their own, and sentences and canaries are each one by itself."""
+    """The clusters of some rows. Those of tasks and privacy name theirs; sentences and canaries are each one by
+    itself."""
     if metric_of(key).population == "records":
         return [clusters[row["line"] - 1] for row in rows]
     return [row.get("cluster", row["line"]) for row in rows]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from jobs.core.strict_yaml import CONFIG_MAP_BYTES
 from jobs.tools import overlay
 from jobs.tools.advice import advice
 from jobs.tools.overlay import Files
+from jobs.training.objectives import check_kind
 
 log = logging.getLogger("jobs")
 
@@ -71,12 +73,50 @@ def check_data(loaded: LoadedPipeline) -> None:
         statistics = split.validate(loaded.resolve(source), source.holdout, source.validation)
         if loaded.pipeline.training.keep == "best" and not statistics["records"].get("validation"):
             raise UserError(f"{loaded.path}: {NO_VALIDATION}")
+        check_objective(loaded, statistics["shapes"])
+    check_tasks(loaded)
     check_search(loaded, statistics)
     check_privacy(loaded, statistics)
     of_trials = (advice(loaded.pipeline.model_copy(update={"training": trial}), statistics)
                  for trial in loaded.pipeline.training.trials())
     for line in dict.fromkeys(itertools.chain.from_iterable(of_trials)):
         log.info("%s: advice: %s", loaded.path, line)
+
+
+def check_objective(loaded: LoadedPipeline, shapes: Mapping[str, int]) -> None:
+    """The records are of one kind, that of the objective; `shapes` has how many there are of each shape."""
+    preferences, others = shapes.get("preference", 0), sum(shapes.values()) - shapes.get("preference", 0)
+    if preferences and others:
+        raise UserError(f"{loaded.path}: dataset: {preferences} records are preferences (`chosen` and `rejected`), and "
+                        f"{others} are not: training learns from one kind or the other. Bring them as two datasets")
+    try:
+        check_kind(loaded.pipeline.training, preferences=bool(preferences))
+    except UserError as error:
+        raise UserError(f"{loaded.path}: {error}") from None
+
+
+def check_tasks(loaded: LoadedPipeline) -> None:
+    """The tasks' patterns and schemas compile; the records beside the pipeline file are valid, enough for their rules,
+    and not among those that are trained on."""
+    from jobs.data import harness, split, tasks
+    from jobs.data.formats import files_in
+
+    pipeline, here = loaded.pipeline, {}
+    for task in pipeline.evaluation.tasks:
+        tasks.check_options(task)
+        task_file = None
+        if task.lm_eval and task.lm_eval.scheme == "file":
+            file = loaded.resolve(task.lm_eval)
+            task_file = harness.read(file, str(file), task.lm_eval.metric)
+        if task.scheme == "file" and (task_file or not task.lm_eval):
+            here[task.name] = task, tasks.convert(task, files_in(loaded.resolve(task)), None, task_file)
+    tasks.require_evidence(pipeline.evaluation, ((task, [each.record for each in placed])
+                                                 for task, placed in here.values()))
+    if here and pipeline.dataset.scheme == "file":
+        with tempfile.TemporaryDirectory() as folder:
+            split.split(files_in(loaded.resolve(pipeline.dataset)), pipeline.dataset.holdout, Path(folder),
+                        pipeline.dataset.validation)
+            tasks.require_unseen(itertools.chain.from_iterable(placed for _, placed in here.values()), Path(folder))
 
 
 def check_search(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -> None:

@@ -46,6 +46,8 @@ def model_card(pipeline: Pipeline, splits: Splits, history: list[dict[str, float
             "records": f"{len(splits.train)} train, {len(splits.holdout)} held out, {splits.too_long} too long",
             "LoRA": f"r {training.lora.r}, alpha {training.lora.alpha:g}, dropout {training.lora.dropout:g}",
             "target modules": ", ".join(target_modules),
+            **({} if training.objective == "sft" else
+               {"objective": f"{training.objective}, beta {training.strength:g}"}),
             "training": f"{training.epochs} epochs, learning rate {training.learning_rate:g} (cosine), at most "
                         f"{training.tokens_per_batch} tokens a batch and {training.max_length} a record, "
                         f"seed {training.seed}",

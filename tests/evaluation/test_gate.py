@@ -191,3 +191,12 @@ def test_too_little_evidence_is_refused_before_anything_is_measured() -> None:
                                         r"evaluation\.clusters: record"):
         gate.check_measurable(rules, labels)
     gate.check_measurable(rules.model_copy(update={"clusters": "record"}), labels)
+
+
+def test_rules_on_answers_need_evidence_among_the_records_that_are_answered() -> None:
+    rules = Evaluation.model_validate({"answered_records": 19, "gate": {"perplexity": {"max": 9}}})
+    records = [{"prompt": f"Who is {n}?", "completion": f"Number {n}."} for n in range(60)]
+    gate.check_measurable(rules, records)
+    answers = Evaluation.model_validate({"answered_records": 19, "gate": {"rougeL": {"min": 0.5}}})
+    with pytest.raises(UserError, match=r"gate\.rougeL: 19 held-out .* Raise evaluation\.answered_records or dataset"):
+        gate.check_measurable(answers, records)

@@ -257,3 +257,12 @@ def test_the_loss_on_the_validation_split_is_shown_where_training_measured_that_
     assert "validation 0.2" in report_html.page(evaluation(0.5), history, generations())
     assert "## Loss on the validation split while training" in report.markdown(evaluation(0.5), history,
                                                                               generations())
+
+
+def test_a_limit_on_the_questions_that_are_answered_is_said_in_every_report() -> None:
+    limited = evaluation(0.5, questions=1000, questions_left_out=99_000)
+    note = ("Of 100,000 held-out questions, 1,000 were answered, the first by sha256 (evaluation.answered_records). "
+            "Perplexity is over all of them.")
+    assert content.notes(limited) == [note]
+    assert note in report.table(limited) and note in report_html.page(limited, HISTORY, generations())
+    assert content.notes(evaluation(0.5, questions_left_out=0)) == []

@@ -447,7 +447,7 @@ def test_volumes_show_what_is_there_and_what_would_be_made(overlay: Path, tmp_pa
             folder.rename(folder.with_name(folder.name + suffix))
     found = planned(overlay, volumes=volumes)
     there = {each.name: each.there for each in found.adapters[A].artifacts}
-    assert there == {"dataset": True, "acceptability": True, "encoded-dataset": True, "adapter": False,
+    assert there == {"dataset": True, "acceptability": True, "tasks": True, "encoded-dataset": True, "adapter": False,
                      "base-scores": True, "adapter-scores": False, "reference-scores": True, "evaluation": False}
     assert running(found)[f"dataset-relocation-{A}"] == ()
     assert running(found)[f"model-training-{A}"] == (f"{A}/adapter",)
