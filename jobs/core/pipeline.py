@@ -25,6 +25,7 @@ from jobs.core.metrics import (
     METRICS,
     OF_CANARIES,
     PRIVACY,
+    SCORES,
     TASKS,
     Metric,
     Score,
