@@ -109,9 +109,10 @@ def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, ma
     model, tokenizer = _load(wanted.base_model.path(volumes), wanted.tokenizer.path(volumes))
     adapted = PeftModel.from_pretrained(model, str(wanted.adapter.path(volumes))).eval()
     name = _versioned(pipeline, wanted)
-    subjects = pipeline.evaluation.privacy and privacy.Subjects.read(
+    subjects = privacy.Subjects.read(
         pipeline.evaluation.privacy, wanted.dataset.path(volumes), wanted.dataset.digest,
-        wanted.encoded_dataset.path(volumes), tokenizer, pipeline.environment.chat_template)
+        wanted.encoded_dataset.path(volumes), tokenizer, pipeline.environment.chat_template
+    ) if pipeline.evaluation.privacy else None
     with adapted.disable_adapter():
         base = artifacts.publish(wanted.base_scores, volumes,
                                  _scores(adapted, tokenizer, material, pipeline.environment.base_model.name, subjects),
