@@ -707,7 +707,7 @@ def test_fifty_adapters_are_planned_with_one_rendering_of_each_side(
     commit(overlay)
     edit(overlay / "environment.yaml", "max_lora_rank: 64", "max_lora_rank: 128")
     edit(overlay / "adapters" / B / "pipeline.yaml", "r: 16", "r: 32")
-    rendered, run = [], pods.subprocess.run
+    rendered, run = [], vars(pods)["subprocess"].run
 
     def counted(arguments: list[str], **options: Any) -> Any:
         rendered.append(arguments[-1])
