@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,5 @@ def test_the_adapter_before_is_not_asked_in_its_place(tmp_path: Path, monkeypatc
 def test_a_server_that_refuses_the_question_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = evaluated()
     monkeypatch.setattr(summary, "served_adapter", lambda *_: result.digest)
-    began = time.monotonic()
     with pytest.raises(RetryableError, match=r"^http://127\.0\.0\.1:9: Connection error\.; the log of model-inference"):
         summary.ask([result], tmp_path, "http://127.0.0.1:9", "Who?")
-    assert time.monotonic() - began < 10
