@@ -25,6 +25,7 @@ from jobs.core.metrics import (
     METRICS,
     OF_CANARIES,
     PRIVACY,
+    SCORES,
     TASKS,
     Metric,
     Score,
@@ -178,7 +179,7 @@ def check_gate(gate: dict[str, Rules], info: ValidationInfo) -> dict[str, Rules]
     allowed = [*KNOWN, *(task.key for task in tasks or ())]
     if not gate:
         raise PydanticCustomError("gate", "is empty: an adapter would be served unproven. Add a rule for one of "
-                                  "{metrics}", {"metrics": ", ".join(allowed)})
+                                  "{metrics}", {"metrics": ", ".join([*SCORES, *(task.key for task in tasks or ())])})
     for key, value in gate.items():
         if key not in allowed and not (tasks is None and key.startswith(TASKS)):
             close = difflib.get_close_matches(key, allowed, n=1)
@@ -258,6 +259,8 @@ class Evaluation(Strict):
     privacy: Privacy | None = None
     # Every rule must hold, or the adapter is not served.
     gate: Annotated[dict[str, Rules], AfterValidator(check_gate)]
+    # false: the report shows numbers and line numbers only, no questions, references and answers.
+    report_answers: bool = True
 
     def metrics(self) -> tuple[Metric, ...]:
         """What is measured."""

@@ -82,6 +82,7 @@ class Splits:
     too_long: int
     validation: Sequence[Example] = ()
     preferences: bool = False  # each record is two sequences: the chosen answer, and the rejected one
+    canaries: int = 0  # how many of the train split are canaries
 
 
 def schema() -> pa.Schema:
@@ -118,4 +119,5 @@ def read(folder: Path) -> Splits:
     statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
     splits = {name: Split(folder / f"{name}.arrow") for name in SPLITS}
     return Splits(splits[TRAIN], splits[HOLDOUT], sum(each["too_long"] for each in statistics.values()),
-                  splits[VALIDATION], bool(statistics[TRAIN].get("preferences")))
+                  splits[VALIDATION], bool(statistics[TRAIN].get("preferences")),
+                  statistics.get("canaries", {}).get("sequences", 0))

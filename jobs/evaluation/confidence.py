@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -74,11 +74,11 @@ class Ratio:
     totals: Array  # (clusters, 2)
 
     @classmethod
-    def of(cls, above: Sequence[float], below: Sequence[float], clusters: Clusters) -> Ratio:
+    def of(cls, above: Sequence[float], below: Sequence[float], clusters: Clusters) -> Self:
         return cls(clusters.sums(np.array([above, below], dtype=np.float64).T))
 
     @classmethod
-    def mean(cls, values: Sequence[float], clusters: Clusters) -> Ratio:
+    def mean(cls, values: Sequence[float], clusters: Clusters) -> Self:
         return cls.of(values, [1.0] * len(values), clusters)
 
     def __call__(self, counts: Array) -> tuple[Array, Array]:

@@ -104,14 +104,14 @@ class Subjects:
         rows: Rows = []
         for subject in self.subjects:
             own, last = [next(found) for _ in subject.sequences], subject.sequences[-1]
-            row = {"line": len(rows) + 1, "kind": subject.kind, "position": subject.position,
-                   "nats": math.fsum(each.nats for each in own),
-                   "tokens": sum(each.scored for each in subject.sequences), **subject.clusters}
+            nats = math.fsum(each.nats for each in own)
+            row: dict[str, Any] = {"line": len(rows) + 1, "kind": subject.kind, "position": subject.position,
+                                   "nats": nats, "tokens": sum(each.scored for each in subject.sequences),
+                                   **subject.clusters}
             if subject.kind in (CANARY, TRAIN):
                 row |= {"continued": own[-1].continued, "continuation": len(last) - continued_from(last)}
             if subject.kind == TRAIN and row["continuation"] >= self.verbatim_tokens:
-                row["verbatim"] = (int(row["continued"] >= self.verbatim_tokens) if math.isfinite(row["nats"])
-                                   else math.nan)
+                row["verbatim"] = int(row["continued"] >= self.verbatim_tokens) if math.isfinite(nats) else math.nan
             rows.append(row)
         for row in (row for row in rows if row["kind"] == CANARY):
             row["exposure"] = exposure(row["nats"], [next(found).nats for _ in range(ALTERNATIVES)])

@@ -76,6 +76,7 @@ def test_each_canary_is_in_the_train_split_as_often_as_asked_and_a_twin_nowhere(
     assert not any(CANARIES.secret("twin", n) in texts for n in range(1, 251))
     counts = json.loads((folder / "statistics.json").read_text())
     assert (counts["train"]["records"], counts["canaries"]["records"]) == (60, 50)
+    assert (len(splits.train), splits.canaries) == (110, 50)
 
 
 def test_the_files_are_the_same_bytes_however_many_processes_encode(

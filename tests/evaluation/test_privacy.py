@@ -6,13 +6,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
+import scipy.stats  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -257,6 +258,19 @@ def test_values_are_kept_by_position_and_no_text_of_a_record_is_written(evaluate
     assert "room" not in privately and "Guest" not in privately and '"position"' in privately
 
 
+def test_an_adapter_measured_after_a_kill_has_the_same_values(evaluated: tuple[Any, Path], tmp_path: Path) -> None:
+    """The base model's values, to which its own are compared, come from the artifact then."""
+    loaded, volumes = evaluated
+    copy = Path(shutil.copytree(volumes, tmp_path / "volumes"))
+    file = plan(loaded.pipeline).adapter_scores.path(copy) / "privacy.jsonl"
+    before = scoring.read_jsonl(file)
+    shutil.rmtree(file.parent)
+    evaluate.measure(loaded.pipeline, plan(loaded.pipeline), copy, 0)
+    for row, again in zip(before, scoring.read_jsonl(file), strict=True):
+        assert again == {key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+                         for key, value in row.items()}
+
+
 def test_a_change_of_clusters_measures_nothing_again(
         evaluated: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, volumes = evaluated
@@ -383,6 +397,8 @@ def test_a_hundred_epochs_fail_and_one_passes(tmp_path: Path) -> None:
         loaded, volumes = published_pipeline(tmp_path, train_records=records[:200], records=records[200:],
                                              without=("adapter",), **settings)
         train.run(loaded, volumes, 0)
+        card = (plan(loaded.pipeline).adapter.path(volumes) / "README.md").read_text()
+        assert "| records | 200 train, 400 held out, 0 too long |" in card and "| canaries | 20, trained on" in card
         evaluate.run(loaded, volumes, 0)
         evaluation = evaluation_of(loaded, volumes)
         outcomes[epochs] = {check["metric"]: check["outcome"] for check in evaluation["gate"]}
