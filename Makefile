@@ -41,10 +41,13 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: setup
 	$(BIN)/python -m jobs local $(OVERLAY) --ask "$(QUESTION)" $(EXIT) $(ARGS)
 
+# mypy runs beside the tests: it takes a minute, and one core.
 test: setup .venv-checkov/installed
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	env -u KUBECONFIG OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/mypy >.venv/mypy.txt 2>&1 & types=$$!; \
+	  env -u KUBECONFIG OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
+	    --no-loadscope-reorder; tests=$$?; \
+	  wait $$types; types=$$?; echo "mypy:"; cat .venv/mypy.txt; exit $$((tests | types))
 
 # Creates and removes namespaces, and drains a node: `make test` never runs it, even if KUBECONFIG is set.
 e2e: setup

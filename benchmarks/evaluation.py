@@ -161,6 +161,8 @@ def measure_one_at_a_time(clock: Clock, settings: pipeline.Pipeline, wanted: Pla
         with clock.part("measuring"):
             for record in dataset:
                 (sequence,) = encode(tokenizer, record, settings.environment.chat_template)
+                if len(sequence.tokens) > settings.training.max_length:
+                    continue
                 prompt = list(sequence.prompt)
                 nats.append(negative_log_likelihood(model, sequence.tokens, len(prompt)))
                 counts.append(len(sequence.completion))

@@ -183,7 +183,7 @@ def test_sigterm_ends_a_waiting_stage_at_once(tmp_path: Path) -> None:
     assert process.stderr
     assert "waiting for base-model" in process.stderr.readline()
     os.kill(process.pid, signal.SIGTERM)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 143, stderr
     assert "stopped by SIGTERM" in stderr
 

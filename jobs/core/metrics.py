@@ -152,5 +152,6 @@ def task_metric(key: str) -> Metric:
     name = key.removeprefix(TASKS)
     return Metric("tasks", 1, f"Task {name}",
                   "greedy answers to the task's prompts, checked one by one: the share of the answers that pass; with "
-                  "the check label_f1 the F1 of each label, averaged over the labels; with rougeL the mean ROUGE-L.",
+                  "the check label_f1 the F1 of each label, averaged over the labels; with rougeL the mean ROUGE-L; "
+                  "with lm_eval the mean of what lm-evaluation-harness finds.",
                   ("value",), (Score(key, f"task {name}", True, "1 is every answer right"),), population=key)

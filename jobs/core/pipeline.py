@@ -259,6 +259,8 @@ class Evaluation(Strict):
     privacy: Privacy | None = None
     # Every rule must hold, or the adapter is not served.
     gate: Annotated[dict[str, Rules], AfterValidator(check_gate)]
+    # false: the report shows numbers and line numbers only, no questions, references and answers.
+    report_answers: bool = True
 
     def metrics(self) -> tuple[Metric, ...]:
         """What is measured."""

@@ -138,7 +138,9 @@ def _plan(key: _ByIdentity) -> Plan:
         FINE_TUNED_VOLUME, "evaluation",
         {"recipe": RECIPES["evaluation"], "adapter": pipeline.adapter,
          "gate": [{"score": key, "than": rule.than, **rule.bounds()} for key, rule in pipeline.evaluation.rules()],
-         "confidence": pipeline.evaluation.confidence, "clusters": pipeline.evaluation.clusters},
+         "confidence": pipeline.evaluation.confidence, "clusters": pipeline.evaluation.clusters,
+         # Only where it is set: another report is another artifact.
+         **({} if pipeline.evaluation.report_answers else {"report_answers": False})},
         {"adapter": adapter.digest, "base_scores": base_scores.digest, "adapter_scores": adapter_scores.digest,
          "reference_scores": reference_scores.digest})
     return Plan(base_model, tokenizer, reference_model, dataset, acceptability, tasks, encoded_dataset, adapter,

@@ -44,10 +44,6 @@ log = logging.getLogger("jobs")
 
 Scores = Mapping[str, Any]
 
-EVIDENCE = ("The held-out records are too few to tell. Bring more (dataset.holdout), or demand less in "
-            "evaluation.gate of the pipeline file.")
-ADVICE = "Train otherwise, bring other data, or change evaluation.gate in the pipeline file."
-
 
 def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
     """Evaluate the desired adapter, unless that is done, and promote it if it passed.
@@ -137,6 +133,8 @@ def measure_reference(pipeline: Pipeline, wanted: Plan, volumes: Path, material:
 
 def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
     """Evaluate the gate, and publish the evaluation: verdict, report, and their provenance."""
+    from jobs.evaluation.confidence import RESAMPLES, SEED
+
     roles = {"base": wanted.base_scores, "fine_tuned": wanted.adapter_scores, "reference": wanted.reference_scores}
     folders = {role: spec.path(volumes) for role, spec in roles.items()}
     populations = dict.fromkeys(metric.population for metric in pipeline.evaluation.metrics())
@@ -155,6 +153,8 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
     search = _read_json(wanted.adapter.path(volumes) / SEARCH) if pipeline.training.search else None
     evaluation = summary(pipeline, wanted, scores, gate.evaluate_gate(pipeline.evaluation, values, clusters),
                          intervals(pipeline, values, clusters), search)
+    evaluation["resampling"] = {"resamples": RESAMPLES, "seed": SEED, "clusters": len(set(clusters)),
+                                "by": pipeline.evaluation.clusters}
     if pipeline.evaluation.privacy:
         evaluation["privacy"] = privacy.summary(pipeline, values["fine_tuned"]["privacy"])
 
@@ -163,7 +163,8 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
         (draft / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         _write_jsonl(draft / "clusters.jsonl", [{"line": line, "cluster": [*cluster]}
                                                 for line, cluster in enumerate(clusters, 1)])
-        report.write(draft, evaluation, training["history"], generations)
+        report.write(draft, evaluation, training["history"], generations, values,
+                     answers=pipeline.evaluation.report_answers)
         return {"passed": evaluation["passed"]}
 
     write_tensorboard(volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest
@@ -240,11 +241,10 @@ def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, 
         title, lines = "PROMOTED" if moved else "ALREADY PROMOTED", [
             f"{name} passed the gate: clients of {pipeline.adapter} get it."]
     else:
-        undecided = evaluation["outcome"] == "undecided"
-        failed = [check.description for check in content.checks(evaluation) if not check.passed]
-        title = "UNDECIDED" if undecided else "REJECTED"
-        lines = [f"{name} did not pass the gate and is not promoted:", *(f"  ✗ {f}" for f in failed),
-                 _served_now(pipeline, wanted, volume), EVIDENCE if undecided else ADVICE]
+        title = content.outcome(evaluation).upper()
+        lines = [f"{name} did not pass the gate and is not promoted:", *report.unmet_rules(evaluation),
+                 *report.wrapped(_served_now(pipeline, wanted, volume)),
+                 *report.wrapped(content.next_step(evaluation))]
     log.log(logging.INFO if evaluation["passed"] else logging.WARNING, _framed(title, *lines))
     write_termination_message("\n".join([f"{title}: {lines[0]}", *lines[1:], f"report: {page}"]))
 

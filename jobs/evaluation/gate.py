@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.core.errors import UserError
 from jobs.core.metrics import MINIMUM_CLUSTERS as MINIMUM_CLUSTERS
-from jobs.core.metrics import metric_of, score_of
+from jobs.core.metrics import TASKS, metric_of, score_of
 from jobs.core.pipeline import BOUNDS, Evaluation, Rule
 from jobs.data.encoding import Record, answer, question
 from jobs.evaluation.holdout import Chosen, answered_lines
@@ -82,6 +82,16 @@ class Check:
         return f"{self._direction} {_distinguishable(self.decisive, self.limit)[0]}"
 
     @property
+    def known_text(self) -> str:
+        """What is known of the true value, e.g. `at most 0.31`: the bound that decides, or of a rule that failed the
+        other one, which shows that it does not hold."""
+        if self.outcome != "failed":
+            return self.bound_text
+        at_least = BOUNDS[self.bound].at_least
+        other = _distinguishable(self.high if at_least else self.low, self.limit)[0]
+        return f"{'at most' if at_least else 'at least'} {other}"
+
+    @property
     def requirement(self) -> str:
         """What the value must be, e.g. `at most 0.9`."""
         return f"{self._direction} {_distinguishable(self.decisive, self.limit)[1]}"
@@ -98,7 +108,8 @@ class Check:
         if self.value is None:
             return f"{self.metric}: {self.expression} is not a finite number, must be {self.requirement}"
         bound = f"{self.bound_text} with {self.confidence * 100:g} % confidence"
-        more = f"; about {self.more_clusters} more held-out clusters would decide it" if self.more_clusters else ""
+        evidence = "clusters of the task" if self.metric.startswith(TASKS) else "held-out clusters"
+        more = f"; about {self.more_clusters} more {evidence} would decide it" if self.more_clusters else ""
         return (f"{self.metric}: {self.expression} is {self.value_text}, {bound}, must be {self.requirement}"
                 + (f": undecided{more}" if self.outcome == "undecided" else ""))
 

@@ -8,6 +8,7 @@ template, reads no file and needs no network.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ Generate = Callable[[Sequence[str]], Sequence[str]]
 
 def values_of(task: Task, records: Sequence[Values], likelihoods: Likelihoods,
               generate: Generate) -> tuple[list[float], list[str]]:
-    """The metric of each record, from 0 to 1, and what was answered.
+    """The metric of each record, from 0 to 1 (NaN if the model gives no numbers), and what was answered.
 
     Args:
         likelihoods: the log-likelihood of each choice after its prompt.
@@ -64,7 +65,10 @@ def values_of(task: Task, records: Sequence[Values], likelihoods: Likelihoods,
     found = evaluate(Model(), {task.name: asked}, bootstrap_iters=0, log_samples=True)
     samples = sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])
     answers = [_answer(record, sample, choosing) for record, sample in zip(records, samples, strict=True)]
-    return [float(sample[metric["metric"]]) for sample in samples], answers
+    # Of likelihoods that are no numbers, the library would take one for the highest.
+    values = [math.nan if choosing and any(math.isnan(each) for each, _ in sample["filtered_resps"])
+              else float(sample[metric["metric"]]) for sample in samples]
+    return values, answers
 
 
 def _answer(record: Values, sample: Mapping[str, Any], choosing: bool) -> str:

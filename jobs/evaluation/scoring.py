@@ -173,6 +173,9 @@ def _answer_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     choices = tasks.encode_choices(tokenizer, task, asked, material.template, name)
     fitting = [number for number in prompts if all(
         len(choices[asked[number]["prompt"], choice]) <= limit for choice in asked[number].get("choices", ()))]
+    if not fitting:
+        raise UserError(f"{name}: {task.key}: none of the {len(asked)} prompts fits with its choices: {limit} tokens "
+                        "are allowed (training.max_length, or what the model knows). Raise it, or shorten them")
     tokens = {asked[number]["prompt"]: prompts[number] for number in prompts}
 
     def likelihoods(pairs: Sequence[tuple[str, str]]) -> list[float]:

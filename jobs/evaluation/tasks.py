@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -101,13 +102,15 @@ def checked(task: Task, records: Sequence[Values], texts: Mapping[int, str]) -> 
     return found
 
 
-def with_values(task: Task, records: Sequence[Values], answered: Mapping[int, tuple[float, str]]) -> Answered:
+def with_values(task: Task, records: Sequence[Values], answered: Mapping[int, tuple[float | None, str]]) -> Answered:
     """The answers to a task whose values are known.
 
     Args:
-        answered: value and text by the record's number, from 0.
+        answered: value and text by the record's number, from 0. A value that is not a finite number is kept as None.
     """
     clusters = clusters_of(records)
+    answered = {number: (value if value is not None and math.isfinite(value) else None, text)
+                for number, (value, text) in answered.items()}
     rows = [{"line": number + 1, "cluster": clusters[number], "value": value}
             for number, (value, _) in answered.items()]
     answers = [{"task": task.name, "record": number + 1, "question": conversation_text(asked(records[number])),

@@ -158,6 +158,17 @@ def test_the_sentence_has_as_many_digits_as_it_needs(bound: str, value: float, l
     assert described(value, limit, bound) == f"rougeL: fine-tuned {sentence}"
 
 
+def test_of_a_rule_that_failed_the_bound_that_refutes_it_is_known() -> None:
+    """That a value of 0.506 is "at least 0.446" does not show that it is below 0.6: "at most 0.562" does."""
+    known = {(outcome, bound): gate.Check("rougeL", bound, 0.6, "base", 0.95, outcome, 0.5, 0.4, 0.55).known_text
+             for outcome in ("passed", "failed", "undecided") for bound in ("min_gain", "max_drop")}  # type: ignore[arg-type]
+    assert known == {("passed", "min_gain"): "at least 0.4", ("passed", "max_drop"): "at most 0.55",
+                     ("failed", "min_gain"): "at most 0.55", ("failed", "max_drop"): "at least 0.4",
+                     ("undecided", "min_gain"): "at least 0.4", ("undecided", "max_drop"): "at most 0.55"}
+    near = gate.Check("rougeL", "min", 0.05, "base", 0.95, "failed", 0.03, 0.02, 0.04996)
+    assert near.known_text == "at most 0.04996"
+
+
 def test_a_check_is_read_from_evaluation_json_as_it_was_written() -> None:
     check = only({"min_gain": 0.2}, base=model(0.25), fine_tuned=model())
     assert gate.Check.from_json(check.to_json()) == check

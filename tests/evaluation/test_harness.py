@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import yaml
 
 from jobs.core import models
+from jobs.core.errors import UserError
 from jobs.core.tasks import Task
 from jobs.data import harness as task_files
 from jobs.data import tasks
+from jobs.data.encoding import encode_question
 from jobs.data.formats import File
 from jobs.evaluation import harness, scoring
 from jobs.evaluation.tasks import encode_choices
@@ -20,8 +23,9 @@ from tests.build_models import tiny_llama, tiny_tokenizer, write_pipeline
 
 pytest.importorskip("lm_eval", reason="the extra jobs/requirements-lm-eval.txt is not installed")
 
-ROWS = [{"question": f"How many rooms has floor {n}?", "choices": [f"two and {n}", f"floor {n} has three", "many"],
-         "answer": n % 3} for n in range(24)]
+ROWS: list[dict[str, Any]] = [
+    {"question": f"How many rooms has floor {n}?", "choices": [f"two and {n}", f"floor {n} has three", "many"],
+     "answer": n % 3} for n in range(24)]
 CHOICE = {"output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",
           "doc_to_target": "answer", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
 GENERATE = {"output_type": "generate_until", "doc_to_text": "question", "doc_to_target": "{{choices[answer]}}",
@@ -80,6 +84,20 @@ def test_what_is_too_long_is_left_out(tmp_path: Path, loaded: tuple[Any, Any]) -
     assert 0 < some.too_long < len(ROWS)
     assert {row["line"]: row["value"] for row in some.rows}.items() <= {
         row["line"]: row["value"] for row in whole.rows}.items()
+
+
+def test_what_fits_with_none_of_its_choices_is_refused(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
+    [(_, records)] = tasks.read(tmp_path, [answered(tmp_path, loaded, CHOICE).task])
+    longest = max(len(encode_question(loaded[1], record)) for record in records)
+    with pytest.raises(UserError, match="tiny: tasks.quiz: none of the 24 prompts fits with its choices"):
+        answered(tmp_path, loaded, CHOICE, max_length=longest + 1)
+
+
+def test_likelihoods_that_are_no_numbers_give_no_value(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
+    [(task, records)] = tasks.read(tmp_path, [answered(tmp_path, loaded, CHOICE).task])
+    values, _ = harness.values_of(task, records, lambda pairs: [math.nan, *[-1.0] * (len(pairs) - 1)], lambda texts: [])
+    assert math.isnan(values[0])
+    assert not any(map(math.isnan, values[1:]))
 
 
 def test_an_answer_ends_at_the_first_of_the_texts_that_end_it() -> None:

@@ -158,6 +158,7 @@ def test_the_gate_compares_a_task_by_its_own_clusters() -> None:
     assert gain.value == pytest.approx(40 / 60)
     assert (gain.outcome, own.outcome) == ("passed", "undecided")
     assert "tasks.city: fine-tuned - base is 0.667, at least" in gain.description
+    assert "more clusters of the task would decide it" in own.description
 
 
 def test_labels_have_an_interval_by_record() -> None:
@@ -168,6 +169,18 @@ def test_labels_have_an_interval_by_record() -> None:
     found = statistic("tasks.city", answered.rows, Clusters.of(range(40)))(np.ones((1, 40)))[0][0]
     expected = f1_score([n % 2 for n in range(40)], [1] * 30 + [-1] * 10, labels=[0, 1], average="macro")
     assert found == pytest.approx(expected)
+
+
+def test_a_value_that_is_no_number_fails_the_rule() -> None:
+    evaluation = build_pipeline.build(
+        evaluation__tasks=[{"name": "city", "source": "file:city.jsonl", "sha256": "0" * 64, "check": "exact"}],
+        evaluation__gate={"tasks.city": {"min": 0}}).evaluation
+    records = [{"prompt": f"Question {n}?", "expected": ["a"]} for n in range(30)]
+    answered = tasks.with_values(evaluation.tasks[0], records, {n: (float("nan") if n == 7 else 1.0, "a")
+                                                                for n in range(30)})
+    assert answered.rows[7]["value"] is answered.answers[7]["value"] is None
+    [check] = gate.evaluate_gate(evaluation, {"fine_tuned": {"tasks.city": answered.rows}}, [])
+    assert check.outcome == "failed"
 
 
 QUESTIONS = [{"prompt": f"Is room {n} free?", "expected": ["x"]} for n in range(MINIMUM_CLUSTERS)]

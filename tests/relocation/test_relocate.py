@@ -24,6 +24,7 @@ from jobs.core.declarations import Source
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import plan
+from jobs.data import harness
 from jobs.relocation import connection, relocate
 from jobs.relocation.sources.file import folder_sha256
 from tests import build_embedded, build_pipeline
@@ -301,6 +302,24 @@ def test_all_tasks_are_one_artifact_with_a_file_each_in_one_form(tmp_path: Path,
                                                 {"prompt": "B?", "schema": {}}]
     assert {name: facts["records"] for name, facts in found.manifest["about"]["tasks"].items()} == {
         "city": 2, "form": 2}
+
+
+def test_a_task_file_of_lm_evaluation_harness_is_rendered_here_or_says_what_to_install(
+        tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files["quiz.yaml"] = (b'output_type: generate_until\ndoc_to_text: "{{a}} and {{b}}?"\ndoc_to_target: b\n'
+                              b"metric_list: [{metric: exact_match}]\n")
+    loaded = with_tasks(tmp_path, hub, {
+        "name": "quiz", "check": "lm_eval", "content": b'{"a": "1", "b": "2"}\n',
+        "lm_eval": {"source": f"{hub.url}/files/quiz.yaml", "sha256": sha256(hub.files["quiz.yaml"])}})
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="tasks.quiz: lm-evaluation-harness is not installed here. Run: pip install"):
+        run_here(loaded, "dataset", tmp_path / "v")
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: "it")  # type: ignore[attr-defined]
+    run_here(loaded, "dataset", tmp_path / "v")
+    found = published(loaded, "tasks", tmp_path / "v")
+    assert files(found) == ["quiz.jsonl", "quiz.settings.json"]
+    assert jsonl(found.path / "quiz.jsonl") == [{"prompt": "1 and 2?", "target": "2"}]
+    assert json.loads((found.path / "quiz.settings.json").read_text())["metric"]["metric"] == "exact_match"
 
 
 def test_a_bad_task_publishes_no_tasks_and_is_listed(tmp_path: Path, hub: Hub) -> None:

@@ -279,3 +279,16 @@ def test_a_pattern_of_a_task_whose_records_are_elsewhere_is_compiled(tmp_path: P
     with pytest.raises(UserError, match="is not a regular expression of RE2: invalid perl operator"):
         check.run(overlay(tmp_path, evaluation__tasks=[TASK | {
             "source": "https://example.com/city.jsonl", "sha256": "0" * 64, "pattern": "(?=a)"}]))
+
+
+def test_a_task_file_of_lm_evaluation_harness_is_read_and_its_rows_are_rendered(tmp_path: Path) -> None:
+    (tmp_path / "quiz.yaml").write_text("output_type: generate_until\ndoc_to_text: '{{a}}'\ndoc_to_target: b\n"
+                                        "metric_list: [{metric: exact_match}]\n")
+    lm_eval = {"source": "file:quiz.yaml", "sha256": path_sha256(tmp_path / "quiz.yaml")}
+    check.run(with_task(tmp_path, [{"a": "x", "b": "y"}], check="lm_eval", lm_eval=lm_eval))
+    with pytest.raises(UserError, match="city.jsonl:1: doc_to_text: 'a' is undefined"):
+        check.run(with_task(tmp_path, [{"b": "y"}], check="lm_eval", lm_eval=lm_eval))
+    (tmp_path / "quiz.yaml").write_text("output_type: generate_until\nprocess_docs: !function utils.f\n")
+    lm_eval["sha256"] = path_sha256(tmp_path / "quiz.yaml")
+    with pytest.raises(UserError, match=r"quiz.yaml:2: not valid YAML: .*!function.* run code that came with the data"):
+        check.run(with_task(tmp_path, [{"a": "x", "b": "y"}], check="lm_eval", lm_eval=lm_eval))

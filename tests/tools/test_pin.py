@@ -206,6 +206,10 @@ def test_each_task_is_pinned_in_its_entry_of_the_list(overlay: tuple[Path, Hub])
     source: file:data.jsonl  # kept
     check: exact
   - {name: brackets, check: rougeL, source: "file:data.jsonl"}
+  - name: quiz
+    source: file:data.jsonl
+    check: lm_eval
+    lm_eval: {source: "file:data.jsonl"}
 """
     add(folder, "cars", PIPELINE.replace("  gate:", tasks + "  gate:"))
     pin.run(folder)
@@ -213,4 +217,5 @@ def test_each_task_is_pinned_in_its_entry_of_the_list(overlay: tuple[Path, Hub])
     digest = sha256_of(folder / "adapters/cars")
     assert f"    source: file:data.jsonl  # kept\n    sha256: {digest}\n    check: exact\n" in text
     assert f'- {{name: brackets, check: rougeL, source: "file:data.jsonl", sha256: {digest}}}\n' in text
-    assert [task.sha256 for task in pipeline.load(folder / "adapters/cars").pipeline.evaluation.tasks] == [digest] * 2
+    assert [task.sha256 for task in pipeline.load(folder / "adapters/cars").pipeline.evaluation.tasks] == [digest] * 3
+    assert f'    lm_eval: {{source: "file:data.jsonl", sha256: {digest}}}\n' in text
