@@ -142,8 +142,9 @@ def scored_models(pipeline: Pipeline, wanted: Plan, volumes: Path, other: Promot
     environment = pipeline.environment
     data = [wanted.encoded_dataset, wanted.tokenizer]
     base = ScoredModel(environment.base_model.name, wanted.base_scores, wanted.base_model.path(volumes),
-                   wanted.tokenizer.path(volumes), encoded=wanted.encoded_dataset.path(volumes) / f"{HOLDOUT}.arrow",
-                   template=environment.chat_template, inputs=[*data, wanted.base_model], private=True)
+                       wanted.tokenizer.path(volumes), template=environment.chat_template, private=True,
+                       encoded=wanted.encoded_dataset.path(volumes) / f"{HOLDOUT}.arrow",
+                       inputs=[*data, wanted.base_model])
     tuned = dataclasses.replace(base, name=f"{pipeline.adapter}@{wanted.adapter.digest}", scores=wanted.adapter_scores,
                                 base_scores=wanted.base_scores.path(volumes))
     if environment.serving.mode == "merged":
