@@ -189,7 +189,7 @@ def test_an_evaluation_of_an_older_version_can_still_be_read(folder: Path, caplo
     artifact = artifacts.read(file.parent)
     file.write_text(json.dumps(values))
     with caplog.at_level("INFO", "jobs"):
-        evaluate.decide(loaded.pipeline, plan(loaded.pipeline), volumes, artifact, 0)
+        evaluate.announce(loaded.pipeline, plan(loaded.pipeline), volumes, artifact, False)
     assert "✓ perplexity: fine-tuned / base must be at most" in caplog.text
 
 
