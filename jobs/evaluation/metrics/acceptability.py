@@ -58,12 +58,12 @@ class Acceptance:
         if not np.isfinite(self.scores).all():  # comparisons with NaN would give classes without an error
             return np.full(len(counts), np.nan), np.full(counts.shape, np.nan)
         weights = self.clusters.of_rows(counts)
-        accepted = self.scores >= np.where(self.half, *(
-            thresholds(self.scores[chosen], self.acceptable[chosen], weights[:, chosen])[:, None]
-            for chosen in (~self.half, self.half)))
-        cells = [accepted & self.acceptable, accepted & ~self.acceptable, ~accepted & self.acceptable,
-                 ~accepted & ~self.acceptable]
-        tp, fp, fn, tn = (np.einsum("dr,dr->d", weights, cell) for cell in cells)
+        chosen = [thresholds(self.scores[rows], self.acceptable[rows], weights[:, rows])[:, None]
+                  for rows in (~self.half, self.half)]
+        accepted = self.scores >= np.where(self.half, *chosen)
+        kept = np.where(accepted, weights, 0)
+        tp, fp = kept @ self.acceptable, kept @ ~self.acceptable
+        fn, tn = weights @ self.acceptable - tp, weights @ ~self.acceptable - fp
         if self.correlation:
             values, slopes = matthews(tp, fp, fn, tn), matthews_slopes(tp, fp, fn, tn)
         else:
@@ -71,7 +71,8 @@ class Acceptance:
             values = (tp + tn) / total
             right, wrong = (1 - values) / total, -values / total
             slopes = [right, wrong, wrong, right]
-        of_rows = np.select(cells, [slope[:, None] for slope in slopes])
+        of_tp, of_fp, of_fn, of_tn = (slope[:, None] for slope in slopes)
+        of_rows = np.where(self.acceptable, np.where(accepted, of_tp, of_fn), np.where(accepted, of_fp, of_tn))
         return values, self.clusters.of_clusters(of_rows)
 
 
@@ -96,7 +97,9 @@ def halves(texts: list[str], acceptable: list[bool]) -> np.ndarray:
 def thresholds(scores: Array, acceptable: np.ndarray, weights: Array) -> Array:
     """The threshold with the highest Matthews correlation; of equals the most accurate, then the lowest.
 
-    Candidates lie midway between neighbouring scores (and at the lowest score, which accepts everything).
+    Candidates lie midway between the score of an unacceptable sentence and the next one, if that is of an acceptable
+    one (to move any other threshold to one of its neighbours raises the correlation, or is as good); and at the lowest
+    score, which accepts everything.
 
     Args:
         scores: of each sentence, (sentences,).
@@ -104,17 +107,22 @@ def thresholds(scores: Array, acceptable: np.ndarray, weights: Array) -> Array:
     Returns:
         a threshold for each draw, (draws,).
     """
-    order = np.argsort(scores, kind="stable")
-    scores, acceptable, weights = scores[order], acceptable[order], weights[:, order]
-    good, bad = weights * acceptable, weights * ~acceptable
-    fn, tn = (np.cumsum(each, axis=1) - each for each in (good, bad))  # of what is below candidate i
-    tp, fp = good.sum(axis=1, keepdims=True) - fn, bad.sum(axis=1, keepdims=True) - tn
-    candidates = np.concatenate([scores[:1], (scores[:-1] + scores[1:]) / 2])
-    possible = np.concatenate([[True], scores[1:] > scores[:-1]])  # a threshold cannot separate equal scores
-    correlations = np.where(possible, matthews(tp, fp, fn, tn), -np.inf)
+    good, bad = (np.flatnonzero(rows)[np.argsort(scores[rows])] for rows in (acceptable, ~acceptable))
+    different = np.unique(scores)
+    edges = np.isin(different[:-1], scores[bad]) & np.isin(different[1:], scores[good])
+    candidates = np.concatenate([different[:1], ((different[:-1] + different[1:]) / 2)[edges]])
+    (fn, goods), (tn, bads) = (_below(candidates, scores[rows], weights[:, rows]) for rows in (good, bad))
+    correlations = matthews(goods - fn, bads - tn, fn, tn)
     best = correlations == correlations.max(axis=1, keepdims=True)
-    chosen: Array = candidates[np.argmax(np.where(best, tp + tn, -1), axis=1)]
+    chosen: Array = candidates[np.argmax(np.where(best, tn - fn, -np.inf), axis=1)]  # tp + tn is goods - fn + tn
     return chosen
+
+
+def _below(limits: Array, scores: Array, weights: Array) -> tuple[Array, Array]:
+    """The weight of the scores below each limit, (draws, limits), and of all, (draws, 1); scores are in order."""
+    sums = np.zeros((len(weights), len(scores) + 1))
+    np.cumsum(weights, axis=1, out=sums[:, 1:])
+    return sums[:, np.searchsorted(scores, limits)], sums[:, -1:]
 
 
 def matthews(tp: Array, fp: Array, fn: Array, tn: Array) -> Array:
