@@ -3,13 +3,18 @@
 Linguistic acceptability on a CoLA-like set of judged sentences (Warstadt et al. 2019, Neural Network Acceptability
 Judgments). A language model classifies them with no training for it: a sentence's score is its mean token
 log-probability (Lau et al. 2017, Grammaticality, Acceptability, and Probability, "Mean LP"), and it is called
-acceptable from a threshold up. Each half of the sentences is judged by the threshold that is best on the other half
-(cross-fitting), so that no sentence takes part in choosing the threshold by which it is judged.
+acceptable from a threshold up: the one that accepts as many sentences as are acceptable, of the other half of the
+sentences (cross-fitting). So no sentence takes part in choosing the threshold by which it is judged.
+
+The threshold with the highest correlation would be the usual choice. It depends on a few sentences, so that another
+sample may have quite another one: in simulations the difference of two models then varied by a third more, its interval
+held in 90 % of cases instead of 95 %, and the correlation was no higher.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -95,11 +100,8 @@ def halves(texts: list[str], acceptable: list[bool]) -> np.ndarray:
 
 
 def thresholds(scores: Array, acceptable: np.ndarray, weights: Array) -> Array:
-    """The threshold with the highest Matthews correlation; of equals the most accurate, then the lowest.
-
-    Candidates lie midway between the score of an unacceptable sentence and the next one, if that is of an acceptable
-    one (to move any other threshold to one of its neighbours raises the correlation, or is as good); and at the lowest
-    score, which accepts everything.
+    """The threshold that accepts as many of these sentences as are acceptable: a quantile of their scores, midway where
+    it lies between two.
 
     Args:
         scores: of each sentence, (sentences,).
@@ -107,22 +109,13 @@ def thresholds(scores: Array, acceptable: np.ndarray, weights: Array) -> Array:
     Returns:
         a threshold for each draw, (draws,).
     """
-    good, bad = (np.flatnonzero(rows)[np.argsort(scores[rows])] for rows in (acceptable, ~acceptable))
-    different = np.unique(scores)
-    edges = np.isin(different[:-1], scores[bad]) & np.isin(different[1:], scores[good])
-    candidates = np.concatenate([different[:1], ((different[:-1] + different[1:]) / 2)[edges]])
-    (fn, goods), (tn, bads) = (_below(candidates, scores[rows], weights[:, rows]) for rows in (good, bad))
-    correlations = matthews(goods - fn, bads - tn, fn, tn)
-    best = correlations == correlations.max(axis=1, keepdims=True)
-    chosen: Array = candidates[np.argmax(np.where(best, tn - fn, -np.inf), axis=1)]  # tp + tn is goods - fn + tn
+    order = np.argsort(scores)
+    ordered, sums = np.append(scores[order], math.inf), np.cumsum(weights[:, order], axis=1)
+    rejected = (weights @ ~acceptable)[:, None]
+    # The places of the lowest score above the quantile, and of the highest up to it. Weights are whole numbers.
+    above, upto = ((sums < rejected + half).sum(axis=1) for half in (0.5, -0.5))
+    chosen: Array = (ordered[above] + ordered[np.where(rejected[:, 0] > 0, upto, above)]) / 2
     return chosen
-
-
-def _below(limits: Array, scores: Array, weights: Array) -> tuple[Array, Array]:
-    """The weight of the scores below each limit, (draws, limits), and of all, (draws, 1); scores are in order."""
-    sums = np.zeros((len(weights), len(scores) + 1))
-    np.cumsum(weights, axis=1, out=sums[:, 1:])
-    return sums[:, np.searchsorted(scores, limits)], sums[:, -1:]
 
 
 def matthews(tp: Array, fp: Array, fn: Array, tn: Array) -> Array:
