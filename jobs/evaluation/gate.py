@@ -48,6 +48,7 @@ class Check:
     high: float | None = None
     clusters: int = 0
     more_clusters: int | None = None  # how many more would about decide it, if the values stay as they are
+    more_records: int | None = None  # the same in held-out records (or sentences)
     reason: str | None = None
 
     @classmethod
@@ -87,6 +88,12 @@ class Check:
         return f"{self._direction} {_distinguishable(self.decisive, self.limit)[1]}"
 
     @property
+    def more_text(self) -> str:
+        """How much more evidence would decide it, e.g. `about 40 more held-out records`."""
+        what = "held-out records" if metric_of(self.metric).population == "records" else "sentences"
+        return f"about {float(f'{self.more_records or 0:.2g}'):,.0f} more {what}"
+
+    @property
     def _direction(self) -> str:
         return "at least" if BOUNDS[self.bound].at_least else "at most"
 
@@ -94,11 +101,13 @@ class Check:
     def description(self) -> str:
         """The check in a sentence: rule, value, bound and limit."""
         if self.reason:
-            return f"{self.metric}: {self.expression} must be {self.requirement}: {self.reason}"
+            value = "" if self.value is None else f"is {self.value_text}, "
+            more = f"; {self.more_text} would decide it" if self.more_records else ""
+            return f"{self.metric}: {self.expression} {value}must be {self.requirement}: {self.reason}{more}"
         if self.value is None:
             return f"{self.metric}: {self.expression} is not a finite number, must be {self.requirement}"
         bound = f"{self.bound_text} with {self.confidence * 100:g} % confidence"
-        more = f"; about {self.more_clusters} more held-out clusters would decide it" if self.more_clusters else ""
+        more = f"; {self.more_text} would decide it" if self.more_records else ""
         return (f"{self.metric}: {self.expression} is {self.value_text}, {bound}, must be {self.requirement}"
                 + (f": undecided{more}" if self.outcome == "undecided" else ""))
 
@@ -161,10 +170,10 @@ def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
         found = len(set(clusters_of(records, evaluation.clusters)))
         if found < MINIMUM_CLUSTERS:
             raise UserError(
-                f"evaluation.gate.{key}: {len(records)} held-out records in {found} clusters cannot prove anything: at "
-                f"least {MINIMUM_CLUSTERS} are needed. A cluster is a `group`, or the records with the same answer. "
-                "Raise dataset.holdout, bring more records or smaller groups; or, if answers are labels that repeat, "
-                "set evaluation.clusters: record")
+                f"evaluation.gate.{key}: {_counted(len(records), 'held-out record')} in {_counted(found, 'cluster')} "
+                f"cannot prove anything: at least {MINIMUM_CLUSTERS} are needed. A cluster is a `group`, or the "
+                "records with the same answer. Raise dataset.holdout, bring more records or smaller groups; or, if "
+                "answers are labels that repeat, set evaluation.clusters: record")
 
 
 def _check(key: str, rule: Rule, bound: str, limit: float, confidence: float, models: Mapping[str, Values],
@@ -183,16 +192,21 @@ def _check(key: str, rule: Rule, bound: str, limit: float, confidence: float, mo
     if not math.isfinite(found.value):
         return result("failed", clusters=count)
     if count < MINIMUM_CLUSTERS:
-        return result("undecided", value=found.value, clusters=count, more_clusters=MINIMUM_CLUSTERS - count,
-                      reason=f"undecided: {count} clusters of held-out records prove nothing, at least "
-                             f"{MINIMUM_CLUSTERS} are needed")
+        more = MINIMUM_CLUSTERS - count
+        return result("undecided", value=found.value, clusters=count, more_clusters=more,
+                      more_records=_records(more, lines, count),
+                      reason=f"undecided: {_counted(count, 'cluster')} of held-out records cannot prove anything, at "
+                             f"least {MINIMUM_CLUSTERS} are needed")
     if found.low >= limit if kind.at_least else found.high <= limit:
         outcome: Outcome = "passed"
     else:
         outcome = "failed" if (found.high < limit if kind.at_least else found.low > limit) else "undecided"
     more = _more(found, limit, count, log=bound == "max_ratio") if outcome == "undecided" else None
+    unknown = outcome == "undecided" and (math.isinf(found.low) or math.isinf(found.high))
     return result(outcome, value=found.value, low=_finite(found.low), high=_finite(found.high), clusters=count,
-                  more_clusters=more)
+                  more_clusters=more, more_records=more and _records(more, lines, count),
+                  reason="undecided: nearly all clusters of held-out records have the same value, which says nothing "
+                         "of others" if unknown else None)
 
 
 def _interval(key: str, mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]],
@@ -238,6 +252,15 @@ def _more(found: Interval, limit: float, clusters: int, *, log: bool) -> int | N
     if not math.isfinite(width) or distance < width / 100:
         return None
     return max(1, math.ceil(clusters * ((width / distance) ** 2 - 1)))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _records(more: int, lines: Sequence[int], clusters: int) -> int:
+    """How many records so many more clusters have, if they are as large as those that there are."""
+    return math.ceil(more * len(lines) / clusters)
 
 
 def _log(value: float) -> float:
