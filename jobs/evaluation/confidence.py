@@ -92,11 +92,11 @@ class Ratio:
     totals: Array  # (clusters, 2)
 
     @classmethod
-    def of(cls, above: Sequence[float], below: Sequence[float], clusters: Clusters) -> Ratio:
+    def of(cls, above: Sequence[float] | Array, below: Sequence[float] | Array, clusters: Clusters) -> Ratio:
         return cls(clusters.sums(np.array([above, below], dtype=np.float64).T))
 
     @classmethod
-    def mean(cls, values: Sequence[float], clusters: Clusters) -> Ratio:
+    def mean(cls, values: Sequence[float] | Array, clusters: Clusters) -> Ratio:
         return cls.of(values, [1.0] * len(values), clusters)
 
     def __call__(self, counts: Array) -> tuple[Array, Array]:

@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.core.errors import UserError
@@ -27,6 +28,9 @@ Outcome = Literal["passed", "failed", "undecided"]
 FINE_TUNED = "fine_tuned"
 # Below so many clusters no rule is decided: the standard error itself is then known to 16 % only (1 / sqrt(2 n)).
 MINIMUM_CLUSTERS = 20
+# How much the gain in a score from 0 to 1 varies from cluster to cluster: its standard deviation, before it is known.
+# That of ROUGE is 0.2 to 0.33 on overlays/kind; of answers that are right or wrong, the root of the share that changes.
+SPREAD_OF_GAINS = 0.3
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,13 @@ def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
                 f"cannot prove anything: at least {MINIMUM_CLUSTERS} are needed. A cluster is a `group`, or the "
                 "records with the same answer. Raise dataset.holdout, bring more records or smaller groups; or, if "
                 "answers are labels that repeat, set evaluation.clusters: record")
+
+
+def detectable_gain(clusters: int, confidence: float) -> float:
+    """The smallest true gain, in a score from 0 to 1, that so many clusters would show in 80 % of cases."""
+    # A gain is shown when its lower bound, value - z(confidence) * error, is above 0. Values vary around the true gain
+    # with the same error, sd / sqrt(clusters), so that 80 % of them are above gain - z(0.8) * error.
+    return (NormalDist().inv_cdf(confidence) + NormalDist().inv_cdf(0.8)) * SPREAD_OF_GAINS / math.sqrt(clusters)
 
 
 def _check(key: str, rule: Rule, bound: str, limit: float, confidence: float, models: Mapping[str, Values],

@@ -59,7 +59,7 @@ def clustered(count: int, seed: int = 1) -> Clusters:
 def example(name: str, clusters: Clusters, seed: int = 1) -> Statistic:
     generator, rows = random(seed), len(clusters.of_row)
     first, second = generator.gamma(2.0, size=(2, rows))
-    sizes = generator.integers(1, 30, rows).astype(float)
+    sizes = generator.integers(1, 30, rows).astype(np.float64)
     if name.startswith("acceptability"):
         return statistic(name, sentences(rows), clusters)
     return {
@@ -130,7 +130,8 @@ def by_hand(values: Callable[[Array], float], clusters: int, level: float, low: 
     distances = [(values(counts) - value) / error(counts) for block in draws(clusters, 400) for counts in block]
     student = float(scipy.stats.t.ppf(level, clusters - 1))
     level = float(scipy.stats.norm.cdf(student * math.sqrt(clusters / (clusters - 1))))
-    up, down = np.quantile(distances, level, method="higher"), np.quantile(distances, 1 - level, method="lower")
+    ordered = np.sort(distances)
+    up, down = (float(ordered[place]) for place in (math.ceil(level * 399), math.floor((1 - level) * 399)))
     return Interval(value, max(value - max(up, student) * own, low), min(value - min(down, -student) * own, high))
 
 
@@ -219,13 +220,13 @@ def rare(share: float) -> Callable[[np.random.Generator, int], Array]:
     """Gains and losses of 1, as rare as each other: of exact matches, most stay as they were."""
     def values(generator: np.random.Generator, clusters: int) -> Array:
         drawn = generator.random((DATA_SETS, clusters))
-        return (drawn < share).astype(float) - (drawn > 1 - share)
+        return (drawn < share).astype(np.float64) - (drawn > 1 - share).astype(np.float64)
     return values
 
 
 def right(share: float) -> Callable[[np.random.Generator, int], Array]:
     """Shares that are right, less what is expected."""
-    return lambda generator, clusters: (generator.random((DATA_SETS, clusters)) < share) - share
+    return lambda generator, clusters: (generator.random((DATA_SETS, clusters)) < share).astype(np.float64) - share
 
 
 NULL: dict[str, Callable[[np.random.Generator, int], Array]] = {
@@ -298,17 +299,18 @@ def test_bounds_hold_as_often_as_they_promise(kind: str, grouped: bool) -> None:
         clusters = Clusters.of(np.repeat(np.arange(40), generator.integers(1, 6, 40) if grouped else 1).tolist())
         rows = len(clusters.of_row)
         hard = generator.normal(size=40)[clusters.of_row]  # a cluster is hard for both models
-        tokens = generator.integers(5, 40, rows)
+        tokens = generator.integers(5, 40, rows).astype(np.float64)
         first, second = (tokens * np.exp(mean + 0.3 * hard + 0.2 * generator.normal(size=rows)) for mean in (0.5, 0.2))
         spread = math.exp((0.3**2 + 0.2**2) / 2)
-        found, truth = {
+        pairs: dict[str, tuple[Statistic, float]] = {
             "mean": (Ratio.mean(generator.beta(2, 2, rows) + 0.1 * hard, clusters), 0.5),
             "ratio": (Ratio.of(first, tokens, clusters), math.exp(0.5) * spread),
             "difference": (Difference(Ratio.of(first, tokens, clusters), Ratio.of(second, tokens, clusters)),
                            (math.exp(0.5) - math.exp(0.2)) * spread),
             "log ratio": (Difference(Logarithm(Ratio.of(first, tokens, clusters)),
                                      Logarithm(Ratio.of(second, tokens, clusters))), 0.3),
-        }[kind]
+        }
+        found, truth = pairs[kind]
         bound = interval(found, 40, 0.95, resamples=299)
         held += bound.low <= truth, bound.high >= truth
     # 600 data sets: one standard error is 0.9 %.

@@ -95,10 +95,10 @@ def test_how_much_more_is_said_no_more_exactly_than_it_is_known() -> None:
 
 @pytest.mark.parametrize(("metric", "rule", "sentence"), [
     ("perplexity", {"max_ratio": 0.9}, "perplexity: fine-tuned / base is 1, must be at most 0.9: undecided: nearly "
-                                       "all clusters of held-out records have the same value, which says nothing of "
-                                       "others"),
-    ("rougeL", {"max_drop": 0.0}, "rougeL: base - fine-tuned is 0, at most 0.0722 with 95 % confidence, must be at most "
-                                  "0: undecided"),
+                                       "all clusters of held-out records have the same value, which says "
+                                       "nothing of others"),
+    ("rougeL", {"max_drop": 0.0}, "rougeL: base - fine-tuned is 0, at most 0.0722 with 95 % confidence, must be at "
+                                  "most 0: undecided"),
 ])
 def test_an_adapter_that_changes_nothing_is_not_proven_by_equal_values(
         metric: str, rule: dict[str, float], sentence: str) -> None:
