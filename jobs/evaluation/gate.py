@@ -203,9 +203,9 @@ def _check(key: str, rule: Rule, bound: str, limit: float, confidence: float, mo
     if not math.isfinite(found.value):
         return result("failed", clusters=count)
     if count < MINIMUM_CLUSTERS:
-        more = MINIMUM_CLUSTERS - count
-        return result("undecided", value=found.value, clusters=count, more_clusters=more,
-                      more_records=_records(more, lines, count),
+        missing = MINIMUM_CLUSTERS - count
+        return result("undecided", value=found.value, clusters=count, more_clusters=missing,
+                      more_records=_records(missing, lines, count),
                       reason=f"undecided: {_counted(count, 'cluster')} of held-out records cannot prove anything, at "
                              f"least {MINIMUM_CLUSTERS} are needed")
     if found.low >= limit if kind.at_least else found.high <= limit:

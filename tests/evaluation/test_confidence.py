@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
+import scipy.stats  # type: ignore[import-untyped]
 
 from jobs.core.pipeline import Evaluation
 from jobs.evaluation import confidence, gate
@@ -62,7 +62,7 @@ def example(name: str, clusters: Clusters, seed: int = 1) -> Statistic:
     sizes = generator.integers(1, 30, rows).astype(np.float64)
     if name.startswith("acceptability"):
         return statistic(name, sentences(rows), clusters)
-    return {
+    made: dict[str, Callable[[], Statistic]] = {
         "mean": lambda: Ratio.mean(first, clusters),
         "ratio": lambda: Ratio.of(first, sizes, clusters),
         "exponential": lambda: Exponential(Ratio.of(first, sizes, clusters)),
@@ -72,7 +72,8 @@ def example(name: str, clusters: Clusters, seed: int = 1) -> Statistic:
                                         Logarithm(Exponential(Ratio.of(second, sizes, clusters)))),
         "perplexity": lambda: statistic("perplexity", [{"nats": nats, "tokens": size} for nats, size in
                                                        zip(first, sizes, strict=True)], clusters),
-    }[name]()
+    }
+    return made[name]()
 
 
 EXAMPLES = ["mean", "ratio", "exponential", "logarithm", "difference", "log ratio", "perplexity", "acceptability_mcc",

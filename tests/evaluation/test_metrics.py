@@ -184,7 +184,7 @@ def test_the_threshold_accepts_as_many_sentences_as_are_acceptable(scores: list[
 
 def test_a_sentence_counts_as_often_as_it_was_drawn() -> None:
     """Of four sentences with these scores, one draw has all, one the first twice, one the last three times."""
-    found = thresholds(np.arange(4.0), np.array([False, False, True, True]),  # midway between those that were drawn
+    found = thresholds(np.array([0.0, 1, 2, 3]), np.array([False, False, True, True]),
                        np.array([[1.0, 1, 1, 1], [2, 0, 1, 1], [0, 1, 0, 3]]))
     assert found.tolist() == [1.5, 1.0, 2.0]
 

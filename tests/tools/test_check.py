@@ -108,8 +108,8 @@ def test_what_difference_the_held_out_data_can_show_is_said_before_training(
     with caplog.at_level(logging.INFO, "jobs"):
         check.run(overlay(tmp_path, records, evaluation__gate={"rougeL": {"max_drop": 0.1}}))
     assert (f"{tmp_path}/pipeline.yaml: evaluation: 50 held-out records in 25 clusters. With 95 % confidence they "
-            "show, in 4 of 5 cases, a true gain of 0.15 in a score from 0 to 1, if gains vary by 0.3 (standard deviation)"
-            ) in caplog.messages
+            "show, in 4 of 5 cases, a true gain of 0.15 in a score from 0 to 1, if gains vary by 0.3 (standard "
+            "deviation)") in caplog.messages
     assert (f"{tmp_path}/pipeline.yaml: advice: evaluation.gate.rougeL.max_drop: 0.1 is nearer than 0.15, so that an "
             "adapter that is as good as the base model may be undecided. Bring more held-out records"
             ) in caplog.messages
