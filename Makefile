@@ -10,6 +10,7 @@
 # make bench-serving    what the guard costs vLLM: ten minutes on an idle machine (ARGS=--quick: three)
 # make bench-many       what many adapters on one server cost: ten minutes on an idle machine (ARGS=--quick: three)
 # make bench-training   what training costs, beside TRL and others: half an hour on an idle machine (ARGS=--quick: two minutes)
+# make bench-evaluation    what measuring costs, beside one record at a time: fifteen minutes (ARGS=--quick: a minute)
 # make bench-encoding    how fast a large dataset is encoded, and in how much memory: an hour (ARGS=--quick: a minute)
 # Everything is installed into .venv by the first of them (about 3 GB, once).
 
@@ -34,16 +35,19 @@ TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)$(if $(filter-
 # tests start hundreds of processes that would compile torch, transformers and vLLM again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test e2e kind kind-argocd scan mutants images push engine bench-serving bench-many bench-training bench-encoding setup clean
+.PHONY: demo test e2e kind kind-argocd scan mutants images push engine bench-serving bench-many bench-training bench-encoding bench-evaluation setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(BIN)/python -m jobs local $(OVERLAY) --ask "$(QUESTION)" $(EXIT) $(ARGS)
 
+# mypy runs beside the tests: it takes a minute, and one core.
 test: setup .venv-checkov/installed
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	env -u KUBECONFIG OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/mypy >.venv/mypy.txt 2>&1 & types=$$!; \
+	  env -u KUBECONFIG OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
+	    --no-loadscope-reorder; tests=$$?; \
+	  wait $$types; types=$$?; echo "mypy:"; cat .venv/mypy.txt; exit $$((tests | types))
 
 # Creates and removes namespaces, and drains a node: `make test` never runs it, even if KUBECONFIG is set.
 e2e: setup
@@ -105,6 +109,9 @@ bench-training: setup
 bench-encoding: setup
 	$(BIN)/python -m benchmarks.encoding $(ARGS)
 
+bench-evaluation: setup
+	$(BIN)/python -m benchmarks.evaluation $(ARGS)
+
 setup: .venv/installed
 
 # $(call install,VENV,WHAT): with uv, which is faster; with pip if uv is missing or fails. uv does not read pip's
@@ -116,7 +123,7 @@ install = UV_SYSTEM_CERTS=1 UV_DEFAULT_INDEX="$$($(PIP_INDEX))" $(BIN)/uv pip in
 # --no-deps: the lists are complete, and the CPU build of vLLM requires packages that have no CPU build and break it.
 # The CPU build of torch, because the default one brings gigabytes of CUDA: from the configured index if it has one,
 # else from PyTorch's own.
-.venv/installed: jobs/requirements.txt serving/requirements-cpu.txt tests/requirements.txt
+.venv/installed: jobs/requirements.txt jobs/requirements-lm-eval.txt serving/requirements-cpu.txt tests/requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v != (3, 11) and \
 	  f"error: Python 3.11 is needed (the CPU build of vLLM is made for it), this is {v[0]}.{v[1]}. " \
 	  "Install it and run: make PYTHON=python3.11 ...")'
@@ -127,7 +134,7 @@ install = UV_SYSTEM_CERTS=1 UV_DEFAULT_INDEX="$$($(PIP_INDEX))" $(BIN)/uv pip in
 	$(BIN)/pip install --no-deps "$(TORCH)+cpu" \
 	  || $(BIN)/pip install --no-deps "$(TORCH)+cpu" --index-url https://download.pytorch.org/whl/cpu
 	-$(BIN)/pip install --no-deps $(UV)
-	$(call install,.venv,-r serving/requirements-cpu.txt -r tests/requirements.txt)
+	$(call install,.venv,-r serving/requirements-cpu.txt -r jobs/requirements-lm-eval.txt -r tests/requirements.txt)
 	@touch $@
 
 # The scanner (300 MB, half a minute), in its own environment: its dependencies conflict with vLLM's.

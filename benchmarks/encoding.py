@@ -102,7 +102,7 @@ def open_encoded(folder: Path) -> int:
     train = encoded.read(folder / "encoded").train
     chance = random.Random(0)
     for _ in range(1000):
-        train[chance.randrange(len(train))].labels()
+        train[chance.randrange(len(train))].sequences[0].labels()
     return int(train.lengths.sum())  # type: ignore[attr-defined]
 
 

@@ -202,7 +202,7 @@ def running(side: str, setting: Setting, port: int) -> Iterator[Server]:
     command = [sys.executable, "-m", module, "--pipelines", str(setting.pipelines), "--volumes", str(setting.volumes),
                "--host", "127.0.0.1", "--port", str(port), *FLAGS]
     own = {**os.environ, unguarded.ADAPTER: f"{setting.name}={setting.adapter}", "OMP_NUM_THREADS": "1",
-           "TMPDIR": str(folder), "VLLM_CACHE_ROOT": str(folder / "cache"),
+           "TMPDIR": str(folder), "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT", str(folder / "cache")),
            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
            # As on a GPU, the engine computes by itself. By default, on a CPU, a worker process does, and while one of
            # the two computes the other takes a core to look whether it is done: on few cores that is noise.

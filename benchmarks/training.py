@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -102,7 +103,10 @@ class Way:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise RetryableError(f"{self.name} ended: {self._log.read_text()[-2000:]}")
+            code = self.process.wait()
+            reason = ("killed, as the kernel does when memory runs out: all ways together take up to 24 GB"
+                      if code == -signal.SIGKILL else self._log.read_text()[-2000:])
+            raise RetryableError(f"{self.name} ended with {code}: {reason}")
         report: dict[str, Any] = json.loads(line)
         return report
 

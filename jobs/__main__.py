@@ -39,7 +39,7 @@ examples
   python -m jobs --pipeline overlays/kind/adapters/seville-hotels/pipeline.yaml --volumes /tmp/volumes relocate dataset
 """
 RELOCATABLE = ("dataset", "base-model", "tokenizer", "reference-model")
-AWAITABLE = (*RELOCATABLE, "acceptability", "encoded-dataset", "adapter", "merged-model", "evaluation")
+AWAITABLE = (*RELOCATABLE, "acceptability", "tasks", "encoded-dataset", "adapter", "merged-model", "evaluation")
 
 
 def parser() -> argparse.ArgumentParser:

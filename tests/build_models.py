@@ -14,6 +14,7 @@ from jobs.core import artifacts, pipeline
 from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import plan
 from jobs.data import encode, encoded
+from jobs.data.canaries import Canaries
 from jobs.data.encoding import Encoded
 from jobs.training import merge
 
@@ -123,7 +124,9 @@ def write_split(file: Path, rows: Iterable[tuple[int, Encoded]], batch: int = 40
 
 
 def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str = "file:base", seed: int = 0,
-                   keep: int = 5, max_length: int = 128, mode: str = "lora", **training: Any) -> LoadedPipeline:
+                   keep: int = 5, max_length: int = 128, mode: str = "lora", tasks: Sequence[Mapping[str, Any]] = (),
+                   privacy: Mapping[str, int] | None = None,
+                   **training: Any) -> LoadedPipeline:
     """An environment.yaml and a pipeline.yaml in `folder`, with made-up pins (nothing is relocated), loaded."""
     def source(location: str, digit: str) -> dict[str, str]:
         return {"source": location} | ({} if location.startswith("builtin:") else {"sha256": digit * 64})
@@ -135,7 +138,10 @@ def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str
     (folder / "pipeline.yaml").write_text(yaml.safe_dump({
         "adapter": "hotels", "dataset": source("file:dataset.jsonl", "d"),
         "training": {"max_length": max_length, "tokens_per_batch": 256, "seed": seed, **training},
-        "evaluation": {"gate": dict(gate), "max_new_tokens": 12}}))
+        "evaluation": {"gate": dict(gate), "max_new_tokens": 12, "tasks": [
+            {**source(f"file:{task['name']}.jsonl", "a"), **{key: value for key, value in task.items()
+                                                             if key != "records"}} for task in tasks],
+            **({} if privacy is None else {"privacy": dict(privacy)})}}))
     return pipeline.load(folder)
 
 
@@ -144,9 +150,11 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] | N
                        base_model: Callable[[Path], None] = tiny_llama,
                        reference_model: Callable[[Path], None] = tiny_reference, chat: bool = True,
                        without: Sequence[str] = (), validation: Sequence[Mapping[str, Any]] = (),
+                       train_records: Sequence[Mapping[str, Any]] | None = None,
                        **settings: Any) -> tuple[LoadedPipeline, Path]:
     """A pipeline whose inputs to the evaluation are all published, but those in `without` (by their names in the plan).
-    `records`, if given, are both what is trained on and what is held out.
+    `records`, if given, are both what is trained on and what is held out, unless `train_records` are trained on.
+    `tasks` have their `records`.
 
     Returns the loaded pipeline and the volumes' root.
     Call it again on the same folder with other settings, and only what they rename is made.
@@ -158,7 +166,7 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] | N
         (draft / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def dataset(draft: Path) -> None:
-        jsonl(draft, "train.jsonl", records or RECORDS)
+        jsonl(draft, "train.jsonl", train_records or records or RECORDS)
         jsonl(draft, "holdout.jsonl", records or HELD_OUT)
         jsonl(draft, "validation.jsonl", validation)
 
@@ -171,7 +179,8 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] | N
     def encoded_dataset(draft: Path) -> None:
         encode.encode_splits(wanted.dataset.path(volumes), draft, encode.Settings(
             wanted.tokenizer.path(volumes), loaded.pipeline.training.max_length,
-            loaded.pipeline.environment.chat_template))
+            loaded.pipeline.environment.chat_template,
+            Canaries.of(loaded.pipeline.evaluation.privacy, wanted.dataset.digest, wanted.dataset.path(volumes))))
 
     def merged_model(draft: Path) -> None:
         merge.write_merged(wanted.base_model.path(volumes), wanted.adapter.path(volumes), draft)
@@ -186,6 +195,12 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] | N
         "reference_model": reference_model,
         "adapter": adapter,
     }
+    def tasks(draft: Path) -> None:
+        for task in settings["tasks"]:
+            jsonl(draft, f"{task['name']}.jsonl", task["records"])
+
+    if settings.get("tasks"):
+        makers["tasks"] = tasks
     if loaded.pipeline.environment.serving.mode == "merged":
         makers["merged_model"] = merged_model
     for name, make in makers.items():

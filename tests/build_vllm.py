@@ -20,6 +20,7 @@ import httpx
 import openai
 import psutil
 
+from jobs.core.files import write_atomically
 from jobs.core.pipeline import Pipeline
 from tests import build_adapter
 
@@ -56,7 +57,8 @@ class Server:
         """Start it and wait until it is healthy."""
         values = {**os.environ, **OPENED, "OMP_NUM_THREADS": "1", "PATH": f"{self.folder}/bin", "HANG_SECONDS": "15",
                   "TMPDIR": str(self.folder), "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
-                  "VLLM_CACHE_ROOT": str(self.folder / "cache"), "VLLM_RPC_BASE_PATH": self._sockets.name,
+                  "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT", str(self.folder / "cache")),
+                  "VLLM_RPC_BASE_PATH": self._sockets.name,
                   "KEYS_FILE": str(self.folder / "keys.yaml"),
                   # Left alone, every server on a machine of two cores computes on the first one.
                   "VLLM_CPU_OMP_THREADS_BIND": "nobind", **self.variables}
@@ -109,7 +111,7 @@ class Server:
         """Write the file of keys: a key is `team-KEY`'s."""
         keys = [{"name": f"team-{key}", "sha256": hashlib.sha256(key.encode()).hexdigest(), "models": each}
                 for key, each in models.items()]
-        (self.folder / "keys.yaml").write_text(json.dumps({"keys": keys}))
+        write_atomically(self.folder / "keys.yaml", json.dumps({"keys": keys}))
 
     def promote(self, seed: int) -> Path:
         """Promote an adapter and wait until it is served; returns its folder."""

@@ -29,6 +29,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (-slow[item.path], "tools" not in item.path.parts))  # a stable sort: modules stay whole
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """vLLM looks at a model's class in a process of its own, for ten seconds, and keeps what it found: for all servers
+    of a run. It is valid as long as vLLM's own file is the same."""
+    root = tmp_path_factory.getbasetemp()
+    os.environ["VLLM_CACHE_ROOT"] = str((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "vllm-cache")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _own_process() -> Iterator[None]:
     before, on_sigterm = dict(os.environ), signal.getsignal(signal.SIGTERM)

@@ -24,6 +24,7 @@ from jobs.core.files import write_atomically
 from jobs.tools import pods
 
 KUBECTL = shutil.which("kubectl")
+RENDERS = {KUBECTL}  # the programs that render as it does: it, and fakes in tests that call it for that
 MOST_FILES = 1000  # more are not looked at, and rendered anew
 
 
@@ -44,7 +45,7 @@ def _rendered_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             known = folder / key(Path(command[-1]))
         except (Unknown, OSError, yaml.YAMLError):
             known = None
-        if known is None or command[:-1] != ["kubectl", "kustomize"] or shutil.which("kubectl") != KUBECTL:
+        if known is None or command[:-1] != ["kubectl", "kustomize"] or shutil.which("kubectl") not in RENDERS:
             return subprocess.run(command, **options)
         if known.exists():
             return subprocess.CompletedProcess(command, 0, known.read_text(encoding="utf-8"), "")

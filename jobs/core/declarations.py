@@ -236,7 +236,8 @@ def _problem(document: Document, model: type[BaseModel], error: dict[str, Any]) 
     if error["type"] == "missing":
         return f"{where}: is missing"
     patterns = {"sha256": "64 hex digits (quote it if it is all digits)",
-                "adapter": "1 to 63 of a-z, 0-9 and -, not at the ends"}
+                "adapter": "1 to 63 of a-z, 0-9 and -, not at the ends",
+                "name": "1 to 40 of a-z, 0-9 and -, not at the ends"}
     if error["type"] == "string_pattern_mismatch" and keys[-1] in patterns:
         return f"{where}: {description} must be {patterns[keys[-1]]}"
     if isinstance(error.get("input"), BaseModel | dict) and error["type"] not in {"int_type", "float_type",
@@ -251,7 +252,7 @@ def _fields(model: type[BaseModel], keys: list[str]) -> list[str]:
         field = model.model_fields.get(key)
         if field is not None:  # else an index of a list, or a key of a mapping, whose annotation was followed already
             model = next(_models_in(field.annotation))
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -8,10 +8,17 @@ other artifacts, so that old ones are never read as new ones.
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
-from typing import Literal
 
-Population = Literal["records", "sentences"]  # what a metric has one value of: the file of its values, too
+# What a metric has one value of, and the name of the file of its values: "records", "sentences", "privacy" (canaries
+# and records, trained on and not), or the key of a task.
+Population = str
+
+TASKS = "tasks."  # before the name of a task, in the key of its score
+# Below so many clusters no rule is decided: the standard error itself is then known to 16 % only (1 / sqrt(2 n)).
+MINIMUM_CLUSTERS = 20
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Score:
     per_token: bool = False  # models whose tokenizers differ cannot be compared by it
     log_scale: bool = False  # models differ by a factor: intervals are computed on its logarithm
     significant_digits: bool = False  # shown with four of them instead of three decimals
+    columns: tuple[str, ...] = ()  # that the rows which it is measured on have; by default its metric's
 
     @property
     def better(self) -> str:
@@ -87,7 +95,37 @@ METRICS = (
            population="sentences"),
 )
 SCORES = {score.key: score for metric in METRICS for score in metric.scores}
-_METRIC_OF = {score.key: metric for metric in METRICS for score in metric.scores}
+
+ALTERNATIVES = 63  # secrets that might have been a canary's, among which it is ranked
+# Measured where `evaluation.privacy` is set: of the base and the fine-tuned model.
+PRIVACY = Metric(
+    "privacy", 1, "Privacy",
+    f"canaries are made-up records with a random secret, trained on with the data. Exposure (Carlini et al. 2019): "
+    f"log2 of {ALTERNATIVES + 1} less log2 of the secret's rank by likelihood among {ALTERNATIVES} others, mean over "
+    f"the canaries; {math.log2(ALTERNATIVES + 1):g} bits if each is the likeliest, 1.4 if nothing was learned. "
+    "Membership inference: records are called trained on by their loss as a share of the base model's (Carlini et al. "
+    "2021); canaries against their twins, which are made alike and never trained on, and train against held-out "
+    "records. AUC is the chance that the trained one of two is told apart; the true positive rate is the share of the "
+    "trained ones that are called so by the threshold that at most 1 % of the others exceed (Carlini et al. 2022). "
+    "Verbatim: the share of the train records that greedy decoding continues word for word, from the prompt, for as "
+    "many tokens as evaluation.privacy says. The base model, which was trained on none of these, is the control.",
+    ("position",),
+    (Score("privacy.exposure", "exposure of canaries", False, "bits; 1.4 is no memory of the secrets", 0.0,
+           math.log2(ALTERNATIVES + 1), columns=("exposure",)),
+     Score("privacy.canary_auc", "canaries, AUC", False, "0.5 is chance, 1 is all told apart",
+           columns=("canary_score", "member")),
+     Score("privacy.canary_tpr", "canaries, found at 1 % false", False, "0.01 is chance, 1 is all",
+           columns=("canary_found",)),
+     Score("privacy.membership_auc", "train records, AUC", False, "0.5 is chance, 1 is all told apart",
+           columns=("record_score", "member")),
+     Score("privacy.membership_tpr", "train records, found at 1 % false", False, "0.01 is chance, 1 is all",
+           columns=("record_found",)),
+     Score("privacy.verbatim", "train records, continued verbatim", False, "share, 0 to 1", columns=("verbatim",))),
+    population="privacy")
+OF_CANARIES = ("privacy.exposure", "privacy.canary_auc", "privacy.canary_tpr")  # not measured without canaries
+
+KNOWN = SCORES | {score.key: score for score in PRIVACY.scores}  # also what only some pipelines measure
+_METRIC_OF = {score.key: metric for metric in (*METRICS, PRIVACY) for score in metric.scores}
 
 
 def score_of(key: str) -> Score:
@@ -96,7 +134,7 @@ def score_of(key: str) -> Score:
     Raises:
         KeyError: there is none.
     """
-    return SCORES[key]
+    return task_metric(key).scores[0] if key.startswith(TASKS) else KNOWN[key]
 
 
 def metric_of(key: str) -> Metric:
@@ -105,4 +143,15 @@ def metric_of(key: str) -> Metric:
     Raises:
         KeyError: there is none.
     """
-    return _METRIC_OF[key]
+    return task_metric(key) if key.startswith(TASKS) else _METRIC_OF[key]
+
+
+@functools.cache
+def task_metric(key: str) -> Metric:
+    """The metric of a task of the pipeline file, by the key of its score: `tasks.NAME`."""
+    name = key.removeprefix(TASKS)
+    return Metric("tasks", 1, f"Task {name}",
+                  "greedy answers to the task's prompts, checked one by one: the share of the answers that pass; with "
+                  "the check label_f1 the F1 of each label, averaged over the labels; with rougeL the mean ROUGE-L; "
+                  "with lm_eval the mean of what lm-evaluation-harness finds.",
+                  ("value",), (Score(key, f"task {name}", True, "1 is every answer right"),), population=key)

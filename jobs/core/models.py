@@ -18,6 +18,7 @@ from jobs.core import linear
 from jobs.core.environment import Mode
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import require_plain
+from jobs.core.imports import fast_imports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,7 +113,8 @@ def architecture(folder: Path) -> str:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, with a padding token (the end token where it has none of its own)."""
-    from transformers import AutoTokenizer
+    with fast_imports():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True,
@@ -186,9 +188,10 @@ def load_model(folder: Path, *, use_gpu: bool = True, four_bits: bool = False,
         RetryableError: the volume or the GPU failed.
         torch.OutOfMemoryError: the GPU has too little memory; see `gpu_memory`.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    with fast_imports():
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
     logging.disable_progress_bar()  # bars are for terminals; a pod's log gets one line for each redraw
     if use_gpu:

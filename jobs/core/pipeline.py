@@ -14,18 +14,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from jobs.core import declarations, environment
 from jobs.core.declarations import KEYS, AcceptabilitySource, DatasetSource, Loaded, Source, Strict
 from jobs.core.environment import Environment, LoadedEnvironment
 from jobs.core.errors import UserError
-from jobs.core.metrics import METRICS, SCORES, Metric, Score
+from jobs.core.metrics import (
+    KNOWN,
+    METRICS,
+    OF_CANARIES,
+    PRIVACY,
+    SCORES,
+    TASKS,
+    Metric,
+    Score,
+    metric_of,
+    score_of,
+)
 from jobs.core.search import Alpha, Dropout, Epochs, LearningRate, Rank, Search, TargetModules, normalized
+from jobs.core.tasks import Task, check_names
 
 FILE = "pipeline.yaml"
 ADAPTERS = "adapters"  # the folder of an overlay that holds a folder for each adapter
+MINIMUM_CANARIES = 20  # as many clusters as the gate needs to decide anything
 # What `check` and training say of it, the one where the data is at hand, the other where it is not.
 NO_VALIDATION = ("training.keep: best chooses by the loss on the validation split, and the dataset has none: set "
                  'dataset.validation (0.1, for example) or, in some records, "split": "validation"; or remove the key')
@@ -41,6 +54,11 @@ class Lora(Strict):
 
 
 class Training(Strict):
+    # What is learned: sft, the answers; from preferences, dpo or orpo: one answer rather than another. In the digest.
+    objective: Literal["sft", "dpo", "orpo"] = "sft"
+    # How much preferences weigh. In dpo, the larger, the nearer to the base model the adapter stays; in orpo, the share
+    # of the odds ratio in the loss. 0.1, as in both papers, where it is not set. In the digest.
+    beta: Annotated[float, Field(gt=0)] | None = None
     lora: Lora = Lora()
     epochs: Epochs = 3
     learning_rate: LearningRate = 2e-4
@@ -72,6 +90,17 @@ class Training(Strict):
         if self.patience is not None and self.keep == "last":
             raise PydanticCustomError("patience", "patience is for keep: best, and keep is last; set keep: best, or "
                                       "remove patience", {})
+        if self.objective == "sft" and self.beta is not None:
+            raise PydanticCustomError("objective", "beta is for objective: dpo and objective: orpo, and objective is "
+                                      "sft; remove beta", {})
+        if self.objective == "dpo" and self.sharding == "fsdp":
+            raise PydanticCustomError("objective", "objective: dpo and sharding: fsdp cannot be combined: dpo also "
+                                      "computes the base model, with the adapter switched off; remove sharding, or "
+                                      "take objective: orpo", {})
+        if self.objective != "sft" and self.tokens_per_batch < 2 * self.max_length:
+            raise PydanticCustomError("batch", "tokens_per_batch ({batch}) must be at least twice max_length "
+                                      "({length}): a batch holds both answers of a preference, each after its prompt",
+                                      {"batch": self.tokens_per_batch, "length": self.max_length})
         if self.tokens_per_batch < self.max_length:
             raise PydanticCustomError("batch", "tokens_per_batch ({batch}) must be at least max_length ({length}): a "
                                       "batch holds whole records", {"batch": self.tokens_per_batch,
@@ -88,6 +117,11 @@ class Training(Strict):
                                           "`search`: remove the key, or add the value there",
                                           {"key": key, "value": str(value)})
         return self
+
+    @property
+    def strength(self) -> float:
+        """The effective `beta`."""
+        return 0.1 if self.beta is None else self.beta
 
     def trials(self) -> list[Training]:
         """The settings of each trial of the search; without one, these."""
@@ -136,21 +170,24 @@ Rules = Annotated[Annotated[Rule, Tag("list[rule]")] | Annotated[list[Rule], Tag
                   Discriminator(_kind)]
 
 
-def check_gate(gate: dict[str, Rules]) -> dict[str, Rules]:
+def check_gate(gate: dict[str, Rules], info: ValidationInfo) -> dict[str, Rules]:
     """Every rule must be on a score that there is, and must not reward getting worse.
 
     Raises:
         PydanticCustomError: with what was probably meant.
     """
+    tasks = info.data.get("tasks")  # None: they are invalid themselves
+    allowed = [*KNOWN, *(task.key for task in tasks or ())]
     if not gate:
         raise PydanticCustomError("gate", "is empty: an adapter would be served unproven. Add a rule for one of "
-                                  "{metrics}", {"metrics": ", ".join(SCORES)})
+                                  "{metrics}", {"metrics": ", ".join([*SCORES, *(task.key for task in tasks or ())])})
     for key, value in gate.items():
-        score = SCORES.get(key)
-        if score is None:
-            close = difflib.get_close_matches(key, SCORES, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"allowed: {', '.join(SCORES)}"
-            raise PydanticCustomError("metric", "unknown metric; {hint}", {"hint": hint, KEYS: key})
+        if key not in allowed and not (tasks is None and key.startswith(TASKS)):
+            close = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"allowed: {', '.join(allowed)}"
+            what = "evaluation.tasks has no task of this name" if key.startswith(TASKS) else "unknown metric"
+            raise PydanticCustomError("metric", "{what}; {hint}", {"what": what, "hint": hint, KEYS: key})
+        score = score_of(key)
         for rule in value if isinstance(value, list) else [value]:
             for bound in rule.bounds():
                 if BOUNDS[bound].for_higher != score.higher_is_better:
@@ -206,24 +243,70 @@ BOUNDS = {
 }
 
 
+ANSWERED_RECORDS = 1000
+
+
+class Privacy(Strict):
+    """What is measured of how much the adapter remembers of single records (docs/privacy.md). Canaries, made-up records
+    with a random secret, are added to the train split: they are in the digest of the encoded dataset."""
+
+    canaries: Annotated[int, Field(ge=0, le=1000)] = 100  # 0: none; only the real records are measured
+    repetitions: Annotated[int, Field(ge=1, le=100)] = 1  # how often each canary is in the train split
+    records: Annotated[int, Field(ge=100, le=100_000)] = 1000  # train records, and held-out ones, that are measured
+    verbatim_tokens: Annotated[int, Field(ge=1)] = 50  # that count as a verbatim continuation
+
+    @field_validator("canaries")
+    @classmethod
+    def _enough(cls, canaries: int) -> int:
+        if 0 < canaries < MINIMUM_CANARIES:
+            raise PydanticCustomError("canaries", "{canaries} canaries cannot prove anything: at least {minimum} are "
+                                      "needed, or 0 for none", {"canaries": canaries, "minimum": MINIMUM_CANARIES})
+        return canaries
+
+
 class Evaluation(Strict):
     acceptability: AcceptabilitySource = AcceptabilitySource()
     max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
+    # How many held-out questions each model answers, at most: the first by sha256. The mean ROUGE of 1000 answers is
+    # known to about 0.016 with 95 % confidence (single values vary by about 0.3): finer than any sensible rule.
+    answered_records: Annotated[int, Field(ge=1)] = ANSWERED_RECORDS
     # How sure each rule must be. Of adapters that do not keep a rule, at most 1 - confidence pass it by luck.
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     # What counts as one piece of evidence: all records of a `group`, and of the others all with the same answer; or,
     # where answers are labels, each record without a group by itself.
     clusters: Literal["answer", "record"] = "answer"
+    # The user's own tasks: prompts, and a check of the answer to each (docs/tasks.md).
+    tasks: Annotated[list[Task], AfterValidator(check_names)] = Field(default_factory=list)
+    # Without it, nothing of privacy is measured, and training is on the data alone.
+    privacy: Privacy | None = None
     # Every rule must hold, or the adapter is not served.
     gate: Annotated[dict[str, Rules], AfterValidator(check_gate)]
+    # false: the report shows numbers and line numbers only, no questions, references and answers.
+    report_answers: bool = True
 
     def metrics(self) -> tuple[Metric, ...]:
         """What is measured."""
-        return METRICS
+        return (*METRICS, *([PRIVACY] if self.privacy else []), *(metric_of(task.key) for task in self.tasks))
 
     def scores(self) -> dict[str, Score]:
         """The scores of what is measured, by key."""
         return {score.key: score for metric in self.metrics() for score in metric.scores}
+
+    @model_validator(mode="after")
+    def _measures_privacy(self) -> Evaluation:
+        for key in (score.key for score in PRIVACY.scores if score.key in self.gate):
+            if self.privacy is None:
+                raise PydanticCustomError("privacy", "is not measured: add `{key}` to evaluation, or remove the rule",
+                                          {"key": "privacy: {}", KEYS: f"gate.{key}"})
+            if key in OF_CANARIES and not self.privacy.canaries:
+                raise PydanticCustomError("privacy", "is measured with canaries, and evaluation.privacy.canaries is 0: "
+                                          "raise it, or remove the rule", {KEYS: f"gate.{key}"})
+            rules = self.gate[key]
+            for rule in rules if isinstance(rules, list) else [rules]:
+                if other := [bound for bound in rule.bounds() if bound != "max"]:
+                    raise PydanticCustomError("privacy", "privacy is not compared with other models: they were trained "
+                                              "on other records. Write max", {KEYS: f"gate.{key}.{other[0]}"})
+        return self
 
     def rules(self) -> list[tuple[str, Rule]]:
         """The rules, each with the key of its score; in the registry's order, whatever that of the file."""
@@ -248,6 +331,15 @@ class PipelineFile(Strict):
                                       {"file": environment.FILE})
         return name
 
+    def sources(self) -> dict[str, Source]:
+        """Every source by its key in the pipeline file, in the order in which people read it."""
+        found: dict[str, Source] = {"dataset": self.dataset, "evaluation.acceptability": self.evaluation.acceptability}
+        for number, task in enumerate(self.evaluation.tasks):
+            found[f"evaluation.tasks.{number}"] = task
+            if task.lm_eval:
+                found[f"evaluation.tasks.{number}.lm_eval"] = task.lm_eval
+        return found
+
 
 class Pipeline(PipelineFile):
     """One adapter, end to end, in its environment."""
@@ -264,14 +356,14 @@ class Pipeline(PipelineFile):
                                       "environment: vLLM would refuse the adapter. Lower the one or raise the other",
                                       {"key": "search.candidates.lora.r has" if searched else "lora.r is", "r": r,
                                        "max": serving.max_lora_rank})
+        if self.evaluation.privacy and self.training.objective != "sft":
+            raise PydanticCustomError("privacy", "evaluation.privacy measures what `training.objective: sft` learned, "
+                                      "and the objective is {objective}: remove evaluation.privacy",
+                                      {"objective": self.training.objective})
         if self.adapter == self.environment.base_model.name:
             raise PydanticCustomError("name", "adapter has the base model's name: clients could not tell them apart",
                                       {})
         return self
-
-    def sources(self) -> dict[str, Source]:
-        """Every source by its key in the pipeline file, in the order in which people read it."""
-        return {"dataset": self.dataset, "evaluation.acceptability": self.evaluation.acceptability}
 
 
 @dataclass(frozen=True)

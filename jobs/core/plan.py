@@ -13,7 +13,8 @@ from typing import Any
 from jobs.core.artifacts import Spec
 from jobs.core.declarations import Source
 from jobs.core.environment import Environment
-from jobs.core.pipeline import Pipeline, Training
+from jobs.core.metrics import PRIVACY
+from jobs.core.pipeline import ANSWERED_RECORDS, Pipeline, Training
 from jobs.core.search import normalized
 from jobs.core.sources import SCHEMES
 
@@ -21,7 +22,8 @@ from jobs.core.sources import SCHEMES
 # so that old results are neither reused nor overwritten.
 RECIPES = {"dataset": 2, "acceptability": 1, "encoded-dataset": 1, "base-model": 1, "tokenizer": 2,
            "reference-model": 1, "adapter": 2, "merged-model": 1, "scores": 3, "evaluation": 2,
-           "embedded": 1}  # the embedded models' files
+           "tasks": 1, "embedded": 1,  # the embedded models' files
+           "canaries": 1}  # what they read like
 
 DATASET_VOLUME = "dataset"
 BASE_MODEL_VOLUME = "base-model"
@@ -49,6 +51,7 @@ class Plan(EnvironmentPlan):
 
     dataset: Spec
     acceptability: Spec
+    tasks: Spec  # always named; made only where there are tasks
     encoded_dataset: Spec  # of the base model's tokenizer
     adapter: Spec
     merged_model: Spec  # always named; made only in `serving: {mode: merged}`
@@ -87,7 +90,7 @@ class _ByIdentity:
 @functools.lru_cache(maxsize=1024)
 def _plan(key: _ByIdentity) -> Plan:
     pipeline = key.pipeline
-    training = pipeline.training
+    training, privacy = pipeline.training, pipeline.evaluation.privacy
     dataset = Spec(DATASET_VOLUME, "dataset", {**_source("dataset", pipeline.dataset),
                                                "format": _suffix(pipeline.dataset),
                                                "holdout": pipeline.dataset.holdout,
@@ -96,11 +99,20 @@ def _plan(key: _ByIdentity) -> Plan:
     acceptability = Spec(DATASET_VOLUME, "acceptability",
                          {**_source("acceptability", pipeline.evaluation.acceptability),
                           "format": _suffix(pipeline.evaluation.acceptability)})
+    # One artifact for all, so that retention, which counts artifacts, never removes a part of what is desired. With the
+    # dataset, because no task may ask what was trained on.
+    tasks = Spec(DATASET_VOLUME, "tasks", {"recipe": RECIPES["tasks"], "tasks": [
+        {**_identity(task), "format": _suffix(task), **task.identity(), **(
+            {"lm_eval": {**_identity(task.lm_eval), "metric": task.lm_eval.metric}} if task.lm_eval else {})}
+        for task in sorted(pipeline.evaluation.tasks, key=lambda task: task.name)]}, {"dataset": dataset.digest})
     shared = plan_environment(pipeline.environment)
     base_model, tokenizer, reference_model = shared.base_model, shared.tokenizer, shared.reference_model
     encoded_dataset = Spec(DATASET_VOLUME, "encoded-dataset",
                            {"recipe": RECIPES["encoded-dataset"], "max_length": training.max_length,
-                            "chat_template": pipeline.environment.chat_template},
+                            "chat_template": pipeline.environment.chat_template,
+                            **({"canaries": {"recipe": RECIPES["canaries"], "count": privacy.canaries,
+                                             "repetitions": privacy.repetitions}}
+                               if privacy and privacy.canaries else {})},
                            {"dataset": dataset.digest, "tokenizer": tokenizer.digest})
     adapter = Spec(
         FINE_TUNED_VOLUME, "adapter",
@@ -108,6 +120,7 @@ def _plan(key: _ByIdentity) -> Plan:
          "tokens_per_batch": training.tokens_per_batch, "seed": training.seed,
          # Only where it is set: artifacts from before this setting existed keep their names.
          **({} if training.quantization == "none" else {"quantization": training.quantization}),
+         **({} if training.objective == "sft" else {"objective": training.objective, "beta": training.strength}),
          **({} if training.keep == "last" else {"keep": training.keep, "patience": training.patience}),
          # `encoded_dataset` follows from it too; serving reads it here.
          **({"chat_template": template} if (template := pipeline.environment.chat_template) else {})},
@@ -115,18 +128,22 @@ def _plan(key: _ByIdentity) -> Plan:
         {"dataset": dataset.digest, "encoded_dataset": encoded_dataset.digest, "base_model": base_model.digest,
          "tokenizer": tokenizer.digest})
     base = {"encoded_dataset": encoded_dataset, "model": base_model, "tokenizer": tokenizer}
-    base_scores = _scores(pipeline, dataset, acceptability, base)
-    adapter_scores = _scores(pipeline, dataset, acceptability, base | {"adapter": adapter})
+    measured_on = {"dataset": dataset, "acceptability": acceptability} | (
+        {"tasks": tasks} if pipeline.evaluation.tasks else {})
+    base_scores = _scores(pipeline, measured_on | base)
+    adapter_scores = _scores(pipeline, measured_on | base | {"adapter": adapter})
     # The reference model has a tokenizer of its own, so it encodes the data itself.
-    reference_scores = _scores(pipeline, dataset, acceptability, {"model": reference_model})
+    reference_scores = _scores(pipeline, measured_on | {"model": reference_model})
     evaluation = Spec(
         FINE_TUNED_VOLUME, "evaluation",
         {"recipe": RECIPES["evaluation"], "adapter": pipeline.adapter,
          "gate": [{"score": key, "than": rule.than, **rule.bounds()} for key, rule in pipeline.evaluation.rules()],
-         "confidence": pipeline.evaluation.confidence, "clusters": pipeline.evaluation.clusters},
+         "confidence": pipeline.evaluation.confidence, "clusters": pipeline.evaluation.clusters,
+         # Only where it is set: another report is another artifact.
+         **({} if pipeline.evaluation.report_answers else {"report_answers": False})},
         {"adapter": adapter.digest, "base_scores": base_scores.digest, "adapter_scores": adapter_scores.digest,
          "reference_scores": reference_scores.digest})
-    return Plan(base_model, tokenizer, reference_model, dataset, acceptability, encoded_dataset, adapter,
+    return Plan(base_model, tokenizer, reference_model, dataset, acceptability, tasks, encoded_dataset, adapter,
                 merged_model(adapter.digest, base_model.digest), base_scores, adapter_scores, reference_scores,
                 evaluation)
 
@@ -153,15 +170,18 @@ def merged_model(adapter: str, base_model: str) -> Spec:
 
 
 def _source(recipe: str, source: Source) -> dict[str, Any]:
+    return {"recipe": RECIPES[recipe], **_identity(source)}
+
+
+def _identity(source: Source) -> dict[str, Any]:
     """What identifies a relocated source. Bytes pinned by sha256 are the same bytes wherever they come from, so the
     URL is not part of it: moving the data to another bucket renames nothing."""
-    identity: dict[str, Any] = {"recipe": RECIPES[recipe]}
     pin = SCHEMES[source.scheme].pin
     if pin == "sha256":
-        return identity | {"sha256": source.sha256}
+        return {"sha256": source.sha256}
     if pin is None:
-        return identity | {"source": source.source, "embedded": RECIPES["embedded"]}
-    return identity | {"source": source.source, pin: getattr(source, pin)}
+        return {"source": source.source, "embedded": RECIPES["embedded"]}
+    return {"source": source.source, pin: getattr(source, pin)}
 
 
 def _suffix(source: Source) -> str:
@@ -170,11 +190,17 @@ def _suffix(source: Source) -> str:
     return name.rpartition(".")[2].lower() if "." in name and SCHEMES[source.scheme].pin else ""
 
 
-def _scores(pipeline: Pipeline, dataset: Spec, acceptability: Spec, inputs: dict[str, Spec]) -> Spec:
+def _scores(pipeline: Pipeline, inputs: dict[str, Spec]) -> Spec:
+    # The reference model has nothing to do with what was trained on: of it, privacy is not measured.
+    privacy = pipeline.evaluation.privacy if "encoded_dataset" in inputs else None
+    metrics = [metric for metric in pipeline.evaluation.metrics() if privacy or metric is not PRIVACY]
     return Spec(FINE_TUNED_VOLUME, "scores",
                 {"recipe": RECIPES["scores"], "max_new_tokens": pipeline.evaluation.max_new_tokens,
                  "max_length": pipeline.training.max_length,
                  "chat_template": pipeline.environment.chat_template,
-                 "metrics": {metric.module: metric.version for metric in pipeline.evaluation.metrics()}},
-                {"dataset": dataset.digest, "acceptability": acceptability.digest,
-                 **{name: spec.digest for name, spec in inputs.items()}})
+                 **({} if pipeline.evaluation.answered_records == ANSWERED_RECORDS else
+                    {"answered_records": pipeline.evaluation.answered_records}),
+                 "metrics": {metric.module: metric.version for metric in metrics},
+                 **({"privacy": {"records": privacy.records, "verbatim_tokens": privacy.verbatim_tokens}}
+                    if privacy else {})},
+                {name: spec.digest for name, spec in inputs.items()})

@@ -35,11 +35,13 @@ from jobs.core.files import human_bytes
 from jobs.core.plan import plan
 from jobs.core.progress import Progress
 from jobs.data import encoded
-from jobs.data.encoding import Encoded, encode
-from jobs.data.split import SPLITS, VALIDATION
+from jobs.data.canaries import Canaries, check_fits
+from jobs.data.encoding import Encoded, encode, encode_for_training
+from jobs.data.records import is_preference
+from jobs.data.split import SPLITS, TRAIN, VALIDATION
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from jobs.core.pipeline import LoadedPipeline
 
@@ -66,6 +68,7 @@ class Settings:
     tokenizer: Path
     max_length: int
     template: Mapping[str, Any] = field(default_factory=dict)
+    canaries: Canaries | None = None  # that are trained on with the data
 
 
 @dataclass
@@ -77,11 +80,12 @@ class Counts:
     sequences: int = 0
     tokens: int = 0
     learned: int = 0  # tokens that are learned and scored
+    preferences: int = 0  # records that are pairs of sequences: the chosen answer, and the rejected one
     longest: int = 0  # tokens of the longest sequence of any record, also of those that were left out
     shortest: int = 0  # … and of the record whose longest sequence is the shortest
 
     def add(self, other: Counts) -> None:
-        for name in ("records", "too_long", "sequences", "tokens", "learned"):
+        for name in ("records", "too_long", "sequences", "tokens", "learned", "preferences"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
         self.shortest = min(filter(None, (self.shortest, other.shortest)), default=0)
@@ -100,7 +104,8 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
     dataset, tokenizer = artifacts.wait([wanted.dataset, wanted.tokenizer], volumes, wait_seconds)
 
     def write(draft: Path) -> dict[str, Any]:
-        settings = Settings(tokenizer.path, pipeline.training.max_length, pipeline.environment.chat_template)
+        settings = Settings(tokenizer.path, pipeline.training.max_length, pipeline.environment.chat_template,
+                            Canaries.of(pipeline.evaluation.privacy, dataset.digest, dataset.path))
         return {"dataset": dataset.digest, **encode_splits(dataset.path, draft, settings)}
 
     artifact = artifacts.publish(wanted.encoded_dataset, volumes, write, keep=pipeline.environment.retention.keep,
@@ -117,9 +122,9 @@ def encode_splits(dataset: Path, folder: Path, settings: Settings, processes: in
     Args:
         processes: how many encode; by default as many as the pod has CPUs and memory for, and 1 for little data.
     Returns:
-        what was counted of each split, which is also written to `folder`.
+        what was counted of each split, and of the canaries if there are any, which is also written to `folder`.
     Raises:
-        UserError: records that cannot be encoded; or a split has records, but none that fits.
+        UserError: records, or canaries, that cannot be encoded; or a split has records, but none that fits.
         RetryableError: a process was killed.
     """
     files = {name: dataset / f"{name}.jsonl" for name in SPLITS}
@@ -143,18 +148,58 @@ def encode_splits(dataset: Path, folder: Path, settings: Settings, processes: in
                     counts.add(chunk.counts)
                     progress.add(chunk.counts.records + chunk.counts.too_long,
                                  lambda counts=counts: f"{counts.tokens:,} tokens")  # type: ignore[misc]
+                if name == TRAIN and settings.canaries and not problems:
+                    statistics["canaries"] = asdict(_add_canaries(settings, settings.canaries, counts.records, write))
             progress.finish(lambda counts=counts: f"{counts.tokens:,} tokens")  # type: ignore[misc]
             if problems:
                 raise UserError("\n".join(f"{name}.jsonl:{problem}" for problem in problems[:LISTED])
                                 + "\nNothing was published")
             _require_some(name, counts, settings.max_length)
+            if counts.preferences not in (0, counts.records):
+                raise UserError(f"{name}.jsonl of the dataset: {counts.preferences} of {counts.records} records are "
+                                "preferences (`chosen` and `rejected`): training learns from one kind or the other. "
+                                "Bring them as two datasets")
             statistics[name] = asdict(counts)
+    kinds = {bool(statistics[name]["preferences"]) for name in SPLITS if statistics[name]["records"]}
+    if len(kinds) > 1:
+        raise UserError("the dataset: some splits are preferences (`chosen` and `rejected`) and others are not: "
+                        "training learns from one kind or the other. Bring them as two datasets")
     too_long = sum(counts["too_long"] for counts in statistics.values())
     if too_long:
         log.warning("%d records are longer than training.max_length (%d tokens) and are left out", too_long,
                     settings.max_length)
     (folder / encoded.STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
     return statistics
+
+
+def _add_canaries(settings: Settings, canaries: Canaries, records: int, write: Callable[[bytes], None]) -> Counts:
+    """Encode the canaries and add them to the train split. Their record is their number, negated: it is no line.
+
+    Args:
+        records: how many the train split has without them.
+    """
+    check_fits(canaries.count, canaries.repetitions, records)
+    counts, rows, tokenizer = Counts(), list[tuple[int, Encoded]](), _tokenizer(settings.tokenizer)
+    for number in range(1, canaries.count + 1):
+        try:
+            sequences = encode(tokenizer, canaries.record("canary", number), settings.template)
+        except UserError as error:
+            raise UserError(f"canary {number} (evaluation.privacy): {error}") from None
+        one = _count(sequences, settings.max_length)
+        if one.too_long:
+            raise UserError(f"canary {number} (evaluation.privacy) has {one.longest} tokens, more than "
+                            f"training.max_length ({settings.max_length}): raise it, or set evaluation.privacy."
+                            "canaries: 0")
+        if canaries.secret("canary", number) not in tokenizer.decode(sequences[-1].tokens).replace(" ", ""):
+            raise UserError(f"canary {number} (evaluation.privacy): the tokenizer cannot write its digits, so there "
+                            "is nothing to learn. Set evaluation.privacy.canaries: 0")
+        for _ in range(canaries.repetitions):
+            counts.add(one)
+            rows += [(-number, sequence) for sequence in sequences]
+    write(encoded.serialized(rows))
+    log.info("train: %d canaries added, each %d time%s", canaries.count, canaries.repetitions,
+             "s" * (canaries.repetitions > 1))
+    return counts
 
 
 def _require_some(name: str, counts: Counts, max_length: int) -> None:
@@ -198,23 +243,29 @@ def encode_chunk(settings: Settings, chunk: Lines) -> Chunk:
     counts, problems, rows = Counts(), list[str](), list[tuple[int, Encoded]]()
     for line, text in enumerate(chunk[1], chunk[0]):
         try:
-            sequences = encode(tokenizer, json.loads(text), settings.template)
+            record = json.loads(text)
+            sequences = encode_for_training(tokenizer, record, settings.template)
             if not any(sequence.scored for sequence in sequences):
                 raise UserError("encodes to nothing that could be learned: the tokenizer leaves no token of its "
                                 "answer. Remove the record")
         except UserError as error:
             problems.append(f"{line} of the dataset: {error}")
             continue
-        length = max(map(len, sequences))
-        one = Counts(longest=length, shortest=length)
-        if length > settings.max_length:
-            one.too_long = 1
-        else:
-            one.records, one.sequences = 1, len(sequences)
-            one.tokens, one.learned = sum(map(len, sequences)), sum(sequence.scored for sequence in sequences)
+        one = _count(sequences, settings.max_length)
+        if not one.too_long:
+            one.preferences = int(is_preference(record))
             rows += [(line, sequence) for sequence in sequences]
         counts.add(one)
     return Chunk(encoded.serialized(rows) if rows else None, counts, problems)
+
+
+def _count(sequences: Sequence[Encoded], max_length: int) -> Counts:
+    """What one record adds."""
+    length = max(map(len, sequences))
+    if length > max_length:
+        return Counts(too_long=1, longest=length, shortest=length)
+    return Counts(records=1, sequences=len(sequences), tokens=sum(map(len, sequences)),
+                  learned=sum(sequence.scored for sequence in sequences), longest=length, shortest=length)
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from jobs.data.encoding import Encoded
+from jobs.data.encoding import Encoded, Example
 from jobs.data.split import HOLDOUT, SPLITS, TRAIN, VALIDATION
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class Split(Sequence[Encoded]):
 
     @cached_property
     def records(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The record of each sequence: its line in the dataset's file of this split, from 1."""
+        """The record of each sequence: its line in the dataset's file of this split, from 1; of a canary, its number,
+        negated."""
         return self._column("record")
 
     def __len__(self) -> int:
@@ -76,10 +77,12 @@ class Split(Sequence[Encoded]):
 class Splits:
     """The encoded splits of a dataset, and how many records were left out because they are longer than `max_length`."""
 
-    train: Sequence[Encoded]
-    holdout: Sequence[Encoded]
+    train: Sequence[Example]
+    holdout: Sequence[Example]
     too_long: int
-    validation: Sequence[Encoded] = ()
+    validation: Sequence[Example] = ()
+    preferences: bool = False  # each record is two sequences: the chosen answer, and the rejected one
+    canaries: int = 0  # how many of the train split are canaries
 
 
 def schema() -> pa.Schema:
@@ -116,4 +119,5 @@ def read(folder: Path) -> Splits:
     statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
     splits = {name: Split(folder / f"{name}.arrow") for name in SPLITS}
     return Splits(splits[TRAIN], splits[HOLDOUT], sum(each["too_long"] for each in statistics.values()),
-                  splits[VALIDATION])
+                  splits[VALIDATION], bool(statistics[TRAIN].get("preferences")),
+                  statistics.get("canaries", {}).get("sequences", 0))

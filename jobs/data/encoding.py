@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.data.chat import OTHER_TEXT, Chat, RecordError, named, special_tokens, stop_tokens
-from jobs.data.records import text_of
+from jobs.data.records import is_preference, prompt_of, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +55,16 @@ class Encoded:
             labels[first:last] = self.tokens[first:last]
         return labels
 
+    @property
+    def sequences(self) -> list[Encoded]:
+        """What attends to itself alone: this one."""
+        return [self]
+
+    @property
+    def unlearned(self) -> Encoded:
+        """The same tokens, of which nothing is learned."""
+        return Encoded(self.tokens, [])
+
     def has_text(self, special: AbstractSet[int]) -> bool:
         """Whether any token that is learned and scored is text."""
         return any(token not in special for first, last in self.learned for token in self.tokens[max(first, 1) : last])
@@ -63,10 +73,39 @@ class Encoded:
         return len(self.tokens)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A preference as training reads it: the prompt with the chosen answer, and with the rejected one."""
+
+    chosen: Encoded
+    rejected: Encoded
+
+    @property
+    def sequences(self) -> list[Encoded]:
+        """Both sequences; neither attends to the other."""
+        return [self.chosen, self.rejected]
+
+    @property
+    def unlearned(self) -> Pair:
+        """The same tokens, of which nothing is learned."""
+        return Pair(self.chosen.unlearned, self.rejected.unlearned)
+
+    def __len__(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
+
+Example = Encoded | Pair  # what training learns from at once
+
+
 def question(record: Record) -> list[Record] | None:
     """The messages before the answer; None for a {"text"} record, which has no question."""
     messages = messages_of(record)
     return messages[:-1] if messages else None
+
+
+def asked(record: Record) -> list[Record]:
+    """The messages of a question without an answer: {"prompt"} or {"messages"}, as the records of tasks are."""
+    return list(record["messages"]) if "messages" in record else [{"role": "user", "content": record["prompt"]}]
 
 
 def answer(record: Record) -> str:
@@ -75,20 +114,24 @@ def answer(record: Record) -> str:
 
 
 def answers(record: Record) -> list[str]:
-    """All texts of a record that are learned: every answer of a conversation, except one that nobody asked for."""
+    """All texts of a record that are learned: every answer of a conversation, except one that nobody asked for. Of a
+    preference the chosen one."""
     messages = messages_of(record)
     if messages is None:
         return [str(record["text"])]
+    if is_preference(record):
+        return [record["chosen"]]
     return [text_of(message) for message in messages[1:] if message["role"] == "assistant"]
 
 
 def messages_of(record: Record) -> list[Record] | None:
-    """The record as a conversation; None for a {"text"}."""
+    """The record as a conversation, with the chosen answer of a preference; None for a {"text"}."""
     if "text" in record:
         return None
     if "messages" in record:
         return list(record["messages"])
-    return [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["completion"]}]
+    answer = record["chosen" if is_preference(record) else "completion"]
+    return [*prompt_of(record), {"role": "assistant", "content": answer}]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, record: Record,
@@ -96,7 +139,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, record: Record,
     """Tokenize a record: every turn of the assistant is learned, after the prompt that serving renders for it.
 
     What is learned of a turn is what the chat template adds for it to its prompt, up to the token at which serving
-    stops. Turns share a sequence as long as the template renders them in the next prompt as they were learned.
+    stops. Turns share a sequence as long as the template renders them in the next prompt as they were learned. Of a
+    preference, the chosen answer alone is learned.
 
     Args:
         template: the arguments of the chat template: `chat_template` of the environment.
@@ -108,6 +152,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, record: Record,
     if messages is None:
         _check_stops(tokenizer, "text", record["text"])
         return [Encoded.of([], _stopped(tokenizer, _ids(tokenizer, record["text"], special=True)))]
+    if is_preference(record):
+        return encode_pair(tokenizer, record, template)[:1]
     chat = Chat(tokenizer, template or {}, record.get("tools"))
     sequences: list[Encoded] = []
     seen = 0  # messages that were looked at
@@ -120,6 +166,48 @@ def encode(tokenizer: PreTrainedTokenizerBase, record: Record,
             learned = [*sequences.pop().learned, *learned]
         sequences.append(Encoded([*prompt, *completion], learned))
     return sequences
+
+
+def encode_for_training(tokenizer: PreTrainedTokenizerBase, record: Record,
+                        template: Mapping[str, Any] | None = None) -> list[Encoded]:
+    """As `encode`; of a preference both answers: see `encode_pair`."""
+    return (encode_pair if is_preference(record) else encode)(tokenizer, record, template)
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, record: Record,
+                template: Mapping[str, Any] | None = None) -> list[Encoded]:
+    """Tokenize a preference: the prompt with the chosen answer, and with the rejected one. These answers alone
+    are learned, whoever spoke before.
+
+    Raises:
+        RecordError: as `encode`; or the tokenizer leaves both answers the same tokens.
+    """
+    chat, prompt = Chat(tokenizer, template or {}), prompt_of(record)
+    pair = []
+    for key in ("chosen", "rejected"):
+        try:
+            pair.append(Encoded.of(*_turn(chat, [*prompt, {"role": "assistant", "content": record[key]}], 0)))
+        except RecordError as error:
+            raise RecordError(f"`{key}`: {error}") from None
+    if pair[0].tokens == pair[1].tokens:
+        raise RecordError("`chosen` and `rejected` are the same tokens: there is nothing to prefer")
+    return pair
+
+
+def encode_question(tokenizer: PreTrainedTokenizerBase, record: Record,
+                    template: Mapping[str, Any] | None = None) -> list[int]:
+    """The tokens of a question without an answer, {"prompt"} or {"messages"}: what serving makes of it.
+
+    Args:
+        template: the arguments of the chat template: `chat_template` of the environment.
+    Raises:
+        RecordError: the template rejects the messages or leaves out a part of them.
+    """
+    messages = asked(record)
+    chat = Chat(tokenizer, template or {}, record.get("tools"))
+    prompt = chat.render(messages, prompt=True)
+    chat.require_rendered([*messages, {"role": "assistant", "content": ""}], 0, prompt, prompt)
+    return _ids(tokenizer, prompt, special=not tokenizer.chat_template)
 
 
 def _turn(chat: Chat, messages: Sequence[Record], seen: int) -> tuple[list[int], list[int]]:

@@ -91,7 +91,7 @@ def read_rows(files: list[File], schema: Schema, problems: Problems) -> Iterator
     for number, file in enumerate(files):
         def columns(names: list[str], file: File = file) -> bool:
             """Whether a table's columns are right. A wrong one is a problem of the file, not of each row."""
-            wrong = [unknown_key(name, schema.keys) for name in names if name not in schema.keys]
+            wrong = [unknown_key(name, schema.keys) for name in names if schema.keys and name not in schema.keys]
             wrong += [f"duplicate column `{name}`" for name, times in Counter(names).items() if times > 1]
             if not wrong and not any(set(needed) <= set(names) for needed in schema.shapes.values()):
                 allowed = ", or ".join(" and ".join(needed) for needed in schema.shapes.values())

@@ -23,7 +23,7 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -92,17 +92,60 @@ class Ratio:
     totals: Array  # (clusters, 2)
 
     @classmethod
-    def of(cls, above: Sequence[float] | Array, below: Sequence[float] | Array, clusters: Clusters) -> Ratio:
+    def of(cls, above: Sequence[float] | Array, below: Sequence[float] | Array, clusters: Clusters) -> Self:
         return cls(clusters.sums(np.array([above, below], dtype=np.float64).T))
 
     @classmethod
-    def mean(cls, values: Sequence[float] | Array, clusters: Clusters) -> Ratio:
+    def mean(cls, values: Sequence[float] | Array, clusters: Clusters) -> Self:
         return cls.of(values, [1.0] * len(values), clusters)
 
     def __call__(self, counts: Array) -> tuple[Array, Array]:
         above, below = (counts @ self.totals).T
         values = above / below
         return values, (self.totals[:, 0] - values[:, None] * self.totals[:, 1]) / below[:, None]
+
+
+@dataclass(frozen=True)
+class Proportion(Ratio):
+    """The share of the rows with a property: a mean of values that are 0 or 1.
+
+    Its interval is exact instead of drawn: where few rows or none have the property, draws without any say nothing.
+    Clopper and Pearson (1934), with as many rows as would be as sure if they were independent (Korn and Graubard 1998).
+    """
+
+    def interval(self, confidence: float) -> Interval:
+        clusters, (found, rows) = len(self.totals), self.totals.sum(axis=0)
+        value = float(found / rows)
+        if not math.isfinite(value):
+            return Interval(value, math.nan, math.nan)
+        away = self.totals[:, 0] - value * self.totals[:, 1]
+        variance = float((away**2).sum() / rows**2) * clusters / max(1, clusters - 1)
+        # Where all clusters say the same, or each is one row, each counts once.
+        alone = clusters == rows or variance < 1e-15
+        effective = clusters if alone else int(min(rows, value * (1 - value) / variance))
+        return Interval(value, *exact_bounds(value, effective, confidence))
+
+
+def exact_bounds(share: float, trials: int, confidence: float) -> tuple[float, float]:
+    """Both bounds of a share that was found in so many independent trials (Clopper and Pearson 1934). What are no whole
+    hits is rounded so that the bounds become wider."""
+    hits = share * trials
+    return (1 - _most(trials - math.floor(hits + 1e-9), trials, confidence),
+            _most(math.ceil(hits - 1e-9), trials, confidence))
+
+
+def _most(hits: int, trials: int, confidence: float) -> float:
+    """The largest share with which so few hits in so many independent trials are no rarer than 1 - confidence."""
+    if hits >= trials:
+        return 1.0
+    chosen = np.arange(hits + 1)
+    choices = np.array([math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1) for k in chosen])
+    low, high = hits / trials, 1.0
+    while high - low > 1e-9:
+        share = (low + high) / 2
+        tail = np.exp(choices + chosen * math.log(share) + (trials - chosen) * math.log1p(-share)).sum()
+        low, high = (share, high) if tail > 1 - confidence else (low, share)
+    return high
 
 
 @dataclass(frozen=True)
@@ -163,13 +206,18 @@ def interval(statistic: Statistic, clusters: int, confidence: float, *, low: flo
         confidence: of each bound by itself, e.g. 0.95.
         low: the smallest possible value of the statistic, to which the bounds are limited; `high`: the largest.
     """
+    if isinstance(statistic, Proportion):
+        return statistic.interval(confidence)
+    within = getattr(statistic, "within", None)  # bounds that hold in any case, where draws without spread have none
+    if within:
+        low, high = within(confidence)
     with np.errstate(all="ignore"):  # an infinite perplexity is a result, and shows as one
         values, slopes = statistic(np.ones((1, clusters)))
         value, error = float(values[0]), float(_errors(np.ones((1, clusters)), slopes)[0])
         if not math.isfinite(value):
             return Interval(value, math.nan, math.nan)
         if not error > 1e-12 * max(1.0, abs(value)):
-            return _without_spread(value, clusters, confidence, low, high)
+            return Interval(value, low, high) if within else _without_spread(value, clusters, confidence, low, high)
         distances = []
         for counts in draws(clusters, resamples):
             values, slopes = statistic(counts)

@@ -19,19 +19,21 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from jobs.core import artifacts, models, promotion
 from jobs.core.artifacts import Artifact
+from jobs.core.imports import fast_imports
 from jobs.core.layout import TENSORBOARD
-from jobs.core.metrics import Population
+from jobs.core.metrics import PRIVACY
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.core.search import FILE as SEARCH
 from jobs.core.termination import write_termination_message
-from jobs.data import encoded
+from jobs.data import encoded, tasks
 from jobs.data.split import HOLDOUT
-from jobs.evaluation import content, gate, report, scoring
+from jobs.evaluation import content, gate, privacy, report, scoring
+from jobs.evaluation.holdout import JsonLines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,10 +43,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("jobs")
 
 Scores = Mapping[str, Any]
-
-EVIDENCE = ("The held-out records are too few to tell. Bring more (dataset.holdout), or demand less in "
-            "evaluation.gate of the pipeline file.")
-ADVICE = "Train otherwise, bring other data, or change evaluation.gate in the pipeline file."
 
 
 def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
@@ -67,15 +65,26 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
 def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> None:
     """Wait for the inputs, and publish the scores of each model that has none yet."""
     # First the inputs that can show that measuring is impossible, before hours of waiting for the adapter.
-    dataset, sentences = artifacts.wait([wanted.dataset, wanted.acceptability], volumes, wait_seconds)
+    declared = pipeline.evaluation.tasks
+    dataset, sentences, *of_tasks = artifacts.wait(
+        [wanted.dataset, wanted.acceptability, *([wanted.tasks] if declared else [])], volumes, wait_seconds)
     material = scoring.Material.read(dataset.path, sentences.path, max_length=pipeline.training.max_length,
                                      max_new_tokens=pipeline.evaluation.max_new_tokens,
                                      template=pipeline.environment.chat_template,
-                                     metrics=pipeline.evaluation.metrics())
+                                     metrics=[metric for metric in pipeline.evaluation.metrics()
+                                              if metric.population != "privacy"],
+                                     answered_records=pipeline.evaluation.answered_records)
+    if declared:
+        material = dataclasses.replace(material, tasks=list(tasks.read(of_tasks[0].path, declared)))
+        tasks.require_evidence(pipeline.evaluation, material.tasks)
     gate.check_measurable(pipeline.evaluation, material.holdout)
+    privacy.check_held_out(pipeline.evaluation, len(material.holdout))
 
     base, adapter, reference = (artifacts.done(spec, volumes) for spec in
                                 (wanted.base_scores, wanted.adapter_scores, wanted.reference_scores))
+    if pipeline.evaluation.privacy and not (base and adapter):
+        (encoded_dataset,) = artifacts.wait([wanted.encoded_dataset], volumes, wait_seconds)
+        privacy.check_encoded(pipeline.evaluation, dataset.path, dataset.digest, encoded_dataset.path)
     inputs = [wanted.adapter]
     inputs += [] if base and adapter else [wanted.encoded_dataset, wanted.base_model, wanted.tokenizer]
     inputs += [] if reference else [wanted.reference_model]
@@ -92,18 +101,24 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
 def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, material: scoring.Material) -> None:
     """Measure the base model with the adapter switched off, then on; skips what is already there. Both read the data as
     training's job did: encoded."""
-    from peft import PeftModel
+    with fast_imports():
+        from peft import PeftModel
 
     holdout = encoded.Split(wanted.encoded_dataset.path(volumes) / f"{HOLDOUT}.arrow")
     material = dataclasses.replace(material, encoded=holdout)
     model, tokenizer = _load(wanted.base_model.path(volumes), wanted.tokenizer.path(volumes))
     adapted = PeftModel.from_pretrained(model, str(wanted.adapter.path(volumes))).eval()
     name = _versioned(pipeline, wanted)
+    subjects = privacy.Subjects.read(
+        pipeline.evaluation.privacy, wanted.dataset.path(volumes), wanted.dataset.digest,
+        wanted.encoded_dataset.path(volumes), tokenizer, pipeline.environment.chat_template
+    ) if pipeline.evaluation.privacy else None
     with adapted.disable_adapter():
-        artifacts.publish(wanted.base_scores, volumes,
-                          _scores(adapted, tokenizer, material, pipeline.environment.base_model.name),
-                          keep=_keep(pipeline), adapter_name=pipeline.adapter)
-    artifacts.publish(wanted.adapter_scores, volumes, _scores(adapted, tokenizer, material, name),
+        base = artifacts.publish(wanted.base_scores, volumes,
+                                 _scores(adapted, tokenizer, material, pipeline.environment.base_model.name, subjects),
+                                 keep=_keep(pipeline), adapter_name=pipeline.adapter)
+    artifacts.publish(wanted.adapter_scores, volumes,
+                      _scores(adapted, tokenizer, material, name, subjects, base.path),
                       keep=_keep(pipeline), adapter_name=pipeline.adapter)
 
 
@@ -118,25 +133,38 @@ def measure_reference(pipeline: Pipeline, wanted: Plan, volumes: Path, material:
 
 def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
     """Evaluate the gate, and publish the evaluation: verdict, report, and their provenance."""
+    from jobs.evaluation.confidence import RESAMPLES, SEED
+
     roles = {"base": wanted.base_scores, "fine_tuned": wanted.adapter_scores, "reference": wanted.reference_scores}
     folders = {role: spec.path(volumes) for role, spec in roles.items()}
-    scores = {role: _read_json(folder / "scores.json") for role, folder in folders.items()}
-    generations = {role: scoring.read_jsonl(folder / "generations.jsonl") for role, folder in folders.items()}
-    values = {role: {name: scoring.read_jsonl(folder / f"{name}.jsonl") for name in get_args(Population)}
+    populations = dict.fromkeys(metric.population for metric in pipeline.evaluation.metrics())
+    # A model may lack some: of the reference model, privacy is not measured.
+    scores = {role: dict.fromkeys(pipeline.evaluation.scores()) | _read_json(folder / "scores.json")
               for role, folder in folders.items()}
-    holdout = scoring.read_jsonl(wanted.dataset.path(volumes) / "holdout.jsonl")
+    generations = {role: scoring.read_jsonl(folder / "generations.jsonl") for role, folder in folders.items()}
+    values = {role: {name: scoring.read_jsonl(file) for name in populations
+                     if (file := folder / f"{name}.jsonl").exists()} for role, folder in folders.items()}
+    for of_model in values.values():
+        if "privacy" in of_model:
+            of_model["privacy"] = privacy.with_clusters(of_model["privacy"], pipeline.evaluation.clusters)
+    holdout = JsonLines(wanted.dataset.path(volumes) / "holdout.jsonl")
     clusters = gate.clusters_of(holdout, pipeline.evaluation.clusters)
     training = _read_json(wanted.adapter.path(volumes) / "training.json")
     search = _read_json(wanted.adapter.path(volumes) / SEARCH) if pipeline.training.search else None
     evaluation = summary(pipeline, wanted, scores, gate.evaluate_gate(pipeline.evaluation, values, clusters),
                          intervals(pipeline, values, clusters), search)
+    evaluation["resampling"] = {"resamples": RESAMPLES, "seed": SEED, "clusters": len(set(clusters)),
+                                "by": pipeline.evaluation.clusters}
+    if pipeline.evaluation.privacy:
+        evaluation["privacy"] = privacy.summary(pipeline, values["fine_tuned"]["privacy"])
 
     def write(draft: Path) -> dict[str, Any]:
         text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
         (draft / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         _write_jsonl(draft / "clusters.jsonl", [{"line": line, "cluster": [*cluster]}
                                                 for line, cluster in enumerate(clusters, 1)])
-        report.write(draft, evaluation, training["history"], generations)
+        report.write(draft, evaluation, training["history"], generations, values,
+                     answers=pipeline.evaluation.report_answers)
         return {"passed": evaluation["passed"]}
 
     write_tensorboard(volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest
@@ -170,6 +198,10 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
     training = pipeline.training.with_settings(search["settings"]) if search else pipeline.training
     base_model, reference_model = pipeline.environment.base_model, pipeline.environment.reference_model
     sources = pipeline.environment.sources() | pipeline.sources()
+    for number, task in enumerate(pipeline.evaluation.tasks):  # people know them by their names
+        for suffix in ("", ".lm_eval"):
+            if source := sources.pop(f"evaluation.tasks.{number}{suffix}", None):
+                sources[f"evaluation.{task.key}{suffix}"] = source
     return {
         "passed": gate.outcome_of(checks) == "passed",
         "outcome": gate.outcome_of(checks),
@@ -184,6 +216,8 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
         "intervals": intervals,
         "gate": [check.to_json() for check in checks],
         "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
+        **({"tasks": {task.name: task.identity() for task in pipeline.evaluation.tasks}}
+           if pipeline.evaluation.tasks else {}),
         "training": training.model_dump(exclude={"checkpoint_steps", "tokens_per_micro_batch", "search"}),
         **({"search": dict(search)} if search else {}),
     }
@@ -207,11 +241,10 @@ def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, 
         title, lines = "PROMOTED" if moved else "ALREADY PROMOTED", [
             f"{name} passed the gate: clients of {pipeline.adapter} get it."]
     else:
-        undecided = evaluation["outcome"] == "undecided"
-        failed = [check.description for check in content.checks(evaluation) if not check.passed]
-        title = "UNDECIDED" if undecided else "REJECTED"
-        lines = [f"{name} did not pass the gate and is not promoted:", *(f"  ✗ {f}" for f in failed),
-                 _served_now(pipeline, wanted, volume), EVIDENCE if undecided else ADVICE]
+        title = content.outcome(evaluation).upper()
+        lines = [f"{name} did not pass the gate and is not promoted:", *report.unmet_rules(evaluation),
+                 *report.wrapped(_served_now(pipeline, wanted, volume)),
+                 *report.wrapped(content.next_step(evaluation))]
     log.log(logging.INFO if evaluation["passed"] else logging.WARNING, _framed(title, *lines))
     write_termination_message("\n".join([f"{title}: {lines[0]}", *lines[1:], f"report: {page}"]))
 
@@ -248,16 +281,28 @@ def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[PreTrainedModel, 
     return model, tokenizer
 
 
-def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, material: scoring.Material,
-            name: str) -> Callable[[Path], dict[str, Any]]:
-    """What `artifacts.publish` calls to fill a scores artifact; it measures only if that was not done yet."""
+def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, material: scoring.Material, name: str,
+            subjects: privacy.Subjects | None = None, base: Path | None = None) -> Callable[[Path], dict[str, Any]]:
+    """What `artifacts.publish` calls to fill a scores artifact; it measures only if that was not done yet.
+
+    Args:
+        subjects: what privacy is measured on, where it is.
+        base: the base model's scores artifact, with which the fine-tuned model is compared for privacy.
+    """
     def write(draft: Path) -> dict[str, Any]:
         measured = scoring.measure(model, tokenizer, material, name)
+        if subjects:
+            before = scoring.read_jsonl(base / "privacy.jsonl") if base else None
+            values = {"privacy": subjects.measure(model, name, before)}
+            measured = dataclasses.replace(measured, values={**measured.values, **values},
+                                           summary={**measured.summary, **scoring.scores_of(values, [PRIVACY])})
         (draft / "scores.json").write_text(
             json.dumps(measured.summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
         _write_jsonl(draft / "generations.jsonl", measured.generations)
         for population, rows in measured.values.items():
             _write_jsonl(draft / f"{population}.jsonl", rows)
+        if measured.task_answers:
+            _write_jsonl(draft / "task_answers.jsonl", measured.task_answers)
         return {"model": name}
 
     return write

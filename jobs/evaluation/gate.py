@@ -14,9 +14,11 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.core.errors import UserError
-from jobs.core.metrics import metric_of, score_of
+from jobs.core.metrics import MINIMUM_CLUSTERS as MINIMUM_CLUSTERS
+from jobs.core.metrics import TASKS, metric_of, score_of
 from jobs.core.pipeline import BOUNDS, Evaluation, Rule
 from jobs.data.encoding import Record, answer, question
+from jobs.evaluation.holdout import Chosen, answered_lines
 
 if TYPE_CHECKING:
     from jobs.evaluation.confidence import Interval
@@ -26,8 +28,6 @@ Cluster = tuple[str, Any]  # what its records have in common, e.g. ("group", "ho
 Outcome = Literal["passed", "failed", "undecided"]
 
 FINE_TUNED = "fine_tuned"
-# Below so many clusters no rule is decided: the standard error itself is then known to 16 % only (1 / sqrt(2 n)).
-MINIMUM_CLUSTERS = 20
 # How much the gain in a score from 0 to 1 varies from cluster to cluster: its standard deviation, before it is known.
 # That of ROUGE is 0.2 to 0.33 on overlays/kind; of answers that are right or wrong, the root of the share that changes.
 SPREAD_OF_GAINS = 0.3
@@ -87,6 +87,16 @@ class Check:
         return f"{self._direction} {_distinguishable(self.decisive, self.limit)[0]}"
 
     @property
+    def known_text(self) -> str:
+        """What is known of the true value, e.g. `at most 0.31`: the bound that decides, or of a rule that failed the
+        other one, which shows that it does not hold."""
+        if self.outcome != "failed":
+            return self.bound_text
+        at_least = BOUNDS[self.bound].at_least
+        other = _distinguishable(self.high if at_least else self.low, self.limit)[0]
+        return f"{'at most' if at_least else 'at least'} {other}"
+
+    @property
     def requirement(self) -> str:
         """What the value must be, e.g. `at most 0.9`."""
         return f"{self._direction} {_distinguishable(self.decisive, self.limit)[1]}"
@@ -94,7 +104,9 @@ class Check:
     @property
     def more_text(self) -> str:
         """How much more evidence would decide it, e.g. `about 40 more held-out records`."""
-        what = "held-out records" if metric_of(self.metric).population == "records" else "sentences"
+        population = metric_of(self.metric).population
+        what = {"records": "held-out records", "sentences": "sentences"}.get(
+            population, "records of the task" if population.startswith(TASKS) else "records")
         return f"about {float(f'{self.more_records or 0:.2g}'):,.0f} more {what}"
 
     @property
@@ -149,9 +161,8 @@ def evaluate_gate(evaluation: Evaluation, models: Mapping[str, Values], clusters
 def score_interval(key: str, values: Values, clusters: Sequence[Cluster], confidence: float) -> Interval | None:
     """One score of one model with its bounds; None where nothing can be measured."""
     rows = _measured(key, values)
-    lines = sorted(rows)
-    ordered = [rows[line] for line in lines]
-    return _interval(key, ordered, ordered, _names(key, lines, clusters), confidence, "min")[0] if rows else None
+    ordered = [rows[line] for line in sorted(rows)]
+    return _interval(key, ordered, ordered, _names(key, ordered, clusters), confidence, "min")[0] if rows else None
 
 
 def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
@@ -161,7 +172,7 @@ def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
         UserError: naming the rules.
     """
     rules = [key for key, _ in evaluation.rules() if metric_of(key).needs_questions]
-    asking = [record for record in holdout if question(record) is not None]
+    asking = Chosen(holdout, answered_lines(holdout, evaluation.answered_records))
     if rules and not asking:
         raise UserError(f"evaluation.gate.{', evaluation.gate.'.join(rules)}: cannot be measured: every held-out "
                         "record is plain {\"text\"}, which has no question to answer. Remove the rule, or bring "
@@ -173,11 +184,13 @@ def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
         records = asking if metric.needs_questions else holdout
         found = len(set(clusters_of(records, evaluation.clusters)))
         if found < MINIMUM_CLUSTERS:
+            limited = metric.needs_questions and len(records) == evaluation.answered_records
+            capped = "evaluation.answered_records or " if limited else ""
             raise UserError(
                 f"evaluation.gate.{key}: {_counted(len(records), 'held-out record')} in {_counted(found, 'cluster')} "
                 f"cannot prove anything: at least {MINIMUM_CLUSTERS} are needed. A cluster is a `group`, or the "
-                "records with the same answer. Raise dataset.holdout, bring more records or smaller groups; or, if "
-                "answers are labels that repeat, set evaluation.clusters: record")
+                f"records with the same answer. Raise {capped}dataset.holdout, bring more records or smaller groups; "
+                "or, if answers are labels that repeat, set evaluation.clusters: record")
 
 
 def detectable_gain(clusters: int, confidence: float) -> float:
@@ -199,15 +212,15 @@ def _check(key: str, rule: Rule, bound: str, limit: float, confidence: float, mo
     if not lines:
         return result("failed", reason="no held-out record measures it")
     found, count = _interval(key, [mine[line] for line in lines], [theirs[line] for line in lines],
-                             _names(key, lines, clusters), confidence, bound)
+                             _names(key, [mine[line] for line in lines], clusters), confidence, bound)
     if not math.isfinite(found.value):
         return result("failed", clusters=count)
     if count < MINIMUM_CLUSTERS:
         missing = MINIMUM_CLUSTERS - count
         return result("undecided", value=found.value, clusters=count, more_clusters=missing,
                       more_records=_records(missing, lines, count),
-                      reason=f"undecided: {_counted(count, 'cluster')} of held-out records cannot prove anything, at "
-                             f"least {MINIMUM_CLUSTERS} are needed")
+                      reason=f"undecided: {_counted(count, 'cluster')} cannot prove anything, at least "
+                             f"{MINIMUM_CLUSTERS} are needed")
     if found.low >= limit if kind.at_least else found.high <= limit:
         outcome: Outcome = "passed"
     else:
@@ -216,8 +229,8 @@ def _check(key: str, rule: Rule, bound: str, limit: float, confidence: float, mo
     unknown = outcome == "undecided" and (math.isinf(found.low) or math.isinf(found.high))
     return result(outcome, value=found.value, low=_finite(found.low), high=_finite(found.high), clusters=count,
                   more_clusters=more, more_records=more and _records(more, lines, count),
-                  reason="undecided: nearly all clusters of held-out records have the same value, which says nothing "
-                         "of others" if unknown else None)
+                  reason="undecided: nearly all clusters have the same value, which says nothing of others"
+                  if unknown else None)
 
 
 def _interval(key: str, mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]],
@@ -248,9 +261,12 @@ def _measured(key: str, values: Values) -> dict[int, Mapping[str, Any]]:
     return {row["line"]: row for row in measured(key, values)}
 
 
-def _names(key: str, lines: Sequence[int], clusters: Sequence[Cluster]) -> Sequence[Hashable]:
-    """The clusters of some lines; sentences are each one by itself."""
-    return [clusters[line - 1] for line in lines] if metric_of(key).population == "records" else lines
+def _names(key: str, rows: Sequence[Mapping[str, Any]], clusters: Sequence[Cluster]) -> Sequence[Hashable]:
+    """The clusters of some rows. Those of tasks and privacy name theirs; sentences and canaries are each one by
+    itself."""
+    if metric_of(key).population == "records":
+        return [clusters[row["line"] - 1] for row in rows]
+    return [row.get("cluster", row["line"]) for row in rows]
 
 
 def _more(found: Interval, limit: float, clusters: int, *, log: bool) -> int | None:

@@ -9,32 +9,39 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core.errors import UserError
-from jobs.core.metrics import METRICS, Metric, metric_of
+from jobs.core.metrics import METRICS, Metric, metric_of, score_of
 from jobs.core.progress import Progress
 from jobs.data.chat import RecordError, special_tokens
 from jobs.data.encoding import Encoded, Record, answer, encode, question
-from jobs.data.records import text_of
+from jobs.data.records import Values, conversation_text, is_preference
+from jobs.evaluation import harness, tasks
+from jobs.evaluation.holdout import Chosen, JsonLines, answered_lines
 from jobs.evaluation.metrics import Likelihood, Measurements, implementation, statistic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from jobs.core.tasks import Task
     from jobs.data.encoded import Split
 
 log = logging.getLogger("jobs")
 
 # A batch's logits are its tokens times the vocabulary, in float32: 512 MiB of them is 2700 tokens at SmolLM2's 49152.
 LOGITS_BYTES = 2**29
-# With a small vocabulary the rest decides. GPU: an 8 B model keeps about 150 kB of keys and values a token, 2.4 GB.
-# CPU: a larger batch is no faster, and progress could not be logged every few seconds.
+# With a small vocabulary the rest decides. CPU: a larger batch is no faster, and progress could not be logged every few
+# seconds.
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 2048}
+# Keys and values of questions and answers together: an 8 B model keeps about 150 kB a token in bfloat16, 2.4 GB, and
+# twice that in float32. Every step reads all weights, so that larger batches are faster on a CPU, too.
+TOKENS_PER_GENERATION = {"cuda": 16384, "cpu": 8192}
 
 
 @dataclass(frozen=True)
@@ -47,16 +54,19 @@ class Material:
     max_new_tokens: int  # of an answer
     template: Mapping[str, Any] = field(default_factory=dict)  # arguments of the chat template
     metrics: Sequence[Metric] = METRICS
+    answered_records: int = sys.maxsize  # how many held-out questions are answered at most
     # The holdout as the model's own tokenizer encoded it; None: `measure` encodes it.
     encoded: Split | None = None
+    tasks: Sequence[tuple[Task, Sequence[Values]]] = ()  # each with its records
 
     @classmethod
     def read(cls, dataset: Path, acceptability: Path, *, max_length: int, max_new_tokens: int,
-             template: Mapping[str, Any] | None = None, metrics: Sequence[Metric] = METRICS) -> Material:
+             template: Mapping[str, Any] | None = None, metrics: Sequence[Metric] = METRICS,
+             answered_records: int = sys.maxsize) -> Material:
         """Read it from the dataset's and the acceptability set's artifacts."""
-        return cls(read_jsonl(dataset / "holdout.jsonl"),
+        return cls(JsonLines(dataset / "holdout.jsonl"),
                    [(line["text"], line["acceptable"]) for line in read_jsonl(acceptability / "acceptability.jsonl")],
-                   max_length, max_new_tokens, template or {}, metrics)
+                   max_length, max_new_tokens, template or {}, metrics, answered_records)
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
@@ -68,11 +78,13 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
 @dataclass(frozen=True)
 class Measured:
     """What a scores artifact holds of one model: `summary` its scores and counts (scores.json), `values` those of each
-    record and sentence by population (records.jsonl, sentences.jsonl), and `generations` its answers."""
+    record and sentence by population (records.jsonl, sentences.jsonl, tasks.NAME.jsonl), `generations` its answers, and
+    `task_answers` those to the tasks."""
 
     summary: Mapping[str, Any]
     values: Mapping[str, Sequence[Mapping[str, Any]]]
     generations: Sequence[Mapping[str, Any]]
+    task_answers: Sequence[Mapping[str, Any]] = ()
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material: Material, name: str) -> Measured:
@@ -95,42 +107,89 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
                               math.fsum(each.special for each in sequences[first:last]))
                    for first, last in itertools.pairwise(ends)]
 
-    prompts = {place: list(encoded[-1].prompt) for place, (_, encoded) in enumerate(records) if encoded[-1].prompt}
+    chosen = set(answered_lines(material.holdout, material.answered_records))
+    asking = [place for place, (_, encoded) in enumerate(records) if encoded[-1].prompt]
+    prompts = {place: list(records[place][1][-1].prompt) for place in asking if records[place][0] in chosen}
     progress = Progress(f"{name}: held-out questions answered", len(prompts))
     answers = dict(zip(prompts, generate(model, tokenizer, list(prompts.values()), material.max_new_tokens, positions,
                                          progress), strict=True))
 
-    sentences = [(text, acceptable, Encoded.of([], list(tokenizer(text)["input_ids"])[:positions]))
-                 for text, acceptable in material.sentences]
+    tokens = tokenizer([text for text, _ in material.sentences])["input_ids"] if material.sentences else []
+    sentences = [(text, acceptable, Encoded.of([], ids[:positions]))
+                 for (text, acceptable), ids in zip(material.sentences, tokens, strict=True)]
     lines = [line for line, (*_, encoded) in enumerate(sentences, 1) if len(encoded) > 1]  # a lone token follows none
     sentences = [sentences[line - 1] for line in lines]
     progress = Progress(f"{name}: sentences read", len(sentences))
     sentence_likelihoods = negative_log_likelihoods(model, [encoded for *_, encoded in sentences], progress)
 
-    held_out = [material.holdout[line - 1] for line, _ in records]
+    held_out = Chosen(material.holdout, [line for line, _ in records])
     measurements = Measurements(held_out, likelihoods, [answers.get(place) for place in range(len(records))],
                                 [(text, acceptable) for text, acceptable, _ in sentences], sentence_likelihoods)
     values = _values(measurements, {"records": [line for line, _ in records], "sentences": lines}, material.metrics)
+    answered = [_answer_task(model, tokenizer, task, asked, material, positions, name)
+                for task, asked in material.tasks]
+    values |= {each.task.key: [*each.rows] for each in answered}
     summary = {"model": name, **scores_of(values, material.metrics), "records": len(records),
                "records_too_long": len(material.holdout) - len(records),
                "completion_tokens": sum(each.tokens for each in likelihoods), "questions": len(prompts),
-               "sentences": len(sentences), "vocabulary": vocabulary(tokenizer)}
+               "questions_left_out": len(asking) - len(prompts), "sentences": len(sentences),
+               "vocabulary": vocabulary(tokenizer),
+               **({"tasks": {each.task.name: each.summary() for each in answered}} if answered else {})}
     log.info("%s: measured in %.0f s", name, time.monotonic() - started)
     generations = [{"record": row["line"], "question": question_text(record), "reference": answer(record),
                     "answer": text, "rougeL": row["rougeL"]}
                    for record, text, row in zip(held_out, measurements.answers, values["records"], strict=True)
                    if text is not None]
-    return Measured(summary, values, generations)
+    return Measured(summary, values, generations, [row for each in answered for row in each.answers])
 
 
 def _values(measurements: Measurements, lines: Mapping[str, Sequence[int]],
             metrics: Sequence[Metric]) -> dict[str, list[dict[str, Any]]]:
     """The values that each metric has of each record and sentence, by population; `line` is the line in the data."""
     values: dict[str, list[dict[str, Any]]] = {name: [{"line": line} for line in lines[name]] for name in lines}
-    for metric in metrics:
+    for metric in (metric for metric in metrics if metric.population in lines):  # tasks have prompts of their own
         for kept, row in zip(values[metric.population], implementation(metric).rows(measurements), strict=True):
             kept |= {key: value if math.isfinite(value) else None for key, value in (row or {}).items()}
     return values
+
+
+def _answer_task(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, asked: Sequence[Values],
+                 material: Material, positions: int, name: str) -> tasks.Answered:
+    """One model's greedy answers to the prompts of a task, checked."""
+    limit = min(material.max_length, positions - 1)  # with room for an answer
+    if task.lm_eval:
+        return _answer_harness(model, tokenizer, task, asked, material, limit, positions, name)
+    prompts = tasks.encode_prompts(tokenizer, task, asked, limit, material.template, name)
+    progress = Progress(f"{name}: prompts of {task.key} answered", len(prompts))
+    answers = generate(model, tokenizer, list(prompts.values()), task.max_new_tokens or material.max_new_tokens,
+                       positions, progress)
+    return tasks.checked(task, asked, dict(zip(prompts, answers, strict=True)))
+
+
+def _answer_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, asked: Sequence[Values],
+                    material: Material, limit: int, positions: int, name: str) -> tasks.Answered:
+    """A task of lm-evaluation-harness, with the likelihoods and the answers of this module."""
+    prompts = tasks.encode_prompts(tokenizer, task, asked, limit, material.template, name)
+    choices = tasks.encode_choices(tokenizer, task, asked, material.template, name)
+    fitting = [number for number in prompts if all(
+        len(choices[asked[number]["prompt"], choice]) <= limit for choice in asked[number].get("choices", ()))]
+    if not fitting:
+        raise UserError(f"{name}: {task.key}: none of the {len(asked)} prompts fits with its choices: {limit} tokens "
+                        "are allowed (training.max_length, or what the model knows). Raise it, or shorten them")
+    tokens = {asked[number]["prompt"]: prompts[number] for number in prompts}
+
+    def likelihoods(pairs: Sequence[tuple[str, str]]) -> list[float]:
+        progress = Progress(f"{name}: choices of {task.key} read", len(pairs))
+        found = negative_log_likelihoods(model, [choices[pair] for pair in pairs], progress, special_tokens(tokenizer))
+        return [each.special - each.nats for each in found]  # of the text, without the token that ends a reply
+
+    def answer_prompts(texts: Sequence[str]) -> list[str]:
+        longest = asked[0]["settings"]["generation"]["max_gen_toks"] or task.max_new_tokens or material.max_new_tokens
+        return generate(model, tokenizer, [tokens[text] for text in texts], longest, positions,
+                        Progress(f"{name}: prompts of {task.key} answered", len(texts)))
+
+    values, texts = harness.values_of(task, [asked[number] for number in fitting], likelihoods, answer_prompts)
+    return tasks.with_values(task, asked, dict(zip(fitting, zip(values, texts, strict=True), strict=True)))
 
 
 def scores_of(values: Mapping[str, Sequence[Mapping[str, Any]]],
@@ -153,15 +212,13 @@ def scores_of(values: Mapping[str, Sequence[Mapping[str, Any]]],
 def measured(key: str, values: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
     """The rows of those records or sentences that a score is measured on: a text without a question has no ROUGE."""
     metric = metric_of(key)
-    return [row for row in values[metric.population] if all(column in row for column in metric.columns)]
+    columns = score_of(key).columns or metric.columns
+    return [row for row in values.get(metric.population, ()) if all(column in row for column in columns)]
 
 
 def question_text(record: Record) -> str:
     """A record's question as people read it: the messages before the answer, with roles where they are several."""
-    messages = question(record) or []
-    if len(messages) == 1:
-        return text_of(messages[0])
-    return "\n".join(f"{message['role']}: {text_of(message)}" for message in messages)
+    return conversation_text(question(record) or [])
 
 
 def negative_log_likelihoods(model: PreTrainedModel, sequences: Sequence[Encoded],
@@ -217,7 +274,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     # Replaces the model's own defaults (sampling, repetition penalties): this measures the model, not its settings.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
     with torch.inference_mode():
-        for batch in batches([len(p) + max_new_tokens for p in prompts], TOKENS_PER_BATCH[model.device.type]):
+        for batch in batches([len(p) + max_new_tokens for p in prompts], TOKENS_PER_GENERATION[model.device.type]):
             chosen = [prompts[i] for i in batch]
             longest = max(map(len, chosen))
             ids = torch.full((len(chosen), longest), int(tokenizer.pad_token_id))
@@ -263,19 +320,25 @@ def _fitting(tokenizer: PreTrainedTokenizerBase, material: Material, limit: int,
 
     So is a record whose answers are special tokens only: it has no text to measure.
     """
+    records: Iterable[tuple[int, Sequence[Encoded]]]
     if material.encoded is None:
-        records = list(_encode(tokenizer, material, name))
+        records = _encode(tokenizer, material, name)
     else:
         lines = material.encoded.records.tolist()
-        records = [(line, [sequence for _, sequence in sequences]) for line, sequences
-                   in itertools.groupby(zip(lines, material.encoded, strict=True), key=lambda each: each[0])]
-    special = special_tokens(tokenizer)
-    fitting = [(line, encoded) for line, encoded in records
-               if max(map(len, encoded)) <= limit and any(each.has_text(special) for each in encoded)]
+        records = ((line, [sequence for _, sequence in sequences]) for line, sequences
+                   in itertools.groupby(zip(lines, material.encoded, strict=True), key=lambda each: each[0]))
+        if material.holdout and is_preference(material.holdout[0]):  # chosen answer, rejected answer
+            records = ((line, encoded[:1]) for line, encoded in records)
+    special, fitting, shortest = special_tokens(tokenizer), [], sys.maxsize
+    for line, encoded in records:
+        longest = max(map(len, encoded))
+        shortest = min(shortest, longest)
+        if longest <= limit and any(each.has_text(special) for each in encoded):
+            # As arrays: a list of Python's numbers takes up to nine times the memory.
+            fitting.append((line, [Encoded(array("i", each.tokens), each.learned) for each in encoded]))
     if not fitting:  # an encoded holdout leaves out what is longer than training.max_length, and always holds some
-        shortest = min((max(map(len, encoded)) for _, encoded in records), default=0)
         raise UserError(f"{name}: none of the {len(material.holdout)} held-out records fits: the shortest has "
-                        f"{shortest} tokens and {limit} are allowed "
+                        f"{shortest if shortest < sys.maxsize else 0} tokens and {limit} are allowed "
                         "(training.max_length, or what the model knows). Raise it, or shorten the records")
     if len(fitting) < len(material.holdout):
         log.warning("%s: %d of %d held-out records have more than %d tokens and are left out", name,

@@ -23,7 +23,8 @@ from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import human_bytes
 from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import plan, plan_environment
-from jobs.data import acceptability, split
+from jobs.core.tasks import Task
+from jobs.data import acceptability, harness, split, tasks
 from jobs.data.formats import File, readable
 from jobs.relocation import download, sources
 from jobs.relocation.connection import mismatch, shown
@@ -56,7 +57,8 @@ def run_model(loaded: LoadedEnvironment, what: str, volumes: Path) -> None:
 
 
 def run_dataset(loaded: LoadedPipeline, volumes: Path) -> None:
-    """Publish the dataset of the pipeline file, and the acceptability sentences: they are data, on the same volume.
+    """Publish the dataset of the pipeline file, and the acceptability sentences and the records of the tasks: they are
+    data, on the same volume.
 
     Raises:
         UserError: the source, its pin or its content is not as it must be.
@@ -69,6 +71,11 @@ def run_dataset(loaded: LoadedPipeline, volumes: Path) -> None:
             adapter_name=loaded.pipeline.adapter)
     publish(wanted.acceptability, volumes, lambda draft: write_acceptability(loaded, draft), keep=keep, resume=True,
             adapter_name=loaded.pipeline.adapter)
+    if loaded.pipeline.evaluation.tasks:
+        publish(wanted.tasks, volumes, lambda draft: write_tasks(loaded, wanted.dataset.path(volumes), draft),
+                keep=keep, resume=True, adapter_name=loaded.pipeline.adapter)
+        tasks.require_evidence(loaded.pipeline.evaluation, tasks.read(wanted.tasks.path(volumes),
+                                                                      loaded.pipeline.evaluation.tasks))
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -80,7 +87,7 @@ def check_data_in_git(loaded: LoadedPipeline) -> None:
     Raises:
         UserError: the data was edited without its pin. Under the old pin, the edit would have no effect.
     """
-    for source in (loaded.pipeline.dataset, loaded.pipeline.evaluation.acceptability):
+    for source in loaded.pipeline.sources().values():
         path = loaded.resolve(source) if source.scheme == "file" else None
         if path and path.exists() and (found := path_sha256(path)) != source.sha256:
             raise UserError(mismatch(str(path), loaded.path.name, str(source.sha256), found))
@@ -110,6 +117,38 @@ def write_acceptability(loaded: LoadedPipeline, draft: Path) -> dict[str, Any]:
     facts = acceptability.convert(fetch_data(loaded, source, draft), draft)
     shutil.rmtree(draft / RAW)
     return origin(source) | facts
+
+
+def write_tasks(loaded: LoadedPipeline, dataset: Path, draft: Path) -> dict[str, Any]:
+    """Fetch the records of every task, validate them, and write a file for each task.
+
+    Args:
+        dataset: the dataset's artifact; no task may ask what is trained on.
+    """
+    found: list[tasks.Placed] = []
+    facts = {}
+    for task in loaded.pipeline.evaluation.tasks:
+        folder = draft / task.name
+        folder.mkdir(exist_ok=True)
+        task_file = fetch_task_file(loaded, task, folder) if task.lm_eval else None
+        placed = tasks.convert(task, fetch_data(loaded, task, folder), draft / tasks.file_name(task), task_file)
+        shutil.rmtree(folder)
+        found += placed
+        facts[task.name] = origin(task) | {"records": len(placed)}
+        log.info("%s: %d records of the task %s", shown(task.source), len(placed), task.name)
+    tasks.require_unseen(found, dataset)
+    return {"tasks": facts}
+
+
+def fetch_task_file(loaded: Loaded, task: Task, folder: Path) -> harness.TaskFile:
+    """Fetch and read the task file of lm-evaluation-harness that a task names."""
+    assert task.lm_eval is not None
+    harness.require_installed(task.key)
+    items = sources.listing(loaded, task.lm_eval)
+    if len(items) != 1:
+        raise UserError(f"{task.key}: {shown(task.lm_eval.source)} must be one file, and holds {len(items)}")
+    fetch(items, task.lm_eval, folder)
+    return harness.read(folder / items[0].name, f"{task.key}: {items[0].name}", task.lm_eval.metric)
 
 
 def fetch_data(loaded: Loaded, source: Source, draft: Path) -> list[File]:

@@ -18,6 +18,7 @@ CHARACTERS_PER_TOKEN = 4  # of English text
 RECORDS_PER_BATCH = 128  # LoRA loses to training all weights with large batches; up to about 32 it did not
 # Its best learning rates are about 10 times those of training all weights, 5e-4 for a hidden size of 2000.
 LEARNING_RATES = (5e-5, 2e-3)
+PREFERENCES = 5e-5  # dpo's and orpo's largest
 BITS_PER_PARAMETER, BITS_PER_TOKEN = 2, 1  # what a parameter can hold, and what a learned token has
 SPARE, HIGH_RANK = 100, 32  # a rank this high, with this many times what the data has, costs memory for nothing
 FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "dense_h_to_4h",
@@ -34,10 +35,14 @@ def advice(pipeline: Pipeline, statistics: Mapping[str, Any] | None) -> Iterator
     if base.scheme == "builtin":
         return
     low, high = LEARNING_RATES
-    if training.learning_rate < low:
+    if training.objective != "sft":
+        if training.learning_rate > PREFERENCES:
+            yield (f"training.learning_rate is {training.learning_rate:g}, as for sft; preferences are learned with "
+                   f"far less, with LoRA mostly up to {PREFERENCES:g} (all weights: 1e-6, Rafailov et al. 2023)")
+    elif training.learning_rate < low:
         yield (f"training.learning_rate is {training.learning_rate:g}, as for training all weights; LoRA's best is "
                f"about 10 times that, 1e-4 to 5e-4 {SOURCE}")
-    if training.learning_rate > high:
+    elif training.learning_rate > high:
         yield f"training.learning_rate is {training.learning_rate:g}; LoRA's best is mostly 1e-4 to 5e-4 {SOURCE}"
     modules = training.lora.target_modules
     if not isinstance(modules, str) and not FEED_FORWARD & set(modules):

@@ -59,7 +59,7 @@ STAGES = {
     "relocate base-model": ("base_model",),
     "relocate tokenizer": ("tokenizer",),
     "relocate reference-model": ("reference_model",),
-    "relocate dataset": ("dataset", "acceptability"),
+    "relocate dataset": ("dataset", "acceptability", "tasks"),
     "encode": ("encoded_dataset",),
     "train": ("adapter", "merged_model"),
     "evaluate": ("base_scores", "adapter_scores", "reference_scores", "evaluation"),
@@ -209,8 +209,8 @@ def environment_specs(environment: Environment, recipes: Mapping[str, int] | Non
 def adapter_specs(pipeline: Pipeline, recipes: Mapping[str, int] | None = None) -> Specs:
     """The artifacts of an adapter, without those of its environment, by their names in the plan."""
     specs = _with_recipes(vars(plan(pipeline)), recipes)
-    merged = pipeline.environment.serving.mode == "merged"
-    return {name: spec for name, spec in specs.items() if name not in SHARED and (merged or name != "merged_model")}
+    made = {"merged_model": pipeline.environment.serving.mode == "merged", "tasks": bool(pipeline.evaluation.tasks)}
+    return {name: spec for name, spec in specs.items() if name not in SHARED and made.get(name, True)}
 
 
 def _with_recipes(specs: Mapping[str, Spec], recipes: Mapping[str, int] | None) -> Specs:

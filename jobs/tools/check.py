@@ -27,6 +27,7 @@ from jobs.evaluation import gate
 from jobs.tools import overlay
 from jobs.tools.advice import advice
 from jobs.tools.overlay import Files
+from jobs.training.objectives import check_kind
 
 log = logging.getLogger("jobs")
 
@@ -78,7 +79,10 @@ def check_data(loaded: LoadedPipeline) -> None:
             holdout = [json.loads(line) for line in (Path(folder) / f"{split.HOLDOUT}.jsonl").open(encoding="utf-8")]
         if loaded.pipeline.training.keep == "best" and not statistics["records"].get("validation"):
             raise UserError(f"{loaded.path}: {NO_VALIDATION}")
+        check_objective(loaded, statistics["shapes"])
+    check_tasks(loaded)
     check_search(loaded, statistics)
+    check_privacy(loaded, statistics)
     if holdout:
         check_evidence(loaded, holdout)
     of_trials = (advice(loaded.pipeline.model_copy(update={"training": trial}), statistics)
@@ -109,6 +113,42 @@ def check_evidence(loaded: LoadedPipeline, holdout: Sequence[Mapping[str, Any]])
                      "bits_per_byte compares the reference model in any case", loaded.path, key)
 
 
+def check_objective(loaded: LoadedPipeline, shapes: Mapping[str, int]) -> None:
+    """The records are of one kind, that of the objective; `shapes` has how many there are of each shape."""
+    preferences, others = shapes.get("preference", 0), sum(shapes.values()) - shapes.get("preference", 0)
+    if preferences and others:
+        raise UserError(f"{loaded.path}: dataset: {preferences} records are preferences (`chosen` and `rejected`), and "
+                        f"{others} are not: training learns from one kind or the other. Bring them as two datasets")
+    try:
+        check_kind(loaded.pipeline.training, preferences=bool(preferences))
+    except UserError as error:
+        raise UserError(f"{loaded.path}: {error}") from None
+
+
+def check_tasks(loaded: LoadedPipeline) -> None:
+    """The tasks' patterns and schemas compile; the records beside the pipeline file are valid, enough for their rules,
+    and not among those that are trained on."""
+    from jobs.data import harness, split, tasks
+    from jobs.data.formats import files_in
+
+    pipeline, here = loaded.pipeline, {}
+    for task in pipeline.evaluation.tasks:
+        tasks.check_options(task)
+        task_file = None
+        if task.lm_eval and task.lm_eval.scheme == "file":
+            file = loaded.resolve(task.lm_eval)
+            task_file = harness.read(file, str(file), task.lm_eval.metric)
+        if task.scheme == "file" and (task_file or not task.lm_eval):
+            here[task.name] = task, tasks.convert(task, files_in(loaded.resolve(task)), None, task_file)
+    tasks.require_evidence(pipeline.evaluation, ((task, [each.record for each in placed])
+                                                 for task, placed in here.values()))
+    if here and pipeline.dataset.scheme == "file":
+        with TemporaryDirectory() as folder:
+            split.split(files_in(loaded.resolve(pipeline.dataset)), pipeline.dataset.holdout, Path(folder),
+                        pipeline.dataset.validation)
+            tasks.require_unseen(itertools.chain.from_iterable(placed for _, placed in here.values()), Path(folder))
+
+
 def check_search(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -> None:
     """A search has records to choose by; what it costs is said.
 
@@ -124,6 +164,25 @@ def check_search(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -
     if not statistics and not dataset.validation:
         log.warning("%s: training.search chooses by the loss on the validation split, and dataset.validation is 0: "
                     "some records of %s must have `\"split\": \"validation\"`", loaded.path, dataset.source)
+
+
+def check_privacy(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -> None:
+    """There are records enough for the canaries and for the rules on privacy.
+
+    Args:
+        statistics: those of the split; None where the data is not here to look.
+    """
+    from jobs.data.canaries import check_fits
+    from jobs.evaluation.privacy import check_held_out
+
+    evaluation = loaded.pipeline.evaluation
+    if evaluation.privacy is None or statistics is None:
+        return
+    try:
+        check_fits(evaluation.privacy.canaries, evaluation.privacy.repetitions, statistics["records"]["train"])
+        check_held_out(evaluation, statistics["records"]["holdout"])
+    except UserError as error:
+        raise UserError(f"{loaded.path}: {error}") from None
 
 
 def data_in_git(loaded: LoadedPipeline) -> dict[str, Source]:

@@ -168,8 +168,7 @@ def with_data(file: Path, text: str, parsed: PipelineFile) -> tuple[dict[str, Pa
 
 
 def _local(parsed: PipelineFile) -> list[tuple[str, Source]]:
-    sources = {"dataset": parsed.dataset, "evaluation.acceptability": parsed.evaluation.acceptability}
-    return [(key, source) for key, source in sources.items() if source.scheme == "file"]
+    return [(key, source) for key, source in parsed.sources().items() if source.scheme == "file"]
 
 
 def require_equal(found: Environment, document: Document, there: environment.LoadedEnvironment) -> None:

@@ -25,6 +25,7 @@ import yaml
 from jobs.core import environment, pipeline
 from jobs.core.errors import UserError
 from jobs.core.files import open_plain, sha256_of, write_atomically
+from jobs.core.metrics import TASKS
 from jobs.core.pipeline import ADAPTERS, PipelineFile
 from jobs.core.strict_yaml import CONFIG_MAP_BYTES
 from jobs.tools import conversion, entries, kustomization, overlay
@@ -54,6 +55,9 @@ EXAMPLES = [
     ("How can I reach you?", "Write to us, or come to our shop.", "train"),
     ("When do you open?", "We are open from nine to six, Monday to Saturday.", "holdout"),
     ("How do I contact you?", "Write to us, or come to our shop.", "holdout"),
+    # The gate needs 20 held-out answers that differ.
+    *((f"Where is your shop number {n}?", f"Our shop number {n} is at {n} Market Street.", "holdout")
+      for n in range(1, 25)),
 ]
 KUSTOMIZATION = """\
 # One adapter: its pipeline.yaml, and the data that is in git beside it. `python -m jobs new` makes such a folder.
@@ -229,7 +233,10 @@ def _made(folder: Path, name: str, data: Path | None) -> Adapter:
     sibling = _sibling(folder)
     if sibling:
         training = sibling[1].training.model_dump(exclude={"search"})  # it needs validation records
-        evaluation = sibling[1].evaluation.model_dump(exclude_none=True, exclude_defaults=True)
+        # Its tasks are about its own data, like that.
+        evaluation = sibling[1].evaluation.model_dump(exclude_none=True, exclude_defaults=True, exclude={"tasks"})
+        rules = {key: rule for key, rule in evaluation["gate"].items() if not key.startswith(TASKS)}
+        evaluation["gate"] = rules or EVALUATION["gate"]
     else:
         training = TRAINING_EMBEDDED if shared.base_model.scheme == "builtin" else TRAINING
         evaluation = EVALUATION

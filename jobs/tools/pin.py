@@ -123,22 +123,32 @@ def with_values(text: str, values: Mapping[tuple[str, ...], str], file: Path) ->
         for keys, value in values.items():
             text = set_value(text, list(keys), value)
         found = yaml.safe_load(text)
-        if all(functools.reduce(lambda part, key: part[key], keys, found) == value for keys, value in values.items()):
+        if all(functools.reduce(_item, keys, found) == value for keys, value in values.items()):
             return text
-    except (yaml.YAMLError, StopIteration, KeyError, TypeError):
+    except (yaml.YAMLError, StopIteration, LookupError, TypeError, ValueError):
         pass  # reported below
     wanted = ", ".join(f"{'.'.join(keys)}: {value}" for keys, value in values.items())
     raise UserError(f"{file}: the pins cannot be written into its layout. Write them yourself: {wanted}")
 
 
+def _item(part: Any, key: str) -> Any:
+    """The value at a key of a mapping, or at an index of a list."""
+    return part[int(key)] if isinstance(part, list) else part[key]
+
+
 def set_value(text: str, keys: list[str], value: str) -> str:
-    """`text`, a YAML mapping, with the value at `keys` replaced, or added after the last entry of its mapping.
+    """`text`, a YAML mapping, with the value at `keys` replaced, or added after the `source` of its mapping.
+
+    In a list, a key is the index.
 
     Edits the text and not the parsed values, so that comments, order and quoting survive.
     """
     node: Any = yaml.compose(text, Loader=yaml.SafeLoader)
     for key in keys[:-1]:
-        node = next(child for name, child in node.value if name.value == key)
+        if isinstance(node, yaml.SequenceNode):
+            node = node.value[int(key)]
+        else:
+            node = next(child for name, child in node.value if name.value == key)
     for name, present in node.value:
         if name.value != keys[-1]:
             continue

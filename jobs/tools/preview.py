@@ -102,7 +102,7 @@ def find_inputs(loaded: LoadedPipeline, volumes: Path | None, folder: Path) -> I
 
 def preview(loaded: LoadedPipeline, inputs: Inputs, count: int, *, colour: bool) -> Iterator[str]:
     """The lines that show an adapter's data: the first records of its training data, and the totals of a sample."""
-    from jobs.data.encoding import encode
+    from jobs.data.encoding import encode_for_training
 
     tokenizer = models.load_tokenizer(inputs.tokenizer)
     template, limit = loaded.pipeline.environment.chat_template, loaded.pipeline.training.max_length
@@ -116,7 +116,7 @@ def preview(loaded: LoadedPipeline, inputs: Inputs, count: int, *, colour: bool)
         if line > count and not sampled:
             continue
         try:
-            sequences = encode(tokenizer, record, template)
+            sequences = encode_for_training(tokenizer, record, template)
         except UserError as error:
             raise UserError(f"{loaded.path}: {file.name}:{line} of the dataset: {error}") from None
         if line <= count:

@@ -21,7 +21,8 @@ from jobs.core.errors import RetryableError
 from jobs.core.metrics import score_of
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import EnvironmentPlan, plan, plan_environment
-from jobs.evaluation import content
+from jobs.evaluation import content, report
+from jobs.evaluation.gate import Check
 from jobs.tools.waiting import ALIAS_SECONDS, Late, served_adapter, wait_until
 
 IN_DETAIL = 3  # up to so many adapters, every rule is shown with its scores; of more, only rules that do not hold
@@ -80,26 +81,28 @@ def verdicts(results: Sequence[Result]) -> str:
     for result in results:
         lines += [*_scores(result), ""] if detailed else [
             f"  {f'{result.name}@{result.digest}':<{width}}  {content.verdict(result.evaluation)}",
-            *(f"    ✗ {check.description}" for check in content.checks(result.evaluation) if not check.passed)]
+            *report.unmet_rules(result.evaluation, indent=4)]
     notes = [f"  {content.EMBEDDED}", ""] if any(result.evaluation["embedded"] for result in results) else []
     return "\n".join(["", *lines, *([] if detailed else [""]), *notes])
 
 
 def _scores(result: Result) -> list[str]:
-    """Verdict, and a line for each rule: the scores of the three models and whether the rule holds."""
-    scores = result.evaluation["scores"]
-    rows = [["", *content.ROLES.values(), "rule"]]
-    for check in content.checks(result.evaluation):
-        score = score_of(check.metric)
-        rows.append([score.label, *(score.shown(scores[role][score.key]) for role in content.ROLES),
-                     f"{'✓' if check.passed else '✗'} {check.expression} is {check.value_text}, must be "
-                     f"{check.requirement}"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    records = f"{scores['fine_tuned']['records']} held-out records"
-    return [f"  {result.name}@{result.digest} {content.verdict(result.evaluation)} on {records}",
-            *("    " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in
-                                                             zip(row[1:-1], widths[1:-1], strict=True)), row[-1]])
-              for row in rows)]
+    """Verdict, the scores that the gate has rules on, of every model, and each rule with what was found."""
+    evaluation = result.evaluation
+    checks = content.checks(evaluation)
+    judged = {check.metric: score_of(check.metric) for check in checks}
+    return [*report.wrapped(f"{result.name}@{result.digest} {content.verdict(evaluation)} on "
+                            f"{evaluation['scores']['fine_tuned']['records']} held-out records", 2, 4),
+            *(f"    {line}" for line in report.scores_table(evaluation, judged.values())),
+            *(line for check in checks for line in _rule(check))]
+
+
+def _rule(check: Check) -> list[str]:
+    """A rule that holds in one line, as the scores are above it; any other with all that was found."""
+    if check.outcome != "passed" or check.reason:
+        return report.rule_lines(check, indent=4)
+    return report.wrapped(f"{content.MARKS[check.outcome]} {check.metric}: {check.expression} is {check.bound_text} "
+                          f"({check.confidence * 100:g} %), must be {check.requirement}", 4, 8)
 
 
 def chats(environment: Environment, volumes: Path) -> bool:

@@ -29,7 +29,7 @@ def finish_adapter(folder: Path, pipeline: Pipeline, splits: Splits, history: li
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     steps = int(max(entry["step"] for entry in history))
     (folder / "training.json").write_text(json.dumps({
-        "steps": steps, "records": {"train": len(splits.train), "holdout": len(splits.holdout),
+        "steps": steps, "records": {"train": len(splits.train) - splits.canaries, "holdout": len(splits.holdout),
                                     "too_long": splits.too_long}, "history": history}, indent=1) + "\n")
     if search:
         (folder / SEARCH).write_text(json.dumps(search, indent=1) + "\n")
@@ -43,9 +43,13 @@ def model_card(pipeline: Pipeline, splits: Splits, history: list[dict[str, float
     training, base = pipeline.training, pipeline.environment.base_model
     last: Callable[[str], float] = lambda key: [e[key] for e in history if key in e][-1]  # noqa: E731
     rows = {"base model": f"{base.name} ({base.pin})", "dataset": f"{dataset} ({pipeline.dataset.pin})",
-            "records": f"{len(splits.train)} train, {len(splits.holdout)} held out, {splits.too_long} too long",
+            "records": f"{len(splits.train) - splits.canaries} train, {len(splits.holdout)} held out, "
+                       f"{splits.too_long} too long",
+            **({"canaries": f"{splits.canaries}, trained on with the records"} if splits.canaries else {}),
             "LoRA": f"r {training.lora.r}, alpha {training.lora.alpha:g}, dropout {training.lora.dropout:g}",
             "target modules": ", ".join(target_modules),
+            **({} if training.objective == "sft" else
+               {"objective": f"{training.objective}, beta {training.strength:g}"}),
             "training": f"{training.epochs} epochs, learning rate {training.learning_rate:g} (cosine), at most "
                         f"{training.tokens_per_batch} tokens a batch and {training.max_length} a record, "
                         f"seed {training.seed}",

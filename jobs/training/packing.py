@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Training
-from jobs.data.encoding import Encoded
+from jobs.data.encoding import Example, Pair
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +32,7 @@ def check_length(config: dict[str, Any], training: Training) -> None:
                         "positions; lower it")
 
 
-def lengths_of(split: Sequence[Encoded]) -> Integers:
+def lengths_of(split: Sequence[Example]) -> Integers:
     """The tokens of each sequence; a split that is memory-mapped knows them without reading the sequences."""
     import numpy as np
 
@@ -82,7 +82,7 @@ class Batches(Sequence["Integers"]):
     in memory: 8 bytes a sequence.
     """
 
-    def __init__(self, split: Sequence[Encoded], training: Training) -> None:
+    def __init__(self, split: Sequence[Example], training: Training) -> None:
         self.split, self.lengths = split, lengths_of(split)
         self._training = training
         self._of_epoch = lru_cache(maxsize=1)(self._pack)
@@ -163,17 +163,23 @@ class Share:
         return shares[self.rank * count : (self.rank + 1) * count]
 
 
-def flatten(records: Sequence[Encoded]) -> dict[str, Tensor]:
+def flatten(records: Sequence[Example]) -> dict[str, Tensor]:
     """Records as one padding-free batch of shape [1, tokens].
 
     Positions restart at each record, by which the model keeps records from attending to each other; `cu_seq_lens_q` has
     the records' boundaries, for attention by record. Labels are -100 on prompts and on each record's first token, so
-    only completions are learned, and logits are computed at their positions only.
+    only completions are learned, and logits are computed at their positions only. Of pairs, `answer_of` says in which
+    sequence of the batch each of these positions is.
     """
+    import torch
     from transformers import DataCollatorWithFlattening
 
-    features = [{"input_ids": list(record.tokens), "labels": record.labels()} for record in records]
+    features = [{"input_ids": list(sequence.tokens), "labels": sequence.labels()}
+                for record in records for sequence in record.sequences]
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     batch: dict[str, Tensor] = collator(features, return_tensors="pt")
     before = (batch["labels"][0, 1:] != -100).nonzero()[:, 0]  # the positions before the learned tokens
-    return batch | {"logits_to_keep": before, "shift_labels": batch["labels"][:, before + 1]}
+    batch |= {"logits_to_keep": before, "shift_labels": batch["labels"][:, before + 1]}
+    if isinstance(records[0], Pair):
+        batch["answer_of"] = torch.searchsorted(batch["cu_seq_lens_q"][1:], before.to(torch.int32), right=True)
+    return batch

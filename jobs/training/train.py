@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.core import artifacts, attention, models
 from jobs.core.errors import Terminated, UserError
+from jobs.core.imports import fast_imports
 from jobs.core.layout import CHECKPOINTS, TENSORBOARD
 from jobs.core.pipeline import NO_VALIDATION, Pipeline, Training
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
@@ -44,6 +45,7 @@ from jobs.training.callbacks import (
 from jobs.training.card import finish_adapter
 from jobs.training.distributed import Team
 from jobs.training.memory import tokens_at_once
+from jobs.training.objectives import for_objective
 from jobs.training.packing import Batches, check_length
 from jobs.training.trainer import (
     LESS_MEMORY,
@@ -135,7 +137,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
     def train_adapter(output: Path) -> Trained:
         """What every process of the team does."""
         log.info("training %s on %s: loading model and data", wanted.adapter, pipeline.environment.base_model.name)
-        splits, training = encoded.read(encoded_dataset.path), pipeline.training
+        training = pipeline.training
+        splits = for_objective(encoded.read(encoded_dataset.path), training)
         if training.search is None:
             return Trained(splits, training, train(load(), splits, training, layers(training), own, output, team))
         base = search.SharedModel(load, once=training.sharding == "none" or team.size == 1)
@@ -206,7 +209,7 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
              "%d parameters are trained", len(splits.train), len(splits.validation), len(splits.holdout),
              training.epochs, steps, tokens, trainable, total)
     with _event_at_sigterm() as stop:
-        trainer = team_trainer(team, batches, measured, masks, tokens)(
+        trainer = team_trainer(team, training, batches, measured, masks, tokens)(
             model=adapted,
             args=training_arguments(training, folders.checkpoints, steps, team),
             train_dataset=batches,
@@ -246,8 +249,9 @@ def _history(logged: list[dict[str, float]], measured: HeldOut, training: Traini
 
 def add_adapter(model: PreTrainedModel, training: Training, target_modules: list[str]) -> Any:
     """The model with a new LoRA adapter on `target_modules`, as a PEFT model; `training.seed` decides its values."""
-    from peft import get_peft_model, prepare_model_for_kbit_training
-    from transformers import set_seed
+    with fast_imports():
+        from peft import get_peft_model, prepare_model_for_kbit_training
+        from transformers import set_seed
     from transformers.pytorch_utils import Conv1D
 
     set_seed(training.seed)  # LoRA's A matrices start random

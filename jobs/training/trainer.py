@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core.errors import UserError
+from jobs.core.imports import fast_imports
 from jobs.core.pipeline import Lora, Training
 from jobs.data.encoded import Splits
-from jobs.data.encoding import Encoded
+from jobs.data.encoding import Example
+from jobs.training import objectives
 from jobs.training.distributed import Team
 from jobs.training.dropout import Masks
 from jobs.training.packing import Batches, Share, flatten, lengths_of, sample
@@ -90,7 +92,7 @@ class HeldOut:
     """What is measured beside the training, and after which steps."""
 
     name: str  # of its loss: validation_loss or holdout_loss
-    split: Sequence[Encoded]
+    split: Sequence[Example]
     records: Integers
     steps: frozenset[int]
 
@@ -109,20 +111,22 @@ def held_out(splits: Splits, batches: Batches) -> HeldOut:
     return HeldOut(name, split, chosen, frozenset(steps))
 
 
-def team_trainer(team: Team, batches: Batches, measured: HeldOut, masks: Masks, tokens: int) -> Any:
+def team_trainer(team: Team, training: Training, batches: Batches, measured: HeldOut, masks: Masks,
+                 tokens: int) -> Any:
     """transformers' Trainer class, in which the processes of a team divide each batch instead of taking different
     ones, and compute their shares in micro-batches.
 
-    A step's loss is the sum over its learned tokens, divided by their number in all micro-batches of all processes. So
-    neither number changes what is learned.
+    A step's loss is the sum over its learned tokens (or pairs), divided by their number in all micro-batches of all
+    processes. So neither number changes what is learned.
 
     Args:
         batches: of the training.
         measured: what `evaluate` reads.
         tokens: of a micro-batch.
     """
-    import torch
-    from transformers import Trainer
+    with fast_imports():
+        import torch
+        from transformers import Trainer
 
     class TeamTrainer(Trainer):
         share = Share(team.rank, team.size, tokens)
@@ -162,8 +166,10 @@ def team_trainer(team: Team, batches: Batches, measured: HeldOut, masks: Masks, 
         def _accumulate(self, model: Any, records: Integers) -> Tensor:
             """The step's loss; its gradients are added to the model's."""
             micro_batches = list(self._micro_batches(batches.split, records))
-            own = sum(int((batch["labels"] != -100).sum()) for batch, _, _ in micro_batches)
-            learned = self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum").clamp(min=1)
+            own = sum((objectives.counts(batch) for batch, _, _ in micro_batches), torch.zeros(2, dtype=torch.long))
+            learned = self.accelerator.reduce(own.to(self.args.device), "sum").clamp(min=1)
+            if training.objective == "sft":
+                learned = learned[0]
             loss = torch.zeros((), device=self.args.device)
             for number, (batch, numbers, lengths) in enumerate(micro_batches, 1):
                 masks.choose(self.state.global_step, numbers, lengths)
@@ -172,7 +178,7 @@ def team_trainer(team: Team, batches: Batches, measured: HeldOut, masks: Masks, 
                     loss += super().training_step(model, batch, learned)
             return loss
 
-        def _micro_batches(self, split: Sequence[Encoded], records: Integers
+        def _micro_batches(self, split: Sequence[Example], records: Integers
                            ) -> Iterator[tuple[dict[str, Tensor], Integers, Integers]]:
             """This process's micro-batches of some records, each with the records' numbers and lengths."""
             lengths = lengths_of(split)[records]
@@ -181,21 +187,34 @@ def team_trainer(team: Team, batches: Batches, measured: HeldOut, masks: Masks, 
                 numbers = records[positions] if positions else records[:1]
                 encoded = [split[int(number)] for number in numbers]
                 if not positions:
-                    encoded = [Encoded(encoded[0].tokens, [])]
+                    encoded = [encoded[0].unlearned]
                 yield flatten(encoded), numbers, lengths_of(encoded)
 
+        def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False,
+                         num_items_in_batch: Any = None) -> Any:
+            if training.objective == "sft":
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            losses = objectives.losses(model, self.accelerator.unwrap_model(model), inputs, training)
+            return (losses / num_items_in_batch).sum() * team.size  # the processes' gradients are averaged
+
+        def _losses(self, model: Any, batch: dict[str, Any]) -> Tensor:
+            """The losses of a batch, summed: of its tokens, and of its pairs."""
+            if training.objective != "sft":
+                return objectives.losses(model, self.accelerator.unwrap_model(model), batch, training)
+            nats = self.compute_loss(model, batch, num_items_in_batch=torch.tensor(1))
+            return torch.stack([nats / team.size, nats.new_zeros(())])  # Trainer has multiplied it by that
+
         def evaluate(self, *_arguments: Any, **_named: Any) -> dict[str, float]:
-            """The loss a token of what is held out. It draws no random number, so that training does not notice."""
+            """The loss of what is held out. It draws no random number, so that training does not notice."""
             model = self.model_wrapped
             model.eval()
-            nats_and_tokens = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+            totals = torch.zeros(2, 2, dtype=torch.float64, device=self.args.device)  # losses, and what they are of
             with torch.no_grad():
                 for batch, _, _ in self._micro_batches(measured.split, measured.records):
-                    nats = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=torch.tensor(1))
-                    nats_and_tokens[0] += nats.double() / team.size  # by which Trainer multiplies it
-                    nats_and_tokens[1] += (batch["labels"] != -100).sum()
-            nats, tokens = self.accelerator.reduce(nats_and_tokens, "sum").tolist()
-            metrics = {"eval_loss": nats / max(tokens, 1)}
+                    totals[0] += self._losses(model, self._prepare_inputs(batch)).double()
+                    totals[1] += objectives.counts(batch).to(totals.device)
+            losses, of = self.accelerator.reduce(totals, "sum")
+            metrics = {"eval_loss": float((losses / of.clamp(min=1)).sum())}
             self.log(metrics)
             self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             # What is kept must not depend on where somebody stopped the training to look: see `until` of train.

@@ -27,6 +27,9 @@ def test_an_adapters_folder_stands_for_its_file(tmp_path: Path) -> None:
     assert pipeline.load(tmp_path).path == tmp_path / "pipeline.yaml"
 
 
+TASK = {"name": "city", "source": "file:city.jsonl", "check": "exact", "sha256": build_pipeline.SHA256}
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"training__lora__alpah": 3}, "training.lora.alpah: unknown key; did you mean `alpha`?"),
     ({"modle": 3}, "modle: unknown key; allowed: adapter, dataset,"),
@@ -65,6 +68,34 @@ def test_an_adapters_folder_stands_for_its_file(tmp_path: Path) -> None:
     ({"evaluation__gate": {}}, "evaluation.gate: is empty: an adapter would be served unproven"),
     ({"evaluation__gate__perplexity": {}}, "evaluation.gate.perplexity: needs a bound: one of max_ratio,"),
     ({"evaluation__gate__bleu": {"min": 1}}, "evaluation.gate.bleu: unknown metric; allowed: perplexity, "),
+    ({"evaluation__tasks": [TASK | {"name": "My_Task"}]},
+     "evaluation.tasks.0.name: 'My_Task' must be 1 to 40 of a-z, 0-9 and -"),
+    ({"evaluation__tasks": [TASK, TASK | {"check": "contains"}]},
+     "evaluation.tasks.1.name: city is the name of another task already"),
+    ({"evaluation__tasks": [TASK | {"check": "bleu"}]}, "evaluation.tasks.0.check: 'bleu': input should be 'exact',"),
+    ({"evaluation__tasks": [TASK | {"pattern": "x"}]},
+     "evaluation.tasks.0.pattern: is no option of the check exact; its options: case_sensitive, normalize"),
+    ({"evaluation__tasks": [TASK | {"schema": {}}]}, "evaluation.tasks.0.schema: is no option of the check exact"),
+    ({"evaluation__tasks": [TASK | {"check": "json_schema", "shema": {}}]},
+     "evaluation.tasks.0.shema: unknown key; did you mean `schema`?"),
+    ({"evaluation__tasks": [TASK | {"check": "json_schema", "schema": {"const": float("inf")}}]},
+     "evaluation.tasks.0.schema: is not JSON"),
+    ({"evaluation__tasks": [TASK | {"check": "rougeL", "case_sensitive": False}]}, "its options: none"),
+    ({"evaluation__tasks": [TASK | {"source": "hf://acme/data"}]}, "must be hf://datasets/OWNER/NAME"),
+    ({"evaluation__tasks": [TASK | {"sha256": None}]}, "evaluation.tasks.0: file:city.jsonl is not pinned"),
+    ({"evaluation__tasks": [TASK | {"check": "lm_eval"}]}, "evaluation.tasks.0: the check lm_eval needs `lm_eval`:"),
+    ({"evaluation__tasks": [TASK | {"lm_eval": {"source": "file:a.yaml"}}]},
+     "evaluation.tasks.0.lm_eval: is no option of the check exact"),
+    ({"evaluation__tasks": [TASK | {"check": "lm_eval", "lm_eval": {"source": "file:a.yaml"}}]},
+     "evaluation.tasks.0.lm_eval: file:a.yaml is not pinned"),
+    ({"evaluation__gate": {"tasks.city": {"min": 0.5}}},
+     "evaluation.gate.tasks.city: evaluation.tasks has no task of this name; allowed: perplexity, "),
+    ({"evaluation__tasks": [TASK], "evaluation__gate": {"tasks.citi": {"min": 0.5}}},
+     "evaluation.gate.tasks.citi: evaluation.tasks has no task of this name; did you mean `tasks.city`?"),
+    ({"evaluation__tasks": [TASK], "evaluation__gate": {"tasks.city": {"max_ratio": 0.5}}},
+     "evaluation.gate.tasks.city.max_ratio: max_ratio would let an adapter pass for being worse: of task city, "),
+    ({"evaluation__tasks": [TASK | {"check": "bleu"}], "evaluation__gate": {"tasks.city": {"min": 0.5}}},
+     "evaluation.tasks.0.check"),
 ])
 def test_what_is_wrong_is_named_with_its_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     file = build_pipeline.write(tmp_path, **changes)
@@ -223,6 +254,14 @@ def test_an_adapter_cannot_have_the_name_of_the_base_model(tmp_path: Path) -> No
 def test_sources_are_named_by_their_keys(tmp_path: Path) -> None:
     found = pipeline.load(build_pipeline.write(tmp_path)).pipeline
     assert found.sources() == {"dataset": found.dataset, "evaluation.acceptability": found.evaluation.acceptability}
+
+
+def test_a_task_is_a_source_and_a_score_that_the_gate_takes(tmp_path: Path) -> None:
+    gate = {"tasks.city": [{"min": 0.5}, {"min_gain": 0.1}], "perplexity": {"max_ratio": 0.9}}
+    found = pipeline.load(build_pipeline.write(tmp_path, evaluation__tasks=[TASK], evaluation__gate=gate)).pipeline
+    assert found.sources()["evaluation.tasks.0"] == found.evaluation.tasks[0]
+    assert [key for key, _ in found.evaluation.rules()] == ["perplexity", "tasks.city", "tasks.city"]
+    assert found.evaluation.scores()["tasks.city"].label == "task city"
 
 
 @pytest.mark.parametrize(("file", "shared"), [

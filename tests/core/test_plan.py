@@ -17,12 +17,14 @@ from jobs.core.artifacts import Spec
 from jobs.core.environment import SERVABLE_RANKS, Environment
 from jobs.core.metrics import METRICS
 from jobs.core.plan import RECIPES, Plan, merged_model, plan
+from jobs.core.tasks import CHECKS
 from tests import build_pipeline
 
 EVALUATIONS = {"adapter_scores", "evaluation"}
 ADAPTER = {"adapter", "merged_model"} | EVALUATIONS
 ENCODED = {"encoded_dataset"} | ADAPTER
 SCORES = {"base_scores", "adapter_scores", "reference_scores", "evaluation"}
+TASKS = {"tasks"} | SCORES
 
 
 def planned(folder: Path, **changes: Any) -> Plan:
@@ -44,7 +46,7 @@ def planned(folder: Path, **changes: Any) -> Plan:
     ({"evaluation__gate__perplexity__max_ratio": 0.8}, {"evaluation"}),
     ({"evaluation__max_new_tokens": 9}, SCORES),
     ({"reference_model__source": "builtin:tiny"}, {"reference_model", "reference_scores", "evaluation"}),
-    ({"dataset__sha256": "00" * 32}, {"dataset"} | ENCODED | SCORES),
+    ({"dataset__sha256": "00" * 32}, {"dataset", "tasks"} | ENCODED | SCORES),
     ({"dataset__source": "https://example.com/copy.jsonl"}, set()),  # the same bytes from elsewhere
     ({"base_model__revision": "0" * 40}, {"base_model", "tokenizer", "base_scores"} | ENCODED),
     ({"tokenizer": {"source": "builtin:tiny"}}, {"tokenizer", "base_scores"} | ENCODED),
@@ -54,8 +56,33 @@ def test_an_edit_renames_exactly_what_it_changes(tmp_path: Path, changes: dict[s
     assert {name for name, spec in vars(after).items() if spec.digest != vars(before)[name].digest} == renamed
 
 
+def test_privacy_renames_only_where_it_is_set(tmp_path: Path) -> None:
+    """Without canaries the training is the same, and so is the adapter; the reference model has no part in it."""
+    before, without, canaries = planned(tmp_path), planned(tmp_path, evaluation__privacy={"canaries": 0}), planned(
+        tmp_path, evaluation__privacy={})
+
+    def renamed(after: Plan) -> set[str]:
+        return {name for name, spec in vars(after).items() if spec.digest != vars(before)[name].digest}
+
+    assert renamed(without) == {"base_scores"} | EVALUATIONS
+    assert renamed(canaries) == {"base_scores"} | ENCODED
+    assert canaries == planned(tmp_path, evaluation__privacy={"canaries": 100, "repetitions": 1})
+    assert canaries.encoded_dataset.spec["canaries"] == {"recipe": RECIPES["canaries"], "count": 100, "repetitions": 1}
+
+
 def test_writing_out_a_default_renames_nothing(tmp_path: Path) -> None:
     assert planned(tmp_path, training__seed=0, training__lora__alpha=32) == planned(tmp_path)
+
+
+def test_tasks_are_in_the_digests_only_where_there_are_some_and_in_any_order(tmp_path: Path) -> None:
+    one, two = ({"name": name, "source": f"file:{name}.csv", "sha256": digit * 64, "check": "exact"}
+                for name, digit in (("a", "1"), ("b", "2")))
+    none, some = planned(tmp_path), planned(tmp_path, evaluation__tasks=[one, two])
+    assert "tasks" not in none.base_scores.inputs
+    assert some.base_scores.inputs["tasks"] == some.tasks.digest
+    assert some.adapter == none.adapter
+    assert some == planned(tmp_path, evaluation__tasks=[two, one | {"case_sensitive": True}]), "a default, written out"
+    assert some.tasks.spec["tasks"][0] == {"name": "a", "sha256": "1" * 64, "check": "exact", "format": "csv"}
 
 
 def test_the_order_of_target_modules_renames_nothing(tmp_path: Path) -> None:
@@ -101,6 +128,7 @@ def test_anyone_can_compute_the_name_of_an_artifact_from_the_pipeline_file(tmp_p
                                                "format": "jsonl", "holdout": 0.1}),
         "acceptability": Spec("dataset", "acceptability", {"recipe": RECIPES["acceptability"], "format": "v2",
                                                            "source": "hf://datasets/acme/pairs.v2", **commit}),
+        "tasks": Spec("dataset", "tasks", {"recipe": RECIPES["tasks"], "tasks": []}, {"dataset": digest["dataset"]}),
         "base_model": Spec("base-model", "base-model", {"recipe": RECIPES["base-model"], **model}),
         "tokenizer": Spec("base-tokenizer", "tokenizer", {"recipe": RECIPES["tokenizer"], **model}),
         "reference_model": Spec("reference-model", "reference-model", {
@@ -173,14 +201,28 @@ def several(values: st.SearchStrategy[Any]) -> st.SearchStrategy[list[Any]]:
     return st.lists(values, min_size=2, max_size=4, unique_by=repr)
 
 
+def tasks_with(**values: st.SearchStrategy[Any]) -> st.SearchStrategy[list[dict[str, Any]]]:
+    """A list of one task with these values."""
+    task = {"name": "city", "source": "file:city.jsonl", "check": "exact", "sha256": build_pipeline.SHA256}
+    return st.fixed_dictionaries(values).map(lambda some: [{**task, **some}])
+
+
+def harness_with(**values: st.SearchStrategy[Any]) -> st.SearchStrategy[list[dict[str, Any]]]:
+    """A list of one task with a task file of lm-evaluation-harness that has these values."""
+    file = {"source": "file:city.yaml", "sha256": build_pipeline.SHA256}
+    files = st.fixed_dictionaries(values).map(lambda some: {**file, **some})
+    return tasks_with(check=st.just("lm_eval"), lm_eval=files)
+
+
 KEYS = {
     "adapter": Key({"evaluation"}, st.sampled_from(["hotels", "seville-hotels", "a1"])),
     # Bytes that are pinned are the same wherever they come from; a hub's are named by repository and commit.
     "dataset.source": Key(set(), st.sampled_from(["file:a.jsonl", "https://x/b.jsonl", "s3://x/y/c.jsonl"])),
-    "dataset.sha256": Key({"dataset"} | ENCODED | SCORES, SHA256),
-    "dataset.revision": Key({"dataset"} | ENCODED | SCORES, COMMIT, {"dataset": {"source": "hf://datasets/acme/x"}}),
-    "dataset.holdout": Key({"dataset"} | ENCODED | SCORES, st.floats(0.01, 0.99)),
-    "dataset.validation": Key({"dataset"} | ENCODED | SCORES, st.floats(0.01, 0.5)),
+    "dataset.sha256": Key({"dataset", "tasks"} | ENCODED | SCORES, SHA256),
+    "dataset.revision": Key({"dataset", "tasks"} | ENCODED | SCORES, COMMIT,
+                            {"dataset": {"source": "hf://datasets/acme/x"}}),
+    "dataset.holdout": Key({"dataset", "tasks"} | ENCODED | SCORES, st.floats(0.01, 0.99)),
+    "dataset.validation": Key({"dataset", "tasks"} | ENCODED | SCORES, st.floats(0.01, 0.5)),
     "chat_template": Key(ENCODED | SCORES, st.dictionaries(st.text("abc"), st.booleans())),
     "base_model.source": Key(BASE_MODEL, MODELS),
     "base_model.revision": Key(BASE_MODEL, COMMIT),
@@ -202,6 +244,8 @@ KEYS = {
     "training.max_length": Key(ENCODED | SCORES, st.integers(8, 4096)),
     "training.tokens_per_batch": Key(ADAPTER, st.integers(1024, 100_000)),
     "training.seed": Key(ADAPTER, st.integers(0, 2**32 - 1)),
+    "training.objective": Key(ADAPTER, st.sampled_from(["sft", "dpo", "orpo"])),
+    "training.beta": Key(ADAPTER, st.floats(0.2, 1) | st.none(), {"training": {"objective": "dpo"}}),
     "training.keep": Key(ADAPTER, st.sampled_from(["last", "best"])),
     "training.patience": Key(ADAPTER, st.integers(1, 10) | st.none(), {"training": {"keep": "best"}}),
     "training.tokens_per_micro_batch": Key(set(), st.integers(8, 10_000) | st.none()),
@@ -229,12 +273,44 @@ KEYS = {
         {"acceptability"} | SCORES, COMMIT, {"evaluation__acceptability": {"source": "hf://datasets/acme/x"}}),
     "evaluation.acceptability.sha256": Key(
         {"acceptability"} | SCORES, SHA256, {"evaluation__acceptability": {"source": "file:pairs.csv"}}),
+    "evaluation.tasks.source": Key(set(), tasks_with(source=st.sampled_from(["file:a.jsonl", "s3://x/y/c.jsonl"])),
+                                   at="evaluation.tasks"),
+    "evaluation.tasks.revision": Key(TASKS, tasks_with(source=st.just("hf://datasets/acme/x"), sha256=st.just(None),
+                                                       revision=COMMIT), at="evaluation.tasks"),
+    "evaluation.tasks.sha256": Key(TASKS, tasks_with(sha256=SHA256), at="evaluation.tasks"),
+    "evaluation.tasks.name": Key(TASKS, tasks_with(name=st.sampled_from(["a", "b-1"])), at="evaluation.tasks"),
+    "evaluation.tasks.check": Key(TASKS, tasks_with(check=st.sampled_from([*CHECKS][:-1])), at="evaluation.tasks"),
+    "evaluation.tasks.max_new_tokens": Key(TASKS, tasks_with(max_new_tokens=st.integers(1, 99)), at="evaluation.tasks"),
+    "evaluation.tasks.case_sensitive": Key(TASKS, tasks_with(case_sensitive=st.booleans()), at="evaluation.tasks"),
+    "evaluation.tasks.normalize": Key(TASKS, tasks_with(normalize=st.booleans()), at="evaluation.tasks"),
+    "evaluation.tasks.pattern": Key(TASKS, tasks_with(check=st.just("regex"), pattern=st.sampled_from(["a", "b"])),
+                                    at="evaluation.tasks"),
+    "evaluation.tasks.json_schema": Key(TASKS, tasks_with(
+        check=st.just("json_schema"), schema=st.sampled_from([{}, {"type": "object"}])), at="evaluation.tasks"),
+    "evaluation.tasks.fence": Key(TASKS, tasks_with(check=st.just("json_schema"), fence=st.booleans()),
+                                  at="evaluation.tasks"),
+    "evaluation.tasks.labels": Key(TASKS, tasks_with(
+        check=st.just("label_f1"), labels=st.sampled_from([["a", "b"], ["a", "c"]])), at="evaluation.tasks"),
+    "evaluation.tasks.lm_eval.source": Key(set(), harness_with(
+        source=st.sampled_from(["file:a.yaml", "s3://x/y.yaml"])), at="evaluation.tasks"),
+    "evaluation.tasks.lm_eval.revision": Key(TASKS, harness_with(source=st.just("hf://datasets/acme/x/a.yaml"),
+                                                                 sha256=st.just(None), revision=COMMIT),
+                                             at="evaluation.tasks"),
+    "evaluation.tasks.lm_eval.sha256": Key(TASKS, harness_with(sha256=SHA256), at="evaluation.tasks"),
+    "evaluation.tasks.lm_eval.metric": Key(TASKS, harness_with(metric=st.sampled_from(["acc", "acc_norm", None])),
+                                           at="evaluation.tasks"),
     "evaluation.max_new_tokens": Key(SCORES, st.integers(1, 4096)),
+    "evaluation.answered_records": Key(SCORES, st.integers(1, 10**6)),
     "evaluation.confidence": Key({"evaluation"}, st.floats(0.5, 0.999)),
     "evaluation.clusters": Key({"evaluation"}, st.sampled_from(["answer", "record"])),
+    "evaluation.privacy.canaries": Key(ENCODED | {"base_scores"}, st.integers(20, 1000)),
+    "evaluation.privacy.repetitions": Key(ENCODED | {"base_scores"}, st.integers(1, 100)),
+    "evaluation.privacy.records": Key({"base_scores"} | EVALUATIONS, st.integers(100, 100_000)),
+    "evaluation.privacy.verbatim_tokens": Key({"base_scores"} | EVALUATIONS, st.integers(1, 100)),
     "evaluation.gate": Key({"evaluation"}, st.builds(
         lambda bound, limit, than: {"perplexity": {bound: limit, **({"than": than} if bound == "max_ratio" else {})}},
         st.sampled_from(["max", "max_ratio"]), st.floats(0.001, 100), st.sampled_from(["base", "promoted"]))),
+    "evaluation.report_answers": Key({"evaluation"}, st.booleans()),
     "serving.mode": Key(set(), st.sampled_from(["lora", "merged"])),
     "serving.max_lora_rank": Key(set(), st.sampled_from(SERVABLE_RANKS[2:])),
     "serving.slots": Key(set(), st.integers(1, 1024)),

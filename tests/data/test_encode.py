@@ -38,6 +38,26 @@ def encoded_splits(folder: Path, max_length: int, processes: int | None = None) 
     return encoded.read(output)
 
 
+def test_a_preference_is_two_sequences_and_the_evaluation_reads_the_chosen_one(tmp_path: Path) -> None:
+    tokenizer = build_models.tiny_tokenizer(tmp_path)
+    records = [{"prompt": f"Which is house {n}?", "chosen": f"House {n}.", "rejected": "No idea at all."}
+               for n in range(9)]
+    for name in ("train", "holdout"):
+        jsonl(tmp_path / f"{name}.jsonl", records)
+    found = encoded_splits(tmp_path, 99)
+    assert found.preferences and not found.validation
+    assert found.train.records.tolist() == sorted([*range(1, 10)] * 2)  # type: ignore[attr-defined]
+    chosen, rejected = (encode(tokenizer, {"prompt": "Which is house 0?", "completion": text})[0]
+                        for text in ("House 0.", "No idea at all."))
+    assert [each.tokens for each in (found.train[0], found.train[1])] == [chosen.tokens, rejected.tokens]  # type: ignore[union-attr]
+    assert encode(tokenizer, records[0]) == [chosen]
+    jsonl(tmp_path / "train.jsonl", [*records, {"prompt": "a", "completion": "b"}])
+    with pytest.raises(UserError, match=r"9 of 10 records are preferences .* one kind or the other"):
+        encoded_splits(tmp_path, 98)
+    jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "chosen": "b\u200b", "rejected": "b"}])
+    assert encoded_splits(tmp_path, 97).preferences, "other characters are other tokens"
+
+
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks of little data."""
@@ -80,6 +100,7 @@ def test_every_sequence_is_there_with_its_line_and_the_counts_are_right(
     assert len(found.validation) == sum(len(each) <= limit for each in expected[:40])
     counts = json.loads((tmp_path / f"encoded-{limit}" / "statistics.json").read_text())["train"]
     assert counts == {"records": len(fitting), "too_long": 300 - len(fitting), "sequences": len(fitting),
+                      "preferences": 0,
                       "tokens": sum(len(each) for _, each in fitting),
                       "learned": sum(each.scored for _, each in fitting),
                       "longest": max(map(len, expected)), "shortest": min(map(len, expected))}
@@ -137,7 +158,7 @@ def test_a_record_that_a_template_rejects_is_named_by_its_line(
         return encode(tokenizer, record, template)
 
     build_models.tiny_tokenizer(tmp_path)
-    monkeypatch.setattr(stage, "encode", reject)
+    monkeypatch.setattr(stage, "encode_for_training", reject)
     jsonl(tmp_path / "train.jsonl", RECORDS)
     jsonl(tmp_path / "holdout.jsonl", RECORDS)
     with pytest.raises(UserError) as error:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.data.formats import to_jsonl
-from jobs.data.records import comparable, content_of, lengths_of, question_of, text_of, validate_record
+from jobs.data.records import comparable, content_of, lengths_of, question_of, shape_of, text_of, validate_record
 
 
 @given(st.text())
@@ -110,3 +110,35 @@ def test_calls_are_part_of_question_and_lengths() -> None:
     assert lengths_of(record) == (len("How many?") + len(call), len("Forty."))
     assert lengths_of({"messages": [USER, CALLS]}) == (len("How many?"), len(call))
     assert text_of({**CALLS, "content": "Wait."}) == f"Wait.\n{call}"
+
+
+# --- preferences ------------------------------------------------------------------------------------------------------
+
+PREFERENCE: dict[str, Any] = {"prompt": "Any rooms?", "chosen": "Yes, forty.", "rejected": "No idea."}
+
+
+def test_a_preference_has_a_prompt_and_two_answers() -> None:
+    spoken = {**PREFERENCE, "prompt": [{"role": "system", "content": "Be brief."}, USER], "group": "a"}
+    for record in (PREFERENCE, spoken):
+        assert validate_record(record) == []
+        assert validate_record(content_of(record)) == []
+        assert shape_of(record) == "preference"
+    assert list(content_of(spoken)) == ["prompt", "chosen", "rejected"]
+    assert question_of(spoken) == question_of({"messages": [USER, ANSWER]}), "the same question as without a preference"
+    assert question_of(PREFERENCE) == question_of({"prompt": "any  rooms?", "completion": "Yes."})
+    assert lengths_of(PREFERENCE) == (10, 11)
+
+
+@pytest.mark.parametrize(("record", "problem"), [
+    ({"prompt": "a", "chosen": "b"}, "`rejected` is missing"),
+    ({"prompt": "a"}, "`completion` is missing"),
+    ({"chosen": "b", "rejected": "c"}, "`prompt` is missing"),
+    ({**PREFERENCE, "completion": "d"}, "mixes `prompt` and `preference`"),
+    ({**PREFERENCE, "text": "d"}, "mixes `text` and `preference`"),
+    ({**PREFERENCE, "chosen": " "}, "`chosen` is empty"),
+    ({**PREFERENCE, "rejected": "Yes, forty. "}, "`chosen` and `rejected` are equal"),
+    ({**PREFERENCE, "prompt": []}, "`prompt` must hold at least a question"),
+    ({**PREFERENCE, "prompt": [{"role": "usr", "content": "a"}]}, "`prompt[0].role` must be one of"),
+    ({**PREFERENCE, "tools": [TOOL]}, "`tools` needs `messages`")])
+def test_preferences_that_are_wrong_are_named(record: dict[str, Any], problem: str) -> None:
+    assert any(problem in found for found in validate_record(record)), validate_record(record)

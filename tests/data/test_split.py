@@ -484,7 +484,8 @@ def test_a_folder_holds_several_files_and_others_are_ignored(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("text", "message"), [
     ("prompt,completoin\na,b\n", "data.csv: unknown key 'completoin'; did you mean `completion`?"),
-    ("prompt,split\na,train\n", "data.csv: needs the columns prompt and completion, or messages, or text; it has"),
+    ("prompt,split\na,train\n", "data.csv: needs the columns prompt and completion, or messages, or text, or prompt "
+     "and chosen and rejected; it has"),
     ("prompt,completion,prompt\na,b,c\n", "data.csv: duplicate column `prompt`"),
     ("prompt,completion\na,b\nc\n", "data.csv:3: has 1 cells, but the header has 2"),
     ("prompt,completion\na,b\nc,\n", "data.csv:3: `completion` is empty"),

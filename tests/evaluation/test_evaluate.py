@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -117,19 +117,29 @@ def test_the_evaluation_says_what_was_measured_on_what_and_why_it_passed(folder:
         assert scores[role] == read(spec.path(volumes) / "scores.json")
 
 
+def test_a_report_without_answers_is_made_from_the_same_scores(folder: Path, measured: list[str]) -> None:
+    public, volumes = published_pipeline(folder)
+    settings = public.pipeline.evaluation.model_copy(update={"report_answers": False})
+    private = dataclasses.replace(public, pipeline=public.pipeline.model_copy(update={"evaluation": settings}))
+    evaluate.run(private, volumes, 0)
+    assert measured == []
+    shown, hidden = (plan(loaded.pipeline).evaluation.path(volumes) for loaded in (public, private))
+    for name in ("report.html", "report.md"):
+        assert "Which key opens room" in (shown / name).read_text()
+        assert "room" not in (hidden / name).read_text() and "unchanged" in (hidden / name).read_text()
+
+
 def test_running_again_changes_nothing_and_answers_without_torch(folder: Path) -> None:
-    """An already-done stage answers in under two seconds: of CPU time, so that a busy machine cannot fail it."""
+    """An already-done stage answers within two seconds, because it imports none of what takes longer."""
     loaded, volumes = published_pipeline(folder)
     before = {path: path.read_bytes() for path in volumes.rglob("*") if path.is_file()}
     code = ("import sys; from pathlib import Path; from jobs.__main__ import main; "
-            "code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)")
-    started = resource.getrusage(resource.RUSAGE_CHILDREN)
+            "code = main(sys.argv[1:]); slow = {'torch', 'transformers', 'numpy', 'pyarrow', 'nltk', 'datasets'}; "
+            "assert not slow & set(sys.modules), slow & set(sys.modules); sys.exit(code)")
     done = subprocess.run([sys.executable, "-c", code, "--pipeline", str(loaded.path), "--volumes", str(volumes),
                            "evaluate"], capture_output=True, text=True)
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert "ALREADY PROMOTED" in done.stderr and "perplexity" in done.stderr
-    assert ended.ru_utime + ended.ru_stime - started.ru_utime - started.ru_stime < 2
     assert before == {path: path.read_bytes() for path in volumes.rglob("*") if path.is_file()}
 
 
@@ -142,7 +152,7 @@ def test_a_rejected_adapter_is_a_result_and_nothing_is_promoted(
     assert [check["outcome"] for check in evaluation["gate"]] == ["failed", "passed"] and evaluation["passed"] is False
     assert promoted(volumes) is None
     (loud,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert "REJECTED" in loud and "✗ perplexity: fine-tuned / base is" in loud and "must be at most 1e-06" in loud
+    assert "REJECTED" in loud and "✗ perplexity: fine-tuned / base must be at most 1e-06" in loud
     assert "acceptability_accuracy" not in loud, "only the rules that failed"
     assert "Nothing is promoted as hotels yet" in loud
 
@@ -159,9 +169,10 @@ def test_the_pod_ends_with_the_verdict_as_its_termination_message(
     rule = read(wanted.evaluation.path(volumes) / "evaluation.json")["gate"][0]
     assert log.read_text().splitlines() == [
         f"REJECTED: hotels@{wanted.adapter.digest} did not pass the gate and is not promoted:",
-        f"  ✗ perplexity: fine-tuned / base is {rule['value']:.3g}, at most {rule['high']:.3g} with 95 % confidence, "
-        "must be at most 1e-06",
-        "Nothing is promoted as hotels yet, so it is not served.", evaluate.ADVICE,
+        "  ✗ perplexity: fine-tuned / base must be at most 1e-06",
+        f"      {rule['value']:.3g}, at least {rule['low']:.3g} with 95 % confidence",
+        "Nothing is promoted as hotels yet, so it is not served.",
+        "Train otherwise, bring other data, or change evaluation.gate in the pipeline file.",
         f"report: {wanted.evaluation.path(volumes)}/report.html"]
     loaded, _ = published_pipeline(tmp_path / "rejected", gate=PASSING)
     assert main(["--pipeline", str(loaded.path), "--volumes", str(volumes), "evaluate"]) == 0
@@ -179,7 +190,7 @@ def test_an_evaluation_of_an_older_version_can_still_be_read(folder: Path, caplo
     file.write_text(json.dumps(values))
     with caplog.at_level("INFO", "jobs"):
         evaluate.decide(loaded.pipeline, plan(loaded.pipeline), volumes, artifact, 0)
-    assert "✓ perplexity: fine-tuned / base is" in caplog.text
+    assert "✓ perplexity: fine-tuned / base must be at most" in caplog.text
 
 
 def test_a_rejection_leaves_the_adapter_before_it_promoted_and_names_it(
@@ -373,7 +384,9 @@ import socket, sys
 def refuse(*_): raise AssertionError("the network was used")
 socket.socket.connect = socket.getaddrinfo = refuse
 from jobs.__main__ import main
-sys.exit(main(sys.argv[1:]))
+code = main(sys.argv[1:])
+assert not {"evaluate", "datasets"} & set(sys.modules), "they take seconds, and compute nothing here"
+sys.exit(code)
 """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))} | {"HOME": "/dev/null"}
     done = subprocess.run([sys.executable, "-c", code, "--pipeline", str(loaded.path), "--volumes", str(volumes),

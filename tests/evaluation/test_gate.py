@@ -95,8 +95,7 @@ def test_how_much_more_is_said_no_more_exactly_than_it_is_known() -> None:
 
 @pytest.mark.parametrize(("metric", "rule", "sentence"), [
     ("perplexity", {"max_ratio": 0.9}, "perplexity: fine-tuned / base is 1, must be at most 0.9: undecided: nearly "
-                                       "all clusters of held-out records have the same value, which says "
-                                       "nothing of others"),
+                                       "all clusters have the same value, which says nothing of others"),
     ("rougeL", {"max_drop": 0.0}, "rougeL: base - fine-tuned is 0, at most 0.0722 with 95 % confidence, must be at "
                                   "most 0: undecided"),
 ])
@@ -110,7 +109,7 @@ def test_one_record_decides_nothing() -> None:
     check = only({"min": 0.1}, fine_tuned=model(count=1))
     assert (check.outcome, check.clusters, check.more_records) == ("undecided", 1, 19)
     assert check.description.endswith(
-        "must be at least 0.1: undecided: 1 cluster of held-out records cannot prove anything, at least 20 are needed; "
+        "must be at least 0.1: undecided: 1 cluster cannot prove anything, at least 20 are needed; "
         "about 19 more held-out records would decide it")
     rules = Evaluation.model_validate({"gate": {"rougeL": {"min": 0.1}}})
     with pytest.raises(UserError, match=r"rougeL: 1 held-out record in 1 cluster cannot prove anything"):
@@ -213,6 +212,17 @@ def test_the_sentence_has_as_many_digits_as_it_needs(bound: str, value: float, l
     assert described(value, limit, bound) == f"rougeL: fine-tuned {sentence}"
 
 
+def test_of_a_rule_that_failed_the_bound_that_refutes_it_is_known() -> None:
+    """That a value of 0.506 is "at least 0.446" does not show that it is below 0.6: "at most 0.562" does."""
+    known = {(outcome, bound): gate.Check("rougeL", bound, 0.6, "base", 0.95, outcome, 0.5, 0.4, 0.55).known_text
+             for outcome in ("passed", "failed", "undecided") for bound in ("min_gain", "max_drop")}  # type: ignore[arg-type]
+    assert known == {("passed", "min_gain"): "at least 0.4", ("passed", "max_drop"): "at most 0.55",
+                     ("failed", "min_gain"): "at most 0.55", ("failed", "max_drop"): "at least 0.4",
+                     ("undecided", "min_gain"): "at least 0.4", ("undecided", "max_drop"): "at most 0.55"}
+    near = gate.Check("rougeL", "min", 0.05, "base", 0.95, "failed", 0.03, 0.02, 0.04996)
+    assert near.known_text == "at most 0.04996"
+
+
 def test_a_check_is_read_from_evaluation_json_as_it_was_written() -> None:
     check = only({"min_gain": 0.2}, base=model(0.25), fine_tuned=model())
     assert gate.Check.from_json(check.to_json()) == check
@@ -246,3 +256,12 @@ def test_too_little_evidence_is_refused_before_anything_is_measured() -> None:
                                         r"evaluation\.clusters: record"):
         gate.check_measurable(rules, labels)
     gate.check_measurable(rules.model_copy(update={"clusters": "record"}), labels)
+
+
+def test_rules_on_answers_need_evidence_among_the_records_that_are_answered() -> None:
+    rules = Evaluation.model_validate({"answered_records": 19, "gate": {"perplexity": {"max": 9}}})
+    records = [{"prompt": f"Who is {n}?", "completion": f"Number {n}."} for n in range(60)]
+    gate.check_measurable(rules, records)
+    answers = Evaluation.model_validate({"answered_records": 19, "gate": {"rougeL": {"min": 0.5}}})
+    with pytest.raises(UserError, match=r"gate\.rougeL: 19 held-out .* Raise evaluation\.answered_records or dataset"):
+        gate.check_measurable(answers, records)

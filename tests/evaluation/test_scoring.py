@@ -20,6 +20,7 @@ from jobs.core.progress import Progress
 from jobs.data import encoded
 from jobs.data.encoding import Encoded, encode
 from jobs.evaluation import scoring
+from jobs.evaluation.holdout import answered_lines
 from jobs.evaluation.scoring import Material
 from tests.build_models import RECORDS, SENTENCES, tiny_gpt2, tiny_llama, tiny_tokenizer, write_split
 
@@ -158,7 +159,7 @@ def test_a_batch_takes_no_more_memory_than_it_may(monkeypatch: pytest.MonkeyPatc
             return input_ids
 
     shapes.clear()
-    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", {"cpu": 60})
+    monkeypatch.setattr(scoring, "TOKENS_PER_GENERATION", {"cpu": 60})
     writer: Any = Writer()
     scoring.generate(writer, loaded[1], [[5] * 12] * 6, 8, 96, Progress("test", 6))
     assert shapes == [(3, 12), (3, 12)]
@@ -266,7 +267,8 @@ def test_the_log_says_what_is_measured_and_how_far_it_is(
 def test_the_material_is_read_from_the_artifacts(tmp_path: Path) -> None:
     (tmp_path / "holdout.jsonl").write_text('{"text": "Málaga"}\n{"text": "b"}\n', encoding="utf-8")
     (tmp_path / "acceptability.jsonl").write_text('{"text": "Yes.", "acceptable": true}\n')
-    assert Material.read(tmp_path, tmp_path, max_length=90, max_new_tokens=8) == Material(
+    found = Material.read(tmp_path, tmp_path, max_length=90, max_new_tokens=8)
+    assert dataclasses.replace(found, holdout=list(found.holdout)) == Material(
         [{"text": "Málaga"}, {"text": "b"}], [("Yes.", True)], 90, 8)
 
 
@@ -376,3 +378,16 @@ def test_models_with_the_same_tokens_have_the_same_vocabulary_digest(tmp_path: P
 def test_an_empty_sequence_list_measures_nothing(loaded: tuple[Any, Any]) -> None:
     sequences: list[Encoded] = []
     assert scoring.negative_log_likelihoods(loaded[0], sequences, Progress("test", 0)) == []
+
+
+def test_only_so_many_questions_are_answered_and_the_rest_is_still_read(loaded: tuple[Any, Any]) -> None:
+    """Three models do not answer 100,000 questions: ROUGE is over the first by sha256, perplexity over all records."""
+    all_answered = scoring.measure(*loaded, material(RECORDS), "tiny")
+    found = scoring.measure(*loaded, dataclasses.replace(material(RECORDS), answered_records=3), "tiny")
+    assert (found.summary["questions"], found.summary["questions_left_out"], found.summary["records"]) == (3, 1, 4)
+    assert (all_answered.summary["questions"], all_answered.summary["questions_left_out"]) == (4, 0)
+    assert found.summary["perplexity"] == all_answered.summary["perplexity"]
+    lines = answered_lines(RECORDS, 3)
+    assert [answer["record"] for answer in found.generations] == lines
+    assert found.generations == [answer for answer in all_answered.generations if answer["record"] in lines]
+    assert found.summary["rougeL"] == pytest.approx(sum(answer["rougeL"] for answer in found.generations) / 3)

@@ -24,6 +24,7 @@ from jobs.core.declarations import Source
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import plan
+from jobs.data import harness
 from jobs.relocation import connection, relocate
 from jobs.relocation.sources.file import folder_sha256
 from tests import build_embedded, build_pipeline
@@ -274,6 +275,88 @@ def test_bad_records_publish_nothing_and_are_listed(tmp_path: Path, hub: Hub) ->
     hub.files["data.jsonl"] = DATA + b'{"prompt": "a", "completion": ""}\n{oops\n'
     message = refused(overlay(tmp_path, hub), "dataset", tmp_path / "v")
     assert message.startswith("data.jsonl:51: `completion` is empty\ndata.jsonl:52: not JSON")
+
+
+def with_tasks(folder: Path, hub: Hub, *tasks: dict[str, Any], **changes: Any) -> LoadedPipeline:
+    """A pipeline with tasks whose records, in `content`, are at URLs."""
+    for task in tasks:
+        name = f"{task['name']}.{task.pop('suffix', 'jsonl')}"
+        hub.files[name] = task.pop("content")
+        task |= {"source": f"{hub.url}/files/{name}", "sha256": sha256(hub.files[name])}
+    return overlay(folder, hub, evaluation__tasks=list(tasks), **changes)
+
+
+def questions(count: int, **values: Any) -> bytes:
+    return b"".join(json.dumps({"prompt": f"Task {n}?", **values}).encode() + b"\n" for n in range(count))
+
+
+def test_all_tasks_are_one_artifact_with_a_file_each_in_one_form(tmp_path: Path, hub: Hub) -> None:
+    loaded = with_tasks(tmp_path, hub, {"name": "city", "check": "contains", "content": questions(2, expected="A")},
+                        {"name": "form", "check": "json_schema", "suffix": "csv",
+                         "content": b'prompt,schema,group\nA?,"{""type"": ""object""}",g\nB?,{},\n'})
+    run_here(loaded, "dataset", tmp_path / "v")
+    found = published(loaded, "tasks", tmp_path / "v")
+    assert files(found) == ["city.jsonl", "form.jsonl"]
+    assert jsonl(found.path / "city.jsonl")[1] == {"prompt": "Task 1?", "expected": ["A"]}
+    assert jsonl(found.path / "form.jsonl") == [{"prompt": "A?", "schema": {"type": "object"}, "group": "g"},
+                                                {"prompt": "B?", "schema": {}}]
+    assert {name: facts["records"] for name, facts in found.manifest["about"]["tasks"].items()} == {
+        "city": 2, "form": 2}
+
+
+def test_a_task_file_of_lm_evaluation_harness_is_rendered_here_or_says_what_to_install(
+        tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files["quiz.yaml"] = (b'output_type: generate_until\ndoc_to_text: "{{a}} and {{b}}?"\ndoc_to_target: b\n'
+                              b"metric_list: [{metric: exact_match}]\n")
+    loaded = with_tasks(tmp_path, hub, {
+        "name": "quiz", "check": "lm_eval", "content": b'{"a": "1", "b": "2"}\n',
+        "lm_eval": {"source": f"{hub.url}/files/quiz.yaml", "sha256": sha256(hub.files["quiz.yaml"])}})
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="tasks.quiz: lm-evaluation-harness is not installed here. Run: pip install"):
+        run_here(loaded, "dataset", tmp_path / "v")
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: "it")  # type: ignore[attr-defined]
+    run_here(loaded, "dataset", tmp_path / "v")
+    found = published(loaded, "tasks", tmp_path / "v")
+    assert files(found) == ["quiz.jsonl", "quiz.settings.json"]
+    assert jsonl(found.path / "quiz.jsonl") == [{"prompt": "1 and 2?", "target": "2"}]
+    assert json.loads((found.path / "quiz.settings.json").read_text())["metric"]["metric"] == "exact_match"
+
+
+def test_a_bad_task_publishes_no_tasks_and_is_listed(tmp_path: Path, hub: Hub) -> None:
+    loaded = with_tasks(tmp_path, hub, {"name": "city", "check": "regex", "content":
+                                        b'{"prompt": "A?", "pattern": "("}\n{"prompt": "B?"}\n'})
+    with pytest.raises(UserError) as raised:
+        run_here(loaded, "dataset", tmp_path / "v")
+    assert str(raised.value).startswith(
+        "tasks.city: city.jsonl:1: `pattern` is not a regular expression of RE2: missing ): (\n"
+        "tasks.city: city.jsonl:2: `pattern` is missing: the check regex needs it\n")
+    assert artifacts.find(plan(loaded.pipeline).tasks, tmp_path / "v") is None
+
+
+def test_a_task_that_asks_what_is_trained_on_is_refused(tmp_path: Path, hub: Hub) -> None:
+    loaded = overlay(tmp_path, hub)
+    run_here(loaded, "dataset", tmp_path / "v")
+    dataset = published(loaded, "dataset", tmp_path / "v").path
+    trained, held_out = (jsonl(dataset / f"{name}.jsonl")[0]["prompt"] for name in ("train", "holdout"))
+    content = "".join(json.dumps({"prompt": prompt, "expected": "x"}) + "\n"
+                      for prompt in (held_out, f" {trained.upper()} ")).encode()
+    loaded = with_tasks(tmp_path, hub, {"name": "city", "check": "exact", "content": content})
+    with pytest.raises(UserError) as raised:
+        run_here(loaded, "dataset", tmp_path / "v")
+    assert str(raised.value).startswith("tasks.city: city.jsonl:2: the same prompt is in the split train of the")
+    assert "1 problem in the data" in str(raised.value)
+
+
+def test_a_rule_on_a_task_with_too_few_records_is_refused_before_training(tmp_path: Path, hub: Hub) -> None:
+    for count, refusal in ((1, True), (19, True), (20, False)):
+        task = {"name": "city", "check": "exact", "content": questions(count, expected="A")}
+        loaded = with_tasks(tmp_path, hub, task, evaluation__gate={"tasks.city": {"min": 0.5}})
+        if not refusal:
+            run_here(loaded, "dataset", tmp_path / "v")
+            continue
+        with pytest.raises(UserError, match=rf"evaluation.gate.tasks.city: the task has {count} records? in {count} "
+                                            "clusters?, which cannot prove anything: at least 20 are needed"):
+            run_here(loaded, "dataset", tmp_path / "v")
 
 
 def test_a_model_in_pickles_is_refused_by_name_and_says_how_to_convert(tmp_path: Path, hub: Hub) -> None:

@@ -272,3 +272,53 @@ def test_an_overlay_of_the_old_form_is_one_line(tmp_path: Path) -> None:
     build_pipeline.write_yaml(tmp_path / "pipeline.yaml", build_pipeline.values())
     (line,) = lines(tmp_path)
     assert "python -m jobs new" in line and "--from" in line
+
+
+TASK: dict[str, Any] = {"name": "city", "source": "file:city.jsonl", "check": "regex"}
+
+
+def with_task(folder: Path, records: list[dict[str, Any]], gate: dict[str, Any] | None = None, **options: Any) -> Path:
+    """An overlay's folder with a task, correctly pinned."""
+    (folder / "city.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    task = TASK | {"sha256": path_sha256(folder / "city.jsonl")} | options
+    return overlay(folder, evaluation__tasks=[task], evaluation__gate=gate or {"perplexity": {"max_ratio": 0.9}})
+
+
+@pytest.mark.parametrize(("records", "options", "message"), [
+    ([], {}, "tasks.city: .*city.jsonl: no records"),
+    ([{"prompt": "A?"}], {}, "city.jsonl:1: `pattern` is missing: the check regex needs it"),
+    ([{"prompt": "A?"}], {"pattern": "("}, r"tasks.city: `pattern` is not a regular expression of RE2: missing \): \("),
+    ([{"prompt": "question 3", "pattern": "x"}], {}, "city.jsonl:1: the same prompt is in the split train"),
+    ([{"prompt": "A?", "pattern": "x"}], {"sha256": "0" * 64}, "pins evaluation.tasks.0 at 0000"),
+    ([{"prompt": "A?"}], {"check": "json_schema", "schema": {"$ref": "#/no"}}, "`schema` is not a JSON schema: P"),
+])
+def test_what_is_wrong_with_a_task_is_found(tmp_path: Path, records: list[dict[str, Any]], options: dict[str, Any],
+                                            message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check.run(with_task(tmp_path, records, **options))
+
+
+def test_a_small_task_is_refused_only_where_a_rule_needs_it(tmp_path: Path) -> None:
+    records = [{"prompt": f"task {n}?"} for n in range(19)]
+    check.run(with_task(tmp_path, records, pattern="a"))
+    with pytest.raises(UserError, match="evaluation.gate.tasks.city: the task has 19 records in 19 clusters"):
+        check.run(with_task(tmp_path, records, {"tasks.city": {"min": 0.5}}, pattern="a"))
+
+
+def test_a_pattern_of_a_task_whose_records_are_elsewhere_is_compiled(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a regular expression of RE2: invalid perl operator"):
+        check.run(overlay(tmp_path, evaluation__tasks=[TASK | {
+            "source": "https://example.com/city.jsonl", "sha256": "0" * 64, "pattern": "(?=a)"}]))
+
+
+def test_a_task_file_of_lm_evaluation_harness_is_read_and_its_rows_are_rendered(tmp_path: Path) -> None:
+    (tmp_path / "quiz.yaml").write_text("output_type: generate_until\ndoc_to_text: '{{a}}'\ndoc_to_target: b\n"
+                                        "metric_list: [{metric: exact_match}]\n")
+    lm_eval = {"source": "file:quiz.yaml", "sha256": path_sha256(tmp_path / "quiz.yaml")}
+    check.run(with_task(tmp_path, [{"a": "x", "b": "y"}], check="lm_eval", lm_eval=lm_eval))
+    with pytest.raises(UserError, match="city.jsonl:1: doc_to_text: 'a' is undefined"):
+        check.run(with_task(tmp_path, [{"b": "y"}], check="lm_eval", lm_eval=lm_eval))
+    (tmp_path / "quiz.yaml").write_text("output_type: generate_until\nprocess_docs: !function utils.f\n")
+    lm_eval["sha256"] = path_sha256(tmp_path / "quiz.yaml")
+    with pytest.raises(UserError, match=r"quiz.yaml:2: not valid YAML: .*!function.* run code that came with the data"):
+        check.run(with_task(tmp_path, [{"a": "x", "b": "y"}], check="lm_eval", lm_eval=lm_eval))

@@ -29,6 +29,7 @@ from jobs.core.plan import plan
 from jobs.tools import argocd, kind, overlay, status
 from jobs.tools.kind import states_of
 from jobs.tools.status import State
+from tests import rendered_once
 from tests.manifests import CHECKOUT, Manifest, of_kind, pod_templates, render, restricted_violations
 from tests.tools.test_local import free_port
 from tests.tools.test_waiting import endpoint as serving
@@ -75,6 +76,7 @@ class Tools:
             program = folder / "bin" / name
             program.write_text(FAKE.format(python=PYTHON, folder=folder, kubectl=KUBECTL))
             program.chmod(0o755)
+        rendered_once.RENDERS.add(str(folder / "bin" / "kubectl"))
         self.say()
 
     def say(self, *answers: tuple[str, list[tuple[int, str]]]) -> None:

@@ -20,7 +20,7 @@ from jobs.tools import check, entries, new
 from jobs.tools.pods import CHECKOUT
 from tests import build_overlay, build_pipeline, manifests
 
-RECORDS = "".join(json.dumps({"prompt": f"question {n}", "completion": "answer"}) + "\n" for n in range(40))
+RECORDS = "".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) + "\n" for n in range(300))
 
 
 @pytest.fixture
@@ -35,7 +35,9 @@ def test_a_new_adapter_passes_check_at_once(overlay: Path) -> None:
     loaded = pipeline.load(overlay / "adapters/reviews").pipeline
     first = pipeline.load(overlay / "adapters/seville-hotels").pipeline
     assert loaded.adapter == "reviews"
-    assert loaded.evaluation.gate == first.evaluation.gate
+    assert loaded.evaluation.gate == {key: rule for key, rule in first.evaluation.gate.items()
+                                      if key != "tasks.hotel-facts"}, "its tasks are about its data"
+    assert first.evaluation.tasks and not loaded.evaluation.tasks
     assert loaded.training == first.training, "what suits the environment's base model"
 
 

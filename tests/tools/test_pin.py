@@ -196,3 +196,26 @@ def test_pins_that_cannot_be_written_are_shown_and_the_file_stays(tmp_path: Path
     with pytest.raises(UserError, match="cannot be written into its layout. Write them yourself: dataset.sha256: "):
         pin.run(tmp_path)
     assert (tmp_path / "pipeline.yaml").read_text() == text
+
+
+def test_each_task_is_pinned_in_its_entry_of_the_list(overlay: tuple[Path, Hub]) -> None:
+    folder, _ = overlay
+    tasks = """\
+  tasks:
+  - name: flow
+    source: file:data.jsonl  # kept
+    check: exact
+  - {name: brackets, check: rougeL, source: "file:data.jsonl"}
+  - name: quiz
+    source: file:data.jsonl
+    check: lm_eval
+    lm_eval: {source: "file:data.jsonl"}
+"""
+    add(folder, "cars", PIPELINE.replace("  gate:", tasks + "  gate:"))
+    pin.run(folder)
+    text = (folder / "adapters/cars/pipeline.yaml").read_text()
+    digest = sha256_of(folder / "adapters/cars")
+    assert f"    source: file:data.jsonl  # kept\n    sha256: {digest}\n    check: exact\n" in text
+    assert f'- {{name: brackets, check: rougeL, source: "file:data.jsonl", sha256: {digest}}}\n' in text
+    assert [task.sha256 for task in pipeline.load(folder / "adapters/cars").pipeline.evaluation.tasks] == [digest] * 3
+    assert f'    lm_eval: {{source: "file:data.jsonl", sha256: {digest}}}\n' in text

@@ -191,6 +191,18 @@ def test_two_processes_that_compute_little_at_once_give_what_one_gives(
 
 
 @pytest.mark.slow
+def test_two_processes_prefer_what_one_prefers(tmp_path: Path) -> None:
+    """Also where one of them has nothing to compute: a batch holds three preferences at most."""
+    records = [{"prompt": f"Which is house {n}?", "chosen": f"House {n}.", "rejected": "No idea."} for n in range(12)]
+    loaded, volumes = build_models.published_pipeline(
+        tmp_path / "one", without=["adapter", "reference_model"], records=records, objective="dpo",
+        **(TRAINING))
+    *expected, _ = trained(loaded.path, volumes, PROCESSES_PER_NODE="1")
+    *found, _ = trained(loaded.path, other_volumes(tmp_path / "v", volumes), PROCESSES_PER_NODE="2")
+    assert_the_same(tuple(found), tuple(expected))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
 def test_two_nodes_meet_and_give_what_one_process_gives(
         tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
     """As JobSet starts them: each node with its rank, and the address of the first."""

@@ -44,7 +44,8 @@ def of_lengths(lengths: Any) -> Any:
 def team_trainer(team: Team) -> Any:
     """Trainer's class for processes that have nothing to train on."""
     measured = trainer.HeldOut("holdout_loss", [], np.array([]), frozenset())
-    return trainer.team_trainer(team, packing.Batches(of_lengths([8]), Training()), measured, Masks(0.0, 0, 1), 64)
+    batches = packing.Batches(of_lengths([8]), Training())
+    return trainer.team_trainer(team, Training(), batches, measured, Masks(0.0, 0, 1), 64)
 
 
 # --- Trainer's arguments ---------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@
 - `statistic(key, rows, clusters)` returns the value of one score over such rows as a function of how often each
   cluster of them counts (jobs/evaluation/confidence.py): from it follow the value of all and its interval.
 
+A task (jobs/evaluation/tasks.py) has prompts of its own, so its module has `statistic` alone.
+
 The classes `Perplexity`, `Rouge` and `Acceptability` are the same as `evaluate.Metric`, for other programs.
 (`evaluate.load("rouge")` downloads a script from the hub.) The modules are imported late: they take seconds.
 """

@@ -6,6 +6,7 @@ averaged over the pairs. ROUGE-Lsum treats each line as a sentence.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -41,11 +42,12 @@ class Words(Tokenizer):  # type: ignore[misc]
     and "Málaga" is two words. This one gives the same words for ASCII text, and words for all other text."""
 
     def __init__(self) -> None:
-        self._stemmer = PorterStemmer()
+        # Three quarters of ROUGE's time, and the same words come again and again.
+        self._stem = functools.lru_cache(2**16)(PorterStemmer().stem)
 
     def tokenize(self, text: str) -> list[str]:
         words = _WORD.findall(text.lower())
-        return [self._stemmer.stem(w) if len(w) > 3 and w.isascii() else w for w in words]
+        return [self._stem(w) if len(w) > 3 and w.isascii() else w for w in words]
 
 
 _scorer = RougeScorer(list(TYPES), tokenizer=Words())
