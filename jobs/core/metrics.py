@@ -86,9 +86,9 @@ METRICS = (
            needs_questions=True),
     Metric("acceptability", 2, "Acceptability",
            "each sentence's mean token log-probability (Lau et al. 2017) against a threshold between acceptable and "
-           "not. Each half of the sentences has the threshold that is best on the other half, chosen again in every "
-           "draw of the interval. Matthews correlation and accuracy of the classes (CoLA: Warstadt et al. 2019). It "
-           "guards against forgetting the language.",
+           "not: the one that accepts as many sentences of the other half as are acceptable there, chosen again in "
+           "every draw of the interval. Matthews correlation and accuracy of the classes (CoLA: Warstadt et al. 2019). "
+           "It guards against forgetting the language.",
            ("score", "acceptable", "half"),
            (Score("acceptability_mcc", "acceptability, MCC", True, "1 is perfect, 0 is chance", -1.0),
             Score("acceptability_accuracy", "acceptability, accuracy", True, "share classified correctly")),

@@ -8,6 +8,7 @@ here.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +195,28 @@ def check_gate(gate: dict[str, Rules], info: ValidationInfo) -> dict[str, Rules]
                                               "{label}, {better} is better. Did you mean {meant}?",
                                               {"bound": bound, "label": score.label, "better": score.better,
                                                "meant": BOUNDS[bound].meant, KEYS: f"{key}.{bound}"})
+                _require_possible(key, score, bound, rule.bounds()[bound])
     return gate
+
+
+def _require_possible(key: str, score: Score, bound: str, limit: float) -> None:
+    """Some values of the score keep the rule, and some do not.
+
+    Raises:
+        PydanticCustomError: with the range.
+    """
+    kind, width = BOUNDS[bound], score.high - score.low
+    low, high = (-width, width) if kind.compares else (score.low, score.high)
+    if bound == "max_ratio":
+        low, high = 0.0, math.inf
+    if low <= limit <= high:
+        return
+    impossible = limit > high if kind.at_least else limit < low
+    raise PydanticCustomError("range", "{limit}: {expression} is {low} to {high}, so {effect}",
+                              {"limit": f"{limit:g}", "expression": kind.expression.format(other="base"),
+                               "low": f"{low:g}", "high": f"{high:g}".replace("inf", "infinity"),
+                               "effect": "no adapter could pass" if impossible else "this would prove nothing",
+                               KEYS: f"{key}.{bound}"})
 
 
 @dataclass(frozen=True)

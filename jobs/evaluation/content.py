@@ -168,9 +168,9 @@ def finding(check: Check) -> str:
     bound = f"{check.value_text}, {f'no bound {sure}' if check.decisive is None else f'{check.known_text} {sure}'}"
     if check.outcome != "undecided":
         return bound
-    if not check.more_clusters:
+    if not check.more_records:
         return f"{bound}: undecided"
-    return f"{bound}; about {check.more_clusters:,} more {_unit(check.metric)} would decide it"
+    return f"{bound}; {check.more_text} would decide it"
 
 
 def _evidence(key: str) -> str:
@@ -182,14 +182,6 @@ def _evidence(key: str) -> str:
         return "sentences (evaluation.acceptability)"
     group, _, name = key.partition(".")
     return f"records of the task {name}" if group == "tasks" else f"records and canaries (evaluation.{group})"
-
-
-def _unit(key: str) -> str:
-    """What counts as one piece of evidence for a score."""
-    population = metric_of(key).population
-    if population == "sentences":
-        return "sentences"
-    return "clusters of held-out records" if population == "records" else "clusters"
 
 
 # --- what a reader must know ----------------------------------------------------------------------------------------

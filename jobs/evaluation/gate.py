@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.core.errors import UserError
@@ -27,6 +28,9 @@ Cluster = tuple[str, Any]  # what its records have in common, e.g. ("group", "ho
 Outcome = Literal["passed", "failed", "undecided"]
 
 FINE_TUNED = "fine_tuned"
+# How much the gain in a score from 0 to 1 varies from cluster to cluster: its standard deviation, before it is known.
+# That of ROUGE is 0.2 to 0.33 on overlays/kind; of answers that are right or wrong, the root of the share that changes.
+SPREAD_OF_GAINS = 0.3
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Check:
     high: float | None = None
     clusters: int = 0
     more_clusters: int | None = None  # how many more would about decide it, if the values stay as they are
+    more_records: int | None = None  # the same in held-out records (or sentences)
     reason: str | None = None
 
     @classmethod
@@ -97,6 +102,14 @@ class Check:
         return f"{self._direction} {_distinguishable(self.decisive, self.limit)[1]}"
 
     @property
+    def more_text(self) -> str:
+        """How much more evidence would decide it, e.g. `about 40 more held-out records`."""
+        population = metric_of(self.metric).population
+        what = {"records": "held-out records", "sentences": "sentences"}.get(
+            population, "records of the task" if population.startswith(TASKS) else "records")
+        return f"about {float(f'{self.more_records or 0:.2g}'):,.0f} more {what}"
+
+    @property
     def _direction(self) -> str:
         return "at least" if BOUNDS[self.bound].at_least else "at most"
 
@@ -104,12 +117,13 @@ class Check:
     def description(self) -> str:
         """The check in a sentence: rule, value, bound and limit."""
         if self.reason:
-            return f"{self.metric}: {self.expression} must be {self.requirement}: {self.reason}"
+            value = "" if self.value is None else f"is {self.value_text}, "
+            more = f"; {self.more_text} would decide it" if self.more_records else ""
+            return f"{self.metric}: {self.expression} {value}must be {self.requirement}: {self.reason}{more}"
         if self.value is None:
             return f"{self.metric}: {self.expression} is not a finite number, must be {self.requirement}"
         bound = f"{self.bound_text} with {self.confidence * 100:g} % confidence"
-        evidence = "clusters of the task" if self.metric.startswith(TASKS) else "held-out clusters"
-        more = f"; about {self.more_clusters} more {evidence} would decide it" if self.more_clusters else ""
+        more = f"; {self.more_text} would decide it" if self.more_records else ""
         return (f"{self.metric}: {self.expression} is {self.value_text}, {bound}, must be {self.requirement}"
                 + (f": undecided{more}" if self.outcome == "undecided" else ""))
 
@@ -175,10 +189,17 @@ def check_measurable(evaluation: Evaluation, holdout: Sequence[Record]) -> None:
             limited = metric.needs_questions and len(records) == evaluation.answered_records
             capped = "evaluation.answered_records or " if limited else ""
             raise UserError(
-                f"evaluation.gate.{key}: {len(records)} held-out records in {found} clusters cannot prove anything: at "
-                f"least {MINIMUM_CLUSTERS} are needed. A cluster is a `group`, or the records with the same answer. "
-                f"Raise {capped}dataset.holdout, bring more records or smaller groups; or, if answers are labels that "
-                "repeat, set evaluation.clusters: record")
+                f"evaluation.gate.{key}: {_counted(len(records), 'held-out record')} in {_counted(found, 'cluster')} "
+                f"cannot prove anything: at least {MINIMUM_CLUSTERS} are needed. A cluster is a `group`, or the "
+                f"records with the same answer. Raise {capped}dataset.holdout, bring more records or smaller groups; "
+                "or, if answers are labels that repeat, set evaluation.clusters: record")
+
+
+def detectable_gain(clusters: int, confidence: float) -> float:
+    """The smallest true gain, in a score from 0 to 1, that so many clusters would show in 80 % of cases."""
+    # A gain is shown when its lower bound, value - z(confidence) * error, is above 0. Values vary around the true gain
+    # with the same error, sd / sqrt(clusters), so that 80 % of them are above gain - z(0.8) * error.
+    return (NormalDist().inv_cdf(confidence) + NormalDist().inv_cdf(0.8)) * SPREAD_OF_GAINS / math.sqrt(clusters)
 
 
 def check_comparable(evaluation: Evaluation, vocabularies: Mapping[str, str]) -> None:
@@ -212,16 +233,21 @@ def _check(key: str, rule: Rule, bound: str, limit: float, confidence: float, mo
     if not math.isfinite(found.value):
         return result("failed", clusters=count)
     if count < MINIMUM_CLUSTERS:
-        return result("undecided", value=found.value, clusters=count, more_clusters=MINIMUM_CLUSTERS - count,
-                      reason=f"undecided: {count} clusters of held-out records prove nothing, at least "
+        missing = MINIMUM_CLUSTERS - count
+        return result("undecided", value=found.value, clusters=count, more_clusters=missing,
+                      more_records=_records(missing, lines, count),
+                      reason=f"undecided: {_counted(count, 'cluster')} cannot prove anything, at least "
                              f"{MINIMUM_CLUSTERS} are needed")
     if found.low >= limit if kind.at_least else found.high <= limit:
         outcome: Outcome = "passed"
     else:
         outcome = "failed" if (found.high < limit if kind.at_least else found.low > limit) else "undecided"
     more = _more(found, limit, count, log=bound == "max_ratio") if outcome == "undecided" else None
+    unknown = outcome == "undecided" and (math.isinf(found.low) or math.isinf(found.high))
     return result(outcome, value=found.value, low=_finite(found.low), high=_finite(found.high), clusters=count,
-                  more_clusters=more)
+                  more_clusters=more, more_records=more and _records(more, lines, count),
+                  reason="undecided: nearly all clusters have the same value, which says nothing of others"
+                  if unknown else None)
 
 
 def _interval(key: str, mine: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]],
@@ -270,6 +296,15 @@ def _more(found: Interval, limit: float, clusters: int, *, log: bool) -> int | N
     if not math.isfinite(width) or distance < width / 100:
         return None
     return max(1, math.ceil(clusters * ((width / distance) ** 2 - 1)))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _records(more: int, lines: Sequence[int], clusters: int) -> int:
+    """How many records so many more clusters have, if they are as large as those that there are."""
+    return math.ceil(more * len(lines) / clusters)
 
 
 def _log(value: float) -> float:

@@ -1,26 +1,29 @@
 """Validate an overlay, or one of its adapters, with no network and no cluster: what a pre-commit hook or CI runs.
 
 Checks the environment file and every pipeline file, that every source is pinned, that data in git matches its pin and
-that every record of it is valid, that vLLM can serve the base model's architecture in the desired mode, that the
-ConfigMaps fit, that folders, names and entries of the adapters agree, and that every patch has an effect. What is wrong
-with one adapter does not keep the others from being checked.
+that every record of it is valid, that the held-out records can decide the gate's rules, that vLLM can serve the base
+model's architecture in the desired mode, that the ConfigMaps fit, that folders, names and entries of the adapters
+agree, and that every patch has an effect. What is wrong with one adapter does not keep the others from being checked.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
-import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jobs.core import models, search, strict_yaml
 from jobs.core.declarations import Loaded, Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
+from jobs.core.metrics import metric_of, score_of
 from jobs.core.pipeline import NO_VALIDATION, LoadedPipeline
 from jobs.core.strict_yaml import CONFIG_MAP_BYTES
+from jobs.evaluation import gate
 from jobs.tools import overlay
 from jobs.tools.advice import advice
 from jobs.tools.overlay import Files
@@ -65,22 +68,49 @@ def check_data(loaded: LoadedPipeline) -> None:
     """The data that lies beside the pipeline file: pinned content, and records that a relocation would take. Logs
     advice on training."""
     from jobs.data import split
+    from jobs.data.formats import files_in
 
     for name, source in data_in_git(loaded).items():
         require_pin(loaded, name, source)
-    source, statistics = loaded.pipeline.dataset, None
+    source, statistics, holdout = loaded.pipeline.dataset, None, []
     if source.scheme == "file":
-        statistics = split.validate(loaded.resolve(source), source.holdout, source.validation)
+        with TemporaryDirectory(prefix="check-") as folder:
+            statistics = split.split(files_in(loaded.resolve(source)), source.holdout, Path(folder), source.validation)
+            holdout = [json.loads(line) for line in (Path(folder) / f"{split.HOLDOUT}.jsonl").open(encoding="utf-8")]
         if loaded.pipeline.training.keep == "best" and not statistics["records"].get("validation"):
             raise UserError(f"{loaded.path}: {NO_VALIDATION}")
         check_objective(loaded, statistics["shapes"])
     check_tasks(loaded)
     check_search(loaded, statistics)
     check_privacy(loaded, statistics)
+    if holdout:
+        check_evidence(loaded, holdout)
     of_trials = (advice(loaded.pipeline.model_copy(update={"training": trial}), statistics)
                  for trial in loaded.pipeline.training.trials())
     for line in dict.fromkeys(itertools.chain.from_iterable(of_trials)):
         log.info("%s: advice: %s", loaded.path, line)
+
+
+def check_evidence(loaded: LoadedPipeline, holdout: Sequence[Mapping[str, Any]]) -> None:
+    """The held-out records can decide the rules of the gate; what difference they can show is said."""
+    evaluation = loaded.pipeline.evaluation
+    try:
+        gate.check_measurable(evaluation, holdout)
+    except UserError as error:
+        raise UserError(f"{loaded.path}: {error}") from None
+    clusters = len(set(gate.clusters_of(holdout, evaluation.clusters)))
+    gain = gate.detectable_gain(clusters, evaluation.confidence)
+    log.info("%s: evaluation: %d held-out records in %d clusters. With %g %% confidence they show, in 4 of 5 cases, a "
+             "true gain of %.2g in a score from 0 to 1, if gains vary by %g (standard deviation)", loaded.path,
+             len(holdout), clusters, evaluation.confidence * 100, gain, gate.SPREAD_OF_GAINS)
+    for key, rule in evaluation.rules():
+        if metric_of(key).population == "records" and rule.max_drop is not None and rule.max_drop < gain:
+            log.info("%s: advice: evaluation.gate.%s.max_drop: %g is nearer than %.2g, so that an adapter that is as "
+                     "good as the %s model may be undecided. Bring more held-out records", loaded.path, key,
+                     rule.max_drop, gain, rule.than)
+        if score_of(key).per_token and rule.than == "reference":
+            log.info("%s: advice: evaluation.gate.%s: models are compared by it only if their tokenizers are the same; "
+                     "bits_per_byte compares the reference model in any case", loaded.path, key)
 
 
 def check_objective(loaded: LoadedPipeline, shapes: Mapping[str, int]) -> None:
@@ -113,7 +143,7 @@ def check_tasks(loaded: LoadedPipeline) -> None:
     tasks.require_evidence(pipeline.evaluation, ((task, [each.record for each in placed])
                                                  for task, placed in here.values()))
     if here and pipeline.dataset.scheme == "file":
-        with tempfile.TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder:
             split.split(files_in(loaded.resolve(pipeline.dataset)), pipeline.dataset.holdout, Path(folder),
                         pipeline.dataset.validation)
             tasks.require_unseen(itertools.chain.from_iterable(placed for _, placed in here.values()), Path(folder))

@@ -55,6 +55,9 @@ EXAMPLES = [
     ("How can I reach you?", "Write to us, or come to our shop.", "train"),
     ("When do you open?", "We are open from nine to six, Monday to Saturday.", "holdout"),
     ("How do I contact you?", "Write to us, or come to our shop.", "holdout"),
+    # The gate needs 20 held-out answers that differ.
+    *((f"Where is your shop number {n}?", f"Our shop number {n} is at {n} Market Street.", "holdout")
+      for n in range(1, 25)),
 ]
 KUSTOMIZATION = """\
 # One adapter: its pipeline.yaml, and the data that is in git beside it. `python -m jobs new` makes such a folder.

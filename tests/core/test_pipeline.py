@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,21 @@ def test_what_is_wrong_is_named_with_its_key(tmp_path: Path, changes: dict[str, 
     assert message in str(raised.value)
     assert str(raised.value).startswith((f"{file}:", f"{file.with_name('environment.yaml')}:"))
     assert len(str(raised.value).splitlines()) <= 2, "one mistake, one line (a union may need two)"
+
+
+@pytest.mark.parametrize(("metric", "bound", "limit", "message"), [
+    ("rougeL", "min", 1.5, "1.5: fine-tuned is 0 to 1, so no adapter could pass"),
+    ("rougeL", "min_gain", 2, "2: fine-tuned - base is -1 to 1, so no adapter could pass"),
+    ("rougeL", "max_drop", 5, "5: base - fine-tuned is -1 to 1, so this would prove nothing"),
+    ("acceptability_mcc", "max_drop", -2.5, "-2.5: base - fine-tuned is -2 to 2, so no adapter could pass"),
+    ("acceptability_mcc", "min", -1.5, "-1.5: fine-tuned is -1 to 1, so this would prove nothing"),
+    ("perplexity", "max", 0.9, "0.9: fine-tuned is 1 to infinity, so no adapter could pass"),
+])
+def test_a_limit_that_no_value_or_every_value_reaches_is_refused(
+        tmp_path: Path, metric: str, bound: str, limit: float, message: str) -> None:
+    file = build_pipeline.write(tmp_path, **{f"evaluation__gate__{metric}": {bound: limit}})
+    with pytest.raises(UserError, match=re.escape(f"evaluation.gate.{metric}.{bound}: {message}")):
+        pipeline.load(file)
 
 
 def test_in_mode_merged_vllm_loads_no_adapter_so_its_rank_is_free(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def values(**rouge: list[float]) -> dict[str, dict[str, list[dict[str, Any]]]]:
 def undecided(**changes: Any) -> dict[str, Any]:
     """An evaluation of which the rule is undecided, with other fields of its check."""
     found = evaluation(0.9)
-    found["gate"][0] |= {"outcome": "undecided", "low": 0.8, "high": 0.95, "more_clusters": 1234} | changes
+    found["gate"][0] |= {"outcome": "undecided", "low": 0.8, "high": 0.95, "more_records": 1234} | changes
     return found | {"outcome": "undecided"}
 
 
@@ -265,7 +265,7 @@ def test_an_undecided_adapter_is_not_called_rejected_and_the_report_says_what_to
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
     for shown in (page, text, report.table(found)):
         assert "he data cannot decide 1 of 1 rule of the gate" in shown and "Rejected" not in shown
-        assert "about 1,234 more clusters of held-out records would decide it" in " ".join(shown.split())
+        assert "about 1,200 more held-out records would decide it" in " ".join(shown.split())
     for shown in (page, text):
         assert "Bring more held-out records (dataset.holdout), or demand less in evaluation.gate" in shown
         assert "? undecided" in shown
@@ -275,7 +275,7 @@ def test_an_undecided_adapter_is_not_called_rejected_and_the_report_says_what_to
 def test_what_to_bring_more_of_depends_on_what_the_rule_measures() -> None:
     found = undecided(metric="acceptability_mcc", bound="max_drop")
     assert "Bring more sentences (evaluation.acceptability), or" in content.next_step(found)
-    assert "about 1,234 more sentences would decide it" in " ".join(report.table(found).split())
+    assert "about 1,200 more sentences would decide it" in " ".join(report.table(found).split())
 
 
 def test_a_rejection_with_undecided_rules_says_both() -> None:
@@ -294,7 +294,7 @@ def test_a_rule_that_no_number_decided_is_shown_with_the_reason() -> None:
 
 
 def test_a_rule_without_a_bound_says_so() -> None:
-    found = undecided(low=None, high=None, more_clusters=None)
+    found = undecided(low=None, high=None, more_records=None)
     assert "      0.875, no bound with 95 % confidence: undecided" in report.table(found).splitlines()
     assert '<svg class="bullet"' in report_html.page(found, HISTORY, generations())
 

@@ -158,7 +158,7 @@ def test_the_gate_compares_a_task_by_its_own_clusters() -> None:
     assert gain.value == pytest.approx(40 / 60)
     assert (gain.outcome, own.outcome) == ("passed", "undecided")
     assert "tasks.city: fine-tuned - base is 0.667, at least" in gain.description
-    assert "more clusters of the task would decide it" in own.description
+    assert "more records of the task would decide it" in own.description
 
 
 def test_labels_have_an_interval_by_record() -> None:

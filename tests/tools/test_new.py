@@ -20,7 +20,7 @@ from jobs.tools import check, entries, new
 from jobs.tools.pods import CHECKOUT
 from tests import build_overlay, build_pipeline, manifests
 
-RECORDS = "".join(json.dumps({"prompt": f"question {n}", "completion": "answer"}) + "\n" for n in range(40))
+RECORDS = "".join(json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) + "\n" for n in range(300))
 
 
 @pytest.fixture

@@ -46,11 +46,11 @@ def test_of_few_adapters_each_rule_is_shown_with_the_scores_of_the_three_models(
 def test_of_an_undecided_adapter_the_rule_says_what_would_decide_it() -> None:
     result = evaluated("a")
     check = result.evaluation["gate"][0]
-    check |= {"outcome": "undecided", "limit": 0.26, "more_clusters": 12}
+    check |= {"outcome": "undecided", "limit": 0.26, "more_records": 12}
     shown = summary.verdicts([result])
     assert "undecided: the data cannot decide 1 of 1 rule of the gate" in shown
     assert "    ? perplexity: fine-tuned / base must be at most 0.26\n" in shown
-    assert "confidence; about 12 more clusters of held-out records would decide it" in " ".join(shown.split())
+    assert "confidence; about 12 more held-out records would decide it" in " ".join(shown.split())
 
 
 def test_of_many_adapters_each_has_a_line_and_only_rules_that_do_not_hold_are_shown() -> None:

@@ -3,13 +3,18 @@
 Linguistic acceptability on a CoLA-like set of judged sentences (Warstadt et al. 2019, Neural Network Acceptability
 Judgments). A language model classifies them with no training for it: a sentence's score is its mean token
 log-probability (Lau et al. 2017, Grammaticality, Acceptability, and Probability, "Mean LP"), and it is called
-acceptable from a threshold up. Each half of the sentences is judged by the threshold that is best on the other half
-(cross-fitting), so that no sentence takes part in choosing the threshold by which it is judged.
+acceptable from a threshold up: the one that accepts as many sentences as are acceptable, of the other half of the
+sentences (cross-fitting). So no sentence takes part in choosing the threshold by which it is judged.
+
+The threshold with the highest correlation would be the usual choice. It depends on a few sentences, so that another
+sample may have quite another one: in simulations the difference of two models then varied by a third more, its interval
+held in 90 % of cases instead of 95 %, and the correlation was no higher.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,12 +63,12 @@ class Acceptance:
         if not np.isfinite(self.scores).all():  # comparisons with NaN would give classes without an error
             return np.full(len(counts), np.nan), np.full(counts.shape, np.nan)
         weights = self.clusters.of_rows(counts)
-        accepted = self.scores >= np.where(self.half, *(
-            thresholds(self.scores[chosen], self.acceptable[chosen], weights[:, chosen])[:, None]
-            for chosen in (~self.half, self.half)))
-        cells = [accepted & self.acceptable, accepted & ~self.acceptable, ~accepted & self.acceptable,
-                 ~accepted & ~self.acceptable]
-        tp, fp, fn, tn = (np.einsum("dr,dr->d", weights, cell) for cell in cells)
+        chosen = [thresholds(self.scores[rows], self.acceptable[rows], weights[:, rows])[:, None]
+                  for rows in (~self.half, self.half)]
+        accepted = self.scores >= np.where(self.half, *chosen)
+        kept = np.where(accepted, weights, 0)
+        tp, fp = kept @ self.acceptable, kept @ ~self.acceptable
+        fn, tn = weights @ self.acceptable - tp, weights @ ~self.acceptable - fp
         if self.correlation:
             values, slopes = matthews(tp, fp, fn, tn), matthews_slopes(tp, fp, fn, tn)
         else:
@@ -71,7 +76,8 @@ class Acceptance:
             values = (tp + tn) / total
             right, wrong = (1 - values) / total, -values / total
             slopes = [right, wrong, wrong, right]
-        of_rows = np.select(cells, [slope[:, None] for slope in slopes])
+        of_tp, of_fp, of_fn, of_tn = (slope[:, None] for slope in slopes)
+        of_rows = np.where(self.acceptable, np.where(accepted, of_tp, of_fn), np.where(accepted, of_fp, of_tn))
         return values, self.clusters.of_clusters(of_rows)
 
 
@@ -94,9 +100,8 @@ def halves(texts: list[str], acceptable: list[bool]) -> np.ndarray:
 
 
 def thresholds(scores: Array, acceptable: np.ndarray, weights: Array) -> Array:
-    """The threshold with the highest Matthews correlation; of equals the most accurate, then the lowest.
-
-    Candidates lie midway between neighbouring scores (and at the lowest score, which accepts everything).
+    """The threshold that accepts as many of these sentences as are acceptable: a quantile of their scores, midway where
+    it lies between two.
 
     Args:
         scores: of each sentence, (sentences,).
@@ -104,16 +109,12 @@ def thresholds(scores: Array, acceptable: np.ndarray, weights: Array) -> Array:
     Returns:
         a threshold for each draw, (draws,).
     """
-    order = np.argsort(scores, kind="stable")
-    scores, acceptable, weights = scores[order], acceptable[order], weights[:, order]
-    good, bad = weights * acceptable, weights * ~acceptable
-    fn, tn = (np.cumsum(each, axis=1) - each for each in (good, bad))  # of what is below candidate i
-    tp, fp = good.sum(axis=1, keepdims=True) - fn, bad.sum(axis=1, keepdims=True) - tn
-    candidates = np.concatenate([scores[:1], (scores[:-1] + scores[1:]) / 2])
-    possible = np.concatenate([[True], scores[1:] > scores[:-1]])  # a threshold cannot separate equal scores
-    correlations = np.where(possible, matthews(tp, fp, fn, tn), -np.inf)
-    best = correlations == correlations.max(axis=1, keepdims=True)
-    chosen: Array = candidates[np.argmax(np.where(best, tp + tn, -1), axis=1)]
+    order = np.argsort(scores)
+    ordered, sums = np.append(scores[order], math.inf), np.cumsum(weights[:, order], axis=1)
+    rejected = (weights @ ~acceptable)[:, None]
+    # The places of the lowest score above the quantile, and of the highest up to it. Weights are whole numbers.
+    above, upto = ((sums < rejected + half).sum(axis=1) for half in (0.5, -0.5))
+    chosen: Array = (ordered[above] + ordered[np.where(rejected[:, 0] > 0, upto, above)]) / 2
     return chosen
 
 
