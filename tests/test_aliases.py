@@ -151,7 +151,7 @@ def test_an_unfit_adapter_is_never_given_to_vllm_and_refused_once(
 
 
 @pytest.mark.parametrize(("trait", "reason"), [
-    ("ineffective", "no effect"), ("broken", "values"), ("unloadable", "load")])
+    ("ineffective", "proof"), ("broken", "values"), ("unloadable", "load")])
 def test_an_adapter_that_fails_its_proof_is_unloaded_and_the_one_before_keeps_serving(
         world: World, trait: str, reason: str, caplog: pytest.LogCaptureFixture) -> None:
     old, old_plan = world.write()
@@ -171,7 +171,7 @@ def test_a_refused_first_adapter_leaves_a_503_that_says_so_and_never_the_base(wo
     pipeline, planned = world.write()
     world.vllm.ineffective.add(world.model(planned))
     build_adapter.promote(world.volumes, pipeline)
-    until(lambda: "refused: no effect" in world.ask().text)
+    until(lambda: "refused: proof" in world.ask().text)
     assert world.ask().status_code == 503
     assert not world.vllm.asked
 
@@ -681,7 +681,7 @@ def test_the_first_look_is_done_when_an_adapter_is_refused_and_does_not_wait_for
     monkeypatch.setattr(verification, "copy_verified", fails)
     for world in start(tmp_path, monkeypatch, prepare=prepare):
         until(world.looked)
-        assert "refused: no effect" in world.ask().text
+        assert "refused: proof" in world.ask().text
         assert "tries again" in world.ask("granada-hotels").text
 
 

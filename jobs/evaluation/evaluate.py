@@ -27,11 +27,12 @@ from jobs.core.layout import TENSORBOARD
 from jobs.core.metrics import Population
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
+from jobs.core.proof import FILE as PROOF
 from jobs.core.search import FILE as SEARCH
 from jobs.core.termination import write_termination_message
 from jobs.data import encoded
 from jobs.data.split import HOLDOUT
-from jobs.evaluation import content, gate, report, scoring
+from jobs.evaluation import content, gate, proof, report, scoring
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,7 +104,7 @@ def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, ma
         artifacts.publish(wanted.base_scores, volumes,
                           _scores(adapted, tokenizer, material, pipeline.environment.base_model.name),
                           keep=_keep(pipeline), adapter_name=pipeline.adapter)
-    artifacts.publish(wanted.adapter_scores, volumes, _scores(adapted, tokenizer, material, name),
+    artifacts.publish(wanted.adapter_scores, volumes, _scores(adapted, tokenizer, material, name, prove=True),
                       keep=_keep(pipeline), adapter_name=pipeline.adapter)
 
 
@@ -136,6 +137,8 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
         (draft / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         _write_jsonl(draft / "clusters.jsonl", [{"line": line, "cluster": [*cluster]}
                                                 for line, cluster in enumerate(clusters, 1)])
+        if (folders["fine_tuned"] / PROOF).exists():  # the server reads nothing but the evaluation
+            shutil.copyfile(folders["fine_tuned"] / PROOF, draft / PROOF)
         report.write(draft, evaluation, training["history"], generations)
         return {"passed": evaluation["passed"]}
 
@@ -248,9 +251,13 @@ def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[PreTrainedModel, 
     return model, tokenizer
 
 
-def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, material: scoring.Material,
-            name: str) -> Callable[[Path], dict[str, Any]]:
-    """What `artifacts.publish` calls to fill a scores artifact; it measures only if that was not done yet."""
+def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, material: scoring.Material, name: str, *,
+            prove: bool = False) -> Callable[[Path], dict[str, Any]]:
+    """What `artifacts.publish` calls to fill a scores artifact; it measures only if that was not done yet.
+
+    Args:
+        prove: whether the model will be served: record the answers by which the server knows it.
+    """
     def write(draft: Path) -> dict[str, Any]:
         measured = scoring.measure(model, tokenizer, material, name)
         (draft / "scores.json").write_text(
@@ -258,6 +265,8 @@ def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, material: scoring.Ma
         _write_jsonl(draft / "generations.jsonl", measured.generations)
         for population, rows in measured.values.items():
             _write_jsonl(draft / f"{population}.jsonl", rows)
+        if prove and (found := proof.record(model, tokenizer, material)):
+            (draft / PROOF).write_text(found.to_json(), encoding="utf-8")
         return {"model": name}
 
     return write

@@ -99,7 +99,7 @@ def test_the_evaluation_says_what_was_measured_on_what_and_why_it_passed(folder:
     wanted = plan(loaded.pipeline)
     artifact = artifacts.read(wanted.evaluation.path(volumes))
     assert {f["path"] for f in artifact.manifest["files"]} == {
-        "evaluation.json", "clusters.jsonl", "report.md", "report.html"}
+        "evaluation.json", "clusters.jsonl", "proof.json", "report.md", "report.html"}
     evaluation = read(artifact.path / "evaluation.json")
     assert evaluation["passed"] is True and evaluation["embedded"] is False
     assert evaluation["adapter"] == {"name": "hotels", "digest": wanted.adapter.digest}
