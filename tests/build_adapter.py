@@ -129,6 +129,14 @@ def _written(r: int, seed: int, alpha: float, layers: tuple[str, ...]) -> Path:
     return folder
 
 
+def double_scale(folder: Path) -> None:
+    """Let an adapter change twice as much as it did. (Its config is compared with the pipeline file.)"""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    save_file({key: 2 * value if "lora_B" in key else value for key, value in load_file(file).items()}, file)
+
+
 # By what they were made of: to compute one takes as long as many a test.
 _proofs: dict[str, Proof] = {}
 
@@ -181,15 +189,16 @@ def evaluation(volumes: Path, desired: Pipeline, *, passed: object = True, recip
 
 
 def promote(volumes: Path, desired: Pipeline, change: Callable[[Path], object] | None = None,
-            **evaluated: Any) -> Path:
+            evaluation_change: Callable[[Path], object] | None = None, **evaluated: Any) -> Path:
     """What a training and a passed evaluation do together: adapter, evaluation, promotion. Returns the adapter.
 
     Args:
+        evaluation_change: has its way with the files of the evaluation.
         evaluated: as in `evaluation`.
     """
     planned = plan(desired)
     path = adapter(volumes, desired, change)
-    found = evaluation(volumes, desired, **evaluated)
+    found = evaluation(volumes, desired, change=evaluation_change, **evaluated)
     promotion.promote(volumes / FINE_TUNED_VOLUME, desired.adapter, planned.adapter.digest, found.name)
     return path
 
