@@ -161,6 +161,14 @@ def proof_of(adapter: Path, base: Path, tokenizer: Path, template: Mapping[str, 
     return _proofs[key]
 
 
+def prove(volumes: Path, desired: Pipeline, adapter: Path | None = None) -> Proof:
+    """The proof of the adapter that the pipeline desires, or of another one, on what is published."""
+    planned = plan(desired)
+    base, tokenizer = (published if published.exists() else models() / name for name, published in (
+        ("base", planned.base_model.path(volumes)), ("tokenizer", planned.tokenizer.path(volumes))))
+    return proof_of(adapter or _desired(desired), base, tokenizer, desired.environment.chat_template)
+
+
 def evaluation(volumes: Path, desired: Pipeline, *, passed: object = True, recipe: int | None = None,
                change: Callable[[Path], object] | None = None, proven: Path | None = None) -> Path:
     """Publish the evaluation that the pipeline desires, with a verdict, after `change` had its way with the files.
@@ -173,15 +181,12 @@ def evaluation(volumes: Path, desired: Pipeline, *, passed: object = True, recip
     if recipe:
         spec = {**planned.evaluation.spec, "recipe": recipe}
         planned = dataclasses.replace(planned, evaluation=dataclasses.replace(planned.evaluation, spec=spec))
-    folders = [published if published.exists() else models() / name for name, published in (
-        ("base", planned.base_model.path(volumes)), ("tokenizer", planned.tokenizer.path(volumes)))]
     verdict = {"passed": passed, "adapter": {"name": desired.adapter, "digest": planned.adapter.digest}}
 
     def write(draft: Path) -> None:
         (draft / "evaluation.json").write_text(json.dumps(verdict))
         if not recipe:
-            found = proof_of(proven or _desired(desired), *folders, template=desired.environment.chat_template)
-            (draft / FILE).write_text(found.to_json())
+            (draft / FILE).write_text(prove(volumes, desired, proven).to_json())
         if change:
             change(draft)
 
