@@ -22,8 +22,8 @@ from jobs.core.proof import ROUNDING, Answer, Prompt, Proof
 from serving.engine import Engine, Generated
 from serving.refusal import Refused
 
-# How far a log-probability may be from the evaluation's, in roundings (see `derived_tolerance`), and at least: nobody
-# can notice a probability that differs by a thousandth of itself.
+# How far a log-probability may be from the evaluation's (see `derived_tolerance`), in units of a typical error, and at
+# least: nobody can notice a probability that differs by a thousandth of itself.
 ROUNDINGS = 2.0
 LEAST = 1e-3
 # The root mean square of all differences may be so much of what a single one may be. Roundings differ as if by chance,

@@ -27,7 +27,7 @@ TEXT = ["The best hotel in Seville is the one with the orange trees.", "What is 
 TEMPLATE = ("{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 # An answered question, a conversation and a text, which has no messages.
-HELD_OUT = [{"prompt": "What is the best hotel?", "completion": "The one with the orange trees."},
+HELD_OUT: list[dict[str, Any]] = [{"prompt": "What is the best hotel?", "completion": "The one with the orange trees."},
             {"messages": [{"role": "user", "content": "Answer it."}, {"role": "assistant", "content": "No."},
                           {"role": "user", "content": "Is it the best?"}, {"role": "assistant", "content": "Yes."}]},
             {"text": "The best hotel in Seville is the one with the orange trees."}]

@@ -236,6 +236,13 @@ def test_a_proof_that_is_too_long_for_this_server_is_no_refusal(world: World, ca
     assert "no prompt of its proof fits into --max-model-len" in caplog.text
 
 
+def test_an_operator_may_allow_more_than_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for world in start(tmp_path, monkeypatch, proof_tolerance=100.0):
+        pipeline, planned = world.write(training__seed=1)
+        build_adapter.promote(world.volumes, pipeline, build_adapter.double_scale)
+        assert until(world.served) == world.model(planned)
+
+
 def damaged(folder: Path) -> None:
     (folder / "proof.json").write_bytes(b'{"prompts": "secret \xff"}')
 

@@ -61,7 +61,7 @@ def test_it_holds_the_greedy_answers_of_the_model_and_of_its_base(tmp_path: Path
         assert_greedy(model, tokenizer, found, found.base_answers)
     assert found.answers != found.base_answers
     for prompt in found.prompts:
-        record = [*QUESTIONS, *build_adapter.HELD_OUT][prompt.record - 1]
+        record: Any = [*QUESTIONS, *build_adapter.HELD_OUT][prompt.record - 1]
         assert prompt.tokens == encode(tokenizer, record)[-1].prompt
         assert prompt.messages and prompt.messages[-1].content == record["prompt"]
 
