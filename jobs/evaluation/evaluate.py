@@ -28,6 +28,7 @@ from jobs.core.layout import TENSORBOARD
 from jobs.core.metrics import score_of
 from jobs.core.pipeline import LoadedPipeline, Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
+from jobs.core.proof import FILE as PROOF
 from jobs.core.search import FILE as SEARCH
 from jobs.core.termination import write_termination_message
 from jobs.data import tasks
@@ -146,7 +147,7 @@ def scored_models(pipeline: Pipeline, wanted: Plan, volumes: Path, other: Promot
                        encoded=wanted.encoded_dataset.path(volumes) / f"{HOLDOUT}.arrow",
                        inputs=[*data, wanted.base_model])
     tuned = dataclasses.replace(base, name=f"{pipeline.adapter}@{wanted.adapter.digest}", scores=wanted.adapter_scores,
-                                base_scores=wanted.base_scores.path(volumes))
+                                prove=True, base_scores=wanted.base_scores.path(volumes))
     if environment.serving.mode == "merged":
         tuned = dataclasses.replace(tuned, model=wanted.merged_model.path(volumes), inputs=[*data, wanted.merged_model])
     else:
@@ -211,6 +212,9 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path, comparison: Compar
         (draft / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         scores.write_jsonl(draft / "clusters.jsonl", [{"line": line, "cluster": [*cluster]}
                                                       for line, cluster in enumerate(clusters, 1)])
+        proof = wanted.adapter_scores.path(volumes) / PROOF
+        if proof.exists():  # the server reads nothing but the evaluation
+            shutil.copyfile(proof, draft / PROOF)
         report.write(draft, evaluation, training["history"], generations, values,
                      answers=pipeline.evaluation.report_answers)
         return {"passed": evaluation["passed"]}

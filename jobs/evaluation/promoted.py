@@ -111,7 +111,7 @@ def find(pipeline: Pipeline, wanted: Plan, volumes: Path, digest: str) -> Promot
         name, scores, model, tokenizer_folder, adapter=None if is_merged else folder, template=template,
         encoded=wanted.encoded_dataset.path(volumes) / f"{HOLDOUT}.arrow" if encoded else None,
         inputs=[*awaited, *([wanted.encoded_dataset] if encoded else [])], private=private,
-        base_scores=wanted.base_scores.path(volumes)))
+        base_scores=wanted.base_scores.path(volumes), prove=True))
 
 
 def _read(artifact: Path, name: str, advice: str) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
 """The scores artifacts: which model each is of, measuring those that are missing, and their files.
 
 A scores artifact keeps what one model was measured as on one dataset: `scores.json`, the values of each record and
-sentence (`records.jsonl`, `sentences.jsonl`) and the answers (`generations.jsonl`). Models that share their weights
+sentence (`records.jsonl`, `sentences.jsonl`), the answers (`generations.jsonl`) and, of a model that may be served, its
+proof (`proof.json`). Models that share their weights
 are measured with one load: the base model alone, then with each adapter.
 """
 
@@ -21,8 +22,9 @@ from jobs.core import artifacts, models
 from jobs.core.artifacts import Spec
 from jobs.core.imports import fast_imports
 from jobs.core.metrics import PRIVACY
+from jobs.core.proof import FILE as PROOF
 from jobs.data import encoded
-from jobs.evaluation import scoring
+from jobs.evaluation import proof, scoring
 from jobs.evaluation.scoring import Material, Measured
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class ScoredModel:
     inputs: Sequence[Spec] = ()  # what must be there before it can be measured
     private: bool = False  # privacy is measured of it, if of any
     base_scores: Path | None = None  # with which its privacy is compared; None for a base model itself
+    prove: bool = False  # it may be served: keep the answers by which the server knows it
 
     def vocabulary(self, volumes: Path) -> str:
         """The digest of its tokens (`scoring.vocabulary`), from its scores if they are there."""
@@ -100,6 +103,8 @@ def _fill(scored: ScoredModel, model: Any, tokenizer: PreTrainedTokenizerBase, m
         measured = dataclasses.replace(measured, values={**measured.values, **values},
                                        summary={**measured.summary, **scoring.scores_of(values, [PRIVACY])})
     write(draft, measured)
+    if scored.prove and (found := proof.record(model, tokenizer, material)):
+        (draft / PROOF).write_text(found.to_json(), encoding="utf-8")
     return {"model": scored.name}
 
 
