@@ -327,7 +327,7 @@ KEYS = {
     "evaluation.privacy.verbatim_tokens": Key({"base_scores"} | EVALUATIONS, st.integers(1, 100)),
     "evaluation.gate": Key({"evaluation"}, st.builds(
         lambda bound, limit, than: {"perplexity": {bound: limit, **({"than": than} if bound == "max_ratio" else {})}},
-        st.sampled_from(["max", "max_ratio"]), st.floats(0.001, 100), st.sampled_from(["base", "promoted"]))),
+        st.sampled_from(["max", "max_ratio"]), st.floats(1.5, 100), st.sampled_from(["base", "promoted"]))),
     "evaluation.report_answers": Key({"evaluation"}, st.booleans()),
     "serving.mode": Key(EVALUATIONS, st.sampled_from(["lora", "merged"])),
     "serving.max_lora_rank": Key(set(), st.sampled_from(SERVABLE_RANKS[2:])),
