@@ -86,7 +86,7 @@ def promote(setting: Setting, number: int, seed: int, **changes: Any) -> str:
                                               **changes)
     artifacts.publish(planned.adapter, setting.volumes, lambda draft: build_adapter.write_adapter(
         draft, r=pipeline.training.lora.r, seed=seed % WEIGHTS, alpha=pipeline.training.lora.alpha), keep=9999)
-    build_adapter.evaluation(setting.volumes, pipeline)
+    build_adapter.evaluation(setting.volumes, pipeline, proven=planned.adapter.path(setting.volumes))
     promotion.promote(setting.volumes / FINE_TUNED_VOLUME, pipeline.adapter, planned.adapter.digest,
                       planned.evaluation.digest)
     return f"{pipeline.adapter}@{planned.adapter.digest}"

@@ -360,6 +360,7 @@ async def _swap(setting: Setting, server: Server, seed: int, pause: float) -> fl
 
     pipeline, planned = build_adapter.declare(setting.pipelines, training__seed=seed)  # the commit that desires it
     await asyncio.to_thread(build_adapter.adapter, setting.volumes, pipeline)  # in case that retention removed it
+    await asyncio.to_thread(build_adapter.prove, setting.volumes, pipeline)  # what an evaluation did hours ago
     await asyncio.sleep(pause)
 
     def promote() -> None:

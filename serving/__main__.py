@@ -61,6 +61,7 @@ TAKEN = {
     "--root-path": "the guard allows exact paths only; strip the prefix in the proxy",
     "--api-server-count": "adapters are loaded by one API server process",
     "--config": "name the flags themselves",
+    "--logprobs-mode": "the proof of an adapter compares log-probabilities",
     "--default-chat-template-kwargs": "set chat_template in environment.yaml; adapters are trained with it",
     "--chat-template": "adapters are trained with the template of the tokenizer; name another one under `tokenizer`",
 }
@@ -94,6 +95,9 @@ def parser() -> argparse.ArgumentParser:
                 whole=True, otherwise="a quarter of the container's limit")
     _add_number(top, "--max-sequences", None, "N", "maximum number of sequences (n for each prompt) of one request",
                 least=1, whole=True, otherwise="a quarter of vLLM's --max-num-seqs")
+    _add_number(top, "--proof-tolerance", None, "NATS", "how far a token's log-probability may be from the "
+                "evaluation's when an adapter is loaded; raise it to serve with another quantization than was "
+                "evaluated", least=0, otherwise="derived from the precision")
     _add_number(top, "--restart-slot-seconds", 0, "S", "for several replicas: the duration of a restart. Each replica "
                 "restarts only in its own time slot; 0: at once", least=0)
     top.add_argument("--host", default="0.0.0.0", help="the address to listen on (default: %(default)s)")  # noqa: S104
@@ -198,6 +202,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> None:
                     adapter_memory=args.adapter_memory * 2**20 if args.adapter_memory else room.memory(),
                     drain_seconds=args.drain_seconds,
                     restart_slot_seconds=args.restart_slot_seconds, max_sequences=args.max_sequences,
+                    proof_tolerance=args.proof_tolerance,
                     body_seconds=args.body_seconds, body_memory=args.body_memory * 2**20,
                     hang_seconds=args.hang_seconds, private_folder=str(private_folder(args.port)))
     if served.mode == "merged":

@@ -1,7 +1,7 @@
 """The aliases: which adapter version is served under which name. Swaps do not fail or mix a request.
 
 vLLM knows an adapter as NAME@DIGEST; clients send NAME. A task reads the pipeline files and the promotions twice a
-second. A new version is verified, loaded beside the old one and probed; then the alias switches, between two requests.
+second. A new version is verified, loaded beside the old one and proven; then the alias switches, between two requests.
 Requests in progress finish on the version they began with; the old version is unloaded after the last of them. If any
 step fails, the old version stays in service. The base model never answers for an alias. A change that a running server
 cannot follow, such as another base model, needs a restart (serving/base.py).
@@ -27,7 +27,7 @@ from starlette.types import ASGIApp
 from jobs.core import promotion
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME
-from serving import base, candidates, cpu_shield, events, lora, untrusted, verification
+from serving import base, candidates, cpu_shield, events, lora, proof, untrusted, verification
 from serving.candidates import Candidate
 from serving.engine import Engine
 from serving.files import ENVIRONMENT, Declared, Files
@@ -376,7 +376,7 @@ class Aliases:
         return max(0.0, time.time() - since) if since >= self._started else None
 
     async def _prepare(self, name: str, candidate: Candidate) -> Version:
-        """The candidate's version in vLLM. If it is not loaded yet: check the gate, verify, load and probe it."""
+        """The candidate's version in vLLM. If it is not loaded yet: check the gate, verify, load and prove it."""
         try:
             evaluation, folder = self._folders(candidate)
         except Refused as refused:
@@ -390,7 +390,8 @@ class Aliases:
             if not loaded.removing:
                 return loaded
             await self._unload(loaded)  # the first attempt to remove it failed; vLLM can load it after this one
-        await self._unless_refused(name, f"adapter {version.model}", [folder], partial(self._admit, version))
+        await self._unless_refused(name, f"adapter {version.model} of evaluation {candidate.evaluation}",
+                                   [folder, evaluation], partial(self._admit, version, evaluation))
         return version
 
     def _folders(self, candidate: Candidate) -> tuple[Path, Path]:
@@ -429,19 +430,25 @@ class Aliases:
         self._refusals.pop(what, None)
         self._logged.pop(what, None)
 
-    async def _admit(self, version: Version) -> None:
-        """Verify a version, load it into vLLM and probe it. If a step fails, the version is removed again."""
+    async def _admit(self, version: Version, evaluation: Path) -> None:
+        """Verify a version, load it into vLLM and prove it. If a step fails, the version is removed again."""
         if version.name in self.current:
             self.current[version.name].why = "its adapter is being verified and loaded"
+        version.proof = await asyncio.to_thread(verification.read_proof, evaluation)
         version.folder = await asyncio.to_thread(verification.copy_verified, version.name, version.digest, self.served,
                                                  self._base_modules)
         version.size = (version.folder / lora.WEIGHTS).stat().st_size
+        neighbour = asyncio.create_task(self._prove_neighbour())
         try:
             async with self.residency.request(version, client=False):
-                await self._probe(version)
+                await self._prove(version)
+            await neighbour
         except Exception:
             await self._remove(version)
             raise
+        finally:
+            neighbour.cancel()
+            await asyncio.gather(neighbour, return_exceptions=True)
         self._loaded[version.model] = version
 
     async def _prepare_base(self) -> None:
@@ -457,6 +464,49 @@ class Aliases:
         if self._modules is None:
             self._modules = lora.linear_modules(Path(self.served.base_folder))
         return self._modules
+
+    async def _prove(self, version: Version) -> None:
+        """Raise `Refused` unless vLLM answers with the version, and beside it with the base model, as was evaluated.
+
+        Raises:
+            RuntimeError: when vLLM does not answer, which is no fault of the adapter.
+        """
+        claims = self._claims(version)
+        if not claims:
+            why = ("no prompt of its proof fits into --max-model-len" if version.proof else
+                   "it was evaluated before evaluations had a proof")
+            self._log_change(f"proof of {version.model}",
+                             f"{version.model}: {why}; the server only checks that its probabilities make sense")
+            await self._probe(version)
+            return
+        # vLLM answers with an internal error where a probability is not a finite number, except in a stream.
+        for result in await asyncio.gather(self.engine.logprobs(version.model), proof.check(self.engine, claims),
+                                           return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
+
+    def _claims(self, version: Version) -> list[proof.Claim]:
+        if version.proof is None:
+            return []
+        base_model = None if self.served.merged else self.base.model if self.base else self.served.base_name
+        return proof.claims(version.proof, version.model, base_model, self.engine, self.served.proof_tolerance)
+
+    async def _prove_neighbour(self) -> None:
+        """Prove an adapter that is served, while another one is loaded. Does nothing if none has a slot.
+
+        Raises:
+            Refused: it answers otherwise than it was evaluated.
+            RuntimeError: vLLM does not answer.
+        """
+        version = next((v for v in self.residency.neighbours() if v.proof and not v.removing), None)
+        if version is None or self.residency.slots < 2:
+            return
+        async with self.residency.request(version, client=False):
+            try:
+                await proof.check(self.engine, [claim.as_tokens() for claim in self._claims(version)[:1]])
+            except Refused as refused:
+                raise Refused(refused.reason, f"while it was loaded, another adapter answered otherwise: {refused}"
+                              ) from None
 
     async def _probe(self, version: Version) -> None:
         """Raise `Refused` unless the version's probabilities are finite and differ from the base model's.

@@ -210,6 +210,7 @@ def _passes(name: str, candidate: Candidate, volumes: Path, signatures: object) 
     try:
         untrusted.read_artifact(candidates.adapter_folder(candidate.adapter, volumes), "adapter")
         verification.check_gate(candidate, name, volumes)
+        verification.read_proof(candidates.evaluation_folder(candidate.evaluation, volumes))
     except Refused as error:
         log.warning("%s@%s cannot be served: %s", name, candidate.adapter, error)
         return False

@@ -14,18 +14,30 @@ import asyncio
 import json
 import math
 import os
+import secrets
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 from starlette.types import ASGIApp
 
+from jobs.core.proof import Prompt
 from serving.refusal import Refused
 
 CALL_SECONDS = 300.0  # for one call of vLLM; a probe waits behind clients' requests
 PROBE_PROMPT = "Question: What is this about? Answer:"
 
 Logprobs = dict[tuple[int, str], float]  # by position and token
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A greedy answer: the prompt's tokens, its own, and their log-probabilities."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
 
 
 class Engine:
@@ -122,6 +134,56 @@ class Engine:
             raise RuntimeError(f"vLLM does not answer the probe of {model} ({error!r}): {reply[:500]}") from None
         if not finite:
             raise Refused("values", "vLLM cannot compute finite probabilities with it")
+        return found
+
+    @property
+    def precision(self) -> str:
+        """The type in which the engine computes, by torch's name."""
+        config = self._state.engine_client.vllm_config
+        dtype = str(config.model_config.dtype).removeprefix("torch.")
+        # On a GPU, vLLM's kernels multiply float32 as TF32, whose 11 bits are those of float16.
+        return "float16" if dtype == "float32" and config.device_config.device_type != "cpu" else dtype
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a prompt and its answer together (--max-model-len)."""
+        return int(self._state.engine_client.vllm_config.model_config.max_model_len)
+
+    async def generate(self, model: str, prompt: Prompt, tokens: int) -> Generated:
+        """The greedy answer to a prompt, of at most so many tokens: by the chat endpoint if the prompt has messages.
+
+        Raises:
+            Refused: with reason `proof`, when vLLM finds fault with the request.
+            RuntimeError: for any other answer, for example if vLLM is overloaded; a later attempt may succeed.
+        """
+        # All that can change the choice of a token: the base model's generation_config.json has other defaults. Salted:
+        # nothing is taken from the cache of prefixes, which an adapter of the same name may have filled.
+        body = {"model": model, "max_tokens": tokens, "temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0,
+                "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "return_token_ids": True,
+                "cache_salt": secrets.token_hex(16)}
+        if prompt.messages:
+            status, reply = await self._post("/v1/chat/completions", {
+                **body, "messages": [message.model_dump() for message in prompt.messages], "logprobs": True,
+                "top_logprobs": 0})
+        else:
+            status, reply = await self._post("/v1/completions", {**body, "prompt": prompt.tokens, "logprobs": 0})
+        if status == 400:  # without its words, which may repeat the prompt
+            raise Refused("proof", "vLLM rejects the prompt")
+        try:
+            if status != 200:
+                raise ValueError(f"status {status}")
+            answered = json.loads(reply)
+            choice = answered["choices"][0]
+            logprobs = choice["logprobs"]
+            values = [each["logprob"] for each in logprobs["content"]] if prompt.messages else \
+                logprobs["token_logprobs"]
+            found = Generated((answered if prompt.messages else choice)["prompt_token_ids"], choice["token_ids"],
+                              [float(value) for value in values])
+            if len(found.tokens) != len(found.logprobs) or not isinstance(found.prompt, list):
+                raise ValueError("incomplete")
+        except (ValueError, LookupError, TypeError) as error:
+            # Without the reply, which may hold private text.
+            raise RuntimeError(f"vLLM does not answer a prompt of the proof of {model} ({error!r})") from None
         return found
 
     async def _post(self, path: str, body: dict[str, Any]) -> tuple[int, str]:

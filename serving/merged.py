@@ -26,12 +26,14 @@ from serving import candidates, events, untrusted, verification
 from serving.aliases import Alias, Aliases, Version
 from serving.candidates import Candidate
 from serving.files import Declared
-from serving.refusal import NotYet, Refused
+from serving.refusal import NotYet, Reason, Refused
 from serving.served import Served
 
 log = logging.getLogger("serving")
 
 SUFFIXES = (".safetensors", ".json")
+UNFIT = "with it, vLLM did not answer as was evaluated"
+UNFIT_REASONS: tuple[Reason, ...] = ("values", "proof")  # what the model in vLLM can be refused for
 
 
 def choose(declared: Declared, served: Served) -> Served:
@@ -40,14 +42,15 @@ def choose(declared: Declared, served: Served) -> Served:
     unfit = _unfit(served)
     for name, pipeline in declared.adapters.items():
         for candidate in candidates.in_order(name, pipeline, volumes):
-            if f"{name}@{candidate.adapter}" in unfit:
-                log.warning("%s@%s: it gave probabilities that are not finite", name, candidate.adapter)
+            if reason := unfit.get(f"{name}@{candidate.adapter}"):
+                log.warning("%s@%s: %s (%s)", name, candidate.adapter, UNFIT, reason)
                 continue
             try:
                 evaluation = candidates.evaluation_folder(candidate.evaluation, volumes)
                 for folder in (evaluation, folder_of(candidate.adapter, served)):
                     untrusted.signature(folder)  # raises NotYet if it is not there
                 verification.check_gate(candidate, name, volumes)
+                verification.read_proof(evaluation)
                 verify(candidate.adapter, served)
             except (NotYet, Refused) as reason:
                 log.warning("%s@%s: %s", name, candidate.adapter, reason)
@@ -55,12 +58,12 @@ def choose(declared: Declared, served: Served) -> Served:
             if len(declared.adapters) > 1:
                 log.warning("in mode merged one adapter runs: %s, the first by name that can be served. These wait: %s",
                             name, ", ".join(each for each in declared.adapters if each != name))
-            return replace(served, merged=f"{name}@{candidate.adapter}")
+            return replace(served, merged=f"{name}@{candidate.adapter}", evaluation=candidate.evaluation)
     return served
 
 
 def _unfit_file(served: Served) -> Path:
-    """A list, kept across restarts, of the merged models that gave probabilities that are not finite.
+    """A list, kept across restarts, of the merged models that failed their proof in vLLM, each with the reason.
 
     Without it the server would restart in a loop, with the previous model and then with the unfit one, which passes the
     checks of its files. The list is in the pod's temporary folder, so a new pod tries the model once more.
@@ -69,21 +72,23 @@ def _unfit_file(served: Served) -> Path:
     return folder.with_name(f"{folder.name}.unfit")
 
 
-def _unfit(served: Served) -> set[str]:
+def _unfit(served: Served) -> dict[str, Reason]:
     file = _unfit_file(served)
     try:
         with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as stream:  # noqa: PTH123
             ours = os.fstat(stream.fileno()).st_uid == os.getuid()  # other users can write to a temporary folder
-            return set(stream.read(2**20).split("\n")) if ours else set()
+            lines = stream.read(2**20).split("\n") if ours else []
     except (OSError, ValueError):
-        return set()
+        return {}
+    return {line.partition(" ")[0]: next((each for each in UNFIT_REASONS if each == line.partition(" ")[2]), "proof")
+            for line in lines if line}
 
 
-def _remember_unfit(served: Served, model: str) -> None:
+def _remember_unfit(served: Served, model: str, reason: Reason) -> None:
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         with open(os.open(_unfit_file(served), flags, 0o600), "a", encoding="utf-8") as stream:  # noqa: PTH123
-            stream.write(f"{model}\n")
+            stream.write(f"{model} {reason}\n")
     except OSError as error:
         log.warning("cannot remember that %s is unfit: %s", model, error)
 
@@ -151,21 +156,27 @@ class MergedAliases(Aliases):
         super().__init__(served, vllm, restart)
         self._verified: set[str] = set()
         self._needs_restart: set[str] = set()  # the aliases for which the last look found another model to run
-        self._ran_unfit: str | None = None  # the model that runs, if its probabilities are not finite
+        self._ran_unfit: Refused | None = None  # why the model that runs is not served, if it failed its proof
 
     async def _prepare_base(self) -> None:
-        """Probe the model that runs, before the alias points to it. Raises until vLLM answers."""
-        if self.served.merged is None:
+        """Prove the model that runs, before the alias points to it. Raises until vLLM answers."""
+        if self.served.merged is None or self.served.evaluation is None:
             return
         name, _, digest = self.served.merged.partition("@")
         version = Version(name, digest)
+        evaluation = candidates.evaluation_folder(self.served.evaluation, self._volumes)
         try:
-            await self.engine.logprobs(version.model)
-        except Refused:
-            self._ran_unfit = version.model
-            await asyncio.to_thread(_remember_unfit, self.served, version.model)
+            version.proof = await asyncio.to_thread(verification.read_proof, evaluation)
+            await self._prove(version)
+        except Refused as refused:
+            self._ran_unfit = refused
+            if refused.reason in UNFIT_REASONS:  # else `choose` finds it, too
+                await asyncio.to_thread(_remember_unfit, self.served, version.model, refused.reason)
         else:
             self._loaded[version.model] = version
+
+    async def _probe(self, version: Version) -> None:
+        await self.engine.logprobs(version.model)  # there is no base model beside it to compare it with
 
     async def _update(self, name: str, alias: Alias, pipeline: Pipeline | None) -> None:
         runs = self.served.merged and self.served.merged.partition("@")[0]
@@ -185,9 +196,12 @@ class MergedAliases(Aliases):
         return (candidates.evaluation_folder(candidate.evaluation, self._volumes),
                 folder_of(candidate.adapter, self.served))
 
-    async def _admit(self, version: Version) -> None:
-        if version.model == self._ran_unfit or version.model in await asyncio.to_thread(_unfit, self.served):
-            raise Refused("values", "vLLM cannot compute finite probabilities with it")
+    async def _admit(self, version: Version, evaluation: Path) -> None:
+        if version.model == self.served.merged and self._ran_unfit:
+            raise self._ran_unfit
+        if reason := (await asyncio.to_thread(_unfit, self.served)).get(version.model):
+            raise Refused(reason, UNFIT)
+        await asyncio.to_thread(verification.read_proof, evaluation)
         if version.model not in self._verified:  # once: the server may wait for its turn to restart
             await asyncio.to_thread(verify, version.digest, self.served)
             self._verified.add(version.model)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-Reason = Literal["damaged", "unreadable", "files", "config", "rank", "module", "shape", "values", "no effect", "base",
-                 "not promoted", "gate", "load", "environment file", "pipeline file", "name"]
+Reason = Literal["damaged", "unreadable", "files", "config", "rank", "module", "shape", "values", "no effect", "proof",
+                 "base", "not promoted", "gate", "load", "environment file", "pipeline file", "name"]
 
 
 class NotYet(Exception):

@@ -26,6 +26,7 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext, suppres
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jobs.core.proof import Proof
 from serving import events
 from serving.engine import Engine
 from serving.refusal import NotYet
@@ -54,6 +55,7 @@ class Version:
     digest: str
     folder: Path | None = None  # its verified private copy; None: it needs no slot, as the model that vLLM runs itself
     size: int = 0  # bytes of its weights
+    proof: Proof | None = None  # what it answers; None: evaluated before there were proofs
     requests: int = 0  # that use it or wait for its slot
     running: int = 0  # of these, the requests in the engine
     idle_since: float = 0.0  # when its last request ended (monotonic)
@@ -123,6 +125,11 @@ class Residency:
     def place(self, version: Version) -> str:
         """Where the version is: `slot`, `memory` or `disk`."""
         return "slot" if version in self._slotted else "memory" if version in self._memory else "disk"
+
+    def neighbours(self) -> list[Version]:
+        """The versions whose requests enter the engine at once, the busiest first."""
+        return sorted((v for v in self._slotted if v is not self._closed and v not in self._waiting),
+                      key=lambda version: -version.running)
 
     @asynccontextmanager
     async def request(self, version: Version | None, *, client: bool = True) -> AsyncIterator[None]:

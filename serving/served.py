@@ -29,8 +29,10 @@ class Served:
     slots: int | None = None  # LoRA slots, as the environment file desires; None: derived (serving/room.py)
     adapter_memory: int = 2**30  # bytes of main memory for adapters
     merged: str | None = None  # in mode merged: the model that vLLM runs, as NAME@ADAPTER; None: the base model
+    evaluation: str | None = None  # the one by which `merged` passed
     cpu_shield: bool = False  # whether vLLM computes LoRA on a CPU (serving/cpu_shield.py)
     drain_seconds: float = 55.0  # how long replies in progress may take when the server shuts down
+    proof_tolerance: float | None = None  # of a log-probability (serving/proof.py); None: derived from the precision
     restart_slot_seconds: float = 0.0  # the length of a replica's time slot (base.next_turn); 0: none
     max_sequences: int | None = None  # of one request; None: a share of the engine's batch (guard.SHARE_OF_BATCH)
     body_seconds: float = bodies.SECONDS

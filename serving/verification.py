@@ -13,8 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jobs.core import proof
 from jobs.core.artifacts import canonical
+from jobs.core.errors import UserError
 from jobs.core.files import human_bytes
+from jobs.core.proof import Proof
 from serving import lora
 from serving.candidates import Candidate, adapter_folder, evaluation_folder
 from serving.lora import CONFIG, WEIGHTS, Modules
@@ -24,6 +27,8 @@ from serving.untrusted import LARGEST_REST, plain_files, read_artifact, read_jso
 
 # The files that an adapter artifact may hold. An allowlist, because a pickle can have any name.
 SUFFIXES = (".safetensors", ".json", ".md")
+# The recipe of evaluations (jobs/core/plan.py) that have no proof. A server still serves what they promoted.
+LAST_WITHOUT_PROOF = 1
 FILE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 
 
@@ -50,6 +55,26 @@ def check_gate(candidate: Candidate, name: str, volumes: Path) -> None:
         raise Refused("damaged", f"evaluation {folder.name} does not say whether {adapter} passed")
     if verdict["passed"] is not True:
         raise Refused("gate", f"evaluation {folder.name} rejected {adapter}: see its report.md")
+
+
+def read_proof(folder: Path) -> Proof | None:
+    """The proof of an evaluation; None if the evaluation was made before they had one.
+
+    Raises:
+        Refused: with reason `damaged`, or `proof` where it is missing.
+        OSError: when it cannot be read; a later attempt may succeed.
+    """
+    manifest, file = read_artifact(folder, "evaluation").manifest, folder / proof.FILE
+    if not file.exists():
+        if manifest["spec"].get("recipe") == LAST_WITHOUT_PROOF:
+            return None
+        raise Refused("proof", f"evaluation {folder.name} does not hold what the adapter answers ({proof.FILE})")
+    try:
+        return proof.validate(read_json(file, "damaged", ""))
+    except Refused:  # without its message: the file holds private text
+        raise Refused("damaged", f"{file} is no readable proof") from None
+    except UserError as error:
+        raise Refused("damaged", one_line(f"{file}: {error}")) from None
 
 
 def private_copy(name: str, digest: str, served: Served) -> Path:

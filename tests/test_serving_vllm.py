@@ -115,6 +115,52 @@ def test_from_base_only_to_first_adapter_to_swap_to_refusal_without_a_restart(se
     assert server.greedy(NAME) == said_by_first
 
 
+def another_base(draft: Path) -> Path:
+    """The base model with a few other weights."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(build_adapter.models() / "base", draft))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][:4] *= -1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def another_template(draft: Path) -> Path:
+    """The tokenizer with a chat template that differs by a space."""
+    folder = Path(shutil.copytree(build_adapter.models() / "tokenizer", draft))
+    (folder / "chat_template.jinja").write_text(build_adapter.TEMPLATE.replace("|>{{", "|> {{"))
+    return folder
+
+
+@pytest.mark.slow
+def test_only_an_adapter_that_answers_as_it_was_evaluated_is_served(server: Server, tmp_path: Path) -> None:
+    good = server.promote(seed=61)
+    said = server.greedy(NAME)
+    base, tokenizer = (build_adapter.models() / name for name in ("base", "tokenizer"))
+
+    def evaluated(base: Path, tokenizer: Path) -> dict[str, Any]:
+        def write(draft: Path) -> None:
+            adapter = plan(server.write(seed)).adapter.path(server.volumes)
+            (draft / "proof.json").write_text(build_adapter.proof_of(adapter, base, tokenizer).to_json())
+
+        return {"evaluation_change": write}
+
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"change": build_adapter.double_scale}, "log-probability"),
+        (evaluated(another_base(tmp_path / "base"), tokenizer), "log-probability"),
+        (evaluated(base, another_template(tmp_path / "tokenizer")), "this server's chat template makes")]
+    for seed, (changes, message) in enumerate(wrong, 62):
+        path = build_adapter.promote(server.volumes, server.write(seed), **changes)
+        refusal = f"adapter {NAME}@{path.name} of evaluation "
+        server.until(lambda refusal=refusal: refusal in server.log.read_text(), 60)  # type: ignore[misc]
+        (line,) = [line for line in server.log.read_text().splitlines() if refusal in line]
+        assert "refused (proof)" in line and message in line
+        assert server.serves(good)
+        assert server.greedy(NAME) == said
+    server.promote(seed=65)
+
+
 @pytest.mark.slow
 def test_the_openai_client_chats_streams_and_lists_models_under_the_alias(server: Server) -> None:
     server.promote(seed=1)
@@ -555,7 +601,7 @@ def test_gpt2_is_served_in_mode_merged_first_as_the_base_and_after_a_restart_as_
         assert httpx.post(server.url + "/v1/completions", json={"model": NAME, "prompt": "x"}).status_code == 503
         artifacts.publish(planned.adapter, server.volumes, write, keep=9)
         merge.publish(asked, planned, server.volumes, 0)
-        build_adapter.promote(server.volumes, asked)
+        build_adapter.promote(server.volumes, asked, proven=planned.adapter.path(server.volumes))
         assert server.exit_code() == 0
         server.start()
         server.until(lambda: server.serves(planned.adapter.path(server.volumes)), 60)

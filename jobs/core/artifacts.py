@@ -196,7 +196,7 @@ def lock(spec: Spec, volumes: Path, wait_seconds: float) -> Iterator[None]:
 
 
 def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any] | None], *,
-            keep: int, resume: bool = False, adapter_name: str = "",
+            keep: int, resume: bool = False, replace: bool = False, adapter_name: str = "",
             wait_seconds: float | None = None) -> Artifact:
     """Make the artifact with `write(draft_folder)`, unless it is already there, and publish it whole.
 
@@ -204,6 +204,8 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
         write: fills the draft folder; what it returns is written to `artifact.json` under `about` (facts for people).
         keep: how many artifacts of the kind, and for the same adapter, retention keeps.
         resume: hand `write` what an interrupted attempt left (downloads continue) instead of an empty folder.
+        replace: make it although it is there, and put it in the place of that one: for a result that does not follow
+            from its spec alone.
         adapter_name: the adapter that it is made for; empty for what all adapters of an environment share.
         wait_seconds: how long to wait for another process that makes it; by default as long as for inputs.
     Raises:
@@ -211,7 +213,7 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
     """
     target = spec.path(volumes)
     with lock(spec, volumes, default_wait_seconds() if wait_seconds is None else wait_seconds):
-        existing = done(spec, volumes)
+        existing = None if replace else done(spec, volumes)
         if existing is not None:
             return existing
         # Before writing: on a full volume, the write would fail before anything is removed.
@@ -236,8 +238,15 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_atomically(draft / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        before = draft.with_name(f"{draft.name}-before")  # a draft's name: what a kill leaves is removed by age
+        replaces = replace and target.exists()
+        if replaces:
+            shutil.rmtree(before, ignore_errors=True)
+            target.rename(before)
         draft.rename(target)
         sync_folder(target.parent)
+        if replaces:
+            shutil.rmtree(before, ignore_errors=True)
     size = sum(f["size"] for f in manifest["files"])
     log.info("published %s: %d files, %s", spec, len(manifest["files"]), human_bytes(size))
     retain(target.parent, keep=keep, protected={spec.digest})

@@ -7,6 +7,7 @@ runner and the serving guard all agree on names without talking to each other.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +132,10 @@ def _plan(key: _ByIdentity) -> Plan:
     measured_on = {"dataset": dataset, "acceptability": acceptability} | (
         {"tasks": tasks} if pipeline.evaluation.tasks else {})
     base_scores = _scores(pipeline, measured_on | base)
-    adapter_scores = _scores(pipeline, measured_on | base | {"adapter": adapter})
+    merged = merged_model(adapter.digest, base_model.digest)
+    # What clients get is what is measured. Retention looks for the adapter.
+    tuned = base | {"adapter": adapter} | ({"model": merged} if pipeline.environment.serving.mode == "merged" else {})
+    adapter_scores = _scores(pipeline, measured_on | tuned)
     # The reference model has a tokenizer of its own, so it encodes the data itself.
     reference_scores = _scores(pipeline, measured_on | {"model": reference_model})
     evaluation = Spec(
@@ -144,8 +148,7 @@ def _plan(key: _ByIdentity) -> Plan:
         {"adapter": adapter.digest, "base_scores": base_scores.digest, "adapter_scores": adapter_scores.digest,
          "reference_scores": reference_scores.digest})
     return Plan(base_model, tokenizer, reference_model, dataset, acceptability, tasks, encoded_dataset, adapter,
-                merged_model(adapter.digest, base_model.digest), base_scores, adapter_scores, reference_scores,
-                evaluation)
+                merged, base_scores, adapter_scores, reference_scores, evaluation)
 
 
 def _settings(training: Training) -> dict[str, Any]:
@@ -167,6 +170,28 @@ def merged_model(adapter: str, base_model: str) -> Spec:
     """The merged model of an adapter and its base model, both named by their digests."""
     return Spec(FINE_TUNED_VOLUME, "merged-model", {"recipe": RECIPES["merged-model"]},
                 {"adapter": adapter, "base_model": base_model})
+
+
+def scores_of_adapter(wanted: Plan, adapter: str, *, model: str, tokenizer: str, chat_template: Mapping[str, Any],
+                      encoded: bool, private: bool) -> Spec:
+    """The scores of another adapter on the data of a plan, by the digests of what it is measured with.
+
+    An adapter that was evaluated on this data before has these scores already.
+
+    Args:
+        model: its base model, or its merged model.
+        encoded: whether it reads the data as the encoding job of the plan has it.
+        private: whether it was trained on that data, so that its privacy can be measured.
+    """
+    of = wanted.adapter_scores
+    inputs = {**of.inputs, "adapter": adapter, "model": model, "tokenizer": tokenizer}
+    if not encoded:
+        del inputs["encoded_dataset"]
+    spec = {**of.spec, "chat_template": dict(chat_template)}
+    if not private:
+        spec.pop("privacy", None)
+        spec["metrics"] = {name: version for name, version in spec["metrics"].items() if name != PRIVACY.module}
+    return Spec(of.volume, of.kind, spec, inputs)
 
 
 def _source(recipe: str, source: Source) -> dict[str, Any]:

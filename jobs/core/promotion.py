@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +22,7 @@ from jobs.core.locks import hold
 FOLDER = "promoted"
 POINTER_BYTES = 64 * 2**10  # a pointer has about 130
 HISTORY_BYTES = 2**20  # the last 7000 promotions
-LOCK_SECONDS = 60  # it is held for milliseconds
+LOCK_SECONDS = 60  # it is held while an evaluation is written: a second or two
 DIGEST = re.compile("[0-9a-f]{16}")
 
 
@@ -91,16 +93,32 @@ def promote(volume: Path, name: str, adapter: str, evaluation: str) -> bool:
         UserError: when the pointer is damaged, or the history is not a plain file.
         RetryableError: when another evaluation does not finish its promotion.
     """
+    with lock(volume, name):
+        return move(volume, name, adapter, evaluation)
+
+
+@contextmanager
+def lock(volume: Path, name: str) -> Iterator[None]:
+    """Hold the lock of a name's promotion: meanwhile nobody else promotes an adapter under it.
+
+    Raises:
+        RetryableError: when another evaluation does not finish its promotion.
+    """
     folder = volume / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with hold(folder / f".lock-{name}", LOCK_SECONDS, f"promotes {name}"):
-        before = current(volume, name)
-        if before and (before.adapter, before.evaluation) == (adapter, evaluation):
-            return False
-        now = Promotion(adapter, evaluation, datetime.now(UTC).isoformat(timespec="seconds"))
-        append_line(folder / f"{name}.history.jsonl",
-                    json.dumps(asdict(now) | {"before": before.adapter if before else None}))
-        write_atomically(folder / name, json.dumps(asdict(now)) + "\n")
+        yield
+
+
+def move(volume: Path, name: str, adapter: str, evaluation: str) -> bool:
+    """As `promote`, for a caller that holds the lock."""
+    before = current(volume, name)
+    if before and (before.adapter, before.evaluation) == (adapter, evaluation):
+        return False
+    now = Promotion(adapter, evaluation, datetime.now(UTC).isoformat(timespec="seconds"))
+    append_line(volume / FOLDER / f"{name}.history.jsonl",
+                json.dumps(asdict(now) | {"before": before.adapter if before else None}))
+    write_atomically(volume / FOLDER / name, json.dumps(asdict(now)) + "\n")
     return True
 
 

@@ -2,16 +2,16 @@
 
     python -m jobs --pipeline overlays/kind/adapters/seville-hotels/pipeline.yaml --volumes /volumes evaluate
 
-Waits for its inputs; measures the base and the fine-tuned model with one load (the base is the fine-tuned model with
-its adapter switched off), then the reference model with its own tokenizer; keeps each model's scores as an artifact of
-its own, so that a new adapter never has the other two measured again; evaluates the gate; publishes verdict and
-report; and promotes an adapter that passed. A rejection is a result, not a failure.
+Waits for its inputs; measures the base and the fine-tuned model with one load, the promoted adapter if a rule compares
+with it, and then the reference model with its own tokenizer; keeps each model's scores as an artifact of its own, so
+that a new adapter never has the others measured again; evaluates the gate; publishes verdict and report; and promotes
+an adapter that passed. A rejection is a result, not a failure.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
+import functools
 import json
 import logging
 import math
@@ -19,26 +19,24 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jobs.core import artifacts, models, promotion
-from jobs.core.artifacts import Artifact
-from jobs.core.imports import fast_imports
+from jobs.core.artifacts import Artifact, Spec
+from jobs.core.errors import UserError
 from jobs.core.layout import TENSORBOARD
-from jobs.core.metrics import PRIVACY
-from jobs.core.pipeline import Pipeline
+from jobs.core.metrics import score_of
+from jobs.core.pipeline import LoadedPipeline, Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
+from jobs.core.proof import FILE as PROOF
 from jobs.core.search import FILE as SEARCH
 from jobs.core.termination import write_termination_message
-from jobs.data import encoded, tasks
+from jobs.data import tasks
 from jobs.data.split import HOLDOUT
-from jobs.evaluation import content, gate, privacy, report, scoring
+from jobs.evaluation import content, gate, privacy, promoted, report, scores, scoring
 from jobs.evaluation.holdout import JsonLines
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from jobs.core.pipeline import LoadedPipeline
+from jobs.evaluation.promoted import Comparison, Promoted
+from jobs.evaluation.scores import ScoredModel
 
 log = logging.getLogger("jobs")
 
@@ -52,18 +50,61 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
         UserError: a rule of the gate, or a model, cannot be measured on this data.
         RetryableError: an input did not appear in time.
     """
-    wanted = plan(loaded.pipeline)
-    evaluation = artifacts.done(wanted.evaluation, volumes)
-    if evaluation is None:
-        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1",
-                          TRANSFORMERS_OFFLINE="1")
-        measure(loaded.pipeline, wanted, volumes, wait_seconds)
-        evaluation = conclude(loaded.pipeline, wanted, volumes)
-    decide(loaded.pipeline, wanted, volumes, evaluation, wait_seconds)
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    pipeline, wanted = loaded.pipeline, plan(loaded.pipeline)
+    while (decided := decide(pipeline, wanted, volumes, wait_seconds)) is None:
+        log.info("another adapter was promoted as %s meanwhile: comparing again", pipeline.adapter)
+    announce(pipeline, wanted, volumes, *decided)
 
 
-def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> None:
-    """Wait for the inputs, and publish the scores of each model that has none yet."""
+def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> tuple[Artifact, bool] | None:
+    """Evaluate the adapter, unless that is done, and promote it if it passed.
+
+    Harmless to repeat: a reverted pipeline file comes through here again and gets its old adapter back.
+
+    Returns:
+        the evaluation, and whether the promotion moved; None where what the gate compares with changed meanwhile.
+    """
+    comparison = promoted.comparison(pipeline, wanted, volumes)
+    there = artifacts.find(wanted.evaluation, volumes)
+    if there is not None and promoted.outdated(content.read_evaluation(there.path), comparison):
+        log.info("%s does not compare with the adapter that is promoted now: evaluating again", wanted.evaluation)
+        there = None
+    if there is None:
+        try:
+            other = promoted.find(pipeline, wanted, volumes, comparison.adapter) if comparison.adapter else None
+            measure(pipeline, wanted, volumes, wait_seconds, other)
+        except UserError:
+            if promoted.comparison(pipeline, wanted, volumes) != comparison:
+                return None  # what is no longer promoted, retention may remove
+            raise
+        fill = conclude(pipeline, wanted, volumes, comparison, other)
+    else:
+        artifacts.done(wanted.evaluation, volumes)
+        if passed(there):
+            # Retention may have removed an old adapter while its evaluation was kept; its training job makes it again.
+            artifacts.wait(_served(pipeline, wanted), volumes, wait_seconds)
+
+    volume = volumes / FINE_TUNED_VOLUME
+    # Serving follows a published verdict: what it compared with must be what is promoted at that moment.
+    with promotion.lock(volume, pipeline.adapter):
+        if promoted.comparison(pipeline, wanted, volumes) != comparison:
+            return None
+        evaluation = there or artifacts.publish(wanted.evaluation, volumes, fill, replace=True,
+                                                keep=pipeline.environment.retention.keep, adapter_name=pipeline.adapter)
+        return evaluation, passed(evaluation) and promotion.move(volume, pipeline.adapter, wanted.adapter.digest,
+                                                                 wanted.evaluation.digest)
+
+
+def passed(evaluation: Artifact) -> bool:
+    """Whether the adapter passed the gate."""
+    return bool(content.read_evaluation(evaluation.path)["passed"])
+
+
+def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float,
+            other: Promoted | None = None) -> None:
+    """Wait for the inputs, and publish the scores of each model that has none yet; `other` is what the gate compares
+    with."""
     # First the inputs that can show that measuring is impossible, before hours of waiting for the adapter.
     declared = pipeline.evaluation.tasks
     dataset, sentences, *of_tasks = artifacts.wait(
@@ -79,98 +120,108 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
         tasks.require_evidence(pipeline.evaluation, material.tasks)
     gate.check_measurable(pipeline.evaluation, material.holdout)
     privacy.check_held_out(pipeline.evaluation, len(material.holdout))
+    everyone = scored_models(pipeline, wanted, volumes, other)
+    check_tokenizers(pipeline, everyone, volumes, wait_seconds)
 
-    base, adapter, reference = (artifacts.done(spec, volumes) for spec in
-                                (wanted.base_scores, wanted.adapter_scores, wanted.reference_scores))
-    if pipeline.evaluation.privacy and not (base and adapter):
-        (encoded_dataset,) = artifacts.wait([wanted.encoded_dataset], volumes, wait_seconds)
-        privacy.check_encoded(pipeline.evaluation, dataset.path, dataset.digest, encoded_dataset.path)
-    inputs = [wanted.adapter]
-    inputs += [] if base and adapter else [wanted.encoded_dataset, wanted.base_model, wanted.tokenizer]
-    inputs += [] if reference else [wanted.reference_model]
-    artifacts.wait(inputs, volumes, wait_seconds)
+    missing = [each for each in everyone.values() if artifacts.done(each.scores, volumes) is None]
+    read_privacy = None
+    if pipeline.evaluation.privacy and any(each.private for each in missing):
+        (encoded,) = artifacts.wait([wanted.encoded_dataset], volumes, wait_seconds)
+        privacy.check_encoded(pipeline.evaluation, dataset.path, dataset.digest, encoded.path)
+        read_privacy = functools.partial(privacy.Subjects.read, pipeline.evaluation.privacy, dataset.path,
+                                         dataset.digest, encoded.path, template=pipeline.environment.chat_template)
+    inputs = {spec.digest: spec for spec in (*_served(pipeline, wanted), *(i for each in missing for i in each.inputs))}
+    artifacts.wait(list(inputs.values()), volumes, wait_seconds)
     with models.gpu_memory("Take a GPU with more, a smaller reference model, or a lower training.max_length"):
-        if not (base and adapter):
-            measure_base_and_adapter(pipeline, wanted, volumes, material)
-            _free_memory()  # the reference model is the larger one; two models at once may not fit
-        if not reference:
-            measure_reference(pipeline, wanted, volumes, material)
-            _free_memory()
+        # All models share the scores' folder: with `keep: 1`, the last one's must not push out the first one's.
+        scores.measure(missing, material, volumes, keep=len(everyone) * pipeline.environment.retention.keep,
+                       adapter_name=pipeline.adapter, privacy=read_privacy)
 
 
-def measure_base_and_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, material: scoring.Material) -> None:
-    """Measure the base model with the adapter switched off, then on; skips what is already there. Both read the data as
-    training's job did: encoded."""
-    with fast_imports():
-        from peft import PeftModel
-
-    holdout = encoded.Split(wanted.encoded_dataset.path(volumes) / f"{HOLDOUT}.arrow")
-    material = dataclasses.replace(material, encoded=holdout)
-    model, tokenizer = _load(wanted.base_model.path(volumes), wanted.tokenizer.path(volumes))
-    adapted = PeftModel.from_pretrained(model, str(wanted.adapter.path(volumes))).eval()
-    name = _versioned(pipeline, wanted)
-    subjects = privacy.Subjects.read(
-        pipeline.evaluation.privacy, wanted.dataset.path(volumes), wanted.dataset.digest,
-        wanted.encoded_dataset.path(volumes), tokenizer, pipeline.environment.chat_template
-    ) if pipeline.evaluation.privacy else None
-    with adapted.disable_adapter():
-        base = artifacts.publish(wanted.base_scores, volumes,
-                                 _scores(adapted, tokenizer, material, pipeline.environment.base_model.name, subjects),
-                                 keep=_keep(pipeline), adapter_name=pipeline.adapter)
-    artifacts.publish(wanted.adapter_scores, volumes,
-                      _scores(adapted, tokenizer, material, name, subjects, base.path),
-                      keep=_keep(pipeline), adapter_name=pipeline.adapter)
-
-
-def measure_reference(pipeline: Pipeline, wanted: Plan, volumes: Path, material: scoring.Material) -> None:
-    """Measure the reference model with its own tokenizer, with which it encodes the data itself."""
+def scored_models(pipeline: Pipeline, wanted: Plan, volumes: Path, other: Promoted | None) -> dict[str, ScoredModel]:
+    """The models that are measured, by role. In mode merged, clients get the merged model, so that one is measured."""
+    environment = pipeline.environment
+    data = [wanted.encoded_dataset, wanted.tokenizer]
+    base = ScoredModel(environment.base_model.name, wanted.base_scores, wanted.base_model.path(volumes),
+                       wanted.tokenizer.path(volumes), template=environment.chat_template, private=True,
+                       encoded=wanted.encoded_dataset.path(volumes) / f"{HOLDOUT}.arrow",
+                       inputs=[*data, wanted.base_model])
+    tuned = dataclasses.replace(base, name=f"{pipeline.adapter}@{wanted.adapter.digest}", scores=wanted.adapter_scores,
+                                prove=True, base_scores=wanted.base_scores.path(volumes))
+    if environment.serving.mode == "merged":
+        tuned = dataclasses.replace(tuned, model=wanted.merged_model.path(volumes), inputs=[*data, wanted.merged_model])
+    else:
+        tuned = dataclasses.replace(tuned, adapter=wanted.adapter.path(volumes), inputs=[*base.inputs, wanted.adapter])
+    # The reference model has a tokenizer of its own, so it encodes the data itself.
     folder = wanted.reference_model.path(volumes)
-    model, tokenizer = _load(folder, folder)
-    artifacts.publish(wanted.reference_scores, volumes,
-                      _scores(model, tokenizer, material, pipeline.environment.reference_model.name),
-                      keep=_keep(pipeline), adapter_name=pipeline.adapter)
+    reference = ScoredModel(environment.reference_model.name, wanted.reference_scores, folder, folder,
+                            template=environment.chat_template, inputs=[wanted.reference_model])
+    return {"base": base, gate.FINE_TUNED: tuned, **({promoted.ROLE: other.scored} if other else {}),
+            "reference": reference}
 
 
-def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path) -> Artifact:
-    """Evaluate the gate, and publish the evaluation: verdict, report, and their provenance."""
+def check_tokenizers(pipeline: Pipeline, everyone: Mapping[str, ScoredModel], volumes: Path,
+                     wait_seconds: float) -> None:
+    """Refuse rules per token between models of different tokenizers: both are there long before the adapter is.
+
+    Raises:
+        UserError: naming the rule.
+    """
+    others = {rule.than: everyone[rule.than] for key, rule in pipeline.evaluation.rules()
+              if score_of(key).per_token and rule.than in everyone
+              and everyone[rule.than].tokenizer != everyone[gate.FINE_TUNED].tokenizer}
+    if others:
+        ours = everyone["base"]  # the tokenizer is the same, and it needs no adapter
+        artifacts.wait_until_there([spec for each in (ours, *others.values()) for spec in each.inputs
+                                    if not each.scores.path(volumes).exists()], volumes, wait_seconds)
+        gate.check_comparable(pipeline.evaluation, {gate.FINE_TUNED: ours.vocabulary(volumes)} | {
+            role: other.vocabulary(volumes) for role, other in others.items()})
+
+
+def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path, comparison: Comparison,
+             other: Promoted | None) -> Callable[[Path], dict[str, Any]]:
+    """Evaluate the gate. Returns what `artifacts.publish` calls to fill the evaluation: verdict, report, and their
+    provenance."""
     from jobs.evaluation.confidence import RESAMPLES, SEED
 
-    roles = {"base": wanted.base_scores, "fine_tuned": wanted.adapter_scores, "reference": wanted.reference_scores}
-    folders = {role: spec.path(volumes) for role, spec in roles.items()}
     populations = dict.fromkeys(metric.population for metric in pipeline.evaluation.metrics())
-    # A model may lack some: of the reference model, privacy is not measured.
-    scores = {role: dict.fromkeys(pipeline.evaluation.scores()) | _read_json(folder / "scores.json")
-              for role, folder in folders.items()}
-    generations = {role: scoring.read_jsonl(folder / "generations.jsonl") for role, folder in folders.items()}
-    values = {role: {name: scoring.read_jsonl(file) for name in populations
-                     if (file := folder / f"{name}.jsonl").exists()} for role, folder in folders.items()}
+    measured = {role: scores.read(each.scores.path(volumes), populations) for role, each in
+                scored_models(pipeline, wanted, volumes, other).items()}
+    values = {role: dict(each.values) for role, each in measured.items()}
     for of_model in values.values():
         if "privacy" in of_model:
-            of_model["privacy"] = privacy.with_clusters(of_model["privacy"], pipeline.evaluation.clusters)
-    holdout = JsonLines(wanted.dataset.path(volumes) / "holdout.jsonl")
+            of_model["privacy"] = privacy.with_clusters([*map(dict, of_model["privacy"])], pipeline.evaluation.clusters)
+    summaries = {role: dict.fromkeys(pipeline.evaluation.scores()) | dict(each.summary)
+                 for role, each in measured.items()}
+    generations = {role: each.generations for role, each in measured.items()}
+    holdout = JsonLines(wanted.dataset.path(volumes) / f"{HOLDOUT}.jsonl")
     clusters = gate.clusters_of(holdout, pipeline.evaluation.clusters)
     training = _read_json(wanted.adapter.path(volumes) / "training.json")
     search = _read_json(wanted.adapter.path(volumes) / SEARCH) if pipeline.training.search else None
-    evaluation = summary(pipeline, wanted, scores, gate.evaluate_gate(pipeline.evaluation, values, clusters),
-                         intervals(pipeline, values, clusters), search)
+    absent = {promoted.ROLE: comparison.reason} if comparison.reason else {}
+    evaluation = summary(pipeline, wanted, summaries,
+                         gate.evaluate_gate(pipeline.evaluation, values, clusters, absent),
+                         intervals(pipeline, values, clusters), search, other)
     evaluation["resampling"] = {"resamples": RESAMPLES, "seed": SEED, "clusters": len(set(clusters)),
                                 "by": pipeline.evaluation.clusters}
     if pipeline.evaluation.privacy:
-        evaluation["privacy"] = privacy.summary(pipeline, values["fine_tuned"]["privacy"])
+        evaluation["privacy"] = privacy.summary(pipeline, [*map(dict, values[gate.FINE_TUNED]["privacy"])])
 
-    def write(draft: Path) -> dict[str, Any]:
+    def fill(draft: Path) -> dict[str, Any]:
         text = json.dumps(evaluation, indent=2, ensure_ascii=False, allow_nan=False)
         (draft / "evaluation.json").write_text(text + "\n", encoding="utf-8")
-        _write_jsonl(draft / "clusters.jsonl", [{"line": line, "cluster": [*cluster]}
-                                                for line, cluster in enumerate(clusters, 1)])
+        scores.write_jsonl(draft / "clusters.jsonl", [{"line": line, "cluster": [*cluster]}
+                                                      for line, cluster in enumerate(clusters, 1)])
+        proof = wanted.adapter_scores.path(volumes) / PROOF
+        if proof.exists():  # the server reads nothing but the evaluation
+            shutil.copyfile(proof, draft / PROOF)
         report.write(draft, evaluation, training["history"], generations, values,
                      answers=pipeline.evaluation.report_answers)
         return {"passed": evaluation["passed"]}
 
     write_tensorboard(volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest
-                      / "evaluation", scores, step=training["steps"])
-    return artifacts.publish(wanted.evaluation, volumes, write, keep=pipeline.environment.retention.keep,
-                             adapter_name=pipeline.adapter)
+                      / "evaluation", summaries, step=training["steps"])
+    return fill
 
 
 def intervals(pipeline: Pipeline, values: Mapping[str, gate.Values], clusters: Sequence[gate.Cluster]
@@ -187,13 +238,15 @@ def intervals(pipeline: Pipeline, values: Mapping[str, gate.Values], clusters: S
 
 
 def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], checks: Sequence[gate.Check],
-            intervals: Mapping[str, Any], search: Mapping[str, Any] | None = None) -> dict[str, Any]:
+            intervals: Mapping[str, Any], search: Mapping[str, Any] | None = None,
+            other: Promoted | None = None) -> dict[str, Any]:
     """The content of `evaluation.json`: the verdict, what was measured, and every digest and pin behind it.
 
     Args:
         checks: the rules of the gate.
         intervals: the bounds of the scores, by role and key.
         search: the record of the search that chose settings, if there was one.
+        other: the promoted adapter that rules compare with, if there is one.
     """
     training = pipeline.training.with_settings(search["settings"]) if search else pipeline.training
     base_model, reference_model = pipeline.environment.base_model, pipeline.environment.reference_model
@@ -208,6 +261,7 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
         "confidence": pipeline.evaluation.confidence,
         "adapter": {"name": pipeline.adapter, "digest": wanted.adapter.digest},
         "base_model": {"name": base_model.name, "digest": wanted.base_model.digest},
+        **({"promoted": other.to_json(pipeline.adapter)} if other else {}),
         "reference_model": {"name": reference_model.name, "digest": wanted.reference_model.digest},
         "dataset": {"digest": wanted.dataset.digest,
                     "holdout_records": scores["base"]["records"] + scores["base"]["records_too_long"]},
@@ -223,21 +277,17 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
     }
 
 
-def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, wait_seconds: float) -> None:
-    """Report the verdict, in the log and as the pod's termination message; promote an adapter that passed.
+def announce(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, moved: bool) -> None:
+    """Report the verdict, in the log and as the pod's termination message.
 
-    Harmless to repeat: a reverted pipeline file comes through here again and gets its old adapter back.
+    Args:
+        moved: whether the adapter is promoted since now.
     """
     evaluation = content.read_evaluation(artifact.path)
-    volume, name = volumes / FINE_TUNED_VOLUME, _versioned(pipeline, wanted)
+    volume, name = volumes / FINE_TUNED_VOLUME, f"{pipeline.adapter}@{wanted.adapter.digest}"
     page = artifact.path / "report.html"
     log.info("\n%s\nreport: %s", report.table(evaluation), page)
     if evaluation["passed"]:
-        # Retention may have removed an old adapter while its evaluation was kept; its training job makes it again.
-        # In mode merged clients get the merged model, which training makes after the adapter.
-        merged = [wanted.merged_model] if pipeline.environment.serving.mode == "merged" else []
-        artifacts.wait([wanted.adapter, *merged], volumes, wait_seconds)
-        moved = promotion.promote(volume, pipeline.adapter, wanted.adapter.digest, wanted.evaluation.digest)
         title, lines = "PROMOTED" if moved else "ALREADY PROMOTED", [
             f"{name} passed the gate: clients of {pipeline.adapter} get it."]
     else:
@@ -274,48 +324,9 @@ def write_tensorboard(folder: Path, scores: Mapping[str, Scores], step: int) -> 
                     writer.add_scalar(f"evaluation/{key}", values[key], step)
 
 
-def _load(model_folder: Path, tokenizer_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = models.load_tokenizer(tokenizer_folder)
-    model = models.load_model(model_folder)
-    models.check_vocabulary(model, tokenizer, str(tokenizer_folder))
-    return model, tokenizer
-
-
-def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, material: scoring.Material, name: str,
-            subjects: privacy.Subjects | None = None, base: Path | None = None) -> Callable[[Path], dict[str, Any]]:
-    """What `artifacts.publish` calls to fill a scores artifact; it measures only if that was not done yet.
-
-    Args:
-        subjects: what privacy is measured on, where it is.
-        base: the base model's scores artifact, with which the fine-tuned model is compared for privacy.
-    """
-    def write(draft: Path) -> dict[str, Any]:
-        measured = scoring.measure(model, tokenizer, material, name)
-        if subjects:
-            before = scoring.read_jsonl(base / "privacy.jsonl") if base else None
-            values = {"privacy": subjects.measure(model, name, before)}
-            measured = dataclasses.replace(measured, values={**measured.values, **values},
-                                           summary={**measured.summary, **scoring.scores_of(values, [PRIVACY])})
-        (draft / "scores.json").write_text(
-            json.dumps(measured.summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        _write_jsonl(draft / "generations.jsonl", measured.generations)
-        for population, rows in measured.values.items():
-            _write_jsonl(draft / f"{population}.jsonl", rows)
-        if measured.task_answers:
-            _write_jsonl(draft / "task_answers.jsonl", measured.task_answers)
-        return {"model": name}
-
-    return write
-
-
-def _keep(pipeline: Pipeline) -> int:
-    """Three models share the scores' folder: with `keep: 1`, the third's must not push out the first's."""
-    return 3 * pipeline.environment.retention.keep
-
-
-def _versioned(pipeline: Pipeline, wanted: Plan) -> str:
-    """The adapter's name and digest, as vLLM knows it."""
-    return f"{pipeline.adapter}@{wanted.adapter.digest}"
+def _served(pipeline: Pipeline, wanted: Plan) -> list[Spec]:
+    """What clients get, and what it was made from: in mode merged the merged model, which training makes at last."""
+    return [wanted.adapter, *([wanted.merged_model] if pipeline.environment.serving.mode == "merged" else [])]
 
 
 def _framed(title: str, *lines: str) -> str:
@@ -324,19 +335,6 @@ def _framed(title: str, *lines: str) -> str:
     return "\n".join(["", f"┏{bar}", f"┃ {title}", "┃", *(f"┃ {line}" for line in lines), f"┗{bar}"])
 
 
-def _write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with file.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-
-
 def _read_json(file: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return values
-
-
-def _free_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -147,14 +147,16 @@ def clusters_of(holdout: Sequence[Record], by: str) -> list[Cluster]:
     return names
 
 
-def evaluate_gate(evaluation: Evaluation, models: Mapping[str, Values], clusters: Sequence[Cluster]) -> list[Check]:
+def evaluate_gate(evaluation: Evaluation, models: Mapping[str, Values], clusters: Sequence[Cluster],
+                  absent: Mapping[str, str] | None = None) -> list[Check]:
     """Check every bound of every rule. The adapter passes when all of them hold.
 
     Args:
         models: the values of each model by role: `base`, `fine_tuned`, and others that rules compare with.
         clusters: of each held-out record, by line.
+        absent: why there is no model of a role that rules compare with; they pass.
     """
-    return [_check(key, rule, bound, limit, evaluation.confidence, models, clusters)
+    return [_check(key, rule, bound, limit, evaluation.confidence, models, clusters, absent or {})
             for key, rule in evaluation.rules() for bound, limit in rule.bounds().items()]
 
 
@@ -200,12 +202,27 @@ def detectable_gain(clusters: int, confidence: float) -> float:
     return (NormalDist().inv_cdf(confidence) + NormalDist().inv_cdf(0.8)) * SPREAD_OF_GAINS / math.sqrt(clusters)
 
 
+def check_comparable(evaluation: Evaluation, vocabularies: Mapping[str, str]) -> None:
+    """Refuse rules that compare values per token of models whose tokens differ.
+
+    Args:
+        vocabularies: the digest of each model's tokens, by role.
+    Raises:
+        UserError: naming the rule and the score that can be compared.
+    """
+    for key, rule in evaluation.rules():
+        theirs = vocabularies.get(rule.than)
+        if score_of(key).per_token and theirs is not None and theirs != vocabularies[FINE_TUNED]:
+            raise UserError(f"evaluation.gate.{key}: the {rule.than} model has another tokenizer, and {key} is per "
+                            "token, so that they cannot be compared. Use bits_per_byte for this rule")
+
+
 def _check(key: str, rule: Rule, bound: str, limit: float, confidence: float, models: Mapping[str, Values],
-           clusters: Sequence[Cluster]) -> Check:
+           clusters: Sequence[Cluster], absent: Mapping[str, str]) -> Check:
     result = functools.partial(Check, key, bound, limit, rule.than, confidence)
     kind = BOUNDS[bound]
     if kind.compares and rule.than not in models:
-        return result("passed", reason=f"there is no {rule.than} model to compare with")
+        return result("passed", reason=absent.get(rule.than, f"there is no {rule.than} model to compare with"))
     mine = _measured(key, models[FINE_TUNED])
     theirs = _measured(key, models[rule.than]) if kind.compares else mine
     lines = sorted(mine.keys() & theirs.keys())

@@ -116,6 +116,21 @@ def test_the_digest_is_the_sha256_of_canonical_json() -> None:
         artifacts.canonical(math.nan)
 
 
+def test_an_artifact_is_replaced_only_when_the_new_one_is_complete(tmp_path: Path) -> None:
+    """For a verdict that depends on what is promoted, which no digest knows."""
+    def again(folder: Path) -> None:
+        assert artifacts.find(SPEC, tmp_path), "readers still find the one before"
+        (folder / "a.txt").write_text("again")
+
+    before = publish(tmp_path).path
+    with pytest.raises(ZeroDivisionError):
+        artifacts.publish(SPEC, tmp_path, lambda folder: {"x": 1 / 0}, keep=3, replace=True)
+    assert artifacts.read(before)
+    replaced = artifacts.publish(SPEC, tmp_path, again, keep=3, replace=True)
+    assert artifacts.read(before) == replaced and (replaced.path / "a.txt").read_text() == "again"
+    assert [path.name for path in before.parent.iterdir() if path.is_dir()] == [before.name]
+
+
 def test_it_is_made_once(tmp_path: Path) -> None:
     publish(tmp_path)
 

@@ -16,7 +16,7 @@ from jobs.core import pipeline
 from jobs.core.artifacts import Spec
 from jobs.core.environment import SERVABLE_RANKS, Environment
 from jobs.core.metrics import METRICS
-from jobs.core.plan import RECIPES, Plan, merged_model, plan
+from jobs.core.plan import RECIPES, Plan, merged_model, plan, scores_of_adapter
 from jobs.core.tasks import CHECKS
 from tests import build_pipeline
 
@@ -41,7 +41,7 @@ def planned(folder: Path, **changes: Any) -> Plan:
     ({"serving__max_lora_rank": 128}, set()),
     ({"serving__when_base_changes": "at-once"}, set()),
     ({"serving__slots": 4}, set()),
-    ({"serving__mode": "merged"}, set()),
+    ({"serving__mode": "merged"}, EVALUATIONS),  # of the merged model, which clients get
     ({"adapter": "other"}, {"evaluation"}),
     ({"evaluation__gate__perplexity__max_ratio": 0.8}, {"evaluation"}),
     ({"evaluation__max_new_tokens": 9}, SCORES),
@@ -166,6 +166,24 @@ def test_anyone_can_compute_the_name_of_an_artifact_from_the_pipeline_file(tmp_p
     ("s3://x/y/z.tar.PARQUET", "parquet")])
 def test_the_format_of_data_is_what_its_name_ends_with(tmp_path: Path, source: str, name: str) -> None:
     assert planned(tmp_path, dataset__source=source).dataset.spec["format"] == name
+
+
+def test_in_mode_merged_the_scores_are_those_of_the_merged_model(tmp_path: Path) -> None:
+    wanted = planned(tmp_path, serving__mode="merged")
+    assert wanted.adapter_scores.inputs["model"] == wanted.merged_model.digest
+    assert wanted.adapter_scores.inputs["adapter"] == wanted.adapter.digest, "retention looks for it"
+    assert wanted.base_scores == planned(tmp_path).base_scores
+
+
+def test_an_adapter_has_one_name_for_its_scores_on_a_dataset_whoever_measures_it(tmp_path: Path) -> None:
+    """As the one that a pipeline desires, and as the promoted one that a later pipeline compares with."""
+    first, second = planned(tmp_path), planned(tmp_path, training__seed=1)
+    assert first.adapter_scores.digest == scores_of_adapter(
+        second, first.adapter.digest, model=first.base_model.digest, tokenizer=first.tokenizer.digest,
+        chat_template={}, encoded=True, private=True).digest
+    assert "encoded_dataset" not in scores_of_adapter(
+        second, first.adapter.digest, model="b" * 16, tokenizer="c" * 16, chat_template={}, encoded=False,
+        private=False).inputs
 
 
 def test_serving_names_the_merged_model_of_an_earlier_adapter_by_two_digests(tmp_path: Path) -> None:
@@ -311,7 +329,7 @@ KEYS = {
         lambda bound, limit, than: {"perplexity": {bound: limit, **({"than": than} if bound == "max_ratio" else {})}},
         st.sampled_from(["max", "max_ratio"]), st.floats(0.001, 100), st.sampled_from(["base", "promoted"]))),
     "evaluation.report_answers": Key({"evaluation"}, st.booleans()),
-    "serving.mode": Key(set(), st.sampled_from(["lora", "merged"])),
+    "serving.mode": Key(EVALUATIONS, st.sampled_from(["lora", "merged"])),
     "serving.max_lora_rank": Key(set(), st.sampled_from(SERVABLE_RANKS[2:])),
     "serving.slots": Key(set(), st.integers(1, 1024)),
     "serving.when_base_changes": Key(set(), st.sampled_from(["wait-for-adapters", "at-once"])),

@@ -47,6 +47,17 @@ def test_a_volume_on_which_nothing_was_promoted_has_no_promotions(tmp_path: Path
     assert promotion.promote(volume, "name", "a" * 16, "e" * 16), "its folders are made"
 
 
+def test_nobody_else_promotes_while_the_lock_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation compares with what is promoted: that must still be so when its adapter is promoted."""
+    monkeypatch.setattr(promotion, "LOCK_SECONDS", 0.05)
+    with promotion.lock(tmp_path, "name"):
+        with pytest.raises(RetryableError, match="another process promotes name"):
+            promotion.promote(tmp_path, "name", "b" * 16, "f" * 16)
+        assert promotion.promote(tmp_path, "other", "b" * 16, "f" * 16)
+        assert promotion.move(tmp_path, "name", "a" * 16, "e" * 16)
+    assert not promotion.promote(tmp_path, "name", "a" * 16, "e" * 16)
+
+
 def test_a_promotion_that_hangs_elsewhere_is_waited_for_with_an_end(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(promotion, "LOCK_SECONDS", 0.05)

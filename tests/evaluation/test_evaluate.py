@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from jobs.__main__ import main
-from jobs.core import artifacts, models, promotion
+from jobs.core import artifacts, models, promotion, proof
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.metrics import SCORES
 from jobs.core.plan import plan
@@ -99,8 +99,12 @@ def test_the_evaluation_says_what_was_measured_on_what_and_why_it_passed(folder:
     wanted = plan(loaded.pipeline)
     artifact = artifacts.read(wanted.evaluation.path(volumes))
     assert {f["path"] for f in artifact.manifest["files"]} == {
-        "evaluation.json", "clusters.jsonl", "report.md", "report.html"}
+        "evaluation.json", "clusters.jsonl", "proof.json", "report.md", "report.html"}
     evaluation = read(artifact.path / "evaluation.json")
+    proven = proof.validate(read(artifact.path / "proof.json"))
+    assert len(proven.prompts) == len(proven.answers) == len(proven.base_answers or []) == proof.PROMPTS
+    assert (artifact.path / "proof.json").read_bytes() == (
+        wanted.adapter_scores.path(volumes) / "proof.json").read_bytes()
     assert evaluation["passed"] is True and evaluation["embedded"] is False
     assert evaluation["adapter"] == {"name": "hotels", "digest": wanted.adapter.digest}
     assert evaluation["base_model"] == {"name": "file:base", "digest": wanted.base_model.digest}
@@ -189,7 +193,7 @@ def test_an_evaluation_of_an_older_version_can_still_be_read(folder: Path, caplo
     artifact = artifacts.read(file.parent)
     file.write_text(json.dumps(values))
     with caplog.at_level("INFO", "jobs"):
-        evaluate.decide(loaded.pipeline, plan(loaded.pipeline), volumes, artifact, 0)
+        evaluate.announce(loaded.pipeline, plan(loaded.pipeline), volumes, artifact, False)
     assert "✓ perplexity: fine-tuned / base must be at most" in caplog.text
 
 

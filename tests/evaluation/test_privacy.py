@@ -278,8 +278,8 @@ def test_a_change_of_clusters_measures_nothing_again(
     monkeypatch.setattr(scoring, "measure", None)
     other = loaded.pipeline.model_copy(update={
         "evaluation": loaded.pipeline.evaluation.model_copy(update={"clusters": "record"})})
-    evaluate.measure(other, plan(other), volumes, 0)
-    assert evaluate.conclude(other, plan(other), volumes).path != plan(loaded.pipeline).evaluation.path(volumes)
+    decided = evaluate.decide(other, plan(other), volumes, 0)
+    assert decided and decided[0].path != plan(loaded.pipeline).evaluation.path(volumes)
 
 
 def test_without_privacy_nothing_of_it_is_measured(tmp_path: Path) -> None:

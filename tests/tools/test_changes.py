@@ -272,7 +272,9 @@ def test_a_further_setting_of_the_server_restarts_it() -> None:
 def test_mode_merged_makes_one_more_artifact_and_restarts_with_every_adapter(overlay: Path) -> None:
     edit(overlay / "environment.yaml", "serving:\n", "serving:\n  mode: merged\n")
     found = planned(overlay)
-    assert new(found.adapters[A]) == {"merged-model": ("serving.mode: lora -> merged",)}
+    assert new(found.adapters[A]) == {"merged-model": ("serving.mode: lora -> merged",),
+                                      "adapter-scores": ("new input: merged-model",),
+                                      "evaluation": ("new input: adapter-scores",)}
     assert running(found)[f"model-training-{A}"] == (f"{A}/merged-model",)
     commit(overlay)
     edit(overlay / "adapters" / A / "pipeline.yaml", "r: 16", "r: 32")
