@@ -273,8 +273,10 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     stops = stop_tokens(model, tokenizer)
     # Replaces the model's own defaults (sampling, repetition penalties): this measures the model, not its settings.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+    rooms = [min(max_new_tokens, positions - len(prompt)) for prompt in prompts]
     with torch.inference_mode():
-        for batch in batches([len(p) + max_new_tokens for p in prompts], TOKENS_PER_GENERATION[model.device.type]):
+        for room, batch in _of_equal_room([len(prompt) for prompt in prompts], rooms,
+                                          TOKENS_PER_GENERATION[model.device.type]):
             chosen = [prompts[i] for i in batch]
             longest = max(map(len, chosen))
             ids = torch.full((len(chosen), longest), int(tokenizer.pad_token_id))
@@ -283,12 +285,21 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
                 ids[row, longest - len(prompt) :] = torch.tensor(prompt)
                 attended[row, longest - len(prompt) :] = 1
             written = model.generate(input_ids=ids.to(model.device), attention_mask=attended.to(model.device),
-                                     max_new_tokens=min(max_new_tokens, positions - longest))
+                                     max_new_tokens=room)
             for i, tokens in zip(batch, written[:, longest:].tolist(), strict=True):
                 end = next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
                 results[i] = str(tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
             progress.add(len(batch))
     return results
+
+
+def _of_equal_room(lengths: Sequence[int], rooms: Sequence[int], tokens: int) -> Iterator[tuple[int, list[int]]]:
+    """`batches` of prompts, each with how many tokens its answers may have: a long prompt, which leaves little room to
+    the model's last position, must not cut the other answers of its batch short."""
+    for room in sorted(set(rooms)):
+        members = [i for i, each in enumerate(rooms) if each == room]
+        for batch in batches([lengths[i] + room for i in members], tokens):
+            yield room, [members[place] for place in batch]
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

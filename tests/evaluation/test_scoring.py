@@ -172,6 +172,14 @@ def test_answers_never_run_past_the_positions_that_the_model_has(loaded: tuple[A
     assert len(answers) == 2 and len(tokenizer(answers[0])["input_ids"]) <= 8
 
 
+def test_a_question_that_leaves_little_room_cuts_no_other_answer_short(loaded: tuple[Any, Any]) -> None:
+    def answers(prompts: list[list[int]]) -> list[str]:
+        return scoring.generate(*loaded, prompts, 50, 96, Progress("test", len(prompts)))
+
+    prompts = [[5] * 94, [6, 7], [8] * 60, [9] * 94]
+    assert answers(prompts) == [answer for prompt in prompts for answer in answers([prompt])]
+
+
 def test_the_scores_of_a_model_are_complete_and_follow_their_definitions(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     found = scoring.measure(model, tokenizer, material(RECORDS), "tiny")
