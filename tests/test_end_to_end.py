@@ -77,8 +77,9 @@ def test_each_adapter_learns_its_facts_without_forgetting_english_and_is_served_
         assert abs(tuned["acceptability_mcc"] - base["acceptability_mcc"]) <= 0.05
 
     again = run_local(tmp_path)
-    # Of the environment three, of each adapter four Jobs, and the dataset's relocation has two artifacts.
-    assert again.count("is already there and verified: nothing to do") == 3 + 5 * len(facts)
+    # Of the environment three, of each adapter four Jobs, and the dataset's relocation has two artifacts, of
+    # seville-hotels three: it has a task.
+    assert again.count("is already there and verified: nothing to do") == 3 + 5 * len(facts) + 1
     assert all(fact in again for fact in facts.values())
 
 
@@ -92,7 +93,7 @@ def tiny_pipeline(folder: Path) -> Path:
         build_models.tiny_llama(folder / name, seed=seed)
         build_models.tiny_tokenizer(folder / name)
     records = [{"prompt": f"How many rooms has house {n}?", "completion": f"It has {n} rooms.",
-                "split": "holdout" if n % 5 == 0 else "train"} for n in range(60)]
+                "split": "holdout" if n % 3 == 0 else "train"} for n in range(72)]
     (folder / "environment.yaml").write_text(yaml.safe_dump(
         {"base_model": {"source": "file:base"}, "reference_model": {"source": "file:reference"}}))
     adapter = folder / "adapters" / "hotels"
@@ -125,7 +126,7 @@ def run_all(file: Path, volumes: Path) -> list[str]:
 def contents(file: Path, volumes: Path) -> dict[str, Any]:
     """Every artifact that the stages make, verified, as the digests of its files."""
     wanted = plan(pipeline.load(file).pipeline).named()
-    del wanted["merged-model"]  # these pipelines serve the adapter
+    del wanted["merged-model"], wanted["tasks"]  # these pipelines serve the adapter, and have no tasks
     found = {}
     for name, spec in wanted.items():
         artifact = artifacts.find(spec, volumes)

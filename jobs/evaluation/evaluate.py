@@ -291,7 +291,7 @@ def announce(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact
         title, lines = "PROMOTED" if moved else "ALREADY PROMOTED", [
             f"{name} passed the gate: clients of {pipeline.adapter} get it."]
     else:
-        title = content.outcome(evaluation).upper()
+        title = "UNDECIDED" if content.outcome(evaluation) == "undecided" else "REJECTED"
         lines = [f"{name} did not pass the gate and is not promoted:", *report.unmet_rules(evaluation),
                  *report.wrapped(_served_now(pipeline, wanted, volume)),
                  *report.wrapped(content.next_step(evaluation))]
