@@ -40,7 +40,9 @@ def test_the_environment_and_the_adapters_are_read_by_the_names_of_their_files(f
     assert [each and each.adapter for each in declared.adapters.values()] == [SECOND, NAME]
     assert declared.environment == build_pipeline.build(base_model={"source": "builtin:tiny"}).environment
     assert not declared.problems
-    assert declared.changed == {name: (folder / f"{name}.yaml").stat().st_mtime for name in (SECOND, NAME)}
+    # To a microsecond: nanoseconds divided by 1e9 are not rounded as `st_mtime` is.
+    assert declared.changed == pytest.approx({name: (folder / f"{name}.yaml").stat().st_mtime
+                                              for name in (SECOND, NAME)}, rel=0, abs=1e-6)
 
 
 def test_a_folder_that_was_never_there_is_a_problem_that_says_what_must_be_in_it(tmp_path: Path) -> None:
