@@ -24,6 +24,7 @@ from jobs.core.errors import UserError
 from jobs.core.metrics import (
     KNOWN,
     METRICS,
+    MINIMUM_CLUSTERS,
     OF_CANARIES,
     PRIVACY,
     SCORES,
@@ -38,7 +39,6 @@ from jobs.core.tasks import Task, check_names
 
 FILE = "pipeline.yaml"
 ADAPTERS = "adapters"  # the folder of an overlay that holds a folder for each adapter
-MINIMUM_CANARIES = 20  # as many clusters as the gate needs to decide anything
 # What `check` and training say of it, the one where the data is at hand, the other where it is not.
 NO_VALIDATION = ("training.keep: best chooses by the loss on the validation split, and the dataset has none: set "
                  'dataset.validation (0.1, for example) or, in some records, "split": "validation"; or remove the key')
@@ -258,9 +258,9 @@ class Privacy(Strict):
     @field_validator("canaries")
     @classmethod
     def _enough(cls, canaries: int) -> int:
-        if 0 < canaries < MINIMUM_CANARIES:
+        if 0 < canaries < MINIMUM_CLUSTERS:
             raise PydanticCustomError("canaries", "{canaries} canaries cannot prove anything: at least {minimum} are "
-                                      "needed, or 0 for none", {"canaries": canaries, "minimum": MINIMUM_CANARIES})
+                                      "needed, or 0 for none", {"canaries": canaries, "minimum": MINIMUM_CLUSTERS})
         return canaries
 
 

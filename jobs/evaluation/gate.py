@@ -14,8 +14,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.core.errors import UserError
-from jobs.core.metrics import MINIMUM_CLUSTERS as MINIMUM_CLUSTERS
-from jobs.core.metrics import TASKS, metric_of, score_of
+from jobs.core.metrics import MINIMUM_CLUSTERS, TASKS, metric_of, score_of
 from jobs.core.pipeline import BOUNDS, Evaluation, Rule
 from jobs.data.encoding import Record, answer, question
 from jobs.evaluation.holdout import Chosen, answered_lines

@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs.core.errors import UserError
-from jobs.core.metrics import ALTERNATIVES
+from jobs.core.metrics import ALTERNATIVES, MINIMUM_CLUSTERS
 from jobs.core.pipeline import Evaluation, Pipeline, Privacy
 from jobs.core.progress import Progress
 from jobs.data import encoded
 from jobs.data.canaries import Canaries
 from jobs.data.encoding import Encoded, Record, encode
 from jobs.data.split import HOLDOUT, TRAIN
-from jobs.evaluation.gate import MINIMUM_CLUSTERS, clusters_of
+from jobs.evaluation.gate import clusters_of
+from jobs.evaluation.holdout import Chosen, JsonLines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -185,35 +185,14 @@ def readings(model: PreTrainedModel, sequences: Sequence[Encoded], starts: Seque
     Args:
         starts: the token of each sequence from which on the continuation is counted.
     """
-    import torch
-
-    from jobs.evaluation.scoring import LOGITS_BYTES, TOKENS_PER_BATCH, batches
+    from jobs.evaluation.scoring import scored_tokens
 
     results = [Reading(0.0, 0)] * len(sequences)
-    vocabulary_size = int(model.get_output_embeddings().weight.shape[0])
-    budget = min(TOKENS_PER_BATCH[model.device.type], LOGITS_BYTES // (4 * vocabulary_size))
-    with torch.inference_mode():
-        for batch in batches([len(sequence) for sequence in sequences], budget):
-            chosen = [sequences[i] for i in batch]
-            longest = max(map(len, chosen))
-            ids = torch.zeros(len(chosen), longest, dtype=torch.long)
-            attended, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-            for row, sequence in enumerate(chosen):
-                ids[row, : len(sequence)] = torch.tensor(sequence.tokens)
-                attended[row, : len(sequence)] = 1
-                for first, last in sequence.learned:
-                    scored[row, max(first, 1) : last] = True  # nothing precedes a first token
-            ids, attended, wanted = ids.to(model.device), attended.to(model.device), scored[:, 1:].to(model.device)
-            logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, :-1][wanted]
-            targets = ids[:, 1:][wanted]
-            nats = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").double().cpu()
-            same = (logits.argmax(-1) == targets).cpu()
-            rows, places = (part.cpu() for part in wanted.nonzero(as_tuple=True))
-            total = torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, rows, nats).tolist()
-            for row, i in enumerate(batch):
-                right = same[(rows == row) & (places + 1 >= starts[i])].tolist()
-                results[i] = Reading(total[row], right.index(False) if False in right else len(right))
-            progress.add(len(batch))
+    for batch in scored_tokens(model, sequences):
+        for row, (i, nats) in enumerate(zip(batch.sequences, batch.sums(batch.nats), strict=True)):
+            right = batch.likeliest[(batch.rows == row) & (batch.places >= starts[i])].tolist()
+            results[i] = Reading(nats, right.index(False) if False in right else len(right))
+        progress.add(len(batch.sequences))
     return results
 
 
@@ -222,16 +201,10 @@ def _clusters(dataset: Path, lines: Mapping[str, Sequence[int]]) -> dict[tuple[s
     from jobs.evaluation.confidence import Clusters
 
     places = [(name, line) for name, of_split in lines.items() for line in of_split]
-    records = [record for name, of_split in lines.items() for record in _records(dataset / f"{name}.jsonl", of_split)]
+    records = [record for name, of_split in lines.items()
+               for record in Chosen(JsonLines(dataset / f"{name}.jsonl"), of_split)]
     numbers = {by: Clusters.of(clusters_of(records, by)).of_row.tolist() for by in ("answer", "record")}
     return {place: {f"{by}_cluster": numbers[by][n] for by in numbers} for n, place in enumerate(places)}
-
-
-def _records(file: Path, lines: Iterable[int]) -> list[Record]:
-    """The records at some lines, which ascend; the file is read line by line."""
-    wanted, last = set(lines), max(lines, default=0)
-    with file.open(encoding="utf-8") as text:
-        return [json.loads(line) for number, line in zip(range(1, last + 1), text, strict=False) if number in wanted]
 
 
 def with_clusters(rows: Rows, by: str) -> Rows:

@@ -27,6 +27,7 @@ from jobs.evaluation.holdout import Chosen, JsonLines, answered_lines
 from jobs.evaluation.metrics import Likelihood, Measurements, implementation, statistic
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from jobs.core.tasks import Task
@@ -221,12 +222,59 @@ def question_text(record: Record) -> str:
     return conversation_text(question(record) or [])
 
 
+@dataclass(frozen=True)
+class ScoredTokens:
+    """The scored tokens of a batch of sequences. Tensors are on the CPU and have one value a token."""
+
+    sequences: list[int]  # their numbers
+    rows: Tensor  # of each token, the place of its sequence in `sequences`
+    places: Tensor  # its place in its sequence
+    tokens: Tensor
+    nats: Tensor  # its negative log-likelihood, float64
+    likeliest: Tensor  # whether the model would have chosen it
+
+    def sums(self, values: Tensor) -> list[float]:
+        """The sum of the tokens' values for each sequence."""
+        import torch
+
+        sums: list[float] = torch.zeros(len(self.sequences), dtype=torch.float64).index_add_(0, self.rows,
+                                                                                             values).tolist()
+        return sums
+
+
+def scored_tokens(model: PreTrainedModel, sequences: Sequence[Encoded]) -> Iterator[ScoredTokens]:
+    """Read sequences, and score the tokens of each that are learned. A first token is not scored: nothing precedes it.
+
+    Batches hold sequences of similar length, padded on the right, with logits in float32 whatever the model computes
+    in.
+    """
+    import torch
+
+    vocabulary_size = int(model.get_output_embeddings().weight.shape[0])
+    budget = min(TOKENS_PER_BATCH[model.device.type], LOGITS_BYTES // (4 * vocabulary_size))
+    for batch in batches([len(s) for s in sequences], budget):
+        chosen = [sequences[i] for i in batch]
+        longest = max(map(len, chosen))
+        ids = torch.zeros(len(chosen), longest, dtype=torch.long)
+        attended, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for row, sequence in enumerate(chosen):
+            ids[row, : len(sequence)] = torch.tensor(sequence.tokens)
+            attended[row, : len(sequence)] = 1
+            for first, last in sequence.learned:
+                scored[row, max(first, 1) : last] = True  # nothing precedes a first token
+        wanted, tokens = scored[:, 1:], ids[:, 1:][scored[:, 1:]]
+        with torch.inference_mode():
+            logits = model(input_ids=ids.to(model.device), attention_mask=attended.to(model.device),
+                           use_cache=False).logits[:, :-1][wanted.to(model.device)].float()
+            nats = torch.nn.functional.cross_entropy(logits, tokens.to(model.device), reduction="none")
+            likeliest = logits.argmax(-1).cpu() == tokens
+        rows, places = wanted.nonzero(as_tuple=True)
+        yield ScoredTokens(batch, rows, places + 1, tokens, nats.double().cpu(), likeliest)
+
+
 def negative_log_likelihoods(model: PreTrainedModel, sequences: Sequence[Encoded],
                              progress: Progress, special: AbstractSet[int] = frozenset()) -> list[Likelihood]:
     """For each sequence, the summed negative log-likelihood of its learned tokens.
-
-    A first token is not scored: nothing precedes it. Batches hold sequences
-    of similar length, padded on the right, with logits in float32 whatever the model computes in.
 
     Args:
         special: the tokens that are no text; their share of the sum is counted apart.
@@ -235,30 +283,11 @@ def negative_log_likelihoods(model: PreTrainedModel, sequences: Sequence[Encoded
 
     results = [Likelihood(0.0, 0)] * len(sequences)
     no_text = torch.tensor(sorted(special), dtype=torch.long)
-    vocabulary_size = int(model.get_output_embeddings().weight.shape[0])
-    budget = min(TOKENS_PER_BATCH[model.device.type], LOGITS_BYTES // (4 * vocabulary_size))
-    with torch.inference_mode():
-        for batch in batches([len(s) for s in sequences], budget):
-            chosen = [sequences[i] for i in batch]
-            longest = max(map(len, chosen))
-            ids = torch.zeros(len(chosen), longest, dtype=torch.long)
-            attended, scored = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-            for row, sequence in enumerate(chosen):
-                ids[row, : len(sequence)] = torch.tensor(sequence.tokens)
-                attended[row, : len(sequence)] = 1
-                for first, last in sequence.learned:
-                    scored[row, max(first, 1) : last] = True  # nothing precedes a first token
-            ids, attended, scored = (tensor.to(model.device) for tensor in (ids, attended, scored))
-            logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, :-1]
-            wanted = scored[:, 1:]
-            nats = torch.nn.functional.cross_entropy(logits[wanted].float(), ids[:, 1:][wanted], reduction="none")
-            nats, rows = nats.double().cpu(), wanted.nonzero()[:, 0].cpu()
-            of_special = nats.where(torch.isin(ids[:, 1:][wanted].cpu(), no_text), 0.0)  # also of infinite ones
-            total, apart = (torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, rows, values).tolist()
-                            for values in (nats, of_special))
-            for i, *sums in zip(batch, total, apart, strict=True):
-                results[i] = Likelihood(sums[0], sequences[i].scored, sums[1])
-            progress.add(len(batch))
+    for batch in scored_tokens(model, sequences):
+        of_special = batch.nats.where(torch.isin(batch.tokens, no_text), 0.0)  # also of infinite ones
+        for i, *sums in zip(batch.sequences, batch.sums(batch.nats), batch.sums(of_special), strict=True):
+            results[i] = Likelihood(sums[0], sequences[i].scored, sums[1])
+        progress.add(len(batch.sequences))
     return results
 
 

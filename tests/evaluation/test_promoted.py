@@ -35,11 +35,6 @@ def evaluated(tmp_path_factory: Any) -> Path:
 
 
 @pytest.fixture
-def folder(evaluated: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(evaluated, tmp_path / "pipeline"))
-
-
-@pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the models that get measured from here on, and the folders of the models that are loaded."""
     names: list[str] = []
