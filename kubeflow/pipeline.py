@@ -1,0 +1,156 @@
+"""Compile the Jobs of an overlay to a KubeFlow pipeline: .venv-kubeflow/bin/python kubeflow/pipeline.py --help"""
+
+# No `from __future__ import annotations`: kfp reads the annotations of pipelines and components as types.
+import argparse
+import hashlib
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # the checkout instead of this folder, which Python puts first
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from kfp import compiler, dsl
+
+from jobs.core.command import run_command
+from jobs.core.errors import UserError
+from jobs.tools import pods
+from kubeflow import steps as steps_module
+from kubeflow import translation
+from kubeflow.steps import Step, Steps
+
+DESCRIPTION = """\
+Compile the Jobs of an overlay to a pipeline of KubeFlow Pipelines (IR YAML), as `kubectl kustomize` renders them.
+
+Image, command, arguments, environment, volumes, resources and retries of every step come from its Job, and the order
+from the plan of the artifacts. What a Job says and KubeFlow Pipelines cannot is listed on stderr and in the pipeline's
+description. docs/kubeflow.md leads from an empty KubeFlow to a served adapter.
+"""
+EPILOG = """\
+examples
+  python kubeflow/pipeline.py overlays/kind --output kind.yaml
+  python kubeflow/pipeline.py overlays/kind --adapter seville-hotels --output seville-hotels.yaml
+
+The pipeline mounts the ConfigMaps and volumes of the environment, so apply the environment first.
+"""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled pipeline."""
+
+    name: str
+    text: str  # IR YAML: the pipeline, and what is special to Kubernetes
+    steps: Steps
+
+    @property
+    def version(self) -> str:
+        """A name for this version of the pipeline: another pipeline has another one."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:12]
+
+
+# How the component of a stage is made, if it is more than its Job's container.
+COMPONENTS: dict[str, Callable[[Step], Any]] = {}
+
+
+def compile_pipeline(overlay: Path, adapter: str | None = None) -> Compiled:
+    """Compile the Jobs of an overlay; with `adapter`, only those of this adapter and of the environment.
+
+    Raises:
+        UserError: the overlay does not render, has no such adapter, or has a Job that no step of KubeFlow Pipelines can be.
+    """
+    found = steps_module.find(pods.render(overlay), adapter)
+    pipeline = build(found, adapter)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "pipeline.yaml"
+        compiler.Compiler().compile(pipeline, str(file))
+        return Compiled(pipeline.name, file.read_text(), found)
+
+
+def build(found: Steps, adapter: str | None = None) -> Any:
+    """The pipeline of these steps, as kfp has it: to compile it, or to run it with kfp.local."""
+    def pipeline() -> None:
+        tasks: dict[str, dsl.PipelineTask] = {}
+        for step in found.steps:
+            make = COMPONENTS.get(step.stage or "", component)
+            tasks[step.name] = task(step, make(step)())
+            tasks[step.name].after(*(tasks[name] for name in step.after))
+
+    name = "-".join(part for part in (found.namespace, adapter) if part)
+    return dsl.pipeline(pipeline, name=name, description="\n".join(description(found)))
+
+
+def component(step: Step) -> Any:
+    """A Job's container as a component of kfp."""
+    def container() -> dsl.ContainerSpec:
+        return dsl.ContainerSpec(step.executor.image, step.executor.command, step.executor.args)
+
+    container.__name__ = step.name
+    container.__doc__ = None
+    return dsl.container_component(container)
+
+
+def task(step: Step, task: dsl.PipelineTask) -> dsl.PipelineTask:
+    """Give a task everything else that its Job says."""
+    for setting in step.executor.settings:
+        setting(task)
+    # A step whose artifact is there ends within seconds, and only it can tell: artifacts are verified and kept by
+    # `retention`. KFP's cache would skip the step for the same command line, also when its artifact is gone, and for the
+    # same name of a ConfigMap without looking at the volume.
+    task.set_caching_options(enable_caching=False)
+    return task.set_display_name(step.name)
+
+
+def description(found: Steps) -> list[str]:
+    """What the pipeline is, and what KubeFlow Pipelines cannot say of its Jobs, a line for each field."""
+    return [f"The Jobs of {found.namespace}. docs/kubeflow.md explains what a Job says and KubeFlow Pipelines cannot:",
+            *unsupported(found)]
+
+
+def unsupported(found: Steps) -> list[str]:
+    """A line for each field that KubeFlow Pipelines cannot say: which, of which steps, and what happens instead."""
+    of: dict[str, list[str]] = {}
+    for step in found.steps:
+        for path in step.unsupported:
+            key = translation.without_names(path)
+            key = next((prefix for prefix in translation.UNSUPPORTED if key.startswith(prefix + ".")), key)
+            names = of.setdefault(key, [])
+            if step.name not in names:
+                names.append(step.name)
+    lines = [f"{path} ({'all steps' if len(names) == len(found.steps) else ', '.join(names)}): {translation.reason(path)}"
+             for path, names in sorted(of.items())]
+    return lines + [f"JobSet {path}: the order of the steps and their retries take its place"
+                    for path in sorted(found.of_sets)]
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="kubeflow/pipeline.py", description=DESCRIPTION, epilog=EPILOG,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("overlay", type=Path, metavar="OVERLAY", help="the overlay's folder, e.g. overlays/kind")
+    top.add_argument("--adapter", metavar="NAME",
+                     help="only the steps of this adapter and of its environment (default: of all adapters)")
+    top.add_argument("--output", type=Path, metavar="FILE", help="the file to write, *.yaml (default: stdout)")
+    return top
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.output and args.output.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--output {args.output}: KubeFlow takes files whose names end with .yaml")
+    compiled = compile_pipeline(args.overlay, args.adapter)
+    if args.output:
+        try:
+            args.output.write_text(compiled.text)
+        except OSError as error:
+            raise UserError(f"--output {args.output}: cannot be written: {error.strerror}") from None
+    else:
+        print(compiled.text, end="")
+    summary = [f"{compiled.name}: {len(compiled.steps.steps)} steps, version {compiled.version}",
+               "What the Jobs say and KubeFlow Pipelines cannot:", *(f"  {line}" for line in unsupported(compiled.steps))]
+    print("\n".join(summary), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: run(parser().parse_args())))
