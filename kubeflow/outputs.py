@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
     metadata = {"adapter": model(evaluation, wanted, args.claim, promoted=promoted)} | {
         f"{role}_scores": scores(evaluation, role) for role in evaluation["scores"]}
     text = summary(evaluation, loaded.changed)
-    write(outputs["parameters"]["Output"]["outputFile"], content.outcome(evaluation))
+    write(outputs["parameters"]["verdict"]["outputFile"], content.outcome(evaluation))
     write(outputs["parameters"]["summary"]["outputFile"], text)
     write(outputs["outputFile"], json.dumps({"artifacts": {
         name: {"artifacts": [{"name": each["name"], "uri": each["uri"], "metadata": metadata.get(name, {})}]}
