@@ -162,7 +162,7 @@ def _runner(steps: dict[str, Placed], state: Path) -> Iterator[None]:
     original = evaluator._resolve_pipeline_channel
 
     def resolve(reference: str, store: Any) -> Any:
-        # kfp 2.17.3 finds the output of a step here only if its name is `Output`, and takes any other condition for false.
+        # kfp 2.17.3 finds the output of a step here only if it is named `Output`, and takes other conditions for false.
         task, _, output = reference.removeprefix("pipelinechannel--").rpartition("-")
         try:
             return store.get_task_output(task, output)
@@ -220,7 +220,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"{JOBS_PYTHON}: no such file. The steps run with the packages of the jobs: make setup")
     parameters = {}
     for parameter in args.parameter:
-        name, equals, value = parameter.partition("=")
+        name, _, value = parameter.partition("=")
         try:
             parameters[name] = json.loads(value)
         except ValueError:
