@@ -5,7 +5,6 @@ import argparse
 import hashlib
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from kfp import compiler, dsl
 from jobs.core.command import run_command
 from jobs.core.errors import UserError
 from jobs.tools import pods
+from kubeflow import run as run_module
 from kubeflow import steps as steps_module
 from kubeflow import translation
 from kubeflow.steps import Step, Steps
@@ -52,10 +52,6 @@ class Compiled:
         return hashlib.sha256(self.text.encode()).hexdigest()[:12]
 
 
-# How the component of a stage is made, if it is more than its Job's container.
-COMPONENTS: dict[str, Callable[[Step], Any]] = {}
-
-
 def compile_pipeline(overlay: Path, adapter: str | None = None) -> Compiled:
     """Compile the Jobs of an overlay; with `adapter`, only those of this adapter and of the environment.
 
@@ -72,25 +68,30 @@ def compile_pipeline(overlay: Path, adapter: str | None = None) -> Compiled:
 
 def build(found: Steps, adapter: str | None = None) -> Any:
     """The pipeline of these steps, as kfp has it: to compile it, or to run it with kfp.local."""
-    def pipeline() -> None:
+    parameters = run_module.parameters(found)
+    names = tuple(parameters)
+
+    def pipeline(*values: Any) -> None:
+        of_run = dict(zip(names, values, strict=True))
         tasks: dict[str, dsl.PipelineTask] = {}
+
+        def add(step: Step, component: Any, **inputs: Any) -> dsl.PipelineTask:
+            added = task(step, component(**inputs, **{
+                name: value for name, value in of_run.items() if name in (component.component_spec.inputs or ())}))
+            return tasks.setdefault(step.name, added.after(*(tasks[name] for name in step.after)))
+
         for step in found.steps:
-            make = COMPONENTS.get(step.stage or "", component)
-            tasks[step.name] = task(step, make(step)())
-            tasks[step.name].after(*(tasks[name] for name in step.after))
+            add(step, run_module.component(step, run_module.settings(step, names)))
+        for step in found.steps:
+            if step.stage == "evaluate":
+                results = add(*run_module.results(step, names))
+                with dsl.If(results.outputs["verdict"] != "passed", name=f"did-not-pass-{step.adapter}"):
+                    add(*run_module.refusal(step), summary=results.outputs["summary"])
 
-    name = "-".join(part for part in (found.namespace, adapter) if part)
-    return dsl.pipeline(pipeline, name=name, description=description(found))
-
-
-def component(step: Step) -> Any:
-    """A Job's container as a component of kfp."""
-    def container() -> dsl.ContainerSpec:
-        return dsl.ContainerSpec(step.executor.image, step.executor.command, step.executor.args)
-
-    container.__name__ = step.name
-    container.__doc__ = None
-    return dsl.container_component(container)
+    types = {name: run_module.PARAMETERS[name][1] for name in names}
+    title = "-".join(part for part in (found.namespace, adapter) if part)
+    return dsl.pipeline(run_module.signed(pipeline, title, types, parameters), name=title,
+                        description=description(found))
 
 
 def task(step: Step, task: dsl.PipelineTask) -> dsl.PipelineTask:

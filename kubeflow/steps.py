@@ -40,6 +40,7 @@ class Steps:
     namespace: str  # of the overlay
     steps: list[Step]
     of_sets: dict[str, Any]  # what the overlay's JobSets say beside their Jobs, and KubeFlow Pipelines cannot say
+    pipelines: dict[str, Pipeline]  # by adapter
 
 
 def find(manifests: list[Manifest], adapter: str | None = None) -> Steps:
@@ -59,8 +60,9 @@ def find(manifests: list[Manifest], adapter: str | None = None) -> Steps:
     steps = [Step(HASH_SUFFIX.sub("", job["metadata"]["name"]), job, _stage(job), _adapter(job),
                   translation.translate(job, restarts))
              for job, restarts in found if adapter is None or _adapter(job) in (None, adapter)]
-    return Steps(found[0][0]["metadata"].get("namespace") or "default", _ordered(steps, _plans(manifests, steps)),
-                 dict(_of_sets(manifests)))
+    plans, pipelines = _plans(manifests, steps)
+    return Steps(found[0][0]["metadata"].get("namespace") or "default", _ordered(steps, plans),
+                 dict(_of_sets(manifests)), pipelines)
 
 
 def _jobs(manifests: list[Manifest]) -> Iterator[tuple[Manifest, int]]:
@@ -99,16 +101,21 @@ def _adapter(job: Manifest) -> str | None:
     return name
 
 
-def _plans(manifests: list[Manifest], steps: list[Step]) -> dict[str | None, EnvironmentPlan]:
-    """The plan of each adapter, from the files that its Jobs mount; of the environment below None."""
+def _plans(manifests: list[Manifest], steps: list[Step]
+           ) -> tuple[dict[str | None, EnvironmentPlan], dict[str, Pipeline]]:
+    """The plan and the pipeline of each adapter, from the files that its Jobs mount; of the environment, the plan below
+    None."""
     plans: dict[str | None, EnvironmentPlan] = {}
+    pipelines: dict[str, Pipeline] = {}
     config_maps = {each["metadata"]["name"]: each for each in manifests if each["kind"] == "ConfigMap"}
     for step in steps:
         if step.stage is None or step.adapter in plans:
             continue
         shared, own = _files(step, config_maps)
         plans[step.adapter] = plan(own) if own else plan_environment(shared.environment)
-    return plans
+        if own and step.adapter:
+            pipelines[step.adapter] = own
+    return plans, pipelines
 
 
 def _files(step: Step, config_maps: dict[str, Manifest]) -> tuple[LoadedEnvironment, Pipeline | None]:

@@ -1,0 +1,234 @@
+"""Run the pipeline of an overlay with kfp.local, without a cluster and without Docker.
+
+    .venv-kubeflow/bin/python kubeflow/local.py overlays/kind --adapter seville-hotels
+
+kfp.local carries out the compiled pipeline: the order of the steps, its parameters, outputs and conditions. Of its two
+runners one needs Docker and the other takes no container components, so this one takes their place: a step's container
+becomes a process of this checkout, its mounts folders below the state (jobs/tools/pods.py, as in `make demo`). Image,
+user and resources have no meaning here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+if __name__ == "__main__":  # the checkout instead of this folder, which Python puts first
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import yaml
+from kfp import components, local
+from kfp.local import status, subprocess_task_handler, task_handler_interface
+from kfp.local.orchestrator import enhanced_dag_orchestrator
+
+from jobs.core.command import run_command
+from jobs.core.errors import RetryableError, UserError
+from jobs.tools import pods
+from jobs.tools.pods import CHECKOUT, Manifest
+from kubeflow import pipeline
+
+EXECUTOR = "KUBEFLOW_EXECUTOR"  # in the environment of a step, for its handler: which of the pipeline's executors it is
+JOBS_PYTHON = CHECKOUT / ".venv" / "bin" / "python"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the run of one adapter's pipeline showed."""
+
+    verdict: str
+    summary: str
+    report: Path
+    adapter: dict[str, Any]  # the metadata of the adapter
+    scores: dict[str, dict[str, float]]  # by model: base, fine_tuned, reference
+
+
+def run(text: str, config_maps: list[Manifest], state: Path, parameters: dict[str, Any] | None = None) -> list[Result]:
+    """Run a compiled pipeline.
+
+    Args:
+        text: the pipeline, as it is given to KubeFlow.
+        config_maps: those that the environment has in the cluster.
+        state: a folder with the volumes (`volumes/CLAIM`), as in `jobs local`; outputs go to `kubeflow/`.
+        parameters: of the run.
+    Raises:
+        UserError: a step cannot run without a cluster, or there is no such parameter.
+        RetryableError: a step failed; its output is above.
+    """
+    documents = list(yaml.safe_load_all(text))
+    spec, platform = documents[0], documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    unknown = set(parameters or {}) - set(spec["root"].get("inputDefinitions", {}).get("parameters", {}))
+    if unknown:
+        raise UserError(f"the pipeline has no parameter {', '.join(sorted(unknown))}")
+    manifests = [job(label, executor["container"], platform.get(label, {}))
+                 for label, executor in spec["deploymentSpec"]["executors"].items()]
+    for label, executor in spec["deploymentSpec"]["executors"].items():
+        executor["container"].setdefault("env", []).append({"name": EXECUTOR, "value": label})
+    state.mkdir(parents=True, exist_ok=True)
+    (state / "kubeflow").mkdir(exist_ok=True)
+    before = set((state / "kubeflow").iterdir())
+    placed = {pod.name: pod for pod in pods.pods([*config_maps, *manifests], state)}
+    with _runner({manifest["metadata"]["name"]: Placed(placed[manifest["metadata"]["name"]].containers[0], manifest)
+                  for manifest in manifests}, state):
+        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(state / "kubeflow"))
+        try:
+            components.load_component_from_text(yaml.safe_dump_all([spec, *documents[1:]]))(**parameters or {})
+        except RuntimeError as error:
+            raise RetryableError(str(error)) from None
+        finally:
+            found = [result for folder in sorted(set((state / "kubeflow").iterdir()) - before)
+                     for result in results(folder)]
+            print("\n".join(map(table, found)), flush=True)
+    return found
+
+
+def job(label: str, container: dict[str, Any], platform: dict[str, Any]) -> Manifest:
+    """An executor of a compiled pipeline as a Job: what a cluster would mount into its pod."""
+    volumes: list[dict[str, Any]] = []
+    mounts: list[dict[str, str]] = []
+
+    def mount(path: str, volume: dict[str, Any]) -> None:
+        volumes.append({"name": f"volume-{len(volumes)}", **volume})
+        mounts.append({"name": volumes[-1]["name"], "mountPath": path})
+
+    for each in platform.get("pvcMount", []):
+        mount(each["mountPath"], {"persistentVolumeClaim": {"claimName": _constant(each["pvcNameParameter"])}})
+    for each in platform.get("configMapAsVolume", []):
+        mount(each["mountPath"], {"configMap": {"name": _constant(each["configMapNameParameter"]),
+                                                "optional": each.get("optional", False)}})
+    for each in platform.get("secretAsVolume", []):
+        mount(each["mountPath"], {"secret": {"secretName": _constant(each["secretNameParameter"]),
+                                             "optional": each.get("optional", False)}})
+    for each in platform.get("emptyDirMounts", []):
+        mount(each["mountPath"], {"emptyDir": {}})
+    env: list[dict[str, Any]] = list(container.get("env", []))
+    for each in platform.get("secretAsEnv", []):
+        env += [{"name": key["envVar"], "valueFrom": {"secretKeyRef": {
+            "name": _constant(each["secretNameParameter"]), "key": key["secretKey"],
+            "optional": each.get("optional", False)}}} for key in each["keyToEnv"]]
+    return {"kind": "Job", "metadata": {"name": label}, "spec": {"template": {"spec": {
+        "volumes": volumes, "containers": [{
+            "name": "job", "image": container["image"], "command": container["command"],
+            "args": container.get("args", []), "env": env, "volumeMounts": mounts}]}}}}
+
+
+def _constant(parameter: dict[str, Any]) -> str:
+    return str(parameter["runtimeValue"]["constant"])
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A step's container as a process, and as it was in the pipeline."""
+
+    container: pods.Container
+    manifest: Manifest
+
+    def command(self, resolved: list[str]) -> list[str]:
+        """The command line: what kfp put in the place of its placeholders is of this machine already."""
+        (container,) = self.manifest["spec"]["template"]["spec"]["containers"]
+        original = [*container["command"], *container["args"]]
+        argv = [mine if "{{$" in raw else placed
+                for raw, placed, mine in zip(original, self.container.argv, resolved, strict=True)]
+        return [str(JOBS_PYTHON) if argv[0] == sys.executable else argv[0], *argv[1:]]
+
+
+@contextmanager
+def _runner(steps: dict[str, Placed], state: Path) -> Iterator[None]:
+    """kfp.local with a runner for these steps, by the names of their executors."""
+
+    class Handler(task_handler_interface.ITaskHandler):
+        def __init__(self, image: str, full_command: list[str], pipeline_root: str, runner: Any,
+                     env_vars: dict[str, str] | None = None) -> None:
+            self.step = steps[(env_vars or {})[EXECUTOR]]
+            self.command = self.step.command(full_command)
+
+        def run(self) -> status.Status:
+            with subprocess.Popen(self.command, cwd=state, env=self.step.container.env, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+                assert process.stdout
+                for line in process.stdout:
+                    print(line, end="", flush=True)
+            return status.Status.SUCCESS if process.returncode == 0 else status.Status.FAILURE
+
+    evaluator = enhanced_dag_orchestrator.ConditionEvaluator
+    original = evaluator._resolve_pipeline_channel
+
+    def resolve(reference: str, store: Any) -> Any:
+        # kfp 2.17.3 finds the output of a step here only if its name is `Output`, and takes any other condition for false.
+        task, _, output = reference.removeprefix("pipelinechannel--").rpartition("-")
+        try:
+            return store.get_task_output(task, output)
+        except ValueError:
+            return original(reference, store)
+
+    with (warnings.catch_warnings(),
+          mock.patch.object(subprocess_task_handler, "SubprocessTaskHandler", Handler),
+          mock.patch.object(evaluator, "_resolve_pipeline_channel", staticmethod(resolve))):
+        warnings.filterwarnings("ignore", message=".*have no effect in the current local runner")
+        yield
+
+
+def results(folder: Path) -> Iterator[Result]:
+    """What the steps `evaluation-results` of a run wrote below its folder."""
+    for step in sorted(folder.glob("evaluation-results*")):
+        if not (step / "executor_output.json").exists():
+            continue
+        artifacts = json.loads((step / "executor_output.json").read_text())["artifacts"]
+        metadata = {name: of_name["artifacts"][0]["metadata"] for name, of_name in artifacts.items()}
+        yield Result((step / "verdict").read_text(), (step / "summary").read_text(), step / "report",
+                     metadata["adapter"], {name.removesuffix("_scores"): values for name, values in metadata.items()
+                                           if name.endswith("_scores")})
+
+
+def table(result: Result) -> str:
+    """A result as a terminal shows it."""
+    models = list(result.scores)
+    rows = [["", *(model.replace("_", "-") for model in models)], *(
+        [key, *(f"{result.scores[model][key]:.4g}" if key in result.scores[model] else "" for model in models)]
+        for key in result.scores["fine_tuned"])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in
+                                                   zip(row[1:], widths[1:], strict=True))]) for row in rows]
+    return "\n".join(["", result.summary, "", *lines, "", f"Adapter  {result.adapter['storage']}",
+                      f"Report   file://{result.report}"])
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="kubeflow/local.py", description=__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("overlay", type=Path, metavar="OVERLAY", help="the overlay's folder, e.g. overlays/kind")
+    top.add_argument("--adapter", metavar="NAME",
+                     help="only the steps of this adapter and of its environment (default: of all adapters)")
+    top.add_argument("--state", type=Path, metavar="DIR",
+                     help="where volumes and outputs are kept (default: .local/NAME, as in `make demo`)")
+    top.add_argument("--parameter", action="append", default=[], metavar="NAME=VALUE",
+                     help="a parameter of the run, such as epochs=3; can be repeated")
+    return top
+
+
+def main(args: argparse.Namespace) -> None:
+    """Compile the pipeline of an overlay, and run it."""
+    if not JOBS_PYTHON.exists():
+        raise UserError(f"{JOBS_PYTHON}: no such file. The steps run with the packages of the jobs: make setup")
+    parameters = {}
+    for parameter in args.parameter:
+        name, equals, value = parameter.partition("=")
+        try:
+            parameters[name] = json.loads(value)
+        except ValueError:
+            raise UserError(f"--parameter {parameter}: must be NAME=NUMBER, such as epochs=3") from None
+    compiled = pipeline.compile_pipeline(args.overlay, args.adapter)
+    state = (args.state or CHECKOUT / ".local" / args.overlay.resolve().name).resolve()
+    run(compiled.text, [each for each in pods.render(args.overlay) if each["kind"] == "ConfigMap"], state, parameters)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(parser().parse_args())))
