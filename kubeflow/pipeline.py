@@ -56,7 +56,7 @@ def compile_pipeline(overlay: Path, adapter: str | None = None) -> Compiled:
     """Compile the Jobs of an overlay; with `adapter`, only those of this adapter and of the environment.
 
     Raises:
-        UserError: the overlay does not render, has no such adapter, or has a Job that no step of KubeFlow Pipelines can be.
+        UserError: the overlay does not render, has no such adapter, or has a Job that cannot be a step.
     """
     found = steps_module.find(pods.render(overlay), adapter)
     pipeline = build(found, adapter)
@@ -91,39 +91,37 @@ def build(found: Steps, adapter: str | None = None) -> Any:
     types = {name: run_module.PARAMETERS[name][1] for name in names}
     title = "-".join(part for part in (found.namespace, adapter) if part)
     return dsl.pipeline(run_module.signed(pipeline, title, types, parameters), name=title,
-                        description="\n".join(description(found)))
+                        description=description(found))
 
 
 def task(step: Step, task: dsl.PipelineTask) -> dsl.PipelineTask:
     """Give a task everything else that its Job says."""
     for setting in step.executor.settings:
         setting(task)
-    # A step whose artifact is there ends within seconds, and only it can tell: artifacts are verified and kept by
-    # `retention`. KFP's cache would skip the step for the same command line, also when its artifact is gone, and for the
-    # same name of a ConfigMap without looking at the volume.
+    # KFP's cache is off: a step that finds its artifact ends within seconds by itself, and it verifies what it finds.
+    # KFP would compare image, arguments and names of claims, but neither what is on the volume nor which ConfigMap is
+    # mounted, and would skip a step whose artifact is gone or whose pipeline.yaml changed.
     task.set_caching_options(enable_caching=False)
     return task.set_display_name(step.name)
 
 
-def description(found: Steps) -> list[str]:
-    """What the pipeline is, and what KubeFlow Pipelines cannot say of its Jobs, a line for each field."""
-    return [f"The Jobs of {found.namespace}. docs/kubeflow.md explains what a Job says and KubeFlow Pipelines cannot:",
-            *unsupported(found)]
+def description(found: Steps) -> str:
+    """What people see beside the pipeline: where it comes from, and what KubeFlow Pipelines cannot say of its Jobs."""
+    return "\n".join([f"The Jobs of the environment {found.namespace}, compiled by kubeflow/pipeline.py. What they say "
+                      "and KubeFlow Pipelines cannot (docs/kubeflow.md):",
+                      *(f"- {line}" for line in unsupported(found))])
 
 
 def unsupported(found: Steps) -> list[str]:
     """A line for each field that KubeFlow Pipelines cannot say: which, of which steps, and what happens instead."""
     of: dict[str, list[str]] = {}
     for step in found.steps:
-        for path in step.unsupported:
-            key = translation.without_names(path)
-            key = next((prefix for prefix in translation.UNSUPPORTED if key.startswith(prefix + ".")), key)
-            names = of.setdefault(key, [])
-            if step.name not in names:
-                names.append(step.name)
-    lines = [f"{path} ({'all steps' if len(names) == len(found.steps) else ', '.join(names)}): {translation.reason(path)}"
+        for path in dict.fromkeys(map(translation.shown, step.executor.unsupported)):
+            of.setdefault(path, []).append(step.name)
+    everywhere = [step.name for step in found.steps]
+    lines = [f"{path} ({'all steps' if names == everywhere else ', '.join(names)}): {translation.reason(path)}"
              for path, names in sorted(of.items())]
-    return lines + [f"JobSet {path}: the order of the steps and their retries take its place"
+    return lines + [f"{path} (JobSet): the order of the steps and their retries take its place"
                     for path in sorted(found.of_sets)]
 
 
@@ -148,9 +146,9 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--output {args.output}: cannot be written: {error.strerror}") from None
     else:
         print(compiled.text, end="")
-    summary = [f"{compiled.name}: {len(compiled.steps.steps)} steps, version {compiled.version}",
-               "What the Jobs say and KubeFlow Pipelines cannot:", *(f"  {line}" for line in unsupported(compiled.steps))]
-    print("\n".join(summary), file=sys.stderr)
+    print(f"{compiled.name}: {len(compiled.steps.steps)} steps, version {compiled.version}",
+          "What the Jobs say and KubeFlow Pipelines cannot (docs/kubeflow.md says what to do):",
+          *(f"  {line}" for line in unsupported(compiled.steps)), sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

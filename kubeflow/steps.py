@@ -32,10 +32,6 @@ class Step:
     executor: Executor
     after: tuple[str, ...] = ()  # the names of the steps that must have ended
 
-    @property
-    def unsupported(self) -> dict[str, Any]:
-        return self.executor.unsupported
-
 
 @dataclass(frozen=True)
 class Steps:
@@ -70,8 +66,8 @@ def find(manifests: list[Manifest], adapter: str | None = None) -> Steps:
 
 
 def _jobs(manifests: list[Manifest]) -> Iterator[tuple[Manifest, int]]:
-    """The Jobs, also those of JobSets, and how often a set starts again. Those that only wait for others are none: the order
-    of the steps takes their place."""
+    """The Jobs, also those of JobSets, and how often a set starts again; without those that only wait for others, whose
+    place the order of the steps takes."""
     for manifest in manifests:
         if manifest["kind"] == "Job":
             yield manifest, 0

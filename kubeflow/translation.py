@@ -1,5 +1,5 @@
-"""A Job as a step of a KubeFlow pipeline: every field becomes a setting of kfp, is listed as one that KubeFlow Pipelines
-cannot say, or is refused because the step would do something else without it.
+"""A Job as a step of a KubeFlow pipeline. Every field of it becomes a setting of kfp, is listed as one that KubeFlow
+Pipelines cannot say, or is refused because the step would do something else without it.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from kubeflow.fields import Fields
 
 Setting = Callable[[dsl.PipelineTask], object]
 
-# Retries as a Job makes them: 10 s, 20 s, 40 s, … apart. KFP has no limit for one pause; what it calls the maximal duration
-# is the time since the first attempt started, after which Argo retries no more. Its default of one hour would leave a
-# training of many hours without a retry.
+# Retries as a Job makes them: 10 s, 20 s, 40 s, … apart. What KFP calls the maximal duration is no limit for a pause,
+# but the time from the start of the first attempt after which Argo retries no more. Its default of one hour would leave
+# a training of many hours without a retry.
 FIRST_PAUSE = "10s"
 PAUSE_FACTOR = 2.0
 RETRIES_END_AFTER = f"{30 * 24 * 3600}s"
 DEFAULT_BACKOFF_LIMIT = 6  # of Kubernetes
 
-# What a Job says and KubeFlow Pipelines cannot, by the path of the field: what happens instead. A field that is not here is
-# listed with DEFAULT_REASON.
+# What a Job says and KubeFlow Pipelines cannot, by the path of the field, and what happens instead. Fields that are not
+# here are listed with DEFAULT_REASON. The table in docs/kubeflow.md says more.
 UNSUPPORTED = {
-    "metadata": "KFP makes no Job, so nothing bears them; labels and annotations of the pods are set",
+    "metadata": "KFP makes no Job that could bear it; labels and annotations of the pods are set",
+    "spec.activeDeadlineSeconds": "limits each attempt instead of all of them",
+    "spec.podFailurePolicy": "KFP retries whatever the exit code, also 2, and counts evictions as attempts",
     "spec.template.metadata": "of a pod, KFP sets labels and annotations only",
-    "spec.podFailurePolicy": "KFP retries whatever the exit code: exit code 2 (a user must change something) is repeated "
-                             "until the attempts are used up, and an eviction counts as one",
-    "spec.activeDeadlineSeconds": "counts for each attempt, not for all of them",
-    "spec.template.spec.serviceAccountName": "KFP has one service account for a whole run",
-    "spec.template.spec.automountServiceAccountToken": "KFP's launcher in the pod needs the token",
-    "spec.template.spec.enableServiceLinks": "the pod gets a variable for each Service of its namespace",
-    "spec.template.spec.terminationGracePeriodSeconds": "30 seconds: a stop may lose work since the last checkpoint",
-    "spec.template.spec.affinity": "of affinity, KFP has nodeAffinity only. ReadWriteOnce volumes need one node",
-    "spec.template.spec.priorityClassName": "KFP has no priority of a pod",
-    "spec.template.spec.securityContext.fsGroup": "the volumes must be writable for the group before: component "
-                                                  "../../kubeflow/environment does it",
-    "spec.template.spec.securityContext.fsGroupChangePolicy": "there is no fsGroup",
-    "spec.template.spec.initContainers": "the order of the steps takes its place",
-    "spec.template.spec.containers.securityContext.readOnlyRootFilesystem": "KFP's launcher writes to the root filesystem",
-    "spec.template.spec.containers.terminationMessagePolicy": "the message is in the step's log",
+    "spec.template.spec.affinity": "KFP has node affinity only; see ReadWriteOnce volumes",
+    "spec.template.spec.automountServiceAccountToken": "the launcher of KFP in the pod needs the token",
+    "spec.template.spec.containers.resources": "KFP has CPU, memory and one kind of accelerator",
+    "spec.template.spec.containers.securityContext": "KFP sets user and group, and drops capabilities; nothing else",
+    "spec.template.spec.containers.terminationMessagePolicy": "read the log of the step",
     "spec.template.spec.containers.volumeMounts.readOnly": "KFP mounts claims writable",
-    "spec.template.spec.containers.resources.requests.ephemeral-storage": "KFP has CPU, memory and one accelerator",
-    "spec.template.spec.containers.resources.limits.ephemeral-storage": "KFP has CPU, memory and one accelerator",
+    "spec.template.spec.enableServiceLinks": "pods get variables for each Service of the namespace",
+    "spec.template.spec.initContainers": "the order of the steps takes its place",
+    "spec.template.spec.priorityClassName": "pods get the default priority of the cluster",
+    "spec.template.spec.securityContext": "KFP sets user and group only; kubeflow/environment makes volumes writable",
+    "spec.template.spec.serviceAccountName": "KFP has one service account for a whole run",
+    "spec.template.spec.terminationGracePeriodSeconds": "30 seconds; later, work since the last checkpoint is repeated",
+    "spec.ttlSecondsAfterFinished": "KFP removes pods of finished runs by its own settings",
 }
 DEFAULT_REASON = "KFP has no such field"
+WHOLE = ("metadata", "spec.podFailurePolicy", "spec.template.spec.affinity.podAffinity",
+         "spec.template.spec.affinity.podAntiAffinity", "spec.template.spec.initContainers")
+ADVICE = "Make it a Job of its own, or leave it out of the overlay that is compiled"
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,17 @@ class Mount:
     read_only: bool = False  # whether Kubernetes mounts such a volume read-only in any case
 
 
+def shown(path: str) -> str:
+    """A field as it is listed: without names in lists (`containers[job].args` is `containers.args`), and those of WHOLE
+    without what is below them."""
+    plain = re.sub(r"\[[^]]*\]", "", path)
+    return next((whole for whole in WHOLE if plain.startswith(f"{whole}.")), plain)
+
+
 def reason(path: str) -> str:
     """What happens instead of a field that KubeFlow Pipelines cannot say."""
-    plain = without_names(path)
-    known = [prefix for prefix in UNSUPPORTED if plain == prefix or plain.startswith(prefix + ".")]
+    known = [prefix for prefix in UNSUPPORTED if path == prefix or path.startswith(f"{prefix}.")]
     return UNSUPPORTED[max(known, key=len)] if known else DEFAULT_REASON
-
-
-def without_names(path: str) -> str:
-    """A field's path without the names in lists: `containers[job].args` becomes `containers.args`."""
-    return re.sub(r"\[[^]]*\]", "", path)
 
 
 def translate(job: Manifest, restarts: int = 0) -> Executor:
@@ -131,8 +132,7 @@ class _Translation:
         awaits = self._init_containers(pod)
         containers = pod.children("containers")
         if len(containers) != 1:
-            raise UserError(f"{pod.path}.containers: has {len(containers)}, and a step of KFP has one. Make it a Job of its "
-                            "own, or leave it out of the overlay that is compiled")
+            raise UserError(f"{pod.path}.containers: has {len(containers)}, and a step of KFP has one. {ADVICE}")
         image, command, args = self._container(containers[0], pod)
         self._pod(pod)
         self.unsupported |= dict(self.job.left())
@@ -143,8 +143,8 @@ class _Translation:
         self.set(dsl.PipelineTask.set_retry, max(retries, self.restarts), FIRST_PAUSE, PAUSE_FACTOR, RETRIES_END_AFTER)
         for key in ("parallelism", "completions"):
             if spec.take(key, 1) != 1:
-                raise UserError(f"spec.{key}: is more than 1, and a step of KFP is one pod. Train on one node here, or leave "
-                                "several nodes to the JobSet of overlays/gpu")
+                raise UserError(f"spec.{key}: must be 1, because a step of KFP is one pod. Set it to 1, or leave "
+                                "training on several nodes to the JobSet (docs/kubeflow.md)")
         spec.take_if("completionMode", "NonIndexed", "Indexed")  # the only pod has index 0
         spec.take_if("suspend", False)
         if (deadline := spec.take("activeDeadlineSeconds")) is not None:
@@ -164,8 +164,7 @@ class _Translation:
         for container in containers:
             line = [*container.get("command", []), *container.get("args", [])]
             if "await" not in line:
-                raise UserError(f"spec.template.spec.initContainers[{container['name']}]: a step of KFP has no init "
-                                "containers. Make it a Job of its own, or leave it out of the overlay that is compiled")
+                raise UserError(f"{pod.path}.initContainers[{container['name']}]: a step of KFP has none. {ADVICE}")
             awaits += line[line.index("await") + 1:]
             self.unsupported[f"spec.template.spec.initContainers[{container['name']}]"] = " ".join(line)
         return tuple(awaits)
@@ -192,8 +191,8 @@ class _Translation:
         container.take("name")
         image, command, args = container.take("image"), container.take("command"), container.take("args") or []
         if not command:
-            raise UserError(f"{container.path}.command: is missing. KFP replaces the image's own, so the manifest must name "
-                            "the program")
+            raise UserError(f"{container.path}.command: is missing, and KFP does not use the image's own. Name the "
+                            "program")
         if policy := container.take("imagePullPolicy"):
             self.set(kubernetes.set_image_pull_policy, policy)
         self._env(container)
@@ -258,7 +257,7 @@ class _Translation:
         for mount in container.children("volumeMounts"):
             name, path, sub_path = mount.take("name"), mount.take("mountPath"), mount.take("subPath")
             if name not in volumes:
-                raise UserError(f"{mount.path}: the pod has no volume {name}; its volumes: {', '.join(volumes) or 'none'}")
+                raise UserError(f"{mount.path}: the pod has no such volume; it has {', '.join(volumes) or 'none'}")
             if name not in mounted:
                 mounted[name] = self._volume(name, volumes[name])
             if mounted[name].read_only:
@@ -268,7 +267,8 @@ class _Translation:
             elif mounted[name].method is kubernetes.mount_pvc:
                 self.set(kubernetes.mount_pvc, mount_path=path, sub_path=sub_path, **mounted[name].arguments)
             else:
-                raise UserError(f"{mount.path}.subPath: KFP has it of a persistentVolumeClaim only. Mount the whole volume")
+                raise UserError(f"{mount.path}.subPath: KFP has it for a persistentVolumeClaim only. Mount the whole "
+                                "volume")
 
     def _volume(self, name: str, volume: Fields) -> Mount:
         kinds = sorted({path.removeprefix(f"{volume.path}.").partition(".")[0] for path, _ in volume.left()})
@@ -288,8 +288,8 @@ class _Translation:
             case ["emptyDir"]:
                 return Mount(kubernetes.empty_dir_mount, {"volume_name": name, "medium": source.take("medium"),
                                                           "size_limit": source.take("sizeLimit")})
-        raise UserError(f"{volume.path}: is a {', '.join(kinds) or 'volume of no type'}. KFP mounts persistentVolumeClaim, "
-                        "configMap, secret and emptyDir")
+        raise UserError(f"{volume.path}: is {', '.join(kinds) or 'of no type'}, which KFP cannot mount. It mounts "
+                        "persistentVolumeClaim, configMap, secret and emptyDir")
 
 
 def _cpu(value: Any) -> str:
