@@ -65,9 +65,9 @@ def run(text: str, config_maps: list[Manifest], state: Path, parameters: dict[st
     """
     documents = list(yaml.safe_load_all(text))
     spec, platform = documents[0], documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    unknown = set(parameters or {}) - set(spec["root"].get("inputDefinitions", {}).get("parameters", {}))
-    if unknown:
-        raise UserError(f"the pipeline has no parameter {', '.join(sorted(unknown))}")
+    known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    if unknown := sorted(set(parameters or {}) - known.keys()):
+        raise UserError(f"the pipeline has no parameter {unknown[0]}; it has {', '.join(known) or 'none'}")
     manifests = [job(label, executor["container"], platform.get(label, {}))
                  for label, executor in spec["deploymentSpec"]["executors"].items()]
     for label, executor in spec["deploymentSpec"]["executors"].items():
