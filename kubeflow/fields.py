@@ -26,6 +26,10 @@ class Fields:
         if self._left.get(key, MISSING) in values:
             del self._left[key]
 
+    def keys(self) -> list[str]:
+        """The keys that were not taken."""
+        return sorted(self._left)
+
     def child(self, key: str) -> Fields:
         """The mapping below a key; an empty one if there is none."""
         value = self._left.pop(key, None)

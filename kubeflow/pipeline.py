@@ -58,7 +58,12 @@ def compile_pipeline(overlay: Path, adapter: str | None = None) -> Compiled:
     Raises:
         UserError: the overlay does not render, has no such adapter, or has a Job that cannot be a step.
     """
-    found = steps_module.find(pods.render(overlay), adapter)
+    return compile_manifests(pods.render(overlay), adapter)
+
+
+def compile_manifests(manifests: list[pods.Manifest], adapter: str | None = None) -> Compiled:
+    """Compile the Jobs among rendered manifests, as `compile_pipeline` does."""
+    found = steps_module.find(manifests, adapter)
     pipeline = build(found, adapter)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pipeline.yaml"
@@ -95,9 +100,16 @@ def build(found: Steps, adapter: str | None = None) -> Any:
 
 
 def task(step: Step, task: dsl.PipelineTask) -> dsl.PipelineTask:
-    """Give a task everything else that its Job says."""
+    """Give a task everything else that its Job says.
+
+    Raises:
+        UserError: kfp does not accept a value.
+    """
     for setting in step.executor.settings:
-        setting(task)
+        try:
+            setting(task)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{step.name}: kfp does not accept a value of its Job: {error}") from None
     # KFP's cache is off: a step that finds its artifact ends within seconds by itself, and it verifies what it finds.
     # KFP would compare image, arguments and names of claims, but neither what is on the volume nor which ConfigMap is
     # mounted, and would skip a step whose artifact is gone or whose pipeline.yaml changed.

@@ -178,14 +178,13 @@ class _Translation:
             self.set(kubernetes.set_timeout, min(deadlines))
         for key, value in (pod.take("nodeSelector") or {}).items():
             self.set(kubernetes.add_node_selector, key, value)
-        for toleration in pod.take("tolerations") or []:
-            self.set(kubernetes.add_toleration, key=toleration.get("key"), operator=toleration.get("operator"),
-                     value=toleration.get("value"), effect=toleration.get("effect"),
-                     toleration_seconds=toleration.get("tolerationSeconds"))
+        for toleration in pod.children("tolerations"):
+            self.set(kubernetes.add_toleration, toleration_seconds=toleration.take("tolerationSeconds"),
+                     **{key: toleration.take(key) for key in ("key", "operator", "value", "effect")})
         if node_affinity := pod.child("affinity").take("nodeAffinity"):
             self.set(kubernetes.add_node_affinity_json, node_affinity)
-        if secrets := pod.take("imagePullSecrets"):
-            self.set(kubernetes.set_image_pull_secrets, [secret["name"] for secret in secrets])
+        if secrets := [secret.take("name") for secret in pod.children("imagePullSecrets")]:
+            self.set(kubernetes.set_image_pull_secrets, secrets)
 
     def _container(self, container: Fields, pod: Fields) -> tuple[str, list[str], list[str]]:
         container.take("name")
@@ -206,21 +205,26 @@ class _Translation:
             raise UserError(f"{container.path}.envFrom: KFP has no such field. Name each variable under `env`")
         for entry in container.children("env"):
             name, source = entry.take("name"), entry.child("valueFrom")
-            if secret := source.take("secretKeyRef"):
-                self.set(kubernetes.use_secret_as_env, secret["name"], {secret["key"]: name},
-                         optional=bool(secret.get("optional")))
-            elif config_map := source.take("configMapKeyRef"):
-                self.set(kubernetes.use_config_map_as_env, config_map["name"], {config_map["key"]: name},
-                         optional=bool(config_map.get("optional")))
-            elif field := source.take("fieldRef"):
-                if field["fieldPath"] in POD_FIELDS:  # what a JobSet says of its pods
-                    self.set(dsl.PipelineTask.set_env_variable, name, POD_FIELDS[field["fieldPath"]])
-                else:
-                    self.set(kubernetes.use_field_path_as_env, name, field["fieldPath"])
-            elif unknown := dict(source.left()):
-                raise UserError(f"{', '.join(unknown)}: KFP has no such source of a variable. Give it a `value`")
-            else:
-                self.set(dsl.PipelineTask.set_env_variable, name, entry.take("value", ""))
+            kinds = source.keys()
+            of = source.child(kinds[0]) if len(kinds) == 1 else source
+            match kinds:
+                case []:
+                    self.set(dsl.PipelineTask.set_env_variable, name, entry.take("value", ""))
+                case ["secretKeyRef"]:
+                    self.set(kubernetes.use_secret_as_env, of.take("name"), {of.take("key"): name},
+                             optional=bool(of.take("optional")))
+                case ["configMapKeyRef"]:
+                    self.set(kubernetes.use_config_map_as_env, of.take("name"), {of.take("key"): name},
+                             optional=bool(of.take("optional")))
+                case ["fieldRef"]:
+                    of.take_if("apiVersion", "v1")
+                    if (field := of.take("fieldPath")) in POD_FIELDS:  # what a JobSet says of its pods
+                        self.set(dsl.PipelineTask.set_env_variable, name, POD_FIELDS[field])
+                    else:
+                        self.set(kubernetes.use_field_path_as_env, name, field)
+                case _:
+                    raise UserError(f"{source.path}: is {', '.join(kinds)}, which KFP does not have as the source of a "
+                                    "variable. Give it a `value`")
 
     def _resources(self, resources: Fields) -> None:
         requests, limits = resources.child("requests"), resources.child("limits")
@@ -260,8 +264,7 @@ class _Translation:
                 raise UserError(f"{mount.path}: the pod has no such volume; it has {', '.join(volumes) or 'none'}")
             if name not in mounted:
                 mounted[name] = self._volume(name, volumes[name])
-            if mounted[name].read_only:
-                mount.take_if("readOnly", True)
+            mount.take_if("readOnly", mounted[name].read_only)
             if not sub_path:
                 self.set(mounted[name].method, mount_path=path, **mounted[name].arguments)
             elif mounted[name].method is kubernetes.mount_pvc:
@@ -271,7 +274,7 @@ class _Translation:
                                 "volume")
 
     def _volume(self, name: str, volume: Fields) -> Mount:
-        kinds = sorted({path.removeprefix(f"{volume.path}.").partition(".")[0] for path, _ in volume.left()})
+        kinds = volume.keys()
         source = volume.child(kinds[0]) if len(kinds) == 1 else volume
         match kinds:
             case ["persistentVolumeClaim"]:
