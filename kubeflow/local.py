@@ -162,10 +162,10 @@ def docker_runner(manifests: list[Manifest], state: Path) -> local.DockerRunner:
 def _folder(volume: dict[str, Any], state: Path) -> Path:
     """Where jobs/tools/pods.py keeps a volume."""
     if claim := volume.get("persistentVolumeClaim"):
-        return state / "volumes" / claim["claimName"]
+        return state / "volumes" / str(claim["claimName"])
     if config_map := volume.get("configMap"):
-        return state / "configmaps" / config_map["name"]
-    return state / "secrets" / volume["secret"]["secretName"]
+        return state / "configmaps" / str(config_map["name"])
+    return state / "secrets" / str(volume["secret"]["secretName"])
 
 
 @dataclass(frozen=True)

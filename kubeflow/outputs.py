@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def model(evaluation: content.Evaluation, wanted: Plan, claim: str, *, promoted:
             "verdict": content.outcome(evaluation), "promoted": "yes" if promoted else "no"}
 
 
-def summary(evaluation: content.Evaluation, changed: dict[str, Any]) -> str:
+def summary(evaluation: content.Evaluation, changed: Mapping[str, Any]) -> str:
     """The verdict, with the rules that do not hold, and what to do next."""
     adapter = evaluation["adapter"]
     lines = [f"{adapter['name']}@{adapter['digest']} {content.verdict(evaluation)}", *report.unmet_rules(evaluation)]

@@ -31,10 +31,10 @@ OUTPUTS = Path(__file__).with_name("outputs.py")
 
 def parameters(found: Steps) -> dict[str, int | float]:
     """The parameters of a run, with the values of the pipeline file; without those that training searches."""
-    trained = {step.adapter for step in found.steps if step.stage == "train"}
+    trained = [found.pipelines[step.adapter] for step in found.steps if step.stage == "train" and step.adapter]
     if len(trained) != 1:
         return {}
-    training = found.pipelines[trained.pop()].training
+    training = trained[0].training
     searched = training.search.candidates.by_key() if training.search else {}
     return {name: _value(training, key) for name, (key, _) in PARAMETERS.items() if key not in searched}
 
