@@ -48,9 +48,19 @@ class Result:
 
     verdict: str
     summary: str
-    report: Path
-    adapter: dict[str, Any]  # the metadata of the adapter
+    adapter: dict[str, str]  # the metadata of the artifact
     scores: dict[str, dict[str, float]]  # by model: base, fine_tuned, reference
+    volume: Path  # on which adapter and evaluation are
+
+    @property
+    def folder(self) -> Path:
+        """The adapter."""
+        return self.volume / "adapter" / self.adapter["digest"]
+
+    @property
+    def report(self) -> Path:
+        """The report of its evaluation."""
+        return self.volume / "evaluation" / self.adapter["evaluation"] / "report.html"
 
 
 def run(text: str, config_maps: list[Manifest], state: Path, parameters: dict[str, Any] | None = None, *,
@@ -233,9 +243,10 @@ def results(folder: Path) -> Iterator[Result]:
             continue
         artifacts = json.loads((step / "executor_output.json").read_text())["artifacts"]
         metadata = {name: of_name["artifacts"][0]["metadata"] for name, of_name in artifacts.items()}
-        yield Result((step / "verdict").read_text(), (step / "summary").read_text(), step / "report",
-                     metadata["adapter"], {name.removesuffix("_scores"): values for name, values in metadata.items()
-                                           if name.endswith("_scores")})
+        claim = metadata["adapter"]["storage"].removeprefix("pvc://").partition("/")[0]
+        yield Result((step / "verdict").read_text(), (step / "summary").read_text(), metadata["adapter"],
+                     {role: metadata[f"{role}_scores"] for role in ("base", "fine_tuned", "reference")},
+                     folder.parent.parent / "volumes" / claim)
 
 
 def table(result: Result) -> str:
@@ -247,7 +258,7 @@ def table(result: Result) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in
                                                    zip(row[1:], widths[1:], strict=True))]) for row in rows]
-    return "\n".join(["", result.summary, "", *lines, "", f"Adapter  {result.adapter['storage']}",
+    return "\n".join(["", result.summary, "", *lines, "", f"Adapter  {result.folder}",
                       f"Report   file://{result.report}"])
 
 

@@ -37,9 +37,10 @@ def svg(text: str, adapter: str = "") -> str:
              f'{escape(name.replace(f"-{adapter}", "") if adapter else name)}</text>'
              for name, (x, y) in place.items()]
     lines = [_line(place[before], place[name]) for name in after for before in after[name]]
-    width, height = (max(values) for values in zip(*place.values(), strict=True))
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + WIDTH + MARGIN}" '
-            f'height="{height + HEIGHT + MARGIN}" font-family="sans-serif" font-size="12">'
+    width = max(x for x, _ in place.values()) + WIDTH + MARGIN
+    height = max(y for _, y in place.values()) + HEIGHT + MARGIN
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="100%" '
+            f'style="max-width: {width}px" font-family="sans-serif" font-size="13">'
             f'{"".join(lines)}{"".join(boxes)}</svg>')
 
 

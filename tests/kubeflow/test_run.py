@@ -107,7 +107,7 @@ def test_the_notebook_runs_the_pipeline_which_makes_and_promotes_the_artifacts_o
     assert (promoted.adapter, promoted.evaluation) == (expected.adapter.digest, expected.evaluation.digest)
     first = shown(state, "(result,) = local.run")
     assert "Pipeline 'lora-gitops-seville-hotels' finished with status SUCCESS" in without_colours(first)
-    assert f"Adapter  pvc://fine-tuned-model-pvc/adapter/{expected.adapter.digest}" in first
+    assert f"Adapter  {state}/{FINE_TUNED}/adapter/{expected.adapter.digest}\n" in first
 
 
 @pytest.mark.slow
