@@ -1,22 +1,23 @@
-"""Run the pipeline of an overlay with kfp.local, without a cluster and without Docker.
+"""Run the pipeline of an overlay with kfp.local, without a cluster.
 
     .venv-kubeflow/bin/python kubeflow/local.py overlays/kind --adapter seville-hotels
 
 kfp.local carries out the compiled pipeline: the order of the steps, its parameters, outputs and conditions. Of its two
-runners one needs Docker and the other takes no container components, so this one takes their place: a step's container
-becomes a process of this checkout, its mounts folders below the state (jobs/tools/pods.py, as in `make demo`). Image,
-user and resources have no meaning here.
+runners one needs Docker (--docker), and the other takes no container components. In the place of the latter, a step's
+container becomes a process of this checkout, its mounts folders below the state (jobs/tools/pods.py, as in `make
+demo`). Image, user and resources have no meaning then.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from kfp.local.orchestrator import enhanced_dag_orchestrator
 from jobs.core.command import run_command
 from jobs.core.errors import RetryableError, UserError
 from jobs.tools import pods
+from jobs.tools.local import own
 from jobs.tools.pods import CHECKOUT, Manifest
 from kubeflow import pipeline
 
@@ -51,7 +53,8 @@ class Result:
     scores: dict[str, dict[str, float]]  # by model: base, fine_tuned, reference
 
 
-def run(text: str, config_maps: list[Manifest], state: Path, parameters: dict[str, Any] | None = None) -> list[Result]:
+def run(text: str, config_maps: list[Manifest], state: Path, parameters: dict[str, Any] | None = None, *,
+        docker: bool = False) -> list[Result]:
     """Run a compiled pipeline.
 
     Args:
@@ -59,26 +62,29 @@ def run(text: str, config_maps: list[Manifest], state: Path, parameters: dict[st
         config_maps: those that the environment has in the cluster.
         state: a folder with the volumes (`volumes/CLAIM`), as in `jobs local`; outputs go to `kubeflow/`.
         parameters: of the run.
+        docker: run the images with Docker, instead of processes.
     Raises:
         UserError: a step cannot run without a cluster, or there is no such parameter.
         RetryableError: a step failed; its output is above.
     """
     documents = list(yaml.safe_load_all(text))
     spec, platform = documents[0], documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    unknown = set(parameters or {}) - set(spec["root"].get("inputDefinitions", {}).get("parameters", {}))
-    if unknown:
-        raise UserError(f"the pipeline has no parameter {', '.join(sorted(unknown))}")
+    known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
+    if unknown := sorted(set(parameters or {}) - known.keys()):
+        raise UserError(f"the pipeline has no parameter {unknown[0]}; it has {', '.join(known) or 'none'}")
     manifests = [job(label, executor["container"], platform.get(label, {}))
                  for label, executor in spec["deploymentSpec"]["executors"].items()]
     for label, executor in spec["deploymentSpec"]["executors"].items():
         executor["container"].setdefault("env", []).append({"name": EXECUTOR, "value": label})
-    state.mkdir(parents=True, exist_ok=True)
-    (state / "kubeflow").mkdir(exist_ok=True)
+    (state / "kubeflow").mkdir(parents=True, exist_ok=True)
     before = set((state / "kubeflow").iterdir())
-    placed = {pod.name: pod for pod in pods.pods([*config_maps, *manifests], state)}
-    with _runner({manifest["metadata"]["name"]: Placed(placed[manifest["metadata"]["name"]].containers[0], manifest)
-                  for manifest in manifests}, state):
-        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(state / "kubeflow"))
+    with ExitStack() as stack:
+        own(state, stack)
+        placed = {pod.name: pod.containers[0] for pod in pods.pods([*config_maps, *manifests], state)}
+        stack.enter_context(_runner({(name := manifest["metadata"]["name"]): Placed(placed[name], manifest)
+                                     for manifest in manifests}, state))
+        runner = docker_runner(manifests, state) if docker else local.SubprocessRunner(use_venv=False)
+        local.init(runner, pipeline_root=str(state / "kubeflow"))
         try:
             components.load_component_from_text(yaml.safe_dump_all([spec, *documents[1:]]))(**parameters or {})
         except RuntimeError as error:
@@ -124,6 +130,44 @@ def _constant(parameter: dict[str, Any]) -> str:
     return str(parameter["runtimeValue"]["constant"])
 
 
+def docker_runner(manifests: list[Manifest], state: Path) -> local.DockerRunner:
+    """kfp.local's runner with Docker. It knows no mounts of a step, so all steps get those of all.
+
+    Raises:
+        UserError: two steps mount different things at the same path.
+    """
+    from docker.types import Mount
+
+    folders: dict[str, Path] = {}
+    scratch: dict[str, str] = {}
+    variables = {"USER": "pipeline"}  # the user below has no name in the image
+    for manifest in manifests:
+        pod = manifest["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        for path, volume in ((each["mountPath"], volumes[each["name"]]) for each in container["volumeMounts"]):
+            if "emptyDir" in volume:
+                scratch[path] = ""
+            elif folders.setdefault(path, folder := _folder(volume, state)) != folder:
+                raise UserError(f"{path}: two steps mount different volumes there, and with Docker all steps have the "
+                                "same. Run one adapter: --adapter NAME")
+        variables |= {each["name"]: os.environ[each["name"]] for each in container["env"]
+                      if "valueFrom" in each and each["name"] in os.environ}
+    return local.DockerRunner(
+        mounts=[Mount(path, str(folder), type="bind") for path, folder in folders.items()], tmpfs=scratch,
+        environment=variables, user=f"{os.getuid()}:{os.getgid()}",
+        entrypoint=[""])  # kfp appends the command to the image's own otherwise
+
+
+def _folder(volume: dict[str, Any], state: Path) -> Path:
+    """Where jobs/tools/pods.py keeps a volume."""
+    if claim := volume.get("persistentVolumeClaim"):
+        return state / "volumes" / claim["claimName"]
+    if config_map := volume.get("configMap"):
+        return state / "configmaps" / config_map["name"]
+    return state / "secrets" / volume["secret"]["secretName"]
+
+
 @dataclass(frozen=True)
 class Placed:
     """A step's container as a process, and as it was in the pipeline."""
@@ -154,15 +198,21 @@ def _runner(steps: dict[str, Placed], state: Path) -> Iterator[None]:
             with subprocess.Popen(self.command, cwd=state, env=self.step.container.env, stdin=subprocess.DEVNULL,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
                 assert process.stdout
-                for line in process.stdout:
-                    print(line, end="", flush=True)
+                try:
+                    for line in process.stdout:
+                        print(line, end="", flush=True)
+                except BaseException:
+                    process.terminate()
+                    raise
+            if process.returncode == UserError.exit_code:  # kfp would repeat it
+                raise UserError(f"{self.step.manifest['metadata']['name']}: its last lines are the reason")
             return status.Status.SUCCESS if process.returncode == 0 else status.Status.FAILURE
 
     evaluator = enhanced_dag_orchestrator.ConditionEvaluator
     original = evaluator._resolve_pipeline_channel
 
     def resolve(reference: str, store: Any) -> Any:
-        # kfp 2.17.3 finds the output of a step here only if its name is `Output`, and takes any other condition for false.
+        # kfp 2.17.3 finds the output of a step here only if it is named `Output`, and takes other conditions for false.
         task, _, output = reference.removeprefix("pipelinechannel--").rpartition("-")
         try:
             return store.get_task_output(task, output)
@@ -211,23 +261,25 @@ def parser() -> argparse.ArgumentParser:
                      help="where volumes and outputs are kept (default: .local/NAME, as in `make demo`)")
     top.add_argument("--parameter", action="append", default=[], metavar="NAME=VALUE",
                      help="a parameter of the run, such as epochs=3; can be repeated")
+    top.add_argument("--docker", action="store_true", help="run the images (make images) with Docker, not processes")
     return top
 
 
 def main(args: argparse.Namespace) -> None:
     """Compile the pipeline of an overlay, and run it."""
-    if not JOBS_PYTHON.exists():
+    if not (args.docker or JOBS_PYTHON.exists()):
         raise UserError(f"{JOBS_PYTHON}: no such file. The steps run with the packages of the jobs: make setup")
     parameters = {}
     for parameter in args.parameter:
-        name, equals, value = parameter.partition("=")
+        name, _, value = parameter.partition("=")
         try:
             parameters[name] = json.loads(value)
         except ValueError:
             raise UserError(f"--parameter {parameter}: must be NAME=NUMBER, such as epochs=3") from None
     compiled = pipeline.compile_pipeline(args.overlay, args.adapter)
     state = (args.state or CHECKOUT / ".local" / args.overlay.resolve().name).resolve()
-    run(compiled.text, [each for each in pods.render(args.overlay) if each["kind"] == "ConfigMap"], state, parameters)
+    run(compiled.text, [each for each in pods.render(args.overlay) if each["kind"] == "ConfigMap"], state, parameters,
+        docker=args.docker)
 
 
 if __name__ == "__main__":
