@@ -120,22 +120,23 @@ def _plans(manifests: list[Manifest], steps: list[Step]
 
 def _files(step: Step, config_maps: dict[str, Manifest]) -> tuple[LoadedEnvironment, Pipeline | None]:
     """The environment file and the pipeline file that a Job mounts."""
-    contents: dict[str, str | bytes] = {}
-    for volume in step.job["spec"]["template"]["spec"].get("volumes") or []:
-        if (name := volume.get("configMap", {}).get("name")) is not None:
-            if name not in config_maps:
-                raise UserError(f"{step.name}: the overlay does not make the ConfigMap {name}; add it to "
-                                "`configMapGenerator` in its kustomization.yaml")
-            contents |= pods.contents(config_maps[name])
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in contents.items():
-            (Path(folder) / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        files: dict[str, Path] = {}
+        for volume in step.job["spec"]["template"]["spec"].get("volumes") or []:
+            if (name := volume.get("configMap", {}).get("name")) not in config_maps:
+                continue
+            place = Path(folder) / HASH_SUFFIX.sub("", name)
+            pods.write_config_map(place, pods.contents(config_maps[name]))
+            files |= {file.name: file for file in place.iterdir()}
+        if environment.FILE not in files:
+            raise UserError(f"{step.name}: mounts no ConfigMap of the overlay that has {environment.FILE}; add it to "
+                            "`configMapGenerator` in the overlay's kustomization.yaml")
         try:
-            shared = environment.load(Path(folder) / environment.FILE)
-            file = Path(folder) / pipeline.FILE
-            return shared, pipeline.load(file, shared).pipeline if file.exists() else None
+            shared = environment.load(files[environment.FILE])
+            file = files.get(pipeline.FILE)
+            return shared, pipeline.load(file, shared).pipeline if file else None
         except UserError as error:
-            raise UserError(str(error).replace(folder, step.name)) from None
+            raise UserError(str(error).replace(f"{folder}/", "ConfigMap ")) from None
 
 
 def _ordered(steps: list[Step], plans: dict[str | None, EnvironmentPlan]) -> list[Step]:

@@ -20,7 +20,7 @@ from kubernetes_validate.utils import schema_contents
 
 from jobs.tools.pods import CHECKOUT, HASH_SUFFIX, POD_FIELDS, KubernetesYaml, jobs_of_sets
 from tests.kubeflow.environment import compile_all
-from tests.manifests import Manifest, render
+from tests.manifests import Manifest, quantity, render
 from tests.validation import KUBERNETES
 
 OVERLAYS = sorted(file.parent.name for file in CHECKOUT.glob("overlays/*/kustomization.yaml"))
@@ -184,8 +184,9 @@ def said_of_container(job: Manifest, path: FieldPath, value: Any, step: Compiled
         case ("env", int(n), *rest):
             return said_of_variable(container["env"][n], rest, value, step)
         case ("resources", ("requests" | "limits") as kind, ("cpu" | "memory") as key):
-            name = f"resource{key.capitalize().replace('Cpu', 'Cpu')}{kind.capitalize().removesuffix('s')}"
-            return bool(step.container["resources"].get(name) == str(value))
+            name = f"resource{key.capitalize()}{kind.capitalize().removesuffix('s')}"
+            translated = step.container["resources"].get(name)
+            return translated is not None and quantity(translated) == quantity(value)
         case ("resources", "limits", str(key)) if "/" in key:
             accelerator = step.container["resources"].get("accelerator", {})
             return bool(accelerator.get("resourceType") == key and accelerator["resourceCount"] == str(value))
@@ -379,6 +380,9 @@ def variants() -> Iterator[tuple[str, Manifest]]:
             before = at(job_with_everything(), (*place, key))
             if not isinstance(before, dict | list):
                 added.append((place, key, sample(schema)))
+    added += [((*CONTAINER, "resources", kind), key, value) for kind, key, value in (
+        ("requests", "amd.com/gpu", 1), ("limits", "nvidia.com/gpu", 1), ("limits", "ephemeral-storage", "1Gi"),
+        ("limits", "cpu", "1e3"), ("requests", "memory", "1.5Gi"))]
     for place, key, value in added:
         job = job_with_everything()
         if place in ONE_OF and key not in ONE_OF[place]:
@@ -397,6 +401,13 @@ def variants() -> Iterator[tuple[str, Manifest]]:
 
 def shown(place: FieldPath, key: str) -> str:
     return ".".join(map(str, (*place, key)))
+
+
+def test_what_kubeflow_pipelines_can_say_is_translated() -> None:
+    job = job_with_everything()
+    (result,) = compile_all([[job]])
+    assert result["unsupported"] == []
+    assert not dropped(job, steps(**result)["sample"])
 
 
 def test_every_field_that_kubernetes_has_is_translated_listed_or_refused() -> None:
