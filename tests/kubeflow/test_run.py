@@ -155,8 +155,8 @@ def test_a_run_with_another_parameter_is_the_file_with_that_value_and_fails_with
     assert f"Executing task 'adapter-not-promoted-{ADAPTER}'" in output
     refused = output.partition(f"Executing task 'adapter-not-promoted-{ADAPTER}'")[2]
     assert f"{ADAPTER}@{expected.adapter.digest} rejected: " in refused
-    assert "✗ perplexity: fine-tuned / base must be at most 0.5" in refused
-    assert "    epochs: 1\n" in refused, "the edit to commit"
+    assert "✗ rougeL: fine-tuned - base must be at least 0.3" in refused
+    assert "Its own values:\n      training:\n        epochs: 1\n" in refused
 
 
 def test_an_unknown_parameter_is_refused(tmp_path: Path) -> None:
