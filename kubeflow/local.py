@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -39,6 +40,7 @@ from jobs.tools.pods import CHECKOUT, Manifest
 from kubeflow import pipeline
 
 EXECUTOR = "KUBEFLOW_EXECUTOR"  # in the environment of a step, for its handler: which of the pipeline's executors it is
+COLOUR = re.compile(r"\x1b\[\d+m")
 JOBS_PYTHON = CHECKOUT / ".venv" / "bin" / "python"
 
 
@@ -98,7 +100,7 @@ def run(text: str, config_maps: list[Manifest], state: Path, parameters: dict[st
         try:
             components.load_component_from_text(yaml.safe_dump_all([spec, *documents[1:]]))(**parameters or {})
         except RuntimeError as error:
-            raise RetryableError(str(error)) from None
+            raise RetryableError(COLOUR.sub("", str(error))) from None
         finally:
             found = [result for folder in sorted(set((state / "kubeflow").iterdir()) - before)
                      for result in results(folder)]

@@ -81,7 +81,8 @@ def summary(evaluation: content.Evaluation, changed: Mapping[str, Any]) -> str:
     adapter = evaluation["adapter"]
     lines = [f"{adapter['name']}@{adapter['digest']} {content.verdict(evaluation)}", *report.unmet_rules(evaluation)]
     if changed:
-        lines += ["This run took other values than the pipeline file, so it promotes nothing. To keep them, commit:",
+        lines += ["This run took other values than the pipeline file, so it promotes nothing.",
+                  *(["To promote the adapter, commit:"] if evaluation["passed"] else ["Its own values:"]),
                   *(f"  {line}" for line in settings.edit(changed).splitlines())]
     return "\n".join([*lines, *([step] if (step := content.next_step(evaluation)) else [])])
 
