@@ -21,6 +21,10 @@ class Fields:
         """The value of a field, which counts as translated from now on."""
         return self._left.pop(key, default)
 
+    def get(self, key: str) -> Any:
+        """The value of a field, which stays to be taken."""
+        return self._left.get(key)
+
     def take_if(self, key: str, *values: Any) -> None:
         """Take a field if it has one of these values, which need no translation."""
         if self._left.get(key, MISSING) in values:

@@ -133,8 +133,7 @@ def unsupported(found: Steps) -> list[str]:
     everywhere = [step.name for step in found.steps]
     lines = [f"{path} ({'all steps' if names == everywhere else ', '.join(names)}): {translation.reason(path)}"
              for path, names in sorted(of.items())]
-    return lines + [f"{path} (JobSet): the order of the steps and their retries take its place"
-                    for path in sorted(found.of_sets)]
+    return lines + [f"{path} (JobSet): {reason}" for path, reason in sorted(found.of_sets.items())]
 
 
 def parser() -> argparse.ArgumentParser:

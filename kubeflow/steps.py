@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from jobs.core import environment, pipeline
 from jobs.core.artifacts import Spec
@@ -18,7 +17,11 @@ from jobs.tools import pods
 from jobs.tools.changes import COMMANDS, STAGES
 from jobs.tools.pods import ADAPTER_LABEL, HASH_SUFFIX, Manifest
 from kubeflow import translation
+from kubeflow.fields import Fields
 from kubeflow.translation import Executor
+
+ORDER = "the order of the steps and their retries take its place"
+SET_REASONS = dict.fromkeys(("coordinator", "failurePolicy", "network", "replicatedJobs", "successPolicy"), ORDER)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Steps:
 
     namespace: str  # of the overlay
     steps: list[Step]
-    of_sets: dict[str, Any]  # what the overlay's JobSets say beside their Jobs, and KubeFlow Pipelines cannot say
+    of_sets: dict[str, str]  # the fields of the overlay's JobSets that KubeFlow Pipelines cannot say, and why
     pipelines: dict[str, Pipeline]  # by adapter
 
 
@@ -79,11 +82,27 @@ def _jobs(manifests: list[Manifest]) -> Iterator[tuple[Manifest, int]]:
                     yield {**job, "metadata": {**job["metadata"], "namespace": namespace}}, restarts
 
 
-def _of_sets(manifests: list[Manifest]) -> Iterator[tuple[str, Any]]:
+def _of_sets(manifests: list[Manifest]) -> Iterator[tuple[str, str]]:
+    """What JobSets say beside their Jobs, and what takes its place."""
     for manifest in manifests:
-        if manifest["kind"] == "JobSet":
-            spec = {key: value for key, value in manifest["spec"].items() if key != "replicatedJobs"}
-            yield from ((f"spec.{key}", value) for key, value in spec.items())
+        if manifest["kind"] != "JobSet":
+            continue
+        fields = Fields(manifest)
+        for key in ("apiVersion", "kind"):
+            fields.take(key)
+        metadata = fields.child("metadata")
+        for key in ("name", "namespace"):
+            metadata.take(key)
+        for job in fields.child("spec").children("replicatedJobs"):
+            job.take("name")
+            job.child("template").take("spec")  # the Job, which is a step
+            if job.take("replicas", 1) != 1:
+                raise UserError(f"{HASH_SUFFIX.sub('', manifest['metadata']['name'])}: {job.path}.replicas: must be 1, "
+                                "because a step of KFP is one pod")
+        for path, _ in fields.left():
+            first, second, *_ = [*translation.shown(path).split("."), ""]
+            yield (f"{first}.{second}" if second else first), SET_REASONS.get(second, (
+                "KFP makes no JobSet that could bear it" if first == "metadata" else translation.DEFAULT_REASON))
 
 
 def _line(job: Manifest) -> list[str]:

@@ -195,6 +195,8 @@ class _Translation:
         if policy := container.take("imagePullPolicy"):
             self.set(kubernetes.set_image_pull_policy, policy)
         self._env(container)
+        for text in (image, *command, *args):
+            _check_text(text, container.path)
         self._resources(container.child("resources"))
         self._security(pod.child("securityContext"), container.child("securityContext"))
         self._volumes(container, pod)
@@ -203,13 +205,20 @@ class _Translation:
     def _env(self, container: Fields) -> None:
         if container.take("envFrom"):
             raise UserError(f"{container.path}.envFrom: KFP has no such field. Name each variable under `env`")
-        for entry in container.children("env"):
+        entries = container.children("env")
+        referred = {entry.get("name") for entry in entries if entry.get("valueFrom")}
+        for entry in entries:
             name, source = entry.take("name"), entry.child("valueFrom")
             kinds = source.keys()
             of = source.child(kinds[0]) if len(kinds) == 1 else source
             match kinds:
                 case []:
-                    self.set(dsl.PipelineTask.set_env_variable, name, entry.take("value", ""))
+                    value = entry.take("value", "")
+                    _check_text(value, entry.path)
+                    for other in referred & set(re.findall(r"\$\(([^()]+)\)", value)):
+                        raise UserError(f"{entry.path}.value: refers to $({other}), which KFP sets later, so it would "
+                                        "stay as it is")
+                    self.set(dsl.PipelineTask.set_env_variable, name, value)
                 case ["secretKeyRef"]:
                     self.set(kubernetes.use_secret_as_env, of.take("name"), {of.take("key"): name},
                              optional=bool(of.take("optional")))
@@ -293,6 +302,11 @@ class _Translation:
                                                           "size_limit": source.take("sizeLimit")})
         raise UserError(f"{volume.path}: is {', '.join(kinds) or 'of no type'}, which KFP cannot mount. It mounts "
                         "persistentVolumeClaim, configMap, secret and emptyDir")
+
+
+def _check_text(text: Any, path: str) -> None:
+    if "{{" in str(text):
+        raise UserError(f"{path}: has `{{{{`, with which placeholders of KFP and Argo begin. Write it differently")
 
 
 def _cpu(value: Any) -> str:

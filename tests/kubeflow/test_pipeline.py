@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy as copies
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 
 from jobs.tools.pods import KubernetesYaml
 from tests.kubeflow.environment import compile_all, python
-from tests.manifests import CHECKOUT, Manifest, adapters, copy, render
+from tests.manifests import CHECKOUT, Manifest, adapters, copy, of_kind, render
 
 FILES = Path("tests", "kubeflow")
 OVERLAY = CHECKOUT / "overlays" / "kind"
@@ -119,19 +120,39 @@ def test_merged_mode_has_the_same_steps(tmp_path: Path) -> None:
         "dataset-encoding-seville-hotels", "model-relocation"}
 
 
-def on_two_nodes(manifests: list[Manifest]) -> list[Manifest]:
-    manifests = copies.deepcopy(manifests)
-    for manifest in manifests:
-        for job in manifest["spec"]["replicatedJobs"] if manifest["kind"] == "JobSet" else []:
-            if job["name"] == "train":
-                job["template"]["spec"]["parallelism"] = 2
-    return manifests
+def test_of_a_jobset_every_field_is_listed_or_refused() -> None:
+    def changed(change: Callable[[dict[str, Any], dict[str, Any]], object]) -> list[Manifest]:
+        manifests = render(CHECKOUT / "overlays" / "gpu")
+        (jobset,) = of_kind(manifests, "JobSet")
+        change(jobset, jobset["spec"]["replicatedJobs"][3])  # `train`
+        return manifests
+
+    listed, several, nodes = compile_all([
+        changed(lambda jobset, train: (jobset["metadata"]["labels"].update({"kueue.x-k8s.io/queue-name": "gpu"}),
+                                       jobset["spec"].update({"suspend": True, "successPolicy": {"operator": "All"}}),
+                                       train["template"].update({"metadata": {"annotations": {"a": "b"}}}))),
+        changed(lambda jobset, train: train.update({"replicas": 2})),
+        changed(lambda jobset, train: train["template"]["spec"].update({"parallelism": 2}))])
+    of_set = {line.partition(" (JobSet): ")[0] for line in listed["unsupported"] if " (JobSet): " in line}
+    assert of_set == {"metadata", "spec.coordinator", "spec.failurePolicy", "spec.network", "spec.replicatedJobs",
+                      "spec.successPolicy", "spec.suspend"}
+    assert several["error"].startswith("ft-seville-hotels: spec.replicatedJobs[train].replicas: must be 1")
+    assert nodes["error"].startswith("model-training-seville-hotels: spec.parallelism: must be 1, because a step of")
+    assert "\n" not in several["error"] + nodes["error"]
 
 
-def test_training_on_several_nodes_is_refused() -> None:
-    (result,) = compile_all([on_two_nodes(render(CHECKOUT / "overlays" / "gpu"))])
-    assert result["error"].startswith("model-training-seville-hotels: spec.parallelism: must be 1, because a step of ")
-    assert "\n" not in result["error"]
+def test_texts_that_would_not_arrive_as_they_are_are_refused() -> None:
+    def with_variables(*variables: dict[str, Any]) -> list[Manifest]:
+        job = next(m for m in render(OVERLAY) if m["kind"] == "Job")
+        container = job["spec"]["template"]["spec"]["containers"][0]
+        container |= {"args": ["no-stage"], "env": [*container["env"], *variables]}
+        return [job]
+
+    secret = {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}
+    later, placeholder = compile_all([with_variables(secret, {"name": "URL", "value": "https://$(TOKEN)@host"}),
+                                      with_variables({"name": "TEMPLATE", "value": "{{workflow.name}}"})])
+    assert "env[URL].value: refers to $(TOKEN)" in later["error"]
+    assert "env[TEMPLATE]: has `{{`" in placeholder["error"]
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
