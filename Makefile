@@ -5,6 +5,7 @@
 # make mutants    which small changes of the code that decides does no test notice? ARGS="jobs/core/plan.py": one module
 # make kind    the same overlay in a cluster on this machine (docker and kind): images, cluster, progress, endpoint
 # make kind-argocd    that, deployed by Argo CD: from your fork with REPO=https://… (REVISION=main), else from the commit here
+# make kubeflow OVERLAY=overlays/kind ADAPTER=seville-hotels    a KubeFlow pipeline of an adapter's Jobs: docs/kubeflow.md
 # make images   the two container images (FLAVOUR=cuda: for GPUs, ENGINE=podman); docs/registries.md
 # make push REGISTRY=registry.example.com/team    to your registry; prints the digests to pin
 # make bench-serving    what the guard costs vLLM: ten minutes on an idle machine (ARGS=--quick: three)
@@ -35,14 +36,14 @@ TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)$(if $(filter-
 # tests start hundreds of processes that would compile torch, transformers and vLLM again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test e2e kind kind-argocd scan mutants images push engine bench-serving bench-many bench-training bench-encoding bench-evaluation setup clean
+.PHONY: demo test e2e kind kind-argocd kubeflow scan mutants images push engine bench-serving bench-many bench-training bench-encoding bench-evaluation setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(BIN)/python -m jobs local $(OVERLAY) --ask "$(QUESTION)" $(EXIT) $(ARGS)
 
 # mypy runs beside the tests: it takes a minute, and one core.
-test: setup .venv-checkov/installed
+test: setup .venv-checkov/installed .venv-kubeflow/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy >.venv/mypy.txt 2>&1 & types=$$!; \
 	  env -u KUBECONFIG OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
@@ -66,6 +67,12 @@ kind kind-argocd: setup
 	$(KIND) --check
 	$(MAKE) images
 	$(KIND) $(EXIT) $(ARGS)
+
+# ADAPTER= compiles one pipeline for all adapters. The file is not for git: it follows from the overlay.
+kubeflow: .venv-kubeflow/installed
+	@mkdir -p .local/kubeflow
+	.venv-kubeflow/bin/python kubeflow/pipeline.py $(OVERLAY) $(if $(ADAPTER),--adapter $(ADAPTER)) \
+	  --output .local/kubeflow/$(notdir $(patsubst %/,%,$(OVERLAY)))$(if $(ADAPTER),-$(ADAPTER)).yaml $(ARGS)
 
 # DOCKER_BUILDKIT for Docker before 23. No attestations: they carry the time, so the same sources would give another
 # digest each time. BUILD_ARGS is for the network you build in: docs/registries.md.
@@ -143,10 +150,16 @@ install = UV_SYSTEM_CERTS=1 UV_DEFAULT_INDEX="$$($(PIP_INDEX))" $(BIN)/uv pip in
 	$(call install,.venv-checkov,--quiet -r tests/requirements-checkov.txt)
 	@touch $@
 
+# kfp (100 MB, half a minute), in its own environment: its protobuf conflicts with vLLM's.
+.venv-kubeflow/installed: kubeflow/requirements.txt
+	$(PYTHON) -m venv .venv-kubeflow
+	$(call install,.venv-kubeflow,--quiet -r kubeflow/requirements.txt)
+	@touch $@
+
 # What is not in .venv, laid over it: the tests of a mutant run in .venv.
 .venv-mutants/installed: tests/requirements-mutants.txt
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv-mutants -r tests/requirements-mutants.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-checkov .venv-mutants .local
+	rm -rf .venv .venv-checkov .venv-kubeflow .venv-mutants .local

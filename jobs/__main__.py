@@ -59,9 +59,14 @@ def parser() -> argparse.ArgumentParser:
 
     relocate = commands.add_parser("relocate", description="bring a source onto its volume, verified against its pin")
     relocate.add_argument("what", choices=RELOCATABLE)
-    commands.add_parser("encode", description="encode the dataset to tokens; needs no GPU")
-    commands.add_parser("train", description="train the LoRA adapter; resumes after a kill")
-    commands.add_parser("evaluate", description="measure the models, write the report, pass or reject the adapter")
+    for stage, description in (
+            ("encode", "encode the dataset to tokens; needs no GPU"),
+            ("train", "train the LoRA adapter; resumes after a kill"),
+            ("evaluate", "measure the models, write the report, pass or reject the adapter")):
+        commands.add_parser(stage, description=description).add_argument(
+            "--set", action="append", default=[], dest="changes", metavar="KEY=VALUE",
+            help="for this run, take this value of the pipeline file's `training` instead of the file's; the adapter "
+                 "is evaluated and not promoted; can be repeated")
     wait = commands.add_parser("await", description="wait until artifacts are there; their readers verify them")
     wait.add_argument("artifacts", nargs="+", choices=AWAITABLE, metavar="ARTIFACT", help=", ".join(AWAITABLE))
 
@@ -140,15 +145,18 @@ def run(args: argparse.Namespace) -> None:
         case "encode":
             from jobs.data import encode
 
-            encode.run(pipeline.load(args.pipeline, args.environment), args.volumes, wait_seconds)
+            loaded = pipeline.load(args.pipeline, args.environment, changes=args.changes)
+            encode.run(loaded, args.volumes, wait_seconds)
         case "train":
             from jobs.training import train
 
-            train.run(pipeline.load(args.pipeline, args.environment), args.volumes, wait_seconds)
+            loaded = pipeline.load(args.pipeline, args.environment, changes=args.changes)
+            train.run(loaded, args.volumes, wait_seconds)
         case "evaluate":
             from jobs.evaluation import evaluate
 
-            evaluate.run(pipeline.load(args.pipeline, args.environment), args.volumes, wait_seconds)
+            loaded = pipeline.load(args.pipeline, args.environment, changes=args.changes)
+            evaluate.run(loaded, args.volumes, wait_seconds)
         case "await":
             from jobs.core import artifacts
             from jobs.core.plan import plan, plan_environment

@@ -79,6 +79,11 @@ spec:
       source: {repoURL: https://git.example.com/lora-gitops.git, targetRevision: main, path: "{{ .path }}"}
       destination: {server: https://kubernetes.default.svc, namespace: lora-gitops}
 ---
+apiVersion: tensorboard.kubeflow.org/v1alpha1
+kind: Tensorboard
+metadata: {name: trainings}
+spec: {logspath: pvc://volume/folder}
+---
 apiVersion: keda.sh/v1alpha1
 kind: ScaledObject
 metadata: {name: model-inference}

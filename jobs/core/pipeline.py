@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from jobs.core import declarations, environment
+from jobs.core import declarations, environment, settings
 from jobs.core.declarations import KEYS, AcceptabilitySource, DatasetSource, Loaded, Source, Strict
 from jobs.core.environment import Environment, LoadedEnvironment
 from jobs.core.errors import UserError
@@ -372,6 +372,7 @@ class LoadedPipeline(Loaded):
 
     pipeline: Pipeline
     environment: LoadedEnvironment
+    changed: Mapping[str, Any] = field(default_factory=dict)  # what one run takes instead of the file's values
 
 
 def find_environment(file: Path) -> Path:
@@ -384,14 +385,15 @@ def find_environment(file: Path) -> Path:
     return overlay / environment.FILE
 
 
-def load(path: Path, environment_file: Path | LoadedEnvironment | None = None, *, pinned: bool = True
-         ) -> LoadedPipeline:
+def load(path: Path, environment_file: Path | LoadedEnvironment | None = None, *, pinned: bool = True,
+         changes: Sequence[str] = ()) -> LoadedPipeline:
     """Read and validate a pipeline file and the environment file that it belongs to.
 
     Args:
         path: the pipeline file, or the adapter's folder.
         environment_file: the environment file, or what was loaded from it; by default that of `find_environment`.
         pinned: also require that every source is pinned (`pin` itself reads unpinned files).
+        changes: KEY=VALUE, what one run takes instead of the file's values.
     Raises:
         UserError: with one line for each problem: file, line, key, what is wrong, what is allowed. Nothing else,
             whatever the files hold.
@@ -409,7 +411,14 @@ def load(path: Path, environment_file: Path | LoadedEnvironment | None = None, *
     pipeline = declarations.validate(document, Pipeline, document.values | {"environment": shared.environment})
     if pinned:
         declarations.require_pins(document, pipeline.sources())
-    return LoadedPipeline(file, pipeline, shared)
+    changed = settings.changes(pipeline.training, changes)
+    if changed:
+        try:
+            pipeline = declarations.validate(document, Pipeline, settings.applied(document.values, changed) | {
+                "environment": shared.environment})
+        except UserError as error:
+            raise UserError(f"with --set {' --set '.join(changes)}: {error}") from None
+    return LoadedPipeline(file, pipeline, shared, changed)
 
 
 def find(path: Path) -> Path:

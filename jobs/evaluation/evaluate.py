@@ -5,7 +5,8 @@
 Waits for its inputs; measures the base and the fine-tuned model with one load, the promoted adapter if a rule compares
 with it, and then the reference model with its own tokenizer; keeps each model's scores as an artifact of its own, so
 that a new adapter never has the others measured again; evaluates the gate; publishes verdict and report; and promotes
-an adapter that passed. A rejection is a result, not a failure.
+an adapter that passed. A rejection is a result, not a failure. A run with values other than the pipeline file's
+(`--set`) promotes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.core import artifacts, models, promotion
+from jobs.core import artifacts, models, promotion, settings
 from jobs.core.artifacts import Artifact, Spec
 from jobs.core.errors import UserError
 from jobs.core.layout import TENSORBOARD
@@ -52,13 +53,14 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
     """
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     pipeline, wanted = loaded.pipeline, plan(loaded.pipeline)
-    while (decided := decide(pipeline, wanted, volumes, wait_seconds)) is None:
+    while (decided := decide(pipeline, wanted, volumes, wait_seconds, promote=not loaded.changed)) is None:
         log.info("another adapter was promoted as %s meanwhile: comparing again", pipeline.adapter)
-    announce(pipeline, wanted, volumes, *decided)
+    announce(pipeline, wanted, volumes, *decided, changed=loaded.changed)
 
 
-def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> tuple[Artifact, bool] | None:
-    """Evaluate the adapter, unless that is done, and promote it if it passed.
+def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float, *, promote: bool = True
+           ) -> tuple[Artifact, bool] | None:
+    """Evaluate the adapter, unless that is done, and promote it if it passed (and `promote` allows it).
 
     Harmless to repeat: a reverted pipeline file comes through here again and gets its old adapter back.
 
@@ -92,8 +94,8 @@ def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float)
             return None
         evaluation = there or artifacts.publish(wanted.evaluation, volumes, fill, replace=True,
                                                 keep=pipeline.environment.retention.keep, adapter_name=pipeline.adapter)
-        return evaluation, passed(evaluation) and promotion.move(volume, pipeline.adapter, wanted.adapter.digest,
-                                                                 wanted.evaluation.digest)
+        return evaluation, promote and passed(evaluation) and promotion.move(
+            volume, pipeline.adapter, wanted.adapter.digest, wanted.evaluation.digest)
 
 
 def passed(evaluation: Artifact) -> bool:
@@ -277,17 +279,24 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
     }
 
 
-def announce(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, moved: bool) -> None:
+def announce(pipeline: Pipeline, wanted: Plan, volumes: Path, artifact: Artifact, moved: bool, *,
+             changed: Mapping[str, Any] | None = None) -> None:
     """Report the verdict, in the log and as the pod's termination message.
 
     Args:
         moved: whether the adapter is promoted since now.
+        changed: what this run took instead of the pipeline file's values.
     """
     evaluation = content.read_evaluation(artifact.path)
     volume, name = volumes / FINE_TUNED_VOLUME, f"{pipeline.adapter}@{wanted.adapter.digest}"
     page = artifact.path / "report.html"
     log.info("\n%s\nreport: %s", report.table(evaluation), page)
-    if evaluation["passed"]:
+    if evaluation["passed"] and changed:
+        title, lines = "PASSED, NOT PROMOTED", [
+            f"{name} passed the gate. This run took other values than the pipeline file, so it is not promoted.",
+            "To promote it, commit these values to the pipeline file. Nothing is trained or measured again:",
+            *(f"  {line}" for line in settings.edit(changed).splitlines())]
+    elif evaluation["passed"]:
         title, lines = "PROMOTED" if moved else "ALREADY PROMOTED", [
             f"{name} passed the gate: clients of {pipeline.adapter} get it."]
     else:

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--state {state}: cannot be used as a folder: {error.strerror}. Name another one") from None
     with ExitStack() as stack:
         try:
-            _own(state, stack)
+            own(state, stack)
             chosen = [pod for pod in pods.pods(manifests, state, args.port_offset)
                       if not args.adapter or pod.adapter is None or pod.adapter in args.adapter]
             runner = Runner(chosen, state, args.verbose)
@@ -164,7 +164,7 @@ async def _present(runner: Runner, overlay: Overlay, args: argparse.Namespace) -
         await asyncio.Event().wait()
 
 
-def _own(state: Path, stack: ExitStack) -> None:
+def own(state: Path, stack: ExitStack) -> None:
     """Lock the state: two runners would conflict over its ports and pods."""
     stream = stack.enter_context((state / ".lock").open("a"))
     try:

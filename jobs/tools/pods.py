@@ -159,7 +159,8 @@ def pods(manifests: list[Manifest], state: Path, port_offset: int = 0) -> list[P
         if manifest["kind"] == "ConfigMap":
             with _named(manifest):
                 write_config_map(state / "configmaps" / manifest["metadata"]["name"], contents(manifest))
-    return [_pod(m, state, port_offset) for m in [*manifests, *_jobs(manifests)] if m["kind"] in ("Job", "Deployment")]
+    return [_pod(m, state, port_offset) for m in [*manifests, *jobs_of_sets(manifests)]
+            if m["kind"] in ("Job", "Deployment")]
 
 
 def contents(config_map: Manifest) -> dict[str, str | bytes]:
@@ -192,7 +193,7 @@ def _named(manifest: Manifest) -> Iterator[None]:
         raise UserError(f"{title}: its manifest is not as Kubernetes has it ({error}); {explain}") from None
 
 
-def _jobs(manifests: list[Manifest]) -> Iterator[Manifest]:
+def jobs_of_sets(manifests: list[Manifest]) -> Iterator[Manifest]:
     """The Jobs of every JobSet, named by their pods' labels as the Jobs of other overlays are. What one depends on it
     waits for by itself, so all start at once here."""
     for manifest in manifests:

@@ -230,6 +230,25 @@ def test_reverting_the_pipeline_file_promotes_the_old_adapter_without_measuring(
     assert promoted(volumes) == plan(first.pipeline).adapter.digest and measured == []
 
 
+def test_a_run_with_other_values_than_the_files_measures_and_promotes_nothing_until_they_are_committed(
+        folder: Path, measured: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    edited, volumes = published_pipeline(folder, seed=1)
+    first, _ = published_pipeline(folder)
+    evaluate.run(first, volumes, 0)
+    measured.clear()
+    with caplog.at_level("INFO", "jobs"):
+        assert main(["--pipeline", str(first.path), "--volumes", str(volumes), "evaluate",
+                     "--set", "training.seed=1"]) == 0
+    wanted = plan(edited.pipeline)
+    assert measured == [f"hotels@{wanted.adapter.digest}"]
+    assert read(wanted.evaluation.path(volumes) / "evaluation.json")["passed"] is True
+    assert promoted(volumes) == plan(first.pipeline).adapter.digest
+    assert "PASSED, NOT PROMOTED" in caplog.text and "┃   training:\n┃     seed: 1\n" in caplog.text
+
+    evaluate.run(edited, volumes, 0)
+    assert promoted(volumes) == wanted.adapter.digest and len(measured) == 1, "what was measured is not measured again"
+
+
 def test_an_evaluation_whose_adapter_is_gone_does_not_promote_it(folder: Path) -> None:
     """Retention may have removed it: promoting a name with nothing behind it would break serving."""
     loaded, volumes = published_pipeline(folder)
