@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -76,14 +77,12 @@ def run(text: str, config_maps: list[Manifest], state: Path, parameters: dict[st
         parameters: of the run.
         docker: run the images with Docker, instead of processes.
     Raises:
-        UserError: a step cannot run without a cluster, or there is no such parameter.
+        UserError: a step cannot run without a cluster, a parameter does not fit, or a step ended with exit code 2.
         RetryableError: a step failed; its output is above.
     """
     documents = list(yaml.safe_load_all(text))
     spec, platform = documents[0], documents[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
-    if unknown := sorted(set(parameters or {}) - known.keys()):
-        raise UserError(f"the pipeline has no parameter {unknown[0]}; it has {', '.join(known) or 'none'}")
+    arguments = typed(parameters or {}, spec["root"].get("inputDefinitions", {}).get("parameters", {}))
     manifests = [job(label, executor["container"], platform.get(label, {}))
                  for label, executor in spec["deploymentSpec"]["executors"].items()]
     for label, executor in spec["deploymentSpec"]["executors"].items():
@@ -98,13 +97,33 @@ def run(text: str, config_maps: list[Manifest], state: Path, parameters: dict[st
         runner = docker_runner(manifests, state) if docker else local.SubprocessRunner(use_venv=False)
         local.init(runner, pipeline_root=str(state / "kubeflow"))
         try:
-            components.load_component_from_text(yaml.safe_dump_all([spec, *documents[1:]]))(**parameters or {})
+            components.load_component_from_text(yaml.safe_dump_all([spec, *documents[1:]]))(**arguments)
         except RuntimeError as error:
             raise RetryableError(COLOUR.sub("", str(error))) from None
         finally:
             found = [result for folder in sorted(set((state / "kubeflow").iterdir()) - before)
                      for result in results(folder)]
             print("\n".join(map(table, found)), flush=True)
+    return found
+
+
+def typed(parameters: dict[str, Any], known: dict[str, Any]) -> dict[str, int | float]:
+    """Parameters of a run in the types that the pipeline has: kfp takes no 1 for 1.0.
+
+    Raises:
+        UserError: there is no such parameter, or it has another type.
+    """
+    types: dict[str, type[int] | type[float]] = {"NUMBER_INTEGER": int, "NUMBER_DOUBLE": float}
+    found = {}
+    for name, value in parameters.items():
+        if name not in known:
+            raise UserError(f"the pipeline has no parameter {name}; it has {', '.join(known) or 'none'}")
+        kind = types[known[name]["parameterType"]]
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or kind(value) != value:
+            expected = "a whole number" if kind is int else "a number"
+            raise UserError(f"the parameter {name} is {value!r}, but must be {expected}")
+        found[name] = kind(value)
     return found
 
 
@@ -217,7 +236,8 @@ def _runner(steps: dict[str, Placed], state: Path) -> Iterator[None]:
                     process.terminate()
                     raise
             if process.returncode == UserError.exit_code:  # kfp would repeat it
-                raise UserError(f"{self.step.manifest['metadata']['name']}: its last lines are the reason")
+                name = self.step.manifest["metadata"]["name"].removeprefix("exec-")
+                raise UserError(f"{name} ended with exit code {process.returncode}: its last lines say why")
             return status.Status.SUCCESS if process.returncode == 0 else status.Status.FAILURE
 
     evaluator = enhanced_dag_orchestrator.ConditionEvaluator
@@ -289,9 +309,10 @@ def main(args: argparse.Namespace) -> None:
             parameters[name] = json.loads(value)
         except ValueError:
             raise UserError(f"--parameter {parameter}: must be NAME=NUMBER, such as epochs=3") from None
-    compiled = pipeline.compile_pipeline(args.overlay, args.adapter)
+    manifests = pods.render(args.overlay)
+    compiled = pipeline.compile_manifests(manifests, args.adapter)
     state = (args.state or CHECKOUT / ".local" / args.overlay.resolve().name).resolve()
-    run(compiled.text, [each for each in pods.render(args.overlay) if each["kind"] == "ConfigMap"], state, parameters,
+    run(compiled.text, [each for each in manifests if each["kind"] == "ConfigMap"], state, parameters,
         docker=args.docker)
 
 

@@ -149,8 +149,8 @@ def test_a_run_with_another_parameter_is_the_file_with_that_value_and_fails_with
     output = without_colours(done.stdout)
     assert done.returncode == 1, output[-5000:]
     expected = wanted("training.epochs=1")
-    assert artifacts.read(state / FINE_TUNED / "evaluation" / expected.evaluation.digest).manifest["about"] == {
-        "passed": False}
+    evaluation = artifacts.read(state / FINE_TUNED / "evaluation" / expected.evaluation.digest)
+    assert evaluation.manifest["about"]["passed"] is False
     assert promotion.current(state / FINE_TUNED, ADAPTER) == before
     assert f"Executing task 'adapter-not-promoted-{ADAPTER}'" in output
     refused = output.partition(f"Executing task 'adapter-not-promoted-{ADAPTER}'")[2]
@@ -159,11 +159,21 @@ def test_a_run_with_another_parameter_is_the_file_with_that_value_and_fails_with
     assert "Its own values:\n      training:\n        epochs: 1\n" in refused
 
 
-def test_an_unknown_parameter_is_refused(tmp_path: Path) -> None:
-    done = run("kubeflow/local.py", OVERLAY, "--adapter", ADAPTER, "--state", tmp_path, "--parameter", "seed=1")
-    assert done.returncode == 2
-    assert done.stdout.splitlines()[-1] == (
-        "error: the pipeline has no parameter seed; it has epochs, learning_rate, lora_r")
+@pytest.mark.slow
+def test_an_impossible_value_ends_the_run_at_once_with_the_reason(state: Path) -> None:
+    done = run("kubeflow/local.py", OVERLAY, "--adapter", ADAPTER, "--state", state, "--parameter", "learning_rate=3")
+    assert done.returncode == 2, done.stdout[-5000:]
+    assert re.search(r"with --set .*/pipeline.yaml:\d+: training.learning_rate: 3.0: .* less than 1\n", done.stdout)
+    assert done.stdout.endswith(f"error: model-training-{ADAPTER} ended with exit code 2: its last lines say why\n")
+
+
+@pytest.mark.parametrize(("parameter", "message"), [
+    ("seed=1", "the pipeline has no parameter seed; it has epochs, learning_rate, lora_r"),
+    ("epochs=1.5", "the parameter epochs is 1.5, but must be a whole number"),
+    ("epochs=many", "--parameter epochs=many: must be NAME=NUMBER, such as epochs=3")])
+def test_a_parameter_that_does_not_fit_is_refused(tmp_path: Path, parameter: str, message: str) -> None:
+    done = run("kubeflow/local.py", OVERLAY, "--adapter", ADAPTER, "--state", tmp_path, "--parameter", parameter)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (2, f"error: {message}")
 
 
 def test_with_docker_every_step_has_the_mounts_of_all_so_two_adapters_are_refused(tmp_path: Path) -> None:
