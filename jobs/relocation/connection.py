@@ -20,6 +20,8 @@ log = logging.getLogger("jobs")
 T = TypeVar("T")
 
 # Ten attempts in a row without a single new byte take about four minutes; then Kubernetes starts the pod again.
+# How many connections all files of a fetch share; a large file has many.
+CONNECTIONS = variables.whole_number("RELOCATION_CONNECTIONS", 16, least=1)
 ATTEMPTS = variables.whole_number("RETRY_ATTEMPTS", 10, least=1)
 FIRST_PAUSE_S = variables.number("RETRY_FIRST_PAUSE_SECONDS", 1)  # doubles with every attempt, up to:
 LONGEST_PAUSE_S = 60.0
@@ -63,11 +65,11 @@ class Patience:
     def reset(self) -> None:
         self.failures = 0
 
-    def pause_after(self, interruption: Interrupted, failures: int | None = None) -> float:
+    def pause_after(self, interruption: Interrupted, failures: int = 0) -> float:
         """Count a failed attempt, and return for how many seconds to wait before the next one.
 
         Args:
-            failures: how many in a row the pause is for; by default all that were counted.
+            failures: how many in a row one connection had, of several that share this patience.
         Raises:
             RetryableError: there were too many in a row, or the server requests a pause that is too long.
         """
@@ -75,12 +77,17 @@ class Patience:
         if self.failures >= ATTEMPTS:
             raise RetryableError(f"{self.what}: gave up after {self.failures} attempts in a row. The last "
                                  f"error: {interruption}")
-        pause = min(FIRST_PAUSE_S * 2 ** ((failures or self.failures) - 1), LONGEST_PAUSE_S)
+        pause = self.pause(max(failures, self.failures))
         if interruption.after_s is not None:
             pause = interruption.after_s
         if pause > LONGEST_RETRY_AFTER_S:
             raise RetryableError(f"{self.what}: the server requests a pause of {pause:.0f} s: {interruption}")
         return pause
+
+    @staticmethod
+    def pause(failures: int) -> float:
+        """The seconds to wait after so many failures in a row."""
+        return min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S)
 
     def wait(self, interruption: Interrupted) -> None:
         """Count a failed attempt, and sleep before the next one. Raises like `pause_after`."""

@@ -189,8 +189,8 @@ def _pools(proxy: str | None) -> urllib3.PoolManager:
     return manager
 
 
-# The path and query of the request, as it was given. urllib3 would rewrite %2f to %2F, and a signed URL, ours or one that
-# we are sent on to, may be valid only exactly as written.
+# The path and query of the request, as it was given. urllib3 would rewrite %2f to %2F, and a signed URL, ours or one
+# that we are sent on to, may be valid only exactly as written.
 _exact_target: ContextVar[str] = ContextVar("_exact_target")
 
 
