@@ -22,7 +22,7 @@ import psutil
 
 from jobs.core.files import write_atomically
 from jobs.core.pipeline import Pipeline
-from tests import build_adapter
+from tests import build_adapter, forked_serving
 
 BASE, NAME, OTHER = "builtin:tiny", "seville-hotels", "granada-hotels"
 # Routes for developers too: they must be closed even where somebody switched them on.
@@ -39,14 +39,15 @@ def free_port() -> int:
 class Server:
     """One serving process after another over the same volumes, and what a client does with it."""
 
-    def __init__(self, folder: Path, key: str | None = None, **variables: str) -> None:
-        self.folder, self.volumes, self.key = folder, folder / "volumes", key
+    def __init__(self, folder: Path, key: str | None = None, *, forked: bool = True, **variables: str) -> None:
+        """`forked`: from a process that has imported vLLM, in a tenth of the time (tests/forked_serving.py)."""
+        self.folder, self.volumes, self.key, self.forked = folder, folder / "volumes", key, forked
         self.variables = variables  # of the server's environment
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = openai.OpenAI(base_url=self.url + "/v1", api_key=key or "none", max_retries=0)
         self.log = folder / "log"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | forked_serving.Process | None = None
         (folder / "bin").mkdir()  # a PATH without a C++ compiler, as in a small image; vLLM on a CPU does need lscpu
         (folder / "bin" / "lscpu").symlink_to(str(shutil.which("lscpu")))
         # The path of a Unix socket has at most 107 characters, and a test's folder can take most of them. Removed with
@@ -65,10 +66,11 @@ class Server:
         values.pop("VLLM_API_KEY", None)
         if self.key:
             values["VLLM_API_KEY"] = self.key
-        command = [sys.executable, "-m", "serving", "--pipelines", str(self.folder / "pipelines"), "--volumes",
-                   str(self.volumes), "--host", "127.0.0.1", "--port", str(self.port), *FLAGS]
+        arguments = ["--pipelines", str(self.folder / "pipelines"), "--volumes", str(self.volumes),
+                     "--host", "127.0.0.1", "--port", str(self.port), *FLAGS]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, env=values, stdout=log, stderr=log)
+            self.process = forked_serving.Process(arguments, values, self.log) if self.forked else subprocess.Popen(
+                [sys.executable, "-m", "serving", *arguments], env=values, stdout=log, stderr=log)
         self.until(lambda: self.health() == 200, 600)
 
     def stop(self) -> int:

@@ -1,4 +1,4 @@
-"""`python -m tests.sharding_on_cpus ARGUMENTS` is `python -m jobs ARGUMENTS` with FSDP on CPUs.
+"""Imported before `python -m jobs`, it makes FSDP divide a model among processes on CPUs.
 
 accelerate divides a model among GPUs only, though torch's FSDP and gloo can do so among processes on CPUs. This makes
 accelerate take them for GPUs, so that training with `sharding: fsdp` can be tried where there is none.
@@ -11,9 +11,6 @@ from typing import Any
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from jobs.__main__ import main
-from jobs.training import distributed
-
 original = AcceleratorState.__init__
 
 
@@ -24,6 +21,3 @@ def patched(self: Any, *arguments: Any, fsdp_plugin: Any = None, **named: Any) -
 
 
 AcceleratorState.__init__ = patched
-
-if __name__ == "__main__":
-    distributed.end(main())

@@ -117,7 +117,7 @@ def run_all(file: Path, volumes: Path) -> list[str]:
     made = []
     for stage in STAGES:
         process = start(file, volumes, stage)
-        output = process.communicate(timeout=300)
+        _, output = process.communicate(timeout=300)
         assert process.returncode == 0, output
         made += [line.split()[2].rstrip(":") for line in output.splitlines() if line[9:].startswith("published ")]
     return made
@@ -171,7 +171,7 @@ def test_after_twenty_kills_at_random_moments_every_artifact_verifies_and_the_ad
     while kills < 20:
         process = start(file, volumes, STAGES[position])
         try:
-            output = process.communicate(timeout=chance.uniform(0, 2 * seconds))
+            _, output = process.communicate(timeout=chance.uniform(0, 2 * seconds))
             assert process.returncode == 0, output
             # A stage that finished is spared; later rounds hit stages that find their work done.
             position = (position + 1) % len(STAGES)

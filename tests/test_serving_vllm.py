@@ -52,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serving")
     _, planned = build_adapter.declare(folder / "pipelines")
     build_adapter.base(folder / "volumes", planned)
-    server = Server(folder)
+    server = Server(folder, forked=False)
     try:
         server.start()
         yield server

@@ -24,7 +24,7 @@ from jobs.core.errors import RetryableError, Terminated, UserError
 from jobs.core.plan import plan
 from jobs.tools.pods import CHECKOUT
 from jobs.training import callbacks, distributed
-from tests import build_models
+from tests import build_models, forked
 
 RECORDS = [{"prompt": f"How many rooms has house {n}?", "completion": f"It has {n} rooms. " * (1 + n % 3)}
            for n in range(40)]
@@ -124,17 +124,22 @@ def other_volumes(place: Path, volumes: Path) -> Path:
     return place
 
 
-def start(file: Path, volumes: Path, *launcher: str, **environment: str) -> subprocess.Popen[str]:
-    """The training, with the processes that `environment` asks for."""
-    return subprocess.Popen(
-        [*(launcher or (sys.executable, "-m", "jobs")), "--pipeline", str(file), "--volumes", str(volumes),
-         "--wait-seconds", "1", "train"],
-        cwd=CHECKOUT, text=True, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+COMMAND = (sys.executable, "-m", "jobs")
 
 
-def trained(file: Path, volumes: Path, *launcher: str, **environment: str) -> tuple[dict[str, Any], list[Any], str]:
+def start(file: Path, volumes: Path, *launcher: str, before: str = "",
+          **environment: str) -> subprocess.Popen[str] | forked.Job:
+    """The training, with the processes that `environment` asks for: forked, or started by a command such as COMMAND."""
+    arguments = ["--pipeline", str(file), "--volumes", str(volumes), "--wait-seconds", "1", "train"]
+    if not launcher:
+        return forked.Job(arguments, environment, before)
+    return subprocess.Popen([*launcher, *arguments], cwd=CHECKOUT, text=True, stderr=subprocess.PIPE,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def trained(file: Path, volumes: Path, *launcher: str, **options: str) -> tuple[dict[str, Any], list[Any], str]:
     """Train to the end: the adapter's weights, its loss history, and its log."""
-    process = start(file, volumes, *launcher, **environment)
+    process = start(file, volumes, *launcher, **options)
     _, output = process.communicate(timeout=240)
     assert process.returncode == 0, output
     return *result(file, volumes), output
@@ -174,7 +179,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[st
 def test_two_processes_give_what_one_gives_and_say_it_once(
         tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
     file, volumes, *expected = alone
-    weights, history, output = trained(file, other_volumes(tmp_path / "v", volumes), PROCESSES_PER_NODE="2")
+    weights, history, output = trained(file, other_volumes(tmp_path / "v", volumes), *COMMAND, PROCESSES_PER_NODE="2")
     assert_the_same((weights, history), tuple(expected))  # type: ignore[arg-type]
     assert output.count("published adapter/") == output.count("loading model and data") == 1
     assert "training with 2 processes on this node" in output
@@ -238,10 +243,10 @@ def test_told_to_stop_all_save_one_checkpoint_and_the_next_attempt_goes_on_there
     assert_the_same((weights, history), tuple(expected))  # type: ignore[arg-type]
 
 
-def wait_for_checkpoint(volumes: Path, process: subprocess.Popen[str]) -> None:
+def wait_for_checkpoint(volumes: Path, process: subprocess.Popen[str] | forked.Job) -> None:
     deadline = time.monotonic() + 120
     while not list(volumes.glob(f"fine-tuned-model/checkpoints/*/checkpoint-*/{callbacks.CHECKPOINT_MARKER}")):
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -251,7 +256,7 @@ def test_when_the_launcher_is_killed_no_process_is_left_behind(
         tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
     file, volumes, *_ = alone
     own = other_volumes(tmp_path / "v", volumes)
-    process = start(file, own, PROCESSES_PER_NODE="2")
+    process = start(file, own, *COMMAND, PROCESSES_PER_NODE="2")
     wait_for_checkpoint(own, process)
     process.kill()
     process.communicate()
@@ -280,8 +285,10 @@ def test_a_killed_process_ends_all_and_is_worth_a_retry(
     own = other_volumes(tmp_path / "v", volumes)
     process = start(file, own, PROCESSES_PER_NODE="2")
     if when == "while loading":
-        assert process.stderr
-        assert any("loading model and data" in line for line in process.stderr)
+        assert isinstance(process, forked.Job)
+        while "loading model and data" not in process.written():
+            assert process.poll() is None
+            time.sleep(0.01)
     else:
         wait_for_checkpoint(own, process)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
@@ -318,13 +325,12 @@ def test_a_model_divided_among_processes_gives_what_one_process_gives(
     sharded = with_keys(file, tmp_path, "sharding: fsdp", "tokens_per_micro_batch: 40")
     assert plan(pipeline.load(sharded).pipeline).adapter == plan(pipeline.load(file).pipeline).adapter
     own = other_volumes(tmp_path / "v", volumes)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-                "tests.sharding_on_cpus"]
-    process = start(sharded, own, *torchrun)
+    options = {"before": "import tests.sharding_on_cpus", "PROCESSES_PER_NODE": "2"}
+    process = start(sharded, own, **options)
     wait_for_checkpoint(own, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
-    weights, history, output = trained(sharded, own, *torchrun)
+    weights, history, output = trained(sharded, own, **options)
     assert "resuming from the checkpoint at step" in output
     assert_the_same((weights, history), tuple(expected))  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ from jobs.relocation import relocate
 from jobs.relocation.sources.file import path_sha256
 from jobs.tools.pods import CHECKOUT
 from jobs.training import merge
-from tests import build_models, build_pipeline
+from tests import build_models, build_pipeline, forked
 
 MAKERS: dict[str, Callable[[Path], None]] = {"GPT2LMHeadModel": build_models.tiny_gpt2,
                                              "StableLmForCausalLM": build_models.tiny_stablelm}
@@ -166,14 +166,20 @@ def command(file: Path, volumes: Path) -> list[str]:
 
 
 def job(file: Path, volumes: Path, before: str = "") -> subprocess.CompletedProcess[str]:
-    """The training job as a process of its own, after the statements `before`; says at its end if torch was loaded."""
-    code = (f"import sys; from jobs import __main__ as command; from jobs.training import merge, train\n{before}\n"
+    """The training job as a process of its own, after the statements `before`."""
+    return forked.run(command(file, volumes), before=before)
+
+
+def started_job(file: Path, volumes: Path) -> subprocess.CompletedProcess[str]:
+    """The same, started anew; it says at its end if torch was loaded."""
+    code = ("import sys; from jobs import __main__ as command\n"
             "code = command.main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)")
     return subprocess.run([sys.executable, "-c", code, *command(file, volumes)], cwd=CHECKOUT, capture_output=True,
                           text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-NO_TRAINING = "def train_again(*_): raise AssertionError('trained again')\ntrain.train = train_again"
+NO_TRAINING = ("from jobs.training import train\n"
+               "def train_again(*_): raise AssertionError('trained again')\ntrain.train = train_again")
 
 
 def inputs(place: Path, architecture: str = "GPT2LMHeadModel", **settings: Any) -> tuple[Path, Path, Plan]:
@@ -221,7 +227,7 @@ def test_a_change_to_mode_merged_only_merges_and_back_again_does_nothing(tmp_pat
     wanted.merged_model.path(volumes).rename(tmp_path / "elsewhere")
 
     switch(file, "lora")
-    done = job(file, volumes)
+    done = started_job(file, volumes)
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
     assert not wanted.merged_model.path(volumes).exists()
 
@@ -232,7 +238,7 @@ def test_a_change_to_mode_merged_only_merges_and_back_again_does_nothing(tmp_pat
     assert artifacts.read(wanted.merged_model.path(volumes)).manifest["files"] == alone
 
     wanted.base_model.path(volumes).rename(tmp_path / "gone")
-    done = job(file, volumes)
+    done = started_job(file, volumes)
     assert (done.returncode, done.stdout) == (0, "False\n"), "already done needs neither torch nor the base model"
     assert f"{wanted.merged_model} is already there and verified" in done.stderr
 

@@ -28,7 +28,7 @@ from jobs.data.encoded import Splits
 from jobs.data.encoding import Encoded
 from jobs.tools.pods import CHECKOUT
 from jobs.training import callbacks, packing, train
-from tests import build_models
+from tests import build_models, forked
 
 VOCABULARY = 97
 
@@ -179,14 +179,12 @@ def published_inputs(place: Path, **training: Any) -> tuple[Path, Path]:
     return loaded.path, volumes
 
 
-def command(file: Path, volumes: Path) -> list[str]:
-    return [sys.executable, "-m", "jobs", "--pipeline", str(file), "--volumes", str(volumes), "--wait-seconds", "1",
-            "train"]
+def arguments(file: Path, volumes: Path) -> list[str]:
+    return ["--pipeline", str(file), "--volumes", str(volumes), "--wait-seconds", "1", "train"]
 
 
-def start(file: Path, volumes: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(command(file, volumes), cwd=CHECKOUT, text=True, stderr=subprocess.PIPE,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+def start(file: Path, volumes: Path) -> forked.Job:
+    return forked.Job(arguments(file, volumes))
 
 
 def weights(file: Path, volumes: Path) -> dict[str, str]:
@@ -196,10 +194,10 @@ def weights(file: Path, volumes: Path) -> dict[str, str]:
     return {f["path"]: f["sha256"] for f in artifact.manifest["files"]}
 
 
-def wait_for_checkpoint(volumes: Path, process: subprocess.Popen[str]) -> None:
+def wait_for_checkpoint(volumes: Path, process: forked.Job) -> None:
     deadline = time.monotonic() + 120
     while not list(volumes.glob(f"fine-tuned-model/checkpoints/*/checkpoint-*/{callbacks.CHECKPOINT_MARKER}")):
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, process.written()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -211,8 +209,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path,
     place = tmp_path_factory.mktemp("uninterrupted")
     file, volumes = published_inputs(place, checkpoint_steps=3, epochs=60, learning_rate=1e-2,
                                      tokens_per_micro_batch=64)
-    done = subprocess.run(command(file, volumes), cwd=CHECKOUT, capture_output=True, text=True, check=False,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-m", "jobs", *arguments(file, volumes)], cwd=CHECKOUT, capture_output=True,
+                          text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return file, volumes, weights(file, volumes)
 
@@ -261,7 +259,7 @@ def test_a_checkpoint_that_a_kill_left_half_is_not_resumed_from(tmp_path: Path) 
 
 def test_already_done_answers_without_loading_torch(uninterrupted: tuple[Path, Path, dict[str, str]]) -> None:
     file, volumes, _ = uninterrupted
-    done = subprocess.run([sys.executable, "-X", "importtime", *command(file, volumes)[1:]], cwd=CHECKOUT,
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "jobs", *arguments(file, volumes)], cwd=CHECKOUT,
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "is already there and verified" in done.stderr
@@ -276,7 +274,7 @@ def test_already_done_answers_without_loading_torch(uninterrupted: tuple[Path, P
 def test_what_vllm_could_not_serve_is_refused_before_training(
         tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     file, volumes = published_inputs(tmp_path, **changes)
-    done = subprocess.run(command(file, volumes), cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    done = forked.run(arguments(file, volumes))
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -286,6 +284,6 @@ def test_a_missing_input_is_named_and_worth_a_retry(tmp_path: Path) -> None:
     file, volumes = published_inputs(tmp_path)
     wanted = plan(pipeline.load(file).pipeline)
     wanted.encoded_dataset.path(volumes).rename(tmp_path / "elsewhere")
-    done = subprocess.run(command(file, volumes), cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    done = forked.run(arguments(file, volumes))
     assert done.returncode == 1
     assert f"error: waited 1 s for {wanted.encoded_dataset}" in done.stderr
