@@ -58,7 +58,8 @@ def check_gate(candidate: Candidate, name: str, volumes: Path) -> None:
 
 
 def read_proof(folder: Path) -> Proof | None:
-    """The proof of an evaluation; None if the evaluation was made before they had one.
+    """The proof of an evaluation; None if the evaluation was made before they had one, or if it was published without:
+    a proof holds private text, and what was left out is in the manifest.
 
     Raises:
         Refused: with reason `damaged`, or `proof` where it is missing.
@@ -66,7 +67,7 @@ def read_proof(folder: Path) -> Proof | None:
     """
     manifest, file = read_artifact(folder, "evaluation").manifest, folder / proof.FILE
     if not file.exists():
-        if manifest["spec"].get("recipe") == LAST_WITHOUT_PROOF:
+        if manifest["spec"].get("recipe") == LAST_WITHOUT_PROOF or proof.FILE in left_out(manifest):
             return None
         raise Refused("proof", f"evaluation {folder.name} does not hold what the adapter answers ({proof.FILE})")
     try:
@@ -75,6 +76,13 @@ def read_proof(folder: Path) -> Proof | None:
         raise Refused("damaged", f"{file} is no readable proof") from None
     except UserError as error:
         raise Refused("damaged", one_line(f"{file}: {error}")) from None
+
+
+def left_out(manifest: Mapping[str, Any]) -> list[Any]:
+    """The files of an evaluation that were not published with it."""
+    about = manifest.get("about")
+    names = about.get("left_out") if isinstance(about, dict) else None
+    return names if isinstance(names, list) else []
 
 
 def private_copy(name: str, digest: str, served: Served) -> Path:

@@ -20,7 +20,7 @@ def test_its_adapters_are_proven_and_each_has_a_file_of_its_own(tmp_path: Path) 
     assert declared.environment and declared.environment.serving.slots == 2
     for name, pipeline in declared.adapters.items():
         assert pipeline
-        planned, candidate = plan(pipeline), candidates.desired(pipeline)
+        planned, candidate = plan(pipeline), candidates.desired(pipeline, tmp_path)
         assert candidates.promoted(name, setting.volumes) == candidate
         check_gate(candidate, name, setting.volumes)
         base = planned.base_model.path(setting.volumes)

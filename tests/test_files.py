@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs.core import environment, pipeline
+from jobs.core import environment, imported
 from jobs.core.errors import UserError
 from serving import files
 from serving.files import Files
@@ -62,13 +62,13 @@ def test_nothing_is_parsed_again_until_a_file_changes_and_then_only_that_one(
     read = Files(folder)
     before = read.read()
     parsed: list[str] = []
-    load = pipeline.load
+    load = imported.load_any
 
     def counting(file: Path, *rest: Any) -> Any:
         parsed.append(file.stem)
         return load(file, *rest)
 
-    monkeypatch.setattr(pipeline, "load", counting)
+    monkeypatch.setattr(imported, "load_any", counting)
     assert read.read() is before
     os.utime(folder / f"{NAME}.yaml")  # the same content
     after = read.read()

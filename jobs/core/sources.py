@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic_core import PydanticCustomError
 
-Use = Literal["model", "data", "acceptability"]
+Use = Literal["model", "data", "acceptability", "adapter"]
 Pin = Literal["revision", "sha256"]
 
 EMBEDDED_PAIRS = "builtin:pairs"
@@ -53,7 +53,8 @@ SCHEMES: dict[str, Scheme] = {
     "file": Scheme("sha256", {"model": Form("file:PATH", "file:.+"), **_data("file:PATH", "file:.+")}, local=True),
     "https": Scheme("sha256", _data("https://…", "https://[^/].*")),
     "http": Scheme("sha256", _data("http://…", "http://[^/].*")),
-    "s3": Scheme("sha256", _data("s3://BUCKET/KEY", "s3://[^/]+/.*[^/]")),
+    "s3": Scheme("sha256", {**_data("s3://BUCKET/KEY", "s3://[^/]+/.*[^/]"),
+                            "adapter": Form("s3://BUCKET/PREFIX/NAME/DIGEST", "s3://[^/]+/.*[^/]")}),
     "gs": Scheme("sha256", _data("gs://BUCKET/KEY", "gs://[^/]+/.*[^/]")),
     "builtin": Scheme(None, {"model": Form("builtin:tiny or builtin:tiny-reference", "builtin:tiny(-reference)?"),
                              "acceptability": Form(EMBEDDED_PAIRS, EMBEDDED_PAIRS)}),
