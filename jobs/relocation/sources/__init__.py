@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import UserError
 from jobs.relocation.connection import Stream, classified, shown
-from jobs.relocation.sources import builtin, file, gs, hf, http, s3
+from jobs.relocation.sources import builtin, file, gs, hf, http, oci, s3
 from jobs.relocation.sources.interface import Implementation, Item
 
 NAME_BYTES = 240  # a file system takes 255, and an unfinished download has a longer name
@@ -24,6 +24,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "http": http,
     "s3": s3,
     "gs": gs,
+    "oci": oci,
     "builtin": builtin,
 }
 
