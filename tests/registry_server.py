@@ -254,6 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.cut_after is not None:
             self.wfile.write(body[:fault.cut_after])
             self.wfile.flush()
+            time.sleep(0.1)  # a client that has not yet read what came when the connection breaks loses it
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
             return

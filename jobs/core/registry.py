@@ -153,6 +153,7 @@ class Registry:
         self._push = push
         self._api = f"{_scheme(where.registry)}://{_host(where.registry)}/v2/{where.name}/"
         self._header: str | None = None  # Authorization
+        self._admitted = False  # by this header, or without any
         self._lock = threading.Lock()
         self._session: Any = None
 
@@ -201,8 +202,8 @@ class Registry:
         if rejected is not None:
             with self._lock:
                 if self._header == rejected.get("Authorization"):  # else another thread was here already
-                    self._header = None
-        if self._header is None:
+                    self._header, self._admitted = None, False
+        if not self._admitted:
             self.has_blob(digest)  # the registry's answer says which credentials it takes, if any
         return {"Authorization": self._header} if self._header else {}
 
@@ -267,6 +268,7 @@ class Registry:
         if answer.status_code == 401 and own:
             self._authenticate(answer, what)
             answer = self._patiently(method, url, what, headers, data, self._authorize)
+        self._admitted = self._admitted or (own and answer.status_code not in (401, 403))
         return answer
 
     def _patiently(self, method: str, url: str, what: str, headers: Mapping[str, str] | None,

@@ -1,7 +1,8 @@
-"""oci://REGISTRY/NAME:TAG: an artifact in an OCI registry, pinned by its manifest's digest. Its layers are the files."""
+"""oci://REGISTRY/NAME:TAG: an artifact in an OCI registry, pinned by its manifest's digest. A layer is a file."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -38,25 +39,25 @@ def files(loaded: Loaded, source: Source) -> list[Item]:
                  layer.sha256, pinned_in="its manifest") for layer in manifest.layers()]
 
 
-def open_at(url: str, start: int, headers: Mapping[str, str]) -> Stream:
-    """A blob from byte `start` on. The registry may redirect to a storage host, which gets no credentials of ours."""
+def open_range(url: str, start: int, end: int | None, headers: Mapping[str, str]) -> Stream:
+    """A part of a blob. The registry may redirect to a storage host, which gets no credentials of ours."""
     import aiohttp
 
     where = Reference.parse(url)
     assert where.digest is not None
     repository = _repository(where.registry, where.name)
-    allowed = repository.authorization(where.digest)
+    blob, allowed = repository.blob_url(where.digest), repository.authorization(where.digest)
     try:
         try:
-            return http.open_at(repository.blob_url(where.digest), start, allowed)
+            stream = http.open_range(blob, start, end, allowed)
         except aiohttp.ClientResponseError as error:
             if error.status != 401:
                 raise
-        # Tokens last some minutes, and a download may take hours.
-        return http.open_at(repository.blob_url(where.digest), start,
-                            repository.authorization(where.digest, rejected=allowed))
+            # A token lasts some minutes, and a download may take hours.
+            stream = http.open_range(blob, start, end, repository.authorization(where.digest, rejected=allowed))
     except FileNotFoundError:
         raise UserError(missing_blob(url)) from None
+    return dataclasses.replace(stream, what=url, advice=ADVICE)
 
 
 def _digest_of_tag(repository: Registry, tag: str) -> str | None:
