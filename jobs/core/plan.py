@@ -266,6 +266,8 @@ def _identity(source: Source) -> dict[str, Any]:
 
 def _suffix(source: Source) -> str:
     """The format by the name of the data: jsonl, csv, parquet, or "" for a folder or repository."""
+    if source.scheme == "oci":  # several files, and the point in a tag is none before a format
+        return ""
     name = source.location.partition("?")[0].rsplit("/", 1)[-1]
     return name.rpartition(".")[2].lower() if "." in name and SCHEMES[source.scheme].pin else ""
 

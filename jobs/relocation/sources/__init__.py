@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import UserError
 from jobs.relocation.connection import Stream, classified, shown
-from jobs.relocation.sources import builtin, file, gs, hf, http, s3
+from jobs.relocation.sources import builtin, file, gs, hf, http, oci, s3
 from jobs.relocation.sources.interface import Implementation, Item
 
 NAME_BYTES = 240  # a file system takes 255, and an unfinished download has a longer name
@@ -24,6 +24,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "http": http,
     "s3": s3,
     "gs": gs,
+    "oci": oci,
     "builtin": builtin,
 }
 
@@ -55,8 +56,9 @@ def listing(loaded: Loaded, source: Source) -> list[Item]:
 
 
 @contextmanager
-def open_at(url: str, start: int, headers: Mapping[str, str]) -> Iterator[Stream]:
-    """Open an item's URL or path at byte `start`; at 0 if the source cannot resume.
+def open_range(url: str, start: int, end: int | None, headers: Mapping[str, str]) -> Iterator[Stream]:
+    """Open an item's URL or path at byte `start`; at 0 if the source cannot give parts. `end` (None: the end of the
+    source) is the first byte that is not wanted; the stream may bring more.
 
     Raises:
         Interrupted: another attempt may succeed.
@@ -64,7 +66,7 @@ def open_at(url: str, start: int, headers: Mapping[str, str]) -> Iterator[Stream
     """
     implementation = IMPLEMENTATIONS[url.partition("://")[0] if "://" in url else "file"]
     with classified(shown(url), implementation.ADVICE):
-        stream = implementation.open_at(url, start, headers)
+        stream = implementation.open_range(url, start, end, headers)
     try:
         yield stream
     finally:

@@ -6,7 +6,7 @@ from jobs.core.errors import UserError
 from jobs.relocation.connection import CHUNK, Stream, shown
 
 
-def open_object(url: str, start: int, advice: str, package: str) -> Stream:
+def open_object(url: str, start: int, end: int | None, advice: str, package: str) -> Stream:
     """Open an object at byte `start`. It is read in requests of a few chunks each."""
     import fsspec
 
@@ -19,4 +19,4 @@ def open_object(url: str, start: int, advice: str, package: str) -> Stream:
                         "Build the image from jobs/requirements.txt (docs/registries.md)") from None
     raw = filesystem.open(url, "rb", block_size=8 * CHUNK)
     raw.seek(start)
-    return Stream(raw, shown(url), advice, start, getattr(raw, "size", None))
+    return Stream(raw, shown(url), advice, start, getattr(raw, "size", None), end)

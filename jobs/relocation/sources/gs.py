@@ -19,15 +19,15 @@ files = single_file
 
 def find_pin(loaded: Loaded, source: Source) -> str:
     """The sha256 of the object's content."""
-    return content_sha256(source.source, open_at, ADVICE)
+    return content_sha256(source.source, open_range, ADVICE)
 
 
-def open_at(url: str, start: int, headers: Mapping[str, str]) -> Stream:
+def open_range(url: str, start: int, end: int | None, headers: Mapping[str, str]) -> Stream:
     """The object from byte `start` on."""
     # Read when gcsfs is imported: it would query another API for the kind of bucket, and warn when that is not allowed.
     os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
     try:
-        return open_object(url, start, ADVICE, package="gcsfs")
+        return open_object(url, start, end, ADVICE, package="gcsfs")
     except OSError as error:
         if str(error).startswith("Forbidden"):  # of gcsfs's errors the one for 403 has no type of its own
             raise PermissionError(str(error)) from error

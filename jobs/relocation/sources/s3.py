@@ -17,9 +17,9 @@ files = single_file
 
 def find_pin(loaded: Loaded, source: Source) -> str:
     """The sha256 of the object's content."""
-    return content_sha256(source.source, open_at, ADVICE)
+    return content_sha256(source.source, open_range, ADVICE)
 
 
-def open_at(url: str, start: int, headers: Mapping[str, str]) -> Stream:
+def open_range(url: str, start: int, end: int | None, headers: Mapping[str, str]) -> Stream:
     """The object from byte `start` on."""
-    return open_object(url, start, ADVICE, package="s3fs")
+    return open_object(url, start, end, ADVICE, package="s3fs")
