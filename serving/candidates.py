@@ -44,7 +44,7 @@ def desired(pipeline: Adapter, volumes: Path) -> Candidate:
     found = _read_from_volume(folder, lambda: imported.read(folder, FINE_TUNED_VOLUME))
     if found is None:
         raise NotYet(f"the imported adapter {folder.name} is not there yet")
-    return Candidate(found.adapter.digest, deciding_evaluation(pipeline, found))
+    return Candidate(found.adapter.digest, deciding_evaluation(pipeline, found).digest)
 
 
 def promoted(name: str, volumes: Path) -> Candidate:

@@ -25,9 +25,9 @@ from typing import Any
 
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import human_bytes, sha256_of, sync_folder, write_atomically
+from jobs.core.layout import DRAFT, draft_folder, lock_file, read_manifest
 from jobs.core.layout import MANIFEST as MANIFEST
 from jobs.core.layout import SIGNATURE as SIGNATURE
-from jobs.core.layout import draft_folder, lock_file, read_manifest
 from jobs.core.locks import hold
 from jobs.core.retention import retain
 from jobs.core.variables import wait_seconds as default_wait_seconds
@@ -112,13 +112,15 @@ def find(spec: Spec, volumes: Path) -> Artifact | None:
     return read(spec.path(volumes)) if spec.path(volumes).exists() else None
 
 
-def read(path: Path) -> Artifact:
+def read(path: Path, advice: str | None = None) -> Artifact:
     """Read and verify the artifact at `path`: manifest, name, and every file's presence, size and sha256.
 
+    Args:
+        advice: what to do about one that is damaged; by default, how to have it made again.
     Raises:
         UserError: naming the first file that is missing, extra or changed, and both digests.
     """
-    hint = f"Move {path} away to have it made again"
+    hint = advice or f"Move {path} away to have it made again"
     try:
         manifest = read_manifest(path)
         named = digest_of(manifest["kind"], manifest["spec"], manifest["inputs"])
@@ -252,6 +254,31 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
     log.info("published %s: %d files, %s", spec, len(manifest["files"]), human_bytes(size))
     retain(target.parent, keep=keep, protected={spec.digest})
     return Artifact(target, manifest)
+
+
+def place(spec: Spec, folder: Path, volumes: Path, *, keep: int, replace: bool = False) -> None:
+    """Publish an artifact that was made elsewhere. It is in `folder`, on the same volume, whole and verified.
+
+    Args:
+        keep: as in `publish`.
+        replace: put it in the place of the one that is there; else that one stays.
+    """
+    target = spec.path(volumes)
+    with lock(spec, volumes, default_wait_seconds()):
+        if target.exists() and not replace:
+            return
+        _open_to_readers(folder)
+        _sync(folder)
+        os.utime(folder / MANIFEST)  # just used: retention keeps it
+        before = target.with_name(f"{DRAFT}{target.name}-before")
+        if target.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            target.rename(before)
+        folder.rename(target)
+        sync_folder(target.parent)
+        shutil.rmtree(before, ignore_errors=True)
+    log.info("published %s", spec)
+    retain(target.parent, keep=keep, protected={spec.digest})
 
 
 def _open_to_readers(folder: Path) -> None:

@@ -14,12 +14,11 @@ of the work it is like an adapter that is trained here: `ImportedAdapter.evaluat
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from jobs.core import declarations, environment, pipeline, sources
@@ -29,7 +28,6 @@ from jobs.core.environment import Environment, LoadedEnvironment
 from jobs.core.errors import UserError
 from jobs.core.files import read_plain_file
 from jobs.core.pipeline import AdapterFile, Evaluation, LoadedPipeline, Pipeline, Training, check_name, find_environment
-from jobs.core.promotion import DIGEST
 
 RECORD = "imported.json"  # the file of an `imported-adapter` artifact
 RECORD_BYTES = 2**20  # it has about 1 kB
@@ -61,6 +59,13 @@ class ImportedFile(AdapterFile):
         sources.check(source, "adapter", None, None)
         return source
 
+    @field_validator("sha256")
+    @classmethod
+    def _is_its_pin(cls, sha256: str | None, info: ValidationInfo) -> str | None:
+        if source := info.data.get("source"):
+            sources.check(source, "adapter", None, sha256)
+        return sha256
+
     @model_validator(mode="after")
     def _evaluates(self) -> ImportedFile:
         if (self.dataset is None) != (self.evaluation is None):
@@ -87,11 +92,21 @@ class ImportedFile(AdapterFile):
         return found
 
 
+class EvaluatedImport(Pipeline):
+    """An imported adapter that is evaluated here, as the stages of data and evaluation read it. Its `training` only
+    says how long a record may be (`max_length`)."""
+
+    published: AdapterSource
+
+    def sources(self) -> dict[str, Source]:
+        return {"source": self.published} | super().sources()
+
+
 class ImportedAdapter(ImportedFile):
     """One imported adapter in its environment."""
 
     environment: Environment
-    _evaluated_here: Pipeline | None = PrivateAttr(default=None)
+    _evaluated_here: EvaluatedImport | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _consistent(self) -> ImportedAdapter:
@@ -101,15 +116,15 @@ class ImportedAdapter(ImportedFile):
                                       "trained here are merged with the base model: import it into an environment with "
                                       "mode lora, or train it here", {declarations.KEYS: "source"})
         if self.dataset and self.evaluation:
-            # Not validated: no key of `training` is there that could be wrong.
-            self._evaluated_here = Pipeline.model_construct(
+            # Its parts are valid, and it has no `training` that could contradict the environment.
+            self._evaluated_here = EvaluatedImport.model_construct(
                 adapter=self.adapter, dataset=self.dataset, training=Training(), evaluation=self.evaluation,
-                environment=self.environment)
+                environment=self.environment, published=self.published)
         return self
 
     @property
-    def evaluated_here(self) -> Pipeline | None:
-        """The data and the evaluation here, as stages read them. Its `training` only says how long a record may be."""
+    def evaluated_here(self) -> EvaluatedImport | None:
+        """Its data and evaluation here, if it has any."""
         return self._evaluated_here
 
 
@@ -160,17 +175,16 @@ def load_any(path: Path, environment_file: Path | LoadedEnvironment | None = Non
     return LoadedImport(file, found, shared)
 
 
-def load_evaluated(path: Path, environment_file: Path | None = None) -> LoadedAdapter:
-    """As `load_any`, for the stages of data and evaluation.
-
-    Raises:
-        UserError: also if the adapter is imported and not evaluated here.
-    """
+def load_data(path: Path, environment_file: Path | LoadedEnvironment | None = None) -> LoadedPipeline:
+    """Read and validate the pipeline file of an adapter that is evaluated here, for the stages that make its data. As
+    `pipeline.load`."""
     loaded = load_any(path, environment_file)
-    if isinstance(loaded, LoadedImport) and loaded.pipeline.evaluation is None:
-        raise UserError(f"{loaded.path}: this adapter is imported and has no `dataset` and `evaluation`: nothing of it "
-                        "is evaluated here. Its only stage is: python -m jobs relocate adapter")
-    return loaded
+    if isinstance(loaded, LoadedPipeline):
+        return loaded
+    if found := loaded.evaluated_here():
+        return found
+    raise UserError(f"{loaded.path}: this adapter is imported and has no `dataset` and `evaluation`: nothing is "
+                    "evaluated here. Its only stage is: python -m jobs relocate adapter")
 
 
 # --- what relocation found --------------------------------------------------------------------------------------------
@@ -181,19 +195,19 @@ class Imported:
     """What a published adapter consists of."""
 
     adapter: Spec
-    evaluation: str  # the digest of the evaluation that was published with it
+    evaluation: Spec  # the one that was published with it
 
     def to_json(self) -> str:
         """The content of the file `RECORD`."""
-        return json.dumps({"adapter": {"spec": dict(self.adapter.spec), "inputs": dict(self.adapter.inputs)},
-                           "evaluation": self.evaluation}, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps({each.kind: {"spec": dict(each.spec), "inputs": dict(each.inputs)}
+                           for each in (self.adapter, self.evaluation)}, indent=2, ensure_ascii=False) + "\n"
 
 
 def read(folder: Path, volume: str) -> Imported:
-    """What the `imported-adapter` artifact in a folder says, without its files being verified.
+    """What the `imported-adapter` artifact in a folder says; its files are not verified.
 
     Args:
-        volume: the volume on which the adapter is.
+        volume: the volume on which adapter and evaluation are.
     Raises:
         UserError: it is damaged.
         OSError: it is not there or cannot be read; `filename` is set.
@@ -201,11 +215,10 @@ def read(folder: Path, volume: str) -> Imported:
     file = folder / RECORD
     try:
         values: Any = json.loads(read_plain_file(file, RECORD_BYTES))
-        spec, inputs, evaluation = values["adapter"]["spec"], values["adapter"]["inputs"], values["evaluation"]
-        if not (isinstance(spec, Mapping) and isinstance(inputs, Mapping) and DIGEST.fullmatch(evaluation)):
-            raise ValueError("it does not name an adapter and its evaluation")
-        found = Imported(Spec(volume, "adapter", spec, inputs), evaluation)
-        found.adapter.digest  # noqa: B018 - canonical JSON can be made of it
+        specs = [Spec(volume, kind, dict(values[kind]["spec"]), dict(values[kind]["inputs"]))
+                 for kind in ("adapter", "evaluation")]
+        for spec in specs:
+            str(spec)  # canonical JSON can be made of it
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: is damaged ({error}). Move {folder} away and run the relocation again") from None
-    return found
+    return Imported(*specs)

@@ -115,10 +115,10 @@ def plan_evaluation(pipeline: Pipeline, adapter: Spec) -> Plan:
     return _make(pipeline, adapter)
 
 
-def deciding_evaluation(adapter: ImportedAdapter, imported: Imported) -> str:
-    """The digest of the evaluation by which an imported adapter is served: the one here, else the published one."""
+def deciding_evaluation(adapter: ImportedAdapter, imported: Imported) -> Spec:
+    """The evaluation by which an imported adapter is served: the one here, else the published one."""
     here = adapter.evaluated_here
-    return plan_evaluation(here, imported.adapter).evaluation.digest if here else imported.evaluation
+    return plan_evaluation(here, imported.adapter).evaluation if here else imported.evaluation
 
 
 def plan(pipeline: Pipeline) -> Plan:
