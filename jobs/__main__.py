@@ -24,6 +24,7 @@ Fine-tune a model privately and serve the result, as its files in git declare.
     encode            encode the dataset to tokens, with the tokenizer and its chat template
     train             train the LoRA adapter
     evaluate          measure base, fine-tuned and reference model; promote the adapter if the gate passes
+    publish           bring the promoted adapter to a registry or a bucket, for other environments
     await ARTIFACT…   wait until artifacts are there (init containers)
 
   for people
@@ -65,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("encode", description="encode the dataset to tokens; needs no GPU")
     commands.add_parser("train", description="train the LoRA adapter; resumes after a kill")
     commands.add_parser("evaluate", description="measure the models, write the report, pass or reject the adapter")
+    commands.add_parser("publish", description="bring the promoted adapter, with its evaluation, to where "
+                                                "environment.yaml says; ends at once if it is there, or was rejected")
     wait = commands.add_parser("await", description="wait until artifacts are there; their readers verify them")
     wait.add_argument("artifacts", nargs="+", choices=AWAITABLE, metavar="ARTIFACT", help=", ".join(AWAITABLE))
 
@@ -156,6 +159,10 @@ def run(args: argparse.Namespace) -> None:
             from jobs.evaluation import evaluate
 
             evaluate.run(imported.load_any(args.pipeline, args.environment), args.volumes, wait_seconds)
+        case "publish":
+            from jobs.publication import publish
+
+            publish.run(pipeline.load(args.pipeline, args.environment), args.volumes, wait_seconds)
         case "await":
             from jobs.core import artifacts
             from jobs.core.plan import plan_adapter, plan_environment

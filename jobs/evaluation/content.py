@@ -21,8 +21,8 @@ OUTCOMES = {"passed": "passes", "failed": "fails", "undecided": "undecided"}
 SEARCHED = ("Training chose its settings among these trials, by the loss on the validation split. The held-out "
             "records, on which the scores and the gate are computed, had no part in it.")
 EMBEDDED = "Embedded models: for trying out and testing only. They know nothing but a small grammar and your data."
-NO_ANSWERS = ("Questions and answers are left out of this report (evaluation.report_answers: false). Records are named "
-              "by their line in holdout.jsonl of the dataset.")
+NO_ANSWERS = ("Questions and answers are left out of this report. Records are named by their line in holdout.jsonl of "
+              "the dataset.")
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:

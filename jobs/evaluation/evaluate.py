@@ -30,6 +30,7 @@ from jobs.core.metrics import score_of
 from jobs.core.pipeline import LoadedPipeline, Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan, plan_evaluation, plan_import
 from jobs.core.proof import FILE as PROOF
+from jobs.core.published import WITHOUT_ANSWERS
 from jobs.core.search import FILE as SEARCH
 from jobs.core.signing import Signer
 from jobs.core.termination import write_termination_message
@@ -233,8 +234,11 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path, comparison: Compar
         proof = wanted.adapter_scores.path(volumes) / PROOF
         if proof.exists():  # the server reads nothing but the evaluation
             shutil.copyfile(proof, draft / PROOF)
-        report.write(draft, evaluation, training["history"], generations, values,
-                     answers=pipeline.evaluation.report_answers)
+        answers = pipeline.evaluation.report_answers
+        report.write(draft, evaluation, training["history"], generations, values, answers=answers)
+        if answers:  # the report that may be published (jobs/publication)
+            (draft / WITHOUT_ANSWERS).mkdir()
+            report.write(draft / WITHOUT_ANSWERS, evaluation, training["history"], generations, values, answers=False)
         return {"passed": evaluation["passed"]}
 
     write_tensorboard(volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest

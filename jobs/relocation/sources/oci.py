@@ -41,22 +41,23 @@ def files(loaded: Loaded, source: Source) -> list[Item]:
 
 def open_range(url: str, start: int, end: int | None, headers: Mapping[str, str]) -> Stream:
     """A part of a blob. The registry may redirect to a storage host, which gets no credentials of ours."""
-    import aiohttp
-
     where = Reference.parse(url)
     assert where.digest is not None
     repository = _repository(where.registry, where.name)
     blob, allowed = repository.blob_url(where.digest), repository.authorization(where.digest)
     try:
         try:
-            stream = http.open_range(blob, start, end, allowed)
-        except aiohttp.ClientResponseError as error:
+            stream = http.open_range(blob, start, end, {**headers, **allowed})
+        except http.BadStatus as error:
             if error.status != 401:
                 raise
             # A token lasts some minutes, and a download may take hours.
-            stream = http.open_range(blob, start, end, repository.authorization(where.digest, rejected=allowed))
-    except FileNotFoundError:
-        raise UserError(missing_blob(url)) from None
+            allowed = repository.authorization(where.digest, rejected=allowed)
+            stream = http.open_range(blob, start, end, {**headers, **allowed})
+    except http.BadStatus as error:
+        if error.status == 404:
+            raise UserError(missing_blob(url)) from None
+        raise
     return dataclasses.replace(stream, what=url, advice=ADVICE)
 
 
