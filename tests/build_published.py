@@ -16,6 +16,7 @@ from jobs.core.artifacts import Artifact
 from jobs.core.imported import LoadedImport
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import plan
+from jobs.core.signing import Signer
 from jobs.publication import layout, push
 from jobs.publication.layout import File
 from jobs.publication.push import Published
@@ -32,7 +33,7 @@ def trained(folder: Path, **changes: Any) -> Pipeline:
     return pipeline.load(build_pipeline.write(folder, **{**HERE, **changes})).pipeline
 
 
-def adapter(volumes: Path, of: Pipeline, change: Change | None = None) -> Artifact:
+def adapter(volumes: Path, of: Pipeline, change: Change | None = None, signer: Signer | None = None) -> Artifact:
     """Publish the adapter on the volume that the pipeline desires, after `change` had its way with its files."""
     def write(draft: Path) -> None:
         base = of.environment.base_model.name
@@ -43,10 +44,11 @@ def adapter(volumes: Path, of: Pipeline, change: Change | None = None) -> Artifa
         if change:
             change(draft)
 
-    return artifacts.publish(plan(of).adapter, volumes, write, keep=9, adapter_name=of.adapter)
+    return artifacts.publish(plan(of).adapter, volumes, write, keep=9, adapter_name=of.adapter, signer=signer)
 
 
-def evaluation(volumes: Path, of: Pipeline, change: Change | None = None, **verdict: Any) -> Artifact:
+def evaluation(volumes: Path, of: Pipeline, change: Change | None = None, signer: Signer | None = None, **verdict: Any
+               ) -> Artifact:
     """Publish the evaluation of it, which passed, after `change` had its way with its files; `verdict` in
     evaluation.json."""
     planned = plan(of)
@@ -59,12 +61,14 @@ def evaluation(volumes: Path, of: Pipeline, change: Change | None = None, **verd
             change(draft)
         return {"passed": content["passed"]}
 
-    return artifacts.publish(planned.evaluation, volumes, write, keep=9, adapter_name=of.adapter)
+    return artifacts.publish(planned.evaluation, volumes, write, keep=9, adapter_name=of.adapter, signer=signer)
 
 
-def files(volumes: Path, of: Pipeline, *, answers: bool = False) -> list[File]:
+def files(volumes: Path, of: Pipeline, *, answers: bool = False, signer: Signer | None = None) -> list[File]:
     """The files that are published of an adapter on the volume that passed; they are made if they are not there."""
-    return layout.files(adapter(volumes, of), evaluation(volumes, of), answers=answers)
+    sign = (lambda content: signer.sign(content).encode()) if signer else None
+    return layout.files(adapter(volumes, of, signer=signer), evaluation(volumes, of, signer=signer), answers=answers,
+                        sign=sign)
 
 
 def publish(host: str, published: list[File], name: str = NAME) -> Published:

@@ -165,8 +165,7 @@ def test_an_imported_adapter_can_be_evaluated_where_it_is_served(tmp_path: Path)
     for name in ("dataset.jsonl", "hotel-facts.jsonl"):
         shutil.copy(overlay / SEVILLE / name, folder)
     replace(folder / "kustomization.yaml", "files: [pipeline.yaml]", "files: [pipeline.yaml, dataset.jsonl]")
-    replace(folder / "kustomization.yaml", "components:\n",
-            "components:\n- ../../../../base/imported-adapter/evaluated\n")
+    replace(folder / "kustomization.yaml", "# - ../../../../base/imported", "- ../../../../base/imported")
     replace(folder.parents[1] / "kustomization.yaml", "- ../../base/serving-only\n", "")
     jobs = by_name(render(folder.parents[1]), "Job")
     assert jobs.keys() == ENVIRONMENT_JOBS | {f"{job}-seville-hotels" for job in (

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.core import artifacts, imported, promotion
+from jobs.core import artifacts, imported, promotion, signatures
 from jobs.core.artifacts import Artifact, Spec, canonical
 from jobs.core.errors import UserError
 from jobs.core.files import read_plain_file
@@ -25,6 +25,7 @@ from jobs.core.layout import MANIFEST, read_manifest
 from jobs.core.plan import FINE_TUNED_VOLUME, plan_environment, plan_import
 from jobs.core.promotion import DIGEST
 from jobs.core.published import EVALUATION, PROVENANCE
+from jobs.core.signatures import NotSigned
 from jobs.relocation import sources
 from jobs.relocation.connection import shown
 from jobs.relocation.relocate import fetch, origin
@@ -126,14 +127,14 @@ def _artifact(fetched: Path, folder: Path, draft: Path, kind: str, source: str) 
     place.parent.mkdir(exist_ok=True)
     folder.rename(place)
     try:
-        return artifacts.read(place, advice)
+        return artifacts.read(place, advice=advice)
     except UserError as error:
         raise UserError(str(error).replace(f"{place}:", f"{source}: {kind}/{digest}:")) from None
 
 
 def has_to_be_replaced(loaded: LoadedImport, place: Path, artifact: Artifact, adapter: str) -> bool:
-    """Whether an artifact on the volume has to give way to the one that was fetched: when only its signature is not one
-    that the environment accepts.
+    """Whether an artifact on the volume has to give way to the one that was fetched: when no key signed it that the
+    environment trusts.
 
     Args:
         place: where it is, or will be.
@@ -144,6 +145,10 @@ def has_to_be_replaced(loaded: LoadedImport, place: Path, artifact: Artifact, ad
     if not place.exists():
         return False
     there, where = artifacts.read(place), f"{place.parent.name}/{place.name}"
+    try:
+        require_signature(loaded, there, where)
+    except NotSigned:
+        return True
     if artifact.manifest["kind"] == "adapter" and there.manifest["files"] != artifact.manifest["files"]:
         raise UserError(f"{shown(loaded.pipeline.source)}: {where} is on this volume already, with other weights: it "
                         "was trained here too, and a training on other hardware ends with other numbers. Remove "
@@ -163,9 +168,26 @@ def require_fit(loaded: LoadedImport, adapter: Artifact, evaluation: Artifact) -
         UserError: with the first thing that is wrong, and what to do.
     """
     source = shown(loaded.pipeline.source)
+    for artifact in (adapter, evaluation):
+        require_signature(loaded, artifact, f"{source}: {artifact.manifest['kind']}/{artifact.digest}")
     require_verdict(loaded, evaluation, adapter.digest, f"{source}: evaluation/{evaluation.digest}")
     require_files(adapter, source)
     require_base(loaded, adapter, source)
+
+
+def require_signature(loaded: LoadedImport, artifact: Artifact, where: str) -> None:
+    """The artifact's signature is by one of the environment's keys, where it has any.
+
+    Raises:
+        NotSigned: it is not.
+    """
+    keys = loaded.pipeline.environment.trusted_keys
+    if not keys:
+        return
+    try:
+        signatures.check(artifact.path, artifact.manifest, keys)
+    except NotSigned as error:
+        raise NotSigned(f"{where}: {str(error).removeprefix(f'{artifact.path}: ')}") from None
 
 
 def require_verdict(loaded: LoadedImport, evaluation: Artifact, adapter: str, where: str) -> None:

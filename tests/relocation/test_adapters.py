@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jobs.core import artifacts, promotion, registry
-from jobs.core.artifacts import MANIFEST
+from jobs.core.artifacts import MANIFEST, SIGNATURE
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.imported import LoadedImport
 from jobs.core.pipeline import Pipeline
@@ -25,6 +25,7 @@ from jobs.relocation import adapters, connection
 from jobs.relocation.sources import oci
 from tests import build_published, registry_server
 from tests.build_published import NAME, declare, publish, trained
+from tests.build_signing import pair, signer
 from tests.registry_server import Fault, Registry
 
 Files = list[File]
@@ -288,3 +289,96 @@ def test_a_registry_that_is_down_is_tried_again(world: World) -> None:
     world.server.faults.clear()
     adapters.run(loaded, world.volumes)
     assert world.promoted() == world.planned.adapter.digest
+
+
+# --- signatures -------------------------------------------------------------------------------------------------------
+
+SIGNING = {"signing": {"public_keys": [pair().public]}}
+
+
+def signed(world: World, *, key: str = "one", seed: int = 0, answers: bool = False) -> Files:
+    """The files of an adapter that an environment with this key signed and published."""
+    folder = world.folder / f"signed-{key}-{seed}"
+    return build_published.files(folder / "volumes", trained(folder, training__seed=seed), answers=answers,
+                                 signer=signer(pair(key)))
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_what_a_trusted_key_signed_is_promoted(world: World, answers: bool) -> None:
+    adapters.run(world.declare(signed(world, answers=answers), **SIGNING), world.volumes)
+    assert world.promoted() == world.planned.adapter.digest
+    for spec in (world.planned.adapter, world.planned.evaluation):
+        artifacts.read(spec.path(world.volumes), [pair().public])
+
+
+def with_signature_of(files: Files, path: str, other: Files) -> Files:
+    """The files with the signature that another artifact has."""
+    return sorted([*(file for file in files if file.path != path), *(file for file in other if file.path == path)],
+                  key=lambda file: file.path)
+
+
+UNSIGNED: dict[str, tuple[Callable[[World], Files], str]] = {
+    "unsigned": (lambda w: w.files, r"adapter/\w+: is not signed; environment.yaml asks for signatures"),
+    "signed by another key": (lambda w: signed(w, key="two"), r"adapter/\w+: its signature does not verify"),
+    "an unsigned evaluation": (lambda w: edited(signed(w), f"evaluation/{SIGNATURE}", None),
+                               r"evaluation/\w+: is not signed"),
+    "signature of another adapter": (lambda w: with_signature_of(signed(w), SIGNATURE, signed(w, seed=1)),
+                                     r"adapter/\w+: its signature does not verify"),
+    "signature of another evaluation": (
+        lambda w: with_signature_of(signed(w), f"evaluation/{SIGNATURE}", signed(w, seed=1)),
+        r"evaluation/\w+: its signature does not verify"),
+    "the adapter's signature on the evaluation": (lambda w: [
+        *(f for f in signed(w) if f.path != f"evaluation/{SIGNATURE}"),
+        *(dataclasses.replace(f, path=f"evaluation/{SIGNATURE}") for f in signed(w) if f.path == SIGNATURE)],
+        r"evaluation/\w+: its signature does not verify"),
+    "facts that were changed": (lambda w: with_manifest(signed(w), "", about={}),
+                                r"adapter/\w+: its signature does not verify"),
+    "a signature that is none": (lambda w: edited(signed(w), SIGNATURE, lambda _: b"{}"),
+                                 r"adapter/\w+: its signature does not verify"),
+}
+
+
+@pytest.mark.parametrize("case", UNSIGNED)
+def test_what_no_trusted_key_signed_is_refused(world: World, case: str) -> None:
+    make, message = UNSIGNED[case]
+    refused(world, world.declare(make(world), **SIGNING), message)
+
+
+def test_when_a_key_is_removed_what_it_signed_is_no_longer_promoted(world: World) -> None:
+    files = signed(world)
+    adapters.run(world.declare(files, **SIGNING), world.volumes)
+    with pytest.raises(UserError, match="its signature does not verify"):
+        adapters.run(world.declare(files, signing={"public_keys": [pair("two").public]}), world.volumes)
+
+
+def test_signed_again_by_another_key_it_takes_the_place_of_what_is_there(world: World) -> None:
+    """Key rotation: the same adapter, published again, has the same digest and another signature."""
+    adapters.run(world.declare(signed(world), **SIGNING), world.volumes)
+    adapters.run(world.declare(signed(world, key="two"), signing={"public_keys": [pair("two").public]}), world.volumes)
+    for spec in (world.planned.adapter, world.planned.evaluation):
+        artifacts.read(spec.path(world.volumes), [pair("two").public])
+    assert not list(world.volumes.glob("*/*/.draft-*"))
+
+
+# --- tampering --------------------------------------------------------------------------------------------------------
+
+
+def in_the_middle(content: bytes) -> bytes:
+    return content[:len(content) // 2] + b"!" + content[len(content) // 2:]
+
+
+def test_no_file_can_be_changed_in_the_registry_or_left_out_or_added(world: World) -> None:
+    """By whoever can write to the registry, and also pushes a manifest that fits, and has its digest put into git."""
+    files = [*signed(world, answers=True)]
+    for path in [file.path for file in files]:
+        for name, change in (("changed", in_the_middle), ("left out", None)):
+            loaded = world.declare(edited(files, path, change), **SIGNING)
+            with pytest.raises(UserError):
+                adapters.run(loaded, world.volumes)
+            assert world.published() == set(), f"{path}: {name}"
+    for path in ("x.json", "evaluation/x.json", "evaluation/x/y.json", "x/y.json"):
+        with pytest.raises(UserError):
+            adapters.run(world.declare([*files, File.of(path, b"{}")], **SIGNING), world.volumes)
+        assert world.published() == set(), path
+    adapters.run(world.declare(files, **SIGNING), world.volumes)
+    assert world.promoted()
