@@ -7,11 +7,13 @@ import functools
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from jobs.core import signatures, signing
+from jobs.core import artifacts, signatures, signing
+from jobs.core.plan import FINE_TUNED_VOLUME
 from jobs.core.signing import Signer
 
 CURVES = {"secp256r1": ec.SECP256R1(), "secp384r1": ec.SECP384R1(), "secp521r1": ec.SECP521R1()}
@@ -53,3 +55,23 @@ def envelope(payload: bytes, keys: Pair) -> bytes:
         "verificationMaterial": {"publicKey": {"hint": signatures.fingerprint(keys.public)}, "tlogEntries": []},
         "dsseEnvelope": {"payload": base64.b64encode(payload).decode(), "payloadType": signatures.IN_TOTO,
                          "signatures": [{"sig": base64.b64encode(signature).decode(), "keyid": ""}]}}).encode()
+
+
+def sign(artifact: Path, keys: Pair) -> None:
+    """Sign an artifact that is there."""
+    (artifact / artifacts.SIGNATURE).write_text(signer(keys).sign((artifact / artifacts.MANIFEST).read_bytes()))
+
+
+def sign_all(volumes: Path, keys: Pair) -> None:
+    """Sign every adapter, merged model and evaluation that is there."""
+    for kind in artifacts.SIGNED:
+        for manifest in (volumes / FINE_TUNED_VOLUME / kind).glob(f"*/{artifacts.MANIFEST}"):
+            sign(manifest.parent, keys)
+
+
+def tamper(artifact: Path, name: str) -> None:
+    """Change a file as one who can write to the volume would: the manifest lists it as it is then."""
+    (artifact / name).write_bytes((artifact / name).read_bytes() + b" ")
+    manifest = json.loads((artifact / artifacts.MANIFEST).read_text())
+    manifest["files"] = artifacts.listing(artifact)
+    (artifact / artifacts.MANIFEST).write_text(json.dumps(manifest, indent=2))

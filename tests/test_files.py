@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from jobs.core import environment, imported
+from jobs.core import environment, imported, signatures
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from serving import files
 from serving.files import Files
-from tests import build_adapter, build_pipeline
+from tests import build_adapter, build_pipeline, build_signing
+from tests.build_signing import pair
 from tests.test_base import INVALID
 
 NAME, SECOND = "seville-hotels", "granada-hotels"
@@ -250,3 +251,49 @@ def test_a_file_that_cannot_be_opened_is_named_with_the_systems_words(
     os.utime(folder / f"{NAME}.yaml")
     monkeypatch.setattr(files, "read_plain_file", raises)
     assert problem(read, NAME)[1] == f"{folder}/{NAME}.yaml: cannot be read: {words}"
+
+
+# --- the trusted keys -------------------------------------------------------------------------------------------------
+
+SIGNED = {"signing": {"public_keys": [pair("one").public]}}
+
+
+def test_the_trusted_keys_are_those_of_the_environment(folder: Path) -> None:
+    assert Files(folder).read().trusted_keys == ()
+    build_adapter.declare(folder, adapter=NAME, **SIGNED)
+    assert Files(folder).read().trusted_keys == (pair("one").public,)
+
+
+def test_a_mistake_elsewhere_in_the_environment_does_not_switch_the_signatures_off(folder: Path) -> None:
+    """A server that starts then has no valid environment, and serves what was promoted."""
+    build_adapter.declare(folder, adapter=NAME, **SIGNED)
+    file = folder / "environment.yaml"
+    file.write_text(file.read_text() + "unknown: 1\n")
+    read = Files(folder)
+    assert problem(read, "environment")[0] == "environment file"
+    assert read.read().trusted_keys == (pair("one").public,)
+
+
+@pytest.mark.parametrize("text", ["signing: [", "signing: {public_keys: [x]}\n", "signing:\n  key: 1\n", "[signing]",
+                                  "a: b: c\n# signing\n"])
+def test_where_it_cannot_be_known_which_keys_are_trusted_none_is(folder: Path, text: str) -> None:
+    (folder / "environment.yaml").write_text(text)
+    assert Files(folder).read().trusted_keys == files.NO_KEY
+    with pytest.raises(ValueError, match="none of signing.public_keys"):
+        signatures.verify(b"x", build_signing.signer(pair("one")).sign(b"x").encode(), files.NO_KEY)
+
+
+@pytest.mark.parametrize("text", ["adapter: [", "", "signing: null\nunknown: 1\n"])
+def test_an_invalid_environment_that_asks_for_no_signatures_stops_nothing(folder: Path, text: str) -> None:
+    (folder / "environment.yaml").write_text(text)
+    assert Files(folder).read().trusted_keys == ()
+
+
+def test_a_running_server_keeps_the_keys_of_the_last_valid_environment(folder: Path) -> None:
+    build_adapter.declare(folder, adapter=NAME, **SIGNED)
+    read = Files(folder)
+    assert read.read().trusted_keys == (pair("one").public,)
+    (folder / "environment.yaml").write_text("adapter: [")
+    assert read.read().trusted_keys == (pair("one").public,)
+    build_adapter.declare(folder, adapter=NAME, signing={"public_keys": [pair("two").public]})
+    assert read.read().trusted_keys == (pair("two").public,)

@@ -371,14 +371,6 @@ def signed(volumes: Path, keys: Pair = ONE, spec: Spec = ADAPTER) -> Path:
     return artifacts.publish(spec, volumes, write, keep=3, signer=build_signing.signer(keys)).path
 
 
-def tampered(folder: Path, name: str) -> None:
-    """Change a file as one who can write to the volume would: so that the manifest lists it as it is."""
-    (folder / name).write_bytes((folder / name).read_bytes() + b"x")
-    manifest = json.loads((folder / "artifact.json").read_text())
-    manifest["files"] = artifacts.listing(folder)
-    (folder / "artifact.json").write_text(json.dumps(manifest))
-
-
 def test_a_signed_artifact_is_accepted_by_its_key(tmp_path: Path) -> None:
     path = signed(tmp_path)
     assert artifacts.read(path, [TWO.public, ONE.public]).manifest == artifacts.read(path).manifest
@@ -394,7 +386,7 @@ def test_without_a_signer_nothing_is_signed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.txt", "sub/b.bin"])
 def test_a_changed_file_is_found_although_the_manifest_was_changed_with_it(tmp_path: Path, name: str) -> None:
     path = signed(tmp_path)
-    tampered(path, name)
+    build_signing.tamper(path, name)
     assert artifacts.read(path), "as whole as it looks"
     with pytest.raises(NotSigned, match="the file was changed, or the signature belongs to another one"):
         artifacts.read(path, [ONE.public])
@@ -452,7 +444,7 @@ def test_what_is_found_without_a_trusted_signature_is_made_again_and_never_signe
     path = publish(tmp_path, ADAPTER).path if before == "not signed" else signed(tmp_path, TWO)
     if before == "tampered with":
         signed(tmp_path)
-        tampered(path, "a.txt")
+        build_signing.tamper(path, "a.txt")
     (path / "a.txt").touch()
     made = []
 
