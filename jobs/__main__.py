@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
         case "new":
             from jobs.tools import new
 
-            new.run(args.overlay, args.name, data=args.data, old=args.old)
+            new.run(args.overlay, args.name, data=args.data, old=args.old, source=args.source)
         case "pin":
             from jobs.tools import pin
 

@@ -158,6 +158,8 @@ class Aliases:
         self._declared, self._seen = await asyncio.to_thread(self._look_around)
         if self._declared is not before:
             self._report_problems(before)
+            if self._declared.trusted_keys != before.trusted_keys:
+                self._forget_checks()
         named = self._declared.adapters
         for name in self.current.keys() - named.keys():
             gone = self.current.pop(name)
@@ -180,6 +182,16 @@ class Aliases:
         if all(alias.looked for alias in self.current.values()):
             self.first_look_done.set()
         await self._unload_unused()
+
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        """The public keys by one of which an adapter and its evaluation must be signed; empty: they need not be."""
+        return self._declared.trusted_keys
+
+    def _forget_checks(self) -> None:
+        """Check everything again, because the trusted keys changed. What is in service stays so until a restart."""
+        self._proven.clear()
+        self._refusals.clear()
 
     def _look_around(self) -> tuple[Declared, tuple[int, ...]]:
         """The files, and when (ns) something last appeared in the folders of the volume. Runs in a thread."""
@@ -401,7 +413,7 @@ class Aliases:
 
     async def _check_gate(self, name: str, candidate: Candidate, evaluation: Path) -> None:
         what = f"{name}@{candidate.adapter}"
-        check = partial(asyncio.to_thread, verification.check_gate, candidate, name, self._volumes)
+        check = partial(asyncio.to_thread, verification.check_gate, candidate, name, self._volumes, self._keys)
         try:
             await self._unless_refused(name, f"evaluation {candidate.evaluation} of {what}", [evaluation], check)
         except NotYet as missing:
@@ -434,9 +446,9 @@ class Aliases:
         """Verify a version, load it into vLLM and prove it. If a step fails, the version is removed again."""
         if version.name in self.current:
             self.current[version.name].why = "its adapter is being verified and loaded"
-        version.proof = await asyncio.to_thread(verification.read_proof, evaluation)
+        version.proof = await asyncio.to_thread(verification.read_proof, evaluation, self._keys)
         version.folder = await asyncio.to_thread(verification.copy_verified, version.name, version.digest, self.served,
-                                                 self._base_modules)
+                                                 self._base_modules, self._keys)
         version.size = (version.folder / lora.WEIGHTS).stat().st_size
         neighbour = asyncio.create_task(self._prove_neighbour())
         try:

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
-from jobs.core import environment, imported
-from jobs.core.environment import Environment, LoadedEnvironment
+from jobs.core import environment, imported, strict_yaml
+from jobs.core.environment import Environment, LoadedEnvironment, Signing
 from jobs.core.errors import UserError
 from jobs.core.files import read_plain_file
 from jobs.core.imported import Adapter, LoadedImport
@@ -28,6 +28,7 @@ SUFFIX = ".yaml"
 ENVIRONMENT = "environment"  # the stem of the environment file; no adapter can have this name
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # what `adapter:` allows
 LARGEST = 2**20  # bytes of a file; the limit of a whole ConfigMap
+NO_KEY = ("none, because the environment file cannot be read",)  # by which no signature verifies
 # Under this name Kubernetes links to the folder that holds a ConfigMap's files; it replaces the link in one step.
 LINK = "..data"
 
@@ -46,6 +47,13 @@ class Declared:
     changed: Mapping[str, float] = field(default_factory=dict)
     # What is wrong with a file, by its stem.
     problems: Mapping[str, Refused] = field(default_factory=dict)
+    # Where `environment` is None: the keys in the invalid file, if it has any.
+    keys_of_invalid: tuple[str, ...] = ()
+
+    @property
+    def trusted_keys(self) -> tuple[str, ...]:
+        """The public keys by one of which an adapter and its evaluation must be signed; empty: they need not be."""
+        return self.environment.trusted_keys if self.environment else self.keys_of_invalid
 
 
 @dataclass
@@ -71,6 +79,7 @@ class Files:
         self._environment: LoadedEnvironment | None = None
         self._environment_file = _File()
         self._adapters: dict[str, _File] = {}
+        self._keys_of_invalid: tuple[str, ...] = ()
         self._gone: set[str] = set()  # files that were missing when the folder was read last
 
     def read(self) -> Declared:
@@ -131,12 +140,14 @@ class Files:
         known, file = self._environment_file, self.folder / environment.FILE
         if known.stamp == stamp:
             return
+        content = None
         try:
             content = _content(file)
             if content != known.content:
                 self._environment = _valid(file, lambda: environment.load(file))
         except UserError as error:
             self._environment_file = _File(stamp, problem=Refused("environment file", str(error)))
+            self._keys_of_invalid = _keys(file, content or b"")
         else:
             self._environment_file = _File(stamp, content)
 
@@ -174,7 +185,7 @@ class Files:
         return Declared(self._environment.environment if self._environment else None,
                         MappingProxyType({stem: file.adapter for stem, file in adapters.items()}),
                         MappingProxyType({stem: file.changed for stem, file in adapters.items() if file.adapter}),
-                        MappingProxyType(problems))
+                        MappingProxyType(problems), self._keys_of_invalid)
 
 
 def _stamp(status: os.stat_result) -> Stamp:
@@ -186,6 +197,18 @@ def _content(file: Path) -> bytes:
         return read_plain_file(file, LARGEST, follow_links=True)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def _keys(file: Path, content: bytes) -> tuple[str, ...]:
+    """The trusted keys of an environment file that is invalid. A mistake in another key must not switch the signatures
+    off; where it cannot be known which keys are meant, none is trusted."""
+    if b"signing" not in content:
+        return ()
+    try:
+        values = strict_yaml.read(file).values.get("signing")
+        return () if values is None else Signing.model_validate(values).keys
+    except Exception:  # the problem is reported as that of the whole file
+        return NO_KEY
 
 
 def _valid(file: Path, load: Callable[[], Read]) -> Read:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,19 @@ def signature(folder: Path) -> Signature:
     return tuple((p.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for p, s in stats)
 
 
-def read_artifact(folder: Path, kind: str) -> artifacts.Artifact:
-    """The artifact in `folder`, verified; refused if it is not whole or not of this kind."""
+def read_artifact(folder: Path, kind: str, keys: Sequence[str] = ()) -> artifacts.Artifact:
+    """The artifact in `folder`, verified; refused if it is not whole, not of this kind or not signed.
+
+    Args:
+        keys: the trusted public keys; empty: it needs no signature.
+    """
     read_json(folder / artifacts.MANIFEST, "damaged", "is missing or damaged")
     try:
-        artifact = artifacts.read(folder)
+        artifact = artifacts.read(folder, keys)
         manifest = artifact.manifest
         fits = isinstance(manifest["inputs"], dict) and isinstance(manifest["spec"], dict)
+    except artifacts.NotSigned as error:
+        raise Refused("signature", one_line(str(error))) from None
     except UserError as error:
         raise Refused("damaged", one_line(str(error))) from None
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from jobs.core import declarations, registry
+from jobs.core import declarations, registry, signatures
 from jobs.core.declarations import Loaded, ModelSource, Source, Strict, TokenizerSource
 
 FILE = "environment.yaml"
@@ -52,6 +52,36 @@ class Serving(Strict):
         return self
 
 
+class Signing(Strict):
+    # PEM. What adapters, evaluations and the like are signed by; any of them will do. To change the key, the new one is
+    # added, and the old one removed once nothing that it signed is needed.
+    public_keys: Annotated[list[str], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _public(cls, values: Any) -> Any:
+        """The keys as OpenSSL writes them. No message quotes a value: it may be a private key by mistake."""
+        keys = values.get("public_keys") if isinstance(values, dict) else None
+        if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
+            problem = signatures.PRIVATE if signatures.is_private(str(values)) else (
+                "must be a list of public keys in PEM, each as text (`- |`)")
+            raise PydanticCustomError("keys", "{problem}", {"problem": problem, declarations.KEYS: "public_keys"})
+        found: list[str] = []
+        for number, text in enumerate(keys):
+            where = {declarations.KEYS: f"public_keys.{number}"}
+            try:
+                found.append(signatures.public_key(text))
+            except ValueError as error:
+                raise PydanticCustomError("key", "{problem}", {"problem": str(error), **where}) from None
+            if found[-1] in found[:-1]:
+                raise PydanticCustomError("key", "is in the list twice", where)
+        return {**values, "public_keys": found}
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self.public_keys)
+
+
 class Retention(Strict):
     keep: Annotated[int, Field(ge=1)] = 5
 
@@ -83,6 +113,8 @@ class Environment(Strict):
     serving: Serving = Serving()
     retention: Retention = Retention()
     publication: Publication | None = None
+    # In no digest: who vouches for an artifact changes nothing in it.
+    signing: Signing | None = None
 
     def __hash__(self) -> int:
         """Equal environments have equal models; a dict, such as `chat_template`, has no hash."""
@@ -95,6 +127,11 @@ class Environment(Strict):
             raise PydanticCustomError("reserved", "{keys} cannot be set: the server passes it to the template itself",
                                       {"keys": ", ".join(reserved)})
         return value
+
+    @property
+    def trusted_keys(self) -> tuple[str, ...]:
+        """The public keys of `signing`, in PEM; empty where the environment asks for no signatures."""
+        return self.signing.keys if self.signing else ()
 
     @property
     def tokenizer_source(self) -> Source:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from jobs.core import declarations, environment, pipeline, sources
@@ -106,7 +106,6 @@ class ImportedAdapter(ImportedFile):
     """One imported adapter in its environment."""
 
     environment: Environment
-    _evaluated_here: EvaluatedImport | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _consistent(self) -> ImportedAdapter:
@@ -115,17 +114,17 @@ class ImportedAdapter(ImportedFile):
             raise PydanticCustomError("mode", "serving.mode of the environment is merged, and only adapters that are "
                                       "trained here are merged with the base model: import it into an environment with "
                                       "mode lora, or train it here", {declarations.KEYS: "source"})
-        if self.dataset and self.evaluation:
-            # Its parts are valid, and it has no `training` that could contradict the environment.
-            self._evaluated_here = EvaluatedImport.model_construct(
-                adapter=self.adapter, dataset=self.dataset, training=Training(), evaluation=self.evaluation,
-                environment=self.environment, published=self.published)
         return self
 
     @property
     def evaluated_here(self) -> EvaluatedImport | None:
         """Its data and evaluation here, if it has any."""
-        return self._evaluated_here
+        if self.dataset is None or self.evaluation is None:
+            return None
+        # Its parts are valid, and it has no `training` that could contradict the environment.
+        return EvaluatedImport.model_construct(
+            adapter=self.adapter, dataset=self.dataset, training=Training(), evaluation=self.evaluation,
+            environment=self.environment, published=self.published)
 
 
 @dataclass(frozen=True)

@@ -103,11 +103,12 @@ def plan_import(adapter: ImportedAdapter) -> ImportPlan:
     shared = plan_environment(adapter.environment)
     # Not the name under which it is served here: that changes nothing of what is fetched.
     imported = Spec(FINE_TUNED_VOLUME, "imported-adapter", _source("imported-adapter", adapter.published))
-    if adapter.evaluated_here is None:
+    here = adapter.evaluated_here
+    if here is None:
         return ImportPlan(**vars(shared), imported_adapter=imported)
     known = {each.name for each in dataclasses.fields(EvaluatedImportPlan)}
-    return EvaluatedImportPlan(**{name: spec for name, spec in vars(plan(adapter.evaluated_here)).items()
-                                  if name in known}, imported_adapter=imported)
+    return EvaluatedImportPlan(**{name: spec for name, spec in vars(_make(here)).items() if name in known},
+                               imported_adapter=imported)
 
 
 def plan_evaluation(pipeline: Pipeline, adapter: Spec) -> Plan:
