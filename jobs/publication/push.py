@@ -17,6 +17,7 @@ from jobs.publication.layout import File
 
 log = logging.getLogger("jobs")
 
+PART = 16 * 2**20  # bytes of a large file in one request; S3 takes 10,000 parts
 BUCKET_ADVICE = ("Credentials come from the service account's workload identity, or from AWS_ACCESS_KEY_ID and "
                  "AWS_SECRET_ACCESS_KEY; they need s3:GetObject, s3:PutObject and s3:ListBucket (docs/publication.md, "
                  "Credentials)")
@@ -94,7 +95,7 @@ def to_bucket(published: Sequence[File], name: str, version: str, to: str) -> Pu
             if isinstance(file.content, bytes):
                 bucket.pipe_file(f"{source}/{file.path}", file.content)
             else:
-                bucket.put_file(str(file.content), f"{source}/{file.path}")
+                bucket.put_file(str(file.content), f"{source}/{file.path}", chunksize=PART, max_concurrency=4)
         bucket.pipe_file(f"{source}/{SUMS}", sums)
     log.info("%s: wrote %d files (%s)", source, len(published) + 1, human_bytes(sum(file.size for file in published)))
     return Published(source, sha256, pushed=True)
