@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from jobs.core import variables
@@ -91,7 +91,7 @@ def patiently(request: Callable[[], T], what: str, advice: str) -> T:
             patience.wait(interruption)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stream:
     """An open source, from byte `start` on. `total` is None where the source does not give it."""
 
@@ -100,11 +100,21 @@ class Stream:
     advice: str
     start: int
     total: int | None  # bytes of the whole source
+    end: int | None = None  # where reading ends, before that byte; None: at the end of the source
+    # What is the same for all ranges of the same content, a strong ETag for example; None where the source has nothing.
+    version: str | None = None
+    at: int = field(init=False)  # the byte that is read next
+
+    def __post_init__(self) -> None:
+        self.at = self.start
 
     def read(self) -> bytes:
-        """The next bytes, b"" at the end."""
+        """The next bytes, at most `CHUNK`; b"" at the end."""
+        amount = CHUNK if self.end is None else min(CHUNK, self.end - self.at)
         with classified(self.what, self.advice):
-            return bytes(self.raw.read(CHUNK))
+            data = bytes(self.raw.read(amount)) if amount > 0 else b""
+        self.at += len(data)
+        return data
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def _download(item: Item, partial: Path, progress: Progress) -> bool:
     total = item.size  # bytes of the whole file, once known
     while total is None or have < total:
         try:
-            with sources.open_at(item.url, have, item.headers) as stream, partial.open("ab") as out:
+            with sources.open_range(item.url, have, None, item.headers) as stream, partial.open("ab") as out:
                 if stream.start and total is not None and stream.total not in (None, total):
                     out.truncate(0)
                     progress.skip(-have)

@@ -47,8 +47,9 @@ def listing(loaded: Loaded, source: Source) -> list[Item]:
 
 
 @contextmanager
-def open_at(url: str, start: int, headers: Mapping[str, str]) -> Iterator[Stream]:
-    """Open an item's URL or path at byte `start`; at 0 if the source cannot resume.
+def open_range(url: str, start: int, end: int | None, headers: Mapping[str, str]) -> Iterator[Stream]:
+    """Open an item's URL or path at byte `start`; at 0 if the source cannot give parts. `end` (None: the end of the
+    source) is the first byte that is not wanted; the stream may bring more.
 
     Raises:
         Interrupted: another attempt may succeed.
@@ -56,7 +57,7 @@ def open_at(url: str, start: int, headers: Mapping[str, str]) -> Iterator[Stream
     """
     implementation = IMPLEMENTATIONS[url.partition("://")[0] if "://" in url else "file"]
     with classified(shown(url), implementation.ADVICE):
-        stream = implementation.open_at(url, start, headers)
+        stream = implementation.open_range(url, start, end, headers)
     try:
         yield stream
     finally:

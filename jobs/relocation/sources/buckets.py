@@ -68,8 +68,8 @@ class Buckets(ABC):
         """One object; None if it is not there."""
 
     @abstractmethod
-    def open_at(self, url: str, start: int, headers: Mapping[str, str]) -> Stream:
-        """An object from byte `start` on, in the version that `headers` name."""
+    def open_range(self, url: str, start: int, end: int | None, headers: Mapping[str, str]) -> Stream:
+        """An object from byte `start` on, in the version that `headers` name: one request, read as a stream."""
 
     def files(self, loaded: Loaded, source: Source) -> list[Item]:
         """The files that the source holds, in the versions that they have now."""
@@ -98,7 +98,7 @@ class Buckets(ABC):
                 return hashlib.sha256(sums).hexdigest()
         items = self.files(loaded, source)
         with ThreadPoolExecutor(max_workers=CONNECTIONS) as pool:
-            digests = list(pool.map(lambda item: content_sha256(item.url, self.open_at, self.ADVICE, item.headers), items))
+            digests = list(pool.map(lambda item: content_sha256(item.url, self.open_range, self.ADVICE, item.headers), items))
         if pattern and not WILD.search(pattern):
             return digests[0]
         return folder_pin(zip([item.name for item in items], digests, strict=True))
@@ -112,7 +112,7 @@ class Buckets(ABC):
         def request() -> bytes | None:
             try:
                 with classified(where + SUMS, self.ADVICE):
-                    stream = self.open_at(where + SUMS, 0, {})
+                    stream = self.open_range(where + SUMS, 0, None, {})
             except UserError as error:
                 status = error.__cause__.status if isinstance(error.__cause__, Answer) else None
                 if status not in (403, 404):
@@ -221,6 +221,11 @@ def split_url(url: str) -> tuple[str, str]:
     """Bucket and key of an object's URL."""
     bucket, _, key = url.partition("://")[2].partition("/")
     return bucket, key
+
+
+def range_header(start: int, end: int | None) -> dict[str, str]:
+    """The header for bytes `start` to `end`, without that one; none for the whole object."""
+    return {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
 
 
 def _parts(loaded: Loaded, source: Source) -> tuple[str, str, str]:

@@ -58,8 +58,8 @@ def files(loaded: Loaded, source: Source) -> list[Item]:
     return items
 
 
-def open_at(url: str, start: int, headers: Mapping[str, str]) -> Stream:
+def open_range(url: str, start: int, end: int | None, headers: Mapping[str, str]) -> Stream:
     """A path on this machine, from byte `start` on."""
     raw = open_plain(Path(url))
     raw.seek(start)
-    return Stream(raw, url, ADVICE, start, None)
+    return Stream(raw, url, ADVICE, start, None, end)

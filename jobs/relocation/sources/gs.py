@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from jobs.core.errors import RetryableError, UserError
 from jobs.relocation.connection import SILENCE_S, Stream, shown
-from jobs.relocation.sources.buckets import Answer, Buckets, Object, split_url
+from jobs.relocation.sources.buckets import Answer, Buckets, Object, range_header, split_url
 
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_only"
 SETTINGS = ("STORAGE_EMULATOR_HOST", "GOOGLE_", "CLOUDSDK_", "NO_GCE_CHECK", "GCE_METADATA_", "SSL_CERT_FILE")
@@ -51,19 +51,22 @@ class GS(Buckets):
             raise
         return Object(key, int(found["size"]), {GENERATION: found["generation"]})
 
-    def open_at(self, url: str, start: int, headers: Mapping[str, str]) -> Stream:
+    def open_range(self, url: str, start: int, end: int | None, headers: Mapping[str, str]) -> Stream:
         """The object from byte `start` on: one request, read as a stream."""
-        parameters = {"alt": "media"}
-        if GENERATION in headers:
-            parameters["ifGenerationMatch"] = headers[GENERATION]
+        parameters = {"alt": "media"} | ({"ifGenerationMatch": headers[GENERATION]} if GENERATION in headers else {})
         # gzip: as it is stored. Otherwise objects that are stored compressed would come decompressed, without ranges.
-        wanted = {"Accept-Encoding": "gzip"} | ({"Range": f"bytes={start}-"} if start else {})
-        answer = _get(url, _path(*split_url(url)), parameters, wanted, service="/download/storage/v1", stream=True)
-        if start and answer.status_code != 206:
-            start = 0
-        part = answer.headers.get("Content-Range", "").rpartition("/")[2] if start else ""
-        total = part or answer.headers.get("Content-Length", "")
-        return Stream(answer.raw, shown(url), self.ADVICE, start, int(total) if total.isdigit() else None)
+        wanted = {"Accept-Encoding": "gzip"} | range_header(start, end)
+        try:
+            answer = _get(url, _path(*split_url(url)), parameters, wanted, service="/download/storage/v1", stream=True)
+        except Answer as error:
+            if error.status == 416 and "Range" in wanted:  # there is nothing behind what we have; a fresh start shows why
+                return self.open_range(url, 0, None, headers)
+            raise
+        part = answer.headers.get("Content-Range", "") if answer.status_code == 206 else ""
+        total = part.rpartition("/")[2] if part else answer.headers.get("Content-Length", "")
+        return Stream(answer.raw, shown(url), self.ADVICE, start if part else 0, int(total) if total.isdigit() else None,
+                      end if part else None, answer.headers.get("x-goog-generation"))
+
 
 
 def _path(bucket: str, key: str) -> str:

@@ -42,8 +42,9 @@ class Implementation(Protocol):
     def files(self, loaded: Loaded, source: Source) -> list[Item]:
         """The files that the pinned source holds."""
 
-    def open_at(self, url: str, start: int, headers: Mapping[str, str]) -> Stream:
-        """Open an item's URL at byte `start`; at 0 if the source cannot resume."""
+    def open_range(self, url: str, start: int, end: int | None, headers: Mapping[str, str]) -> Stream:
+        """Open an item's URL at byte `start`; at 0 if the source cannot give parts. `end` (None: the end of the source)
+        is the first byte that is not wanted. The stream may bring more; it is then closed early."""
 
 
 def single_file(loaded: Loaded, source: Source) -> list[Item]:
@@ -75,13 +76,13 @@ def check_names(source: Source, names: Iterable[str]) -> None:
             raise UserError(f"{shown(source.source)}: {name!r} is a file and also the folder of other files")
 
 
-def content_sha256(url: str, open_at: Callable[[str, int, Mapping[str, str]], Stream], advice: str,
+def content_sha256(url: str, open_range: Callable[[str, int, int | None, Mapping[str, str]], Stream], advice: str,
                    headers: Mapping[str, str] | None = None) -> str:
     """The sha256 of what a URL gives, read once and kept nowhere."""
     def read() -> str:
         digest = hashlib.sha256()
         with classified(shown(url), advice):
-            stream = open_at(url, 0, headers or {})
+            stream = open_range(url, 0, None, headers or {})
         try:
             while chunk := stream.read():
                 digest.update(chunk)

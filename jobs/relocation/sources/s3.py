@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs.core.errors import RetryableError, UserError
 from jobs.relocation.connection import SILENCE_S, Stream, shown
-from jobs.relocation.sources.buckets import Answer, Buckets, Object, split_url
+from jobs.relocation.sources.buckets import Answer, Buckets, Object, range_header, split_url
 
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired")
 
@@ -42,20 +42,26 @@ class S3(Buckets):
             if answer.status == 404:
                 return None
             if answer.status == 400:  # an answer to HEAD has no text: to GET, it says what is wrong
-                self.open_at(f"s3://{bucket}/{key}", 0, {}).raw.close()
+                self.open_range(f"s3://{bucket}/{key}", 0, None, {}).raw.close()
             raise
         return Object(key, found["ContentLength"], _version(found))
 
-    def open_at(self, url: str, start: int, headers: Mapping[str, str]) -> Stream:
+    def open_range(self, url: str, start: int, end: int | None, headers: Mapping[str, str]) -> Stream:
         """The object from byte `start` on: one request, read as a stream."""
         bucket, key = split_url(url)
-        wanted: dict[str, Any] = {"Range": f"bytes={start}-"} if start else {}
-        if "If-Match" in headers:
-            wanted["IfMatch"] = headers["If-Match"]
-        with _answers(url):
-            found = _client().get_object(Bucket=bucket, Key=key, **wanted)
-        part = found.get("ContentRange", "").rpartition("/")[2]
-        return Stream(found["Body"], shown(url), self.ADVICE, start, int(part) if part.isdigit() else found["ContentLength"])
+        wanted = range_header(start, end) | ({"IfMatch": headers["If-Match"]} if "If-Match" in headers else {})
+        try:
+            with _answers(url):
+                found = _client().get_object(Bucket=bucket, Key=key, **wanted)
+        except Answer as answer:
+            if answer.status == 416 and "Range" in wanted:  # there is nothing behind what we have; only a fresh start shows why
+                return self.open_range(url, 0, None, headers)
+            raise
+        part = found.get("ContentRange", "")
+        total = int(part.rpartition("/")[2]) if part else found["ContentLength"]
+        return Stream(found["Body"], shown(url), self.ADVICE, start if part else 0, total, end if part else None,
+                      found.get("ETag"))
+
 
 
 def _version(found: Mapping[str, Any]) -> Mapping[str, str]:
