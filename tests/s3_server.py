@@ -25,7 +25,7 @@ class S3:
     upstream: tuple[str, int]
     url: str = ""
     drop_after: int | None = None
-    refused: dict[str, tuple[int, str]] = field(default_factory=dict)  # status and code, by a pattern of "GET /data/KEY"
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)  # status, code; by a pattern of "GET /data/KEY"
     seen: list[str] = field(default_factory=list)  # "GET /data/KEY bytes=0-1048575"
 
     def put(self, key: str, content: bytes) -> None:

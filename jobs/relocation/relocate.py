@@ -306,7 +306,7 @@ def check_weights(folder: Path, source: Source) -> None:
 
 
 def fetch(items: Iterable[Item], source: Source, draft: Path, folder: str = "") -> None:
-    """Bring exactly `items` into a folder of the draft, and verify them; remove all else that an interrupted run left."""
+    """Bring exactly `items` into a folder of the draft, and verify them; remove other files of an interrupted run."""
     items = list(items)
     download.remove_others(draft, [replace(item, name=f"{folder}/{item.name}") for item in items] if folder else items)
     into = draft / folder
@@ -340,7 +340,9 @@ def wrong_pin(items: Sequence[Item], source: Source, folder: Path) -> str | None
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
         digests = list(pool.map(lambda item: (item.name, sha256_of(folder / item.name)), items))
     found = folder_pin(digests)
-    return None if found == source.sha256 else mismatch(shown(source.source), items[0].pinned_in, str(source.sha256), found)
+    if found == source.sha256:
+        return None
+    return mismatch(shown(source.source), items[0].pinned_in, str(source.sha256), found)
 
 
 def origin(source: Source) -> dict[str, Any]:

@@ -98,7 +98,8 @@ class Buckets(ABC):
                 return hashlib.sha256(sums).hexdigest()
         items = self.files(loaded, source)
         with ThreadPoolExecutor(max_workers=CONNECTIONS) as pool:
-            digests = list(pool.map(lambda item: content_sha256(item.url, self.open_range, self.ADVICE, item.headers), items))
+            digests = list(pool.map(
+                lambda item: content_sha256(item.url, self.open_range, self.ADVICE, item.headers), items))
         if pattern and not WILD.search(pattern):
             return digests[0]
         return folder_pin(zip([item.name for item in items], digests, strict=True))
@@ -120,16 +121,16 @@ class Buckets(ABC):
                 if not is_model:
                     return None  # where even this is denied, listing will be, too
                 # Where the bucket may not be listed, S3 denies access to an object that is not there.
-                why = "is not there (404)" if status == 404 else f"is not there, or may not be read (403). {self.ADVICE}"
-                raise UserError(f"{where}{SUMS}: {why}. A model's folder needs this list of the digests of its files. In a copy "
-                                f"of the folder that you trust, run: sha256sum * > {SUMS}; {self.UPLOAD} {SUMS} {where}{SUMS}"
-                                ) from None
+                why = "is not there (404)" if status == 404 else "is not there, or may not be read (403)"
+                raise UserError(f"{where}{SUMS}: {why}. A model's folder needs this list of the digests of its files. "
+                                f"In a copy of the folder that you trust, run: sha256sum * > {SUMS}; {self.UPLOAD} "
+                                f"{SUMS} {where}{SUMS}{f' . {self.ADVICE}' if status == 403 else ''}") from None
             content = b""
             try:
                 while chunk := stream.read():
                     content += chunk
                     if len(content) > SUMS_BYTES:
-                        raise UserError(f"{where}{SUMS}: has more than {SUMS_BYTES >> 20} MiB, and is not a list of digests")
+                        raise UserError(f"{where}{SUMS}: has more than {SUMS_BYTES >> 20} MiB: is not a list of digests")
             finally:
                 stream.raw.close()
             return content
@@ -145,8 +146,8 @@ class Buckets(ABC):
             url = f"{source.scheme}://{bucket}/{folder}{name}"
             found = patiently(lambda: self.find_object(bucket, folder + name), shown(url), self.ADVICE)
             if found is None:
-                raise UserError(f"{url}: {SUMS} lists it, but it is not there (404). Upload it, or make {SUMS} again and run: "
-                                "python -m jobs pin --update")
+                raise UserError(f"{url}: {SUMS} lists it, but it is not there (404). Upload it, or write {SUMS} again and "
+                                "run: python -m jobs pin --update")
             return _item(source, bucket, folder, found, sums[name], SUMS)
 
         with ThreadPoolExecutor(max_workers=CONNECTIONS) as pool:
@@ -156,7 +157,7 @@ class Buckets(ABC):
         """The objects that a folder or glob holds. Hidden files do not count, as in a `file:` folder."""
         bucket, folder, pattern = _parts(loaded, source)
         prefix = folder + WILD.split(pattern)[0]
-        advice = f"{self.ADVICE}. Listing a folder needs more rights than reading it: {self.LISTING}, unless it has a {SUMS}"
+        advice = f"{self.ADVICE}. Listing a folder also needs {self.LISTING}, unless it has a {SUMS}"
 
         def request() -> list[Object]:
             found = []
@@ -170,8 +171,8 @@ class Buckets(ABC):
 
         found = patiently(request, shown(source.source), advice)
         if not found:
-            raise UserError(f"{shown(source.source)}: {'no object matches' if pattern else 'the folder holds no objects'}. Is "
-                            "there a typo in the name?")
+            nothing = "no object matches" if pattern else "the folder holds no objects"
+            raise UserError(f"{shown(source.source)}: {nothing}. Is there a typo in the name?")
         check_names(source, [each.key.removeprefix(folder) for each in found])
         return sorted(found, key=lambda each: each.key)
 
@@ -211,7 +212,7 @@ def matches(name: str, pattern: str) -> bool:
         if not patterns:
             return not names
         if patterns[0] == "**":
-            return rest(names, patterns[1:]) or bool(names) and rest(names[1:], patterns)
+            return rest(names, patterns[1:]) or (bool(names) and rest(names[1:], patterns))
         return bool(names) and fnmatch.fnmatchcase(names[0], patterns[0]) and rest(names[1:], patterns[1:])
 
     return rest(tuple(name.split("/")), tuple(pattern.split("/")))

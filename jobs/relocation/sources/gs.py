@@ -1,7 +1,7 @@
 """gs://BUCKET/KEY, gs://BUCKET/FOLDER/ and gs://BUCKET/FOLDER/*.jsonl: Google Cloud Storage, through its JSON API.
 
-How these are pinned is in buckets.py. Credentials come from wherever Google's own tools find them; where there are none,
-requests are anonymous, which public buckets allow.
+How these are pinned is in buckets.py. Credentials come from wherever Google's own tools find them; where there are
+none, requests are anonymous, which public buckets allow.
 """
 
 from __future__ import annotations
@@ -59,13 +59,14 @@ class GS(Buckets):
         try:
             answer = _get(url, _path(*split_url(url)), parameters, wanted, service="/download/storage/v1", stream=True)
         except Answer as error:
-            if error.status == 416 and "Range" in wanted:  # there is nothing behind what we have; a fresh start shows why
+            if error.status == 416 and "Range" in wanted:  # nothing is behind what we have; a fresh start shows why
                 return self.open_range(url, 0, None, headers)
             raise
         part = answer.headers.get("Content-Range", "") if answer.status_code == 206 else ""
         total = part.rpartition("/")[2] if part else answer.headers.get("Content-Length", "")
-        return Stream(answer.raw, shown(url), self.ADVICE, start if part else 0, int(total) if total.isdigit() else None,
-                      end if part else None, answer.headers.get("x-goog-generation"))
+        return Stream(answer.raw, shown(url), self.ADVICE, start if part else 0,
+                      int(total) if total.isdigit() else None, end if part else None,
+                      answer.headers.get("x-goog-generation"))
 
 
 
@@ -88,8 +89,8 @@ def _get(url: str, path: str, parameters: Mapping[str, str], headers: Mapping[st
         return answer
     answer.close()
     if answer.status_code == 412:
-        raise RetryableError(f"{shown(url)}: was replaced while it was fetched. Nothing was published; the next attempt "
-                             "fetches what is there now")
+        raise RetryableError(f"{shown(url)}: was replaced while it was fetched. Nothing was published; the next "
+                             "attempt fetches what is there now")
     raise Answer(answer.status_code, headers=answer.headers)
 
 
@@ -106,8 +107,8 @@ def _session_for(settings: frozenset[tuple[str, str]]) -> Any:
         from google.auth.exceptions import DefaultCredentialsError
         from google.auth.transport.requests import AuthorizedSession
     except ImportError as error:
-        raise UserError(f"gs:// needs the packages google-auth and requests, which cannot be imported ({error}). Build the "
-                        "image from jobs/requirements.txt (docs/registries.md)") from None
+        raise UserError(f"gs:// needs the packages google-auth and requests, which cannot be imported ({error}). Build "
+                        "the image from jobs/requirements.txt (docs/registries.md)") from None
     session = requests.Session()
     if "STORAGE_EMULATOR_HOST" not in os.environ:
         try:

@@ -54,7 +54,7 @@ class S3(Buckets):
             with _answers(url):
                 found = _client().get_object(Bucket=bucket, Key=key, **wanted)
         except Answer as answer:
-            if answer.status == 416 and "Range" in wanted:  # there is nothing behind what we have; only a fresh start shows why
+            if answer.status == 416 and "Range" in wanted:  # nothing is behind what we have; a fresh start shows why
                 return self.open_range(url, 0, None, headers)
             raise
         part = found.get("ContentRange", "")
