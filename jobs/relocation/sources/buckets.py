@@ -130,7 +130,7 @@ class Buckets(ABC):
                 while chunk := stream.read():
                     content += chunk
                     if len(content) > SUMS_BYTES:
-                        raise UserError(f"{where}{SUMS}: has more than {SUMS_BYTES >> 20} MiB: is not a list of digests")
+                        raise UserError(f"{where}{SUMS}: has more than {SUMS_BYTES >> 20} MiB: not a list of digests")
             finally:
                 stream.raw.close()
             return content
@@ -146,8 +146,8 @@ class Buckets(ABC):
             url = f"{source.scheme}://{bucket}/{folder}{name}"
             found = patiently(lambda: self.find_object(bucket, folder + name), shown(url), self.ADVICE)
             if found is None:
-                raise UserError(f"{url}: {SUMS} lists it, but it is not there (404). Upload it, or write {SUMS} again and "
-                                "run: python -m jobs pin --update")
+                raise UserError(f"{url}: {SUMS} lists it, but it is not there (404). Upload it, or write {SUMS} again "
+                                "and run: python -m jobs pin --update")
             return _item(source, bucket, folder, found, sums[name], SUMS)
 
         with ThreadPoolExecutor(max_workers=CONNECTIONS) as pool:
