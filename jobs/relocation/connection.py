@@ -9,7 +9,7 @@ import email.utils
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ log = logging.getLogger("jobs")
 T = TypeVar("T")
 
 # Ten attempts in a row without a single new byte take about four minutes; then Kubernetes starts the pod again.
+# How many connections all files of a fetch share; a large file has many.
+CONNECTIONS = variables.whole_number("RELOCATION_CONNECTIONS", 16, least=1)
 ATTEMPTS = variables.whole_number("RETRY_ATTEMPTS", 10, least=1)
 FIRST_PAUSE_S = variables.number("RETRY_FIRST_PAUSE_SECONDS", 1)  # doubles with every attempt, up to:
 LONGEST_PAUSE_S = 60.0
@@ -66,16 +68,33 @@ class Patience:
     def reset(self) -> None:
         self.failures = 0
 
-    def wait(self, interruption: Interrupted) -> None:
+    def pause_after(self, interruption: Interrupted, failures: int = 0) -> float:
+        """Count a failed attempt, and return for how many seconds to wait before the next one.
+
+        Args:
+            failures: how many in a row one connection had, of several that share this patience.
+        Raises:
+            RetryableError: there were too many in a row, or the server requests a pause that is too long.
+        """
         self.failures += 1
         if self.failures >= ATTEMPTS:
             raise RetryableError(f"{self.what}: gave up after {self.failures} attempts in a row. The last "
                                  f"error: {interruption}")
-        pause = min(FIRST_PAUSE_S * 2 ** (self.failures - 1), LONGEST_PAUSE_S)
+        pause = self.pause(max(failures, self.failures))
         if interruption.after_s is not None:
             pause = interruption.after_s
         if pause > LONGEST_RETRY_AFTER_S:
             raise RetryableError(f"{self.what}: the server requests a pause of {pause:.0f} s: {interruption}")
+        return pause
+
+    @staticmethod
+    def pause(failures: int) -> float:
+        """The seconds to wait after so many failures in a row."""
+        return min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S)
+
+    def wait(self, interruption: Interrupted) -> None:
+        """Count a failed attempt, and sleep before the next one. Raises like `pause_after`."""
+        pause = self.pause_after(interruption)
         log.warning("%s: %s; trying again in %.1f s", self.what, interruption, pause)
         time.sleep(pause)
 
@@ -103,6 +122,7 @@ class Stream:
     end: int | None = None  # where reading ends, before that byte; None: at the end of the source
     # What is the same for all ranges of the same content, a strong ETag for example; None where the source has nothing.
     version: str | None = None
+    parts: bool = True  # whether the source gives ranges, as far as this answer shows
     at: int = field(init=False)  # the byte that is read next
 
     def __post_init__(self) -> None:
@@ -115,6 +135,13 @@ class Stream:
             data = bytes(self.raw.read(amount)) if amount > 0 else b""
         self.at += len(data)
         return data
+
+    def abort(self) -> None:
+        """From another thread: end a `read` that waits, where the source can do that."""
+        abort = getattr(self.raw, "abort", None)
+        if abort:
+            with suppress(Exception):  # it ends by itself just now
+                abort()
 
 
 @contextmanager
