@@ -136,6 +136,11 @@ class Stream:
         self.at += len(data)
         return data
 
+    def require_end(self) -> None:
+        """Raise `Interrupted` unless everything was read."""
+        if self.total is not None and self.at < self.total:
+            raise Interrupted(f"the connection ended after {self.at} of {self.total} bytes")
+
     def abort(self) -> None:
         """From another thread: end a `read` that waits, where the source can do that."""
         abort = getattr(self.raw, "abort", None)

@@ -27,7 +27,8 @@ def test_a_list_is_read_as_sha256sum_writes_it(tmp_path: Path) -> None:
     for name in ("a.json", "with space", "ünïcode"):
         (tmp_path / name).write_text(name)
     for command in ("sha256sum *", "sha256sum --binary *",
-                    "find . -type f ! -name SHA256SUMS | xargs -d '\\n' sha256sum", "sha256sum *"):  # once more, with the list itself among the files
+                    "find . -type f ! -name SHA256SUMS | xargs -d '\\n' sha256sum", "sha256sum *"):
+        # The last one finds the list itself among the files.
         subprocess.run(["sh", "-c", f"{command} > SHA256SUMS"], cwd=tmp_path, check=True)
         found = parse_sums((tmp_path / "SHA256SUMS").read_bytes(), "SHA256SUMS")
         assert sorted(found) == ["a.json", "with space", "ünïcode"]

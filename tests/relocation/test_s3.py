@@ -129,8 +129,23 @@ def test_a_store_with_an_authority_of_its_own_says_which_variable_names_it() -> 
     assert "AWS_CA_BUNDLE" in str(connection.classify_error(error, "s3://data/x", ""))
 
 
-def test_pin_reads_the_content(s3: S3, here: Loaded) -> None:
+def test_pin_reads_the_content_also_when_a_connection_breaks(s3: S3, here: Loaded) -> None:
+    s3.drop_after = 150_000
     assert sources.find_pin(here, source(sha256=None)) == SHA256
+    assert s3.drop_after is None
+
+
+def test_a_large_object_comes_in_ranges_through_several_connections(s3: S3, here: Loaded, draft: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    content = np.random.default_rng(0).bytes(24 << 20)
+    s3.put("private/large.jsonl", content)
+    s3.seen.clear()
+    monkeypatch.setattr(connection, "CONNECTIONS", 4)
+    download.fetch(sources.listing(here, source("private/large.jsonl", hashlib.sha256(content).hexdigest())), draft)
+    assert (draft / "large.jsonl").read_bytes() == content
+    requests = [line for line in s3.seen if line.startswith("GET")]
+    assert len(requests) > 2
+    assert len(requests) == len(set(requests)), "no range twice"
 
 
 def test_expired_credentials_are_named_for_an_object_and_for_a_folder(s3: S3, here: Loaded) -> None:

@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from jobs.core.declarations import Loaded, Source
 from jobs.core.environment import LoadedEnvironment
@@ -49,6 +50,22 @@ class Answer(Exception):
         super().__init__(f"{status} {code}".strip())
         self.status = status
         self.headers = headers or {}
+
+
+class Body:
+    """The body of an answer, as urllib3 has it: `read` gives what has arrived, and another thread can end it."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def read(self, amount: int) -> bytes:
+        return bytes(self.answer.read1(amount, decode_content=False))
+
+    def close(self) -> None:
+        self.answer.close()
+
+    def abort(self) -> None:
+        self.answer.shutdown()
 
 
 class Buckets(ABC):
@@ -131,6 +148,7 @@ class Buckets(ABC):
                     content += chunk
                     if len(content) > SUMS_BYTES:
                         raise UserError(f"{where}{SUMS}: has more than {SUMS_BYTES >> 20} MiB: not a list of digests")
+                stream.require_end()
             finally:
                 stream.raw.close()
             return content

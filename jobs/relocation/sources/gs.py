@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from jobs.core.errors import RetryableError, UserError
 from jobs.relocation.connection import SILENCE_S, Stream, shown
-from jobs.relocation.sources.buckets import Answer, Buckets, Object, range_header, split_url
+from jobs.relocation.sources.buckets import Answer, Body, Buckets, Object, range_header, split_url
 
 SCOPE = "https://www.googleapis.com/auth/devstorage.read_only"
 SETTINGS = ("STORAGE_EMULATOR_HOST", "GOOGLE_", "CLOUDSDK_", "NO_GCE_CHECK", "GCE_METADATA_", "SSL_CERT_FILE")
@@ -64,7 +64,7 @@ class GS(Buckets):
             raise
         part = answer.headers.get("Content-Range", "") if answer.status_code == 206 else ""
         total = part.rpartition("/")[2] if part else answer.headers.get("Content-Length", "")
-        return Stream(answer.raw, shown(url), self.ADVICE, start if part else 0,
+        return Stream(Body(answer.raw), shown(url), self.ADVICE, start if part else 0,
                       int(total) if total.isdigit() else None, end if part else None,
                       answer.headers.get("x-goog-generation"))
 

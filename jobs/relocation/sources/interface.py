@@ -86,6 +86,7 @@ def content_sha256(url: str, open_range: Callable[[str, int, int | None, Mapping
         try:
             while chunk := stream.read():
                 digest.update(chunk)
+            stream.require_end()
         finally:
             stream.raw.close()
         return digest.hexdigest()

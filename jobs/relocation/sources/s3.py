@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs.core.errors import RetryableError, UserError
 from jobs.relocation.connection import SILENCE_S, Stream, shown
-from jobs.relocation.sources.buckets import Answer, Buckets, Object, range_header, split_url
+from jobs.relocation.sources.buckets import Answer, Body, Buckets, Object, range_header, split_url
 
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired")
 
@@ -59,7 +59,9 @@ class S3(Buckets):
             raise
         part = found.get("ContentRange", "")
         total = int(part.rpartition("/")[2]) if part else found["ContentLength"]
-        return Stream(found["Body"], shown(url), self.ADVICE, start if part else 0, total, end if part else None,
+        # Its own `read` waits for all the bytes that are wanted, and nothing can end it.
+        body = Body(found["Body"]._raw_stream)
+        return Stream(body, shown(url), self.ADVICE, start if part else 0, total, end if part else None,
                       found.get("ETag"))
 
 
