@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from jobs.core.imported import Imported, LoadedImport
 from jobs.core.layout import MANIFEST, read_manifest
 from jobs.core.plan import FINE_TUNED_VOLUME, plan_environment, plan_import
 from jobs.core.promotion import DIGEST
-from jobs.core.published import EVALUATION, PROVENANCE
+from jobs.core.published import EVALUATION, PROVENANCE, SUMS
 from jobs.core.signatures import NotSigned
 from jobs.relocation import sources
 from jobs.relocation.connection import shown
@@ -78,8 +77,11 @@ def _is_whole(wanted: Spec, volumes: Path) -> bool:
 def write(loaded: LoadedImport, volumes: Path, draft: Path) -> dict[str, Any]:
     """Fetch and verify what was published, place adapter and evaluation on the volume, and record which they are."""
     source = loaded.pipeline.published
-    items = [replace(item, name=f"{FETCHED}/{item.name}") for item in sources.listing(loaded, source)]
-    fetch(items, source, draft)
+    items = sources.listing(loaded, source)
+    if unlisted := [item.name for item in items if item.sha256 is None]:
+        raise UserError(f"{shown(source.source)}: {SUMS} is missing, so nothing says what {unlisted[0]} must be. Name "
+                        "the folder that `python -m jobs publish` has written")
+    fetch(items, source, draft, FETCHED)
     adapter, evaluation = divide(draft, shown(source.source))
     require_fit(loaded, adapter, evaluation)
     found = Imported(*(Spec(FINE_TUNED_VOLUME, each.manifest["kind"], each.manifest["spec"], each.manifest["inputs"])

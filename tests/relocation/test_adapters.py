@@ -21,12 +21,15 @@ from jobs.core.plan import Plan, plan, plan_import
 from jobs.core.published import PROVENANCE
 from jobs.publication import layout
 from jobs.publication.layout import File
+from jobs.publication.push import Published
 from jobs.relocation import adapters, connection
 from jobs.relocation.sources import oci
 from tests import build_published, registry_server
 from tests.build_published import NAME, declare, publish, trained
 from tests.build_signing import pair, signer
 from tests.registry_server import Fault, Registry
+from tests.s3_server import S3
+from tests.s3_server import serve as serve_s3
 
 Files = list[File]
 
@@ -289,6 +292,53 @@ def test_a_registry_that_is_down_is_tried_again(world: World) -> None:
     world.server.faults.clear()
     adapters.run(loaded, world.volumes)
     assert world.promoted() == world.planned.adapter.digest
+
+
+# --- from a bucket ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def buckets() -> Iterator[S3]:
+    with serve_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(buckets: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    for name, value in {"AWS_ENDPOINT_URL": buckets.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+                        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    return buckets
+
+
+def in_bucket(world: World, bucket: S3, files: Files, prefix: str, **changes: Any) -> LoadedImport:
+    """The environment's files for what was published below the prefix."""
+    for file in files:
+        content = file.content if isinstance(file.content, bytes) else file.content.read_bytes()
+        bucket.put(f"{prefix}/{file.path}", content)
+    sums = layout.sums(files)
+    bucket.put(f"{prefix}/SHA256SUMS", sums)
+    source = Published(f"s3://data/{prefix}", hashlib.sha256(sums).hexdigest(), pushed=True)
+    return declare(world.folder / "here", source, **changes)
+
+
+def test_it_arrives_from_a_bucket_too(world: World, bucket: S3) -> None:
+    loaded = in_bucket(world, bucket, signed(world), "team/seville-hotels/one", **SIGNING)
+    adapters.run(loaded, world.volumes)
+    assert world.promoted() == world.planned.adapter.digest
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda bucket: bucket.delete("two/README.md"), "SHA256SUMS lists it, but it is not there"),
+    (lambda bucket: bucket.put("two/README.md", b"other"), "SHA256SUMS says .*, but the content is"),
+    (lambda bucket: bucket.put("two/SHA256SUMS", b"0" * 64 + b"  README.md\n"), "pipeline.yaml says .*, but the"),
+    (lambda bucket: bucket.delete("two/SHA256SUMS"), "SHA256SUMS is missing, so nothing says what"),
+], ids=["missing", "replaced", "another list", "no list"])
+def test_what_is_wrong_in_a_bucket_is_one_line(world: World, bucket: S3, change: Callable[[S3], object], message: str
+                                               ) -> None:
+    loaded = in_bucket(world, bucket, world.files, "two")
+    change(bucket)
+    refused(world, loaded, message)
 
 
 # --- signatures -------------------------------------------------------------------------------------------------------
