@@ -13,7 +13,7 @@ import logging
 import time
 from pathlib import Path
 
-from jobs.core import artifacts, promotion
+from jobs.core import artifacts, promotion, signing
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
@@ -30,7 +30,7 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
     """Publish the desired adapter, once it is promoted.
 
     Raises:
-        UserError: environment.yaml does not say where to, or the registry or bucket does not let us.
+        UserError: environment.yaml does not say where to, a signature is missing, or access is denied.
         RetryableError: the evaluation or the promotion did not come in time, or the registry does not recover.
     """
     pipeline, wanted = loaded.pipeline, plan(loaded.pipeline)
@@ -39,12 +39,15 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
         raise UserError(f"{loaded.environment.path}: has no key `publication`, so there is no place to publish "
                         f"{pipeline.adapter} at. Add `publication: {{to: oci://REGISTRY/PREFIX}}`, or remove the Job "
                         "adapter-publication (docs/publication.md)")
+    signer = signing.signer(pipeline.environment)  # raises now, instead of after hours of waiting
     name = f"{pipeline.adapter}@{wanted.adapter.digest}"
     if not wait_for_promotion(pipeline.adapter, wanted, volumes, wait_seconds):
         announce(f"NOT PUBLISHED: {name} did not pass its evaluation. Only promoted adapters are published.")
         return
-    adapter, evaluation = (artifacts.read(spec.path(volumes)) for spec in (wanted.adapter, wanted.evaluation))
-    files = layout.files(adapter, evaluation, answers=publication.answers)
+    keys = pipeline.environment.trusted_keys
+    adapter, evaluation = (artifacts.read(spec.path(volumes), keys) for spec in (wanted.adapter, wanted.evaluation))
+    files = layout.files(adapter, evaluation, answers=publication.answers,
+                         sign=(lambda content: signer.sign(content).encode()) if signer else None)
     published = push(files, pipeline.adapter, wanted.adapter.digest, publication.to)
     announce(description(name, published))
 

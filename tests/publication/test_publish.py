@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from jobs.__main__ import main
-from jobs.core import promotion
+from jobs.core import artifacts, promotion
 from jobs.core.declarations import Source
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.plan import FINE_TUNED_VOLUME
 from jobs.publication import layout, publish
 from jobs.relocation import download, sources
 from jobs.relocation.sources import oci
-from tests import registry_server
+from tests import build_signing, registry_server
 from tests.publication.conftest import TEXT, Made, make
 from tests.s3_server import S3, serve
 
@@ -235,3 +235,58 @@ def test_a_bucket_that_is_down_is_tried_again_later(bucket: S3, tmp_path: Path,
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     oci._repository.cache_clear()
+
+
+# --- signatures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def signed(server: registry_server.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    """An environment that asks for signatures, with the key of the stages."""
+    keys = build_signing.pair()
+    (tmp_path / "key.pem").write_text(keys.private)
+    monkeypatch.setenv("SIGNING_KEY", str(tmp_path / "key.pem"))
+    made = make(tmp_path / "made", publication={"to": f"oci://{server.host}/team"},
+                signing={"public_keys": [keys.public]})
+    for artifact in (made.adapter, made.evaluation):
+        build_signing.sign(artifact.path, keys)
+    return made
+
+
+def test_what_is_published_is_signed_as_a_whole_and_again_the_same(signed: Made, tmp_path: Path,
+                                                                   server: registry_server.Registry,
+                                                                   caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "jobs"):
+        run(signed)
+        run(signed)
+    first, second = [record.message.splitlines() for record in caplog.records if "PUBLISHED" in record.message]
+    assert first[1:] == second[1:] and second[0].startswith("ALREADY PUBLISHED")
+    pull(signed, first[1:], tmp_path / "pulled")
+    keys = signed.loaded.pipeline.environment.trusted_keys
+    evaluation, adapter = (tmp_path / artifact.digest for artifact in (signed.evaluation, signed.adapter))
+    (tmp_path / "pulled" / "evaluation").rename(evaluation)
+    for leftover in (tmp_path / "pulled").glob("provenance.json*"):
+        leftover.unlink()
+    (tmp_path / "pulled").rename(adapter)
+    assert artifacts.read(evaluation, keys).manifest["about"]["left_out"]
+    assert artifacts.read(adapter, keys).digest == signed.adapter.digest
+
+
+@pytest.mark.parametrize("which", ["adapter", "evaluation"])
+def test_what_no_trusted_key_signed_is_not_published(signed: Made, server: registry_server.Registry,
+                                                     which: str) -> None:
+    artifact = getattr(signed, which)
+    (artifact.path / artifacts.SIGNATURE).unlink()
+    with pytest.raises(UserError, match="sign"):
+        run(signed)
+    build_signing.sign(artifact.path, build_signing.pair("another"))
+    with pytest.raises(UserError, match="sign"):
+        run(signed)
+    assert not server.seen
+
+
+def test_without_the_key_the_job_ends_before_it_waits(signed: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SIGNING_KEY")
+    signed.evaluation.path.rename(signed.evaluation.path.with_name("away"))
+    with pytest.raises(UserError, match="this stage has no key: SIGNING_KEY is not set"):
+        run(signed)
