@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.core import proof
-from jobs.core.artifacts import canonical
+from jobs.core.artifacts import SIGNATURE, canonical
 from jobs.core.errors import UserError
 from jobs.core.files import human_bytes
 from jobs.core.proof import Proof
@@ -113,7 +113,7 @@ def _copy(source: Path, target: Path, limit: int) -> None:
     paths = plain_files(source)
     target.mkdir(parents=True)
     for path in paths:
-        if path.suffix not in SUFFIXES or not FILE_NAME.fullmatch(path.name):
+        if not FILE_NAME.fullmatch(path.name) or (path.suffix not in SUFFIXES and path.name != SIGNATURE):
             raise Refused("files", f"it holds {path.name}; only {', '.join(SUFFIXES)} files are taken, no pickles")
         if path.suffix == ".safetensors" and path.name != WEIGHTS:
             raise Refused("files", f"it holds {path.name}; the only weights are {WEIGHTS}")

@@ -82,6 +82,12 @@ def test_a_fit_adapter_is_copied_out_of_everybodys_reach_and_passes(world: World
     verification.verify(copy, world.served, world.modules)
 
 
+def test_a_signature_is_one_of_the_files_that_an_adapter_may_hold(world: World) -> None:
+    source = build_adapter.adapter(world.volumes, world.pipeline)
+    (source / "artifact.json.sig").write_text("{}")
+    assert "artifact.json.sig" in {p.name for p in world.take().iterdir()}
+
+
 def both(*changes: Change) -> Change:
     def change(folder: Path) -> None:
         for each in changes:
@@ -234,6 +240,8 @@ def truncated(folder: Path) -> None:
 MADE_WRONG: dict[str, tuple[str, str, Change]] = {
     "a pickle beside the weights": ("files", "adapter_model.bin", added("adapter_model.bin")),
     "a pickle by another name": ("files", "weights", added("weights")),
+    "a signature of something else": ("files", "adapter_model.safetensors.sig",
+                                      added("adapter_model.safetensors.sig")),
     "no weights": ("files", "adapter_model.safetensors is missing", removed("adapter_model.safetensors")),
     "no config": ("files", "adapter_config.json is missing", removed("adapter_config.json")),
     "empty weights": ("damaged", "not a whole safetensors",

@@ -26,6 +26,7 @@ from typing import Any
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import human_bytes, sha256_of, sync_folder, write_atomically
 from jobs.core.layout import MANIFEST as MANIFEST
+from jobs.core.layout import SIGNATURE as SIGNATURE
 from jobs.core.layout import draft_folder, lock_file, read_manifest
 from jobs.core.locks import hold
 from jobs.core.retention import retain
@@ -84,16 +85,16 @@ def digest_of(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> 
 
 
 def listing(folder: Path) -> list[dict[str, Any]]:
-    """Every file below `folder` but the manifest: path, size in bytes, sha256; sorted by path.
+    """Every file below `folder` but the manifest and its signature: path, size in bytes, sha256; sorted by path.
 
     Raises:
         UserError: for a link or a special file, which could point outside the artifact.
     """
     files = []
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()) or (path.is_dir() and path == folder / SIGNATURE):
             raise UserError(f"{path}: is not a plain file; an artifact holds files and folders only")
-        if path.is_file() and path != folder / MANIFEST:
+        if path.is_file() and path not in (folder / MANIFEST, folder / SIGNATURE):
             files.append(path)
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
         sums = list(pool.map(sha256_of, files))

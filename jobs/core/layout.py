@@ -10,6 +10,9 @@ from jobs.core.files import read_plain_file
 
 MANIFEST = "artifact.json"
 MANIFEST_BYTES = 64 * 2**20  # 300,000 files
+# Beside the manifest where the environment asks for signatures (signing.py). The manifest cannot list it.
+SIGNATURE = "artifact.json.sig"
+SIGNATURE_BYTES = 64 * 2**10  # one has 3 kB; a certificate and its log entry have 10
 # On the fine-tuned model's volume, what a training writes while it runs: `checkpoints/<adapter's digest>` and
 # `tensorboard/<adapter's name>/<adapter's digest>`.
 CHECKPOINTS = "checkpoints"

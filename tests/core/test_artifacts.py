@@ -323,3 +323,36 @@ def test_a_link_or_a_file_in_the_place_of_a_draft_is_replaced(tmp_path: Path) ->
         artifact = artifacts.publish(spec, tmp_path, write, keep=3, resume=True)
         assert artifact.path.is_dir() and not artifact.path.is_symlink()
     assert [path.name for path in others.iterdir()] == ["kept"]
+
+
+# --- the signature ----------------------------------------------------------------------------------------------------
+
+
+def test_a_signature_beside_the_manifest_is_no_file_of_the_artifact(tmp_path: Path) -> None:
+    """The manifest cannot list it: it is made over the manifest."""
+    artifact = publish(tmp_path)
+    (artifact.path / "artifact.json.sig").write_text("{}")
+    assert artifacts.read(artifact.path).manifest == artifact.manifest
+    assert "artifact.json.sig" not in {file["path"] for file in artifacts.listing(artifact.path)}
+
+
+@pytest.mark.parametrize("name", ["artifact.json.sig.old", "sub/artifact.json.sig", "artifact.sig"])
+def test_only_the_signature_in_its_place_is_left_out(tmp_path: Path, name: str) -> None:
+    artifact = publish(tmp_path)
+    (artifact.path / name).write_text("{}")
+    with pytest.raises(UserError, match=f"{name} is not listed in artifact.json"):
+        artifacts.read(artifact.path)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_signature_that_is_no_plain_file_damages_the_artifact(tmp_path: Path, kind: str) -> None:
+    artifact = publish(tmp_path)
+    signature = artifact.path / "artifact.json.sig"
+    if kind == "link":
+        signature.symlink_to(artifact.path / "a.txt")
+    elif kind == "pipe":
+        os.mkfifo(signature)
+    else:
+        signature.mkdir()
+    with pytest.raises(UserError, match="artifact.json.sig"):
+        artifacts.read(artifact.path)
