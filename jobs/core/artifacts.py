@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from jobs.core import seals
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.files import human_bytes, sha256_of, sync_folder, write_atomically
+from jobs.core.files import human_bytes, read_plain_file, sha256_of, sync_folder, write_atomically
 from jobs.core.layout import MANIFEST as MANIFEST
+from jobs.core.layout import MANIFEST_BYTES, draft_folder, lock_file
 from jobs.core.layout import SIGNATURE as SIGNATURE
-from jobs.core.layout import draft_folder, lock_file, read_manifest
 from jobs.core.locks import hold
 from jobs.core.retention import retain
 from jobs.core.variables import wait_seconds as default_wait_seconds
@@ -90,37 +91,48 @@ def listing(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: for a link or a special file, which could point outside the artifact.
     """
-    files = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()) or (path.is_dir() and path == folder / SIGNATURE):
-            raise UserError(f"{path}: is not a plain file; an artifact holds files and folders only")
-        if path.is_file() and path not in (folder / MANIFEST, folder / SIGNATURE):
-            files.append(path)
+    files = files_of(folder)
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
         sums = list(pool.map(sha256_of, files))
     return [{"path": f.relative_to(folder).as_posix(), "size": f.stat().st_size, "sha256": s}
             for f, s in zip(files, sums, strict=True)]
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The files that `listing` lists. Raises `UserError` like it."""
+    files = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()) or (path.is_dir() and path == folder / SIGNATURE):
+            raise UserError(f"{path}: is not a plain file; an artifact holds files and folders only")
+        if path.is_file() and path not in (folder / MANIFEST, folder / SIGNATURE):
+            files.append(path)
+    return files
+
+
 def find(spec: Spec, volumes: Path) -> Artifact | None:
-    """The artifact if it is there and every byte is as recorded; None if it is not there.
+    """The artifact if it is there and every byte is as recorded; None if it is not there. Of a large one, a seal shows
+    that its bytes were verified before and did not change since (seals.py).
 
     Raises:
         UserError: if it is there but does not match its manifest. It is never used, and never removed: it may be
             evidence. The message explains how to have it made again.
     """
-    return read(spec.path(volumes)) if spec.path(volumes).exists() else None
+    return read(spec.path(volumes), by="seal") if spec.path(volumes).exists() else None
 
 
-def read(path: Path) -> Artifact:
+def read(path: Path, *, by: Literal["bytes", "seal", "sealing"] = "bytes") -> Artifact:
     """Read and verify the artifact at `path`: manifest, name, and every file's presence, size and sha256.
 
+    Args:
+        by: `bytes` reads every file. `seal` does not where a valid seal shows that they were verified already
+            (seals.py); otherwise it reads them and seals the artifact. `sealing` does that whatever the seal shows.
     Raises:
         UserError: naming the first file that is missing, extra or changed, and both digests.
     """
     hint = f"Move {path} away to have it made again"
     try:
-        manifest = read_manifest(path)
+        content = read_plain_file(path / MANIFEST, MANIFEST_BYTES)
+        manifest = json.loads(content)
         named = digest_of(manifest["kind"], manifest["spec"], manifest["inputs"])
         recorded = {os.fspath(f["path"]): (f["size"], f["sha256"]) for f in manifest["files"]}
     except (UserError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -128,6 +140,13 @@ def read(path: Path) -> Artifact:
     if not path.name == manifest["digest"] == named:
         raise UserError(f"{path}: {MANIFEST} describes {manifest['digest']} (computed: {named}), not {path.name}. "
                         f"{hint}")
+    sealing = None
+    if by != "bytes" and seals.is_large(before := seals.state_of(path, files_of(path))):
+        size = human_bytes(seals.size_of(before))
+        if by == "seal" and seals.is_sealed(path, content, before):
+            log.info("%s/%s: verified by its seal (%s)", path.parent.name, path.name, size)
+            return Artifact(path, manifest)
+        sealing = seals.begin(path, content, before)
     found = {f["path"]: (f["size"], f["sha256"]) for f in listing(path)}
     for name in sorted(recorded.keys() | found.keys()):
         if name not in found:
@@ -138,6 +157,9 @@ def read(path: Path) -> Artifact:
             (size, digest), (found_size, found_digest) = recorded[name], found[name]
             raise UserError(f"{path}: {name} was changed: {MANIFEST} says {size} bytes, sha256 {digest}; the file has "
                             f"{found_size} bytes, sha256 {found_digest}. {hint}")
+    if sealing:
+        unsealed = sealing.end(seals.state_of(path, files_of(path)))
+        log.info("%s/%s: verified (%s read)%s", path.parent.name, path.name, size, f", {unsealed}" if unsealed else "")
     return Artifact(path, manifest)
 
 
@@ -158,7 +180,7 @@ def wait(specs: list[Spec], volumes: Path, deadline_s: float, poll_s: float = 2.
         UserError: when one is there but damaged.
     """
     wait_until_there(specs, volumes, deadline_s, poll_s)
-    return [read(s.path(volumes)) for s in specs]
+    return [read(s.path(volumes), by="seal") for s in specs]
 
 
 def wait_until_there(specs: list[Spec], volumes: Path, deadline_s: float, poll_s: float = 2.0) -> None:
@@ -232,22 +254,26 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
             unfinished.unlink()
         _open_to_readers(draft)
         _sync(draft)  # the bytes that are hashed below are the bytes on the disk
+        settled = seals.settle(draft, seals.state_of(draft, files_of(draft)))
         manifest: dict[str, Any] = {
             "kind": spec.kind, "digest": spec.digest, "spec": dict(spec.spec), "inputs": dict(spec.inputs),
             "files": listing(draft), "about": about, "versions": _versions(),
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        write_atomically(draft / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-        before = draft.with_name(f"{draft.name}-before")  # a draft's name: what a kill leaves is removed by age
+        content = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(draft / MANIFEST, content)
+        earlier = draft.with_name(f"{draft.name}-before")  # a draft's name: what a kill leaves is removed by age
         replaces = replace and target.exists()
         if replaces:
-            shutil.rmtree(before, ignore_errors=True)
-            target.rename(before)
+            shutil.rmtree(earlier, ignore_errors=True)
+            target.rename(earlier)
         draft.rename(target)
         sync_folder(target.parent)
         if replaces:
-            shutil.rmtree(before, ignore_errors=True)
+            shutil.rmtree(earlier, ignore_errors=True)
+        if settled:
+            seals.Sealing(target, content.encode(), *settled).end(seals.state_of(target, files_of(target)))
     size = sum(f["size"] for f in manifest["files"])
     log.info("published %s: %d files, %s", spec, len(manifest["files"]), human_bytes(size))
     retain(target.parent, keep=keep, protected={spec.digest})
