@@ -401,7 +401,8 @@ def volumes(root: Path) -> Path:
     for volume in ("fine-tuned-model", "dataset"):
         artifact = root / volume / "kind" / "0123456789abcdef"
         artifact.mkdir(parents=True)
-        for file in (artifact / "artifact.json", artifact / ".lock-a", artifact / "checkpoints" / "1"):
+        for file in (artifact / "artifact.json", artifact / ".lock-a", artifact / "checkpoints" / "1",
+                     artifact.with_name(f".verified-{artifact.name}")):
             file.parent.mkdir(exist_ok=True)
             file.write_text("{}")
         (root / volume / "lost+found").mkdir(mode=0o700)
