@@ -74,11 +74,11 @@ def _is(folder: Path, name: str) -> bool:
 def _verify(folder: Path) -> int:
     """Verify one artifact; returns its bytes."""
     for file in artifacts.files_of(folder):
-        _forget(file)
+        forget(file)
     return sum(file["size"] for file in artifacts.read(folder, by="sealing").manifest["files"])
 
 
-def _forget(file: Path) -> None:
+def forget(file: Path) -> None:
     """Drop what the kernel has of a file in memory, where the file system can."""
     handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
