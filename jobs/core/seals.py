@@ -8,7 +8,8 @@ modification: the time of change cannot be set. Otherwise the files are read aga
 
 What a seal does not show, and the scheduled full verification does (`python -m jobs verify`): a disk that gives other
 bytes than were written. What neither shows: a seal or a manifest that somebody forged who may write to the volume. That
-is what signatures are for (signing.py), and serving reads and verifies what it loads in any case.
+is what signatures are for (signing.py). So what must be signed is read in full, and serving reads what it loads in any
+case.
 
 - The times are the volume's own, never a node's clock. A change within the resolution of its times (2 s on the
   coarsest) would not show, so files that changed less than that before their verification began are not sealed.

@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.core import artifacts, attention, models
+from jobs.core import artifacts, attention, models, signing
 from jobs.core.errors import Terminated, UserError
 from jobs.core.imports import fast_imports
 from jobs.core.layout import CHECKPOINTS, TENSORBOARD
 from jobs.core.pipeline import NO_VALIDATION, Pipeline, Training
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
+from jobs.core.signing import Signer
 from jobs.data import encoded
 from jobs.data.encoded import Splits
 from jobs.training import distributed, dropout, merge, search
@@ -85,29 +86,32 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
     """
     pipeline = loaded.pipeline
     wanted = plan(pipeline)
+    signer = signing.signer(pipeline.environment)  # raises now, instead of after hours of training
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     if distributed.is_worker():
         if not distributed.is_main():
             log.setLevel(logging.WARNING)
-        publish_adapter(pipeline, wanted, volumes, wait_seconds)
-    elif not artifacts.done(wanted.adapter, volumes):
+        publish_adapter(pipeline, wanted, volumes, wait_seconds, signer)
+    elif not artifacts.done(wanted.adapter, volumes, signer):
         artifacts.wait_until_there([wanted.encoded_dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
         models.check_gpu()
         launch = distributed.launch_wanted()
         if launch is None:
             # If it sees more GPUs, Trainer divides the batch by rows, but this batch is one row of tokens.
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-            publish_adapter(pipeline, wanted, volumes, wait_seconds)
+            publish_adapter(pipeline, wanted, volumes, wait_seconds, signer)
         else:
             distributed.launch(launch, ["--pipeline", str(loaded.path), "--volumes", str(volumes),
                                         "--wait-seconds", str(wait_seconds), "train"], wait_seconds)
     if not distributed.is_main():
         return
-    if pipeline.environment.serving.mode == "merged" and not artifacts.done(wanted.merged_model, volumes):
-        merge.publish(pipeline, wanted, volumes, wait_seconds)
+    if pipeline.environment.serving.mode == "merged" and not artifacts.done(
+            wanted.merged_model, volumes, signer):
+        merge.publish(pipeline, wanted, volumes, wait_seconds, signer)
 
 
-def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> None:
+def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float,
+                    signer: Signer | None = None) -> None:
     """Wait for the inputs, reject what could not be served, train the adapter and publish it."""
     encoded_dataset, base_model, tokenizer_files = artifacts.wait(
         [wanted.encoded_dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
@@ -161,7 +165,7 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
 
     if team.main:
         adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.environment.retention.keep,
-                                    adapter_name=pipeline.adapter, wait_seconds=wait_seconds)
+                                    adapter_name=pipeline.adapter, wait_seconds=wait_seconds, signer=signer)
         if not started:  # another job published it in the meantime: the other processes need not train
             team.broadcast(False)
         shutil.rmtree(own.checkpoints, ignore_errors=True)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from jobs.core import artifacts, retention, seals
 from jobs.core.artifacts import Spec
 from jobs.core.errors import UserError
+from tests import build_signing
 
 SPEC = Spec("volume", "model", {"n": 1})
 FILES = {"config.json": b"{}", "weights-1": bytes(range(256)) * 40, "deep/weights-2": b"w" * 9000}
@@ -260,6 +261,20 @@ def test_publication_waits_until_the_files_can_be_sealed(tmp_path: Path, monkeyp
     started = time.monotonic()
     assert seal(publish(tmp_path)).exists()
     assert time.monotonic() - started > 0.2
+
+
+def test_a_forged_seal_does_not_stand_in_for_a_signed_artifacts_bytes(tmp_path: Path) -> None:
+    """Who may write to the volume can write a seal, too, but no signature."""
+    spec, signer = Spec("fine-tuned-model", "adapter", {"r": 8}), build_signing.signer(build_signing.pair())
+    artifact = publish(tmp_path, spec, signer=signer)
+    (artifact / "weights-1").write_bytes(b"forged")
+    state = seals.state_of(artifact, artifacts.files_of(artifact))
+    seal(artifact).write_text(json.dumps(seals._content((artifact / "artifact.json").read_bytes(), state)))
+    assert artifacts.find(spec, tmp_path), "without keys, a seal is believed as a manifest is"
+    with pytest.raises(UserError, match="weights-1 was changed"):
+        artifacts.find(spec, tmp_path, signer.keys)
+    with pytest.raises(UserError, match="weights-1 was changed"):
+        artifacts.wait([spec], tmp_path, 1, keys=signer.keys)
 
 
 # --- beside other things on the volume --------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 
 from jobs.core.errors import RetryableError
 from jobs.core.metrics import SCORES
+from jobs.core.plan import plan
 from jobs.evaluation.gate import Check
 from jobs.tools import summary, waiting
 from jobs.tools.summary import Result
@@ -25,9 +26,10 @@ def evaluated(name: str = "seville-hotels", *, ratio: float = 0.25, **changes: A
                   ratio - 0.02, ratio + 0.02, 60)
     scores = {role: dict.fromkeys(SCORES, 0.5) | {"records": 60, "vocabulary": "v", "perplexity": perplexity}
               for role, perplexity in (("base", 800.0), ("fine_tuned", 800 * ratio), ("reference", 400.0))}
-    return Result(pipeline, {"passed": check.passed, "outcome": check.outcome, "gate": [check.to_json()],
-                             "intervals": {"fine_tuned": {"perplexity": [800 * ratio - 9, 800 * ratio + 9]}},
-                             "scores": scores, "embedded": True},
+    return Result(pipeline, plan(pipeline).adapter.digest,
+                  {"passed": check.passed, "outcome": check.outcome, "gate": [check.to_json()],
+                   "intervals": {"fine_tuned": {"perplexity": [800 * ratio - 9, 800 * ratio + 9]}},
+                   "scores": scores, "embedded": True},
                   Path(f"/volumes/{name}/report.html"))
 
 

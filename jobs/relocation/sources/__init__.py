@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from jobs.core.declarations import Loaded, Source
 from jobs.relocation.connection import Stream, classified, shown
-from jobs.relocation.sources import builtin, file, gs, hf, http, s3
+from jobs.relocation.sources import builtin, file, gs, hf, http, oci, s3
 from jobs.relocation.sources.interface import Implementation, Item, check_names
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -20,6 +20,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "http": http,
     "s3": s3.S3(),
     "gs": gs.GS(),
+    "oci": oci,
     "builtin": builtin,
 }
 
