@@ -905,3 +905,23 @@ def test_the_committed_files_are_valid_and_the_data_is_as_pinned(overlay: Path) 
         dataset = loaded.pipeline.dataset
         if dataset and dataset.scheme == "file":
             assert sha256_of(loaded.resolve(dataset)) == dataset.sha256, f"run: python -m jobs pin {overlay}"
+
+
+def test_the_scheduled_verification_reaches_every_volume_and_nobody() -> None:
+    manifests = renderings.rendered("overlays/kind with options")
+    cron = by_name(manifests, "CronJob")["artifact-verification"]
+    template = pod_templates([cron])["CronJob/artifact-verification"]
+    assert restricted_violations(template) == []
+    (container,) = containers(template)
+    assert container["args"] == ["verify"]
+    assert {v["persistentVolumeClaim"]["claimName"] for v in template["spec"]["volumes"]
+            if "persistentVolumeClaim" in v} == names(manifests, "PersistentVolumeClaim")
+    assert {m["mountPath"] for m in container["volumeMounts"]} == {
+        "/tmp", *(f"/volumes/{claim.removesuffix('-pvc')}" for claim in names(manifests, "PersistentVolumeClaim"))}
+    for direction in ("Ingress", "Egress"):
+        found = policies(manifests, template, direction)
+        assert [policy["metadata"]["name"] for policy in found] == ["default-deny"]
+    terms = template["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert terms[0]["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    assert cron["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    assert template["spec"]["serviceAccountName"] in names(manifests, "ServiceAccount")

@@ -25,11 +25,11 @@ from typing import Any
 from jobs.core.declarations import Loaded, Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
+from jobs.relocation import connection
 from jobs.relocation.connection import Stream, classified, mismatch, patiently, shown
 from jobs.relocation.sources.interface import SUMS, Item, check_names, content_sha256, folder_pin
 
 SUMS_BYTES = 16 * 2**20  # 150,000 files
-CONNECTIONS = 16
 LINE = re.compile(r"(?P<sha256>[0-9a-fA-F]{64}) [ *](?P<name>.+)")
 WILD = re.compile(r"[*?\[]")
 
@@ -114,7 +114,7 @@ class Buckets(ABC):
                 parse_sums(sums, f"{source.scheme}://{bucket}/{folder}{SUMS}")
                 return hashlib.sha256(sums).hexdigest()
         items = self.files(loaded, source)
-        with ThreadPoolExecutor(max_workers=CONNECTIONS) as pool:
+        with ThreadPoolExecutor(max_workers=connection.CONNECTIONS) as pool:
             digests = list(pool.map(
                 lambda item: content_sha256(item.url, self.open_range, self.ADVICE, item.headers), items))
         if pattern and not WILD.search(pattern):
@@ -168,7 +168,7 @@ class Buckets(ABC):
                                 "and run: python -m jobs pin --update")
             return _item(source, bucket, folder, found, sums[name], SUMS)
 
-        with ThreadPoolExecutor(max_workers=CONNECTIONS) as pool:
+        with ThreadPoolExecutor(max_workers=connection.CONNECTIONS) as pool:
             return list(pool.map(find, sums))
 
     def _selected(self, loaded: Loaded, source: Source) -> list[Object]:
