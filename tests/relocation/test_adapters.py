@@ -441,7 +441,8 @@ def test_no_file_can_be_changed_in_the_registry_or_left_out_or_added(world: Worl
 def test_a_kill_at_any_moment_leaves_nothing_promoted_and_the_next_run_completes_it(
         world: World, monkeypatch: pytest.MonkeyPatch, placed: int) -> None:
     """With nothing, the adapter, or both on the volume."""
-    calls, place, loaded = [], artifacts.place, world.declare()
+    calls: list[object] = []
+    place, loaded = artifacts.place, world.declare()
 
     def killed(*arguments: Any, **options: Any) -> None:
         if len(calls) < placed:
