@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core import signatures
-from jobs.core.errors import UserError
+from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import read_plain_file
 from jobs.core.layout import MANIFEST
 
@@ -189,4 +189,17 @@ def _pkcs11(uri: str) -> tuple[Any, str]:
         raise UserError(f"{VARIABLE}: no key that can sign is at {_shown(uri)} ({type(error).__name__}). See "
                         "docs/signing.md") from None
     own = made.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return made, own.decode()
+    return _Device(made, _shown(uri)), own.decode()
+
+
+class _Device:
+    """A key in a device, which may be away when a training of hours has ended. Its checkpoint stays."""
+
+    def __init__(self, signer: Any, name: str) -> None:
+        self._signer, self._name = signer, name
+
+    def sign(self, payload: Any) -> Any:
+        try:
+            return self._signer.sign(payload)
+        except Exception as error:
+            raise RetryableError(f"{VARIABLE}: {self._name} did not sign ({type(error).__name__})") from None
