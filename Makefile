@@ -150,10 +150,11 @@ install = UV_SYSTEM_CERTS=1 UV_DEFAULT_INDEX="$$($(PIP_INDEX))" $(BIN)/uv pip in
 	$(call install,.venv-checkov,--quiet -r tests/requirements-checkov.txt)
 	@touch $@
 
-# kfp (100 MB, half a minute), in its own environment: its protobuf conflicts with vLLM's.
+# kfp (130 MB, half a minute), in its own environment: its protobuf conflicts with vLLM's. Without .venv, which is not
+# needed to compile a pipeline, pip installs it.
 .venv-kubeflow/installed: kubeflow/requirements.txt
 	$(PYTHON) -m venv .venv-kubeflow
-	$(call install,.venv-kubeflow,--quiet -r kubeflow/requirements.txt)
+	$(if $(wildcard $(BIN)/uv),$(call install,.venv-kubeflow,--quiet -r $<),.venv-kubeflow/bin/pip install --quiet --no-deps -r $<)
 	@touch $@
 
 # What is not in .venv, laid over it: the tests of a mutant run in .venv.

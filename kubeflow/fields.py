@@ -37,7 +37,9 @@ class Fields:
     def child(self, key: str) -> Fields:
         """The mapping below a key; an empty one if there is none."""
         value = self._left.pop(key, None)
-        return self._add(value if isinstance(value, dict) else {}, key)
+        if value is not None and not isinstance(value, dict):
+            raise TypeError(f"{_joined(self._path, key)} is no mapping")
+        return self._add(value or {}, key)
 
     def children(self, key: str) -> list[Fields]:
         """The mappings in the list below a key, whose paths have their names: `containers[job]`."""

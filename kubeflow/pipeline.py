@@ -88,7 +88,7 @@ def build(found: Steps, adapter: str | None = None) -> Any:
         for step in found.steps:
             add(step, run_module.component(step, run_module.settings(step, names)))
         for step in found.steps:
-            if step.stage == "evaluate":
+            if step.stage == "evaluate" and step.adapter in found.pipelines:
                 results = add(*run_module.results(step, names))
                 with dsl.If(results.outputs["verdict"] != "passed", name=f"did-not-pass-{step.adapter}"):
                     add(*run_module.refusal(step), summary=results.outputs["summary"])
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--output {args.output}: cannot be written: {error.strerror}") from None
     else:
         print(compiled.text, end="")
-    print(f"{compiled.name}: {len(compiled.steps.steps)} steps, version {compiled.version}",
+    print(f"{compiled.name}: {len(compiled.steps.steps)} Jobs, version {compiled.version}",
           "What the Jobs say and KubeFlow Pipelines cannot (docs/kubeflow.md says what to do):",
           *(f"  {line}" for line in unsupported(compiled.steps)), sep="\n", file=sys.stderr)
 

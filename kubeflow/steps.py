@@ -11,10 +11,10 @@ from jobs.core import environment, pipeline
 from jobs.core.artifacts import Spec
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
-from jobs.core.pipeline import Pipeline
-from jobs.core.plan import EnvironmentPlan, plan, plan_environment
-from jobs.tools import pods
-from jobs.tools.changes import COMMANDS, STAGES
+from jobs.core.pipeline import LoadedPipeline, Pipeline
+from jobs.core.plan import plan_environment
+from jobs.tools import overlay, pods
+from jobs.tools.changes import COMMANDS, STAGES, Specs, adapter_specs
 from jobs.tools.pods import ADAPTER_LABEL, HASH_SUFFIX, Manifest
 from kubeflow import translation
 from kubeflow.fields import Fields
@@ -43,7 +43,7 @@ class Steps:
     namespace: str  # of the overlay
     steps: list[Step]
     of_sets: dict[str, str]  # the fields of the overlay's JobSets that KubeFlow Pipelines cannot say, and why
-    pipelines: dict[str, Pipeline]  # by adapter
+    pipelines: dict[str, Pipeline]  # of the adapters that are trained here
 
 
 def find(manifests: list[Manifest], adapter: str | None = None) -> Steps:
@@ -75,7 +75,7 @@ def _jobs(manifests: list[Manifest]) -> Iterator[tuple[Manifest, int]]:
         if manifest["kind"] == "Job":
             yield manifest, 0
         elif manifest["kind"] == "JobSet":
-            restarts = manifest["spec"].get("failurePolicy", {}).get("maxRestarts", 0)
+            restarts = (manifest.get("spec") or {}).get("failurePolicy", {}).get("maxRestarts", 0)
             namespace = manifest["metadata"].get("namespace")
             for job in pods.jobs_of_sets([manifest]):
                 if _line(job)[:1] != ["await"]:
@@ -107,7 +107,10 @@ def _of_sets(manifests: list[Manifest]) -> Iterator[tuple[str, str]]:
 
 def _line(job: Manifest) -> list[str]:
     """The arguments of a Job's container."""
-    return [str(argument) for argument in job["spec"]["template"]["spec"]["containers"][0].get("args") or []]
+    try:
+        return [str(argument) for argument in job["spec"]["template"]["spec"]["containers"][0].get("args") or []]
+    except (AttributeError, IndexError, KeyError, TypeError):  # `translation.translate` reports it
+        return []
 
 
 def _stage(job: Manifest) -> str | None:
@@ -116,59 +119,64 @@ def _stage(job: Manifest) -> str | None:
 
 
 def _adapter(job: Manifest) -> str | None:
-    name: str | None = job["metadata"].get("labels", {}).get(ADAPTER_LABEL)
+    name: str | None = (job["metadata"].get("labels") or {}).get(ADAPTER_LABEL)
     return name
 
 
-def _plans(manifests: list[Manifest], steps: list[Step]
-           ) -> tuple[dict[str | None, EnvironmentPlan], dict[str, Pipeline]]:
-    """The plan and the pipeline of each adapter, from the files that its Jobs mount; of the environment, the plan below
-    None."""
-    plans: dict[str | None, EnvironmentPlan] = {}
+def _plans(manifests: list[Manifest], steps: list[Step]) -> tuple[dict[str | None, Specs], dict[str, Pipeline]]:
+    """The artifacts that each adapter desires, with those of the environment, from the files that its Jobs mount (below
+    None: those of the environment alone), and the pipeline of each adapter that is trained here."""
+    plans: dict[str | None, Specs] = {}
     pipelines: dict[str, Pipeline] = {}
     config_maps = {each["metadata"]["name"]: each for each in manifests if each["kind"] == "ConfigMap"}
     for step in steps:
         if step.stage is None or step.adapter in plans:
             continue
-        shared, own = _files(step, config_maps)
-        plans[step.adapter] = plan(own) if own else plan_environment(shared.environment)
-        if own and step.adapter:
-            pipelines[step.adapter] = own
+        shared, adapters = _files(step, config_maps)
+        plans[step.adapter] = dict(vars(plan_environment(shared.environment)))
+        for loaded in adapters:
+            plans[step.adapter] |= adapter_specs(loaded.pipeline)
+            if step.adapter and isinstance(loaded.pipeline, Pipeline):
+                pipelines[step.adapter] = loaded.pipeline
     return plans, pipelines
 
 
-def _files(step: Step, config_maps: dict[str, Manifest]) -> tuple[LoadedEnvironment, Pipeline | None]:
-    """The environment file and the pipeline file that a Job mounts."""
+def _files(step: Step, config_maps: dict[str, Manifest]) -> tuple[LoadedEnvironment, list[LoadedPipeline]]:
+    """The environment file that a Job mounts, and its pipeline file if it mounts one."""
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, Path] = {}
         for volume in step.job["spec"]["template"]["spec"].get("volumes") or []:
-            if (name := volume.get("configMap", {}).get("name")) not in config_maps:
-                continue
-            place = Path(folder) / HASH_SUFFIX.sub("", name)
-            pods.write_config_map(place, pods.contents(config_maps[name]))
-            files |= {file.name: file for file in place.iterdir()}
+            if (name := volume.get("configMap", {}).get("name")) in config_maps:
+                place = Path(folder) / HASH_SUFFIX.sub("", name)
+                pods.write_config_map(place, pods.contents(config_maps[name]))
+                files |= {file.name: file for file in place.iterdir()}
         if environment.FILE not in files:
             raise UserError(f"{step.name}: mounts no ConfigMap of the overlay that has {environment.FILE}; add it to "
                             "`configMapGenerator` in the overlay's kustomization.yaml")
-        try:
-            shared = environment.load(files[environment.FILE])
-            file = files.get(pipeline.FILE)
-            return shared, pipeline.load(file, shared).pipeline if file else None
-        except UserError as error:
-            raise UserError(str(error).replace(f"{folder}/", "ConfigMap ")) from None
+        own = [files[pipeline.FILE]] if pipeline.FILE in files else []
+        shared, adapters, problems = overlay.read(overlay.Files(Path(folder), files[environment.FILE], own))
+        if problems or shared is None:
+            raise UserError("\n".join(problems).replace(f"{folder}/", "ConfigMap "))
+        return shared, list(adapters.values())
 
 
-def _ordered(steps: list[Step], plans: dict[str | None, EnvironmentPlan]) -> list[Step]:
+def _ordered(steps: list[Step], plans: dict[str | None, Specs]) -> list[Step]:
     """The steps with what each follows, each after those that it follows.
 
     A step follows those that make the inputs of its artifacts, as the plan has them, and those that make what its init
-    containers await.
+    containers await. One of an adapter that makes no artifact and awaits none (publication) follows all of its
+    adapter that make some.
+
+    Raises:
+        UserError: steps wait for each other.
     """
     after = {step.name: set(_makers(step, steps, plans)) for step in steps}
     ordered: list[Step] = []
     before: dict[str, set[str]] = {}  # of each step, all that must have ended
     while len(ordered) < len(steps):
-        step = next(each for each in steps if each.name not in before and after[each.name] <= before.keys())
+        step = next((each for each in steps if each.name not in before and after[each.name] <= before.keys()), None)
+        if step is None:
+            raise UserError(f"{', '.join(sorted(after.keys() - before.keys()))}: wait for each other")
         direct = after[step.name]
         # Only the last ones: what these follow has ended when they start.
         last = sorted(direct - set[str]().union(*(before[name] for name in direct)))
@@ -177,20 +185,20 @@ def _ordered(steps: list[Step], plans: dict[str | None, EnvironmentPlan]) -> lis
     return ordered
 
 
-def _makers(step: Step, steps: list[Step], plans: dict[str | None, EnvironmentPlan]) -> Iterator[str]:
+def _makers(step: Step, steps: list[Step], plans: dict[str | None, Specs]) -> Iterator[str]:
     """The steps that make what a step reads."""
-    if step.adapter not in plans:
-        return
-    artifacts: dict[str, Spec] = vars(plans[step.adapter])
-    inputs = {digest for spec in _made(step, artifacts) for digest in spec.inputs.values()}
-    names = {name.replace("-", "_") for name in step.executor.awaits}
-    inputs |= {spec.digest for name, spec in artifacts.items() if name in names}
+    artifacts = plans.get(step.adapter, {})
+    awaited = {name.replace("-", "_") for name in step.executor.awaits}
+    read = {digest for spec in _made(step, artifacts) for digest in spec.inputs.values()} | {
+        artifacts[name].digest for name in awaited if name in artifacts}
+    if step.stage is None and step.adapter and not awaited:
+        read = {spec.digest for spec in artifacts.values()}
     for other in steps:
         if other is not step and other.adapter in (None, step.adapter) and any(
-                spec.digest in inputs for spec in _made(other, artifacts)):
+                spec.digest in read for spec in _made(other, artifacts)):
             yield other.name
 
 
-def _made(step: Step, artifacts: dict[str, Spec]) -> list[Spec]:
+def _made(step: Step, artifacts: Specs) -> list[Spec]:
     """The artifacts of a plan that a step makes."""
     return [artifacts[name] for name in STAGES.get(step.stage or "", ()) if name in artifacts]

@@ -37,6 +37,7 @@ UNSUPPORTED = {
     "spec.template.spec.automountServiceAccountToken": "the launcher of KFP in the pod needs the token",
     "spec.template.spec.containers.resources": "KFP has CPU, memory and one kind of accelerator",
     "spec.template.spec.containers.securityContext": "KFP sets user and group, and drops capabilities; nothing else",
+    "spec.template.spec.containers.securityContext.readOnlyRootFilesystem": "the root filesystem is writable",
     "spec.template.spec.containers.terminationMessagePolicy": "read the log of the step",
     "spec.template.spec.containers.volumeMounts.readOnly": "KFP mounts claims writable",
     "spec.template.spec.enableServiceLinks": "pods get variables for each Service of the namespace",
@@ -44,6 +45,7 @@ UNSUPPORTED = {
     "spec.template.spec.priorityClassName": "pods get the default priority of the cluster",
     "spec.template.spec.securityContext": "KFP sets user and group only; kubeflow/environment makes volumes writable",
     "spec.template.spec.serviceAccountName": "KFP has one service account for a whole run",
+    "spec.template.spec.volumes": "KFP mounts all keys, by their own names, with the usual permissions",
     "spec.template.spec.terminationGracePeriodSeconds": "30 seconds; later, work since the last checkpoint is repeated",
     "spec.ttlSecondsAfterFinished": "KFP removes pods of finished runs by its own settings",
 }
@@ -289,9 +291,11 @@ class _Translation:
             case ["persistentVolumeClaim"]:
                 return Mount(kubernetes.mount_pvc, {"pvc_name": source.take("claimName")})
             case ["configMap" | "secret"]:
-                if source.take("items"):
-                    raise UserError(f"{source.path}.items: KFP mounts all keys, by their own names. Leave `items` out")
                 optional = bool(source.take("optional"))
+                moved = [item for item in source.get("items") or [] if item["path"] != item["key"]]
+                if moved and not optional:  # a step can do without what is optional
+                    raise UserError(f"{source.path}.items: KFP mounts keys by their own names. Name the key "
+                                    f"{moved[0]['path']} instead of {moved[0]['key']}, and leave `items` out")
                 if kinds == ["secret"]:
                     return Mount(kubernetes.use_secret_as_volume,
                                  {"secret_name": source.take("secretName"), "optional": optional}, read_only=True)

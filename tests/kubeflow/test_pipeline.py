@@ -73,19 +73,47 @@ def test_of_a_jobset_its_jobs_are_steps_and_waiting_is_none(compiled: dict[str, 
     assert any(line.startswith("spec.failurePolicy (JobSet)") for line in compiled["gpu"]["unsupported"])
 
 
-def test_an_init_container_that_awaits_is_an_order_and_is_listed() -> None:
+def test_a_job_that_makes_no_artifact_follows_what_it_awaits_or_all_of_its_adapter() -> None:
     manifests = render(OVERLAY)
     evaluation = next(m for m in manifests if m["kind"] == "Job" and "evaluation-seville" in m["metadata"]["name"])
-    publication = copies.deepcopy(evaluation)
-    publication["metadata"]["name"] = "adapter-publication-seville-hotels"
-    pod = publication["spec"]["template"]["spec"]
-    pod["initContainers"] = [{"name": "await", "image": "image", "command": ["python", "-m", "jobs"],
-                              "args": ["await", "evaluation"]}]
-    pod["containers"][0]["args"] = ["publish"]
-    (result,) = compile_all([[*manifests, publication]])
-    assert after(result["text"])["adapter-publication-seville-hotels"] == {"model-evaluation-seville-hotels"}
-    assert any(line.startswith("spec.template.spec.initContainers (adapter-publication-seville-hotels): the order")
-               for line in result["unsupported"])
+    other = copies.deepcopy(evaluation)
+    other["metadata"]["name"] = "other"
+    pod = other["spec"]["template"]["spec"]
+    pod["containers"][0]["args"] = ["other"]
+    awaiting = copies.deepcopy(other)
+    awaiting["spec"]["template"]["spec"]["initContainers"] = [
+        {"name": "await", "image": "image", "command": ["python", "-m", "jobs"], "args": ["await", "adapter"]}]
+    alone, awaited = compile_all([[*manifests, other], [*manifests, awaiting]])
+    assert after(alone["text"])["other"] == {"model-evaluation-seville-hotels"}
+    assert after(awaited["text"])["other"] == {"model-training-seville-hotels"}
+    line = "spec.template.spec.initContainers (other): the order of the steps takes its place"
+    assert line in awaited["unsupported"] and line not in alone["unsupported"]
+
+
+def test_jobs_that_wait_for_each_other_are_refused() -> None:
+    manifests = render(OVERLAY)
+    relocation = next(m for m in manifests if m["kind"] == "Job" and "dataset-relocation-sev" in m["metadata"]["name"])
+    relocation["spec"]["template"]["spec"]["initContainers"] = [
+        {"name": "await", "image": "image", "command": ["python", "-m", "jobs"], "args": ["await", "adapter"]}]
+    (result,) = compile_all([manifests])
+    assert result["error"] == ("dataset-encoding-seville-hotels, dataset-relocation-seville-hotels, "
+                               "model-evaluation-seville-hotels, model-training-seville-hotels: wait for each other")
+
+
+def test_a_manifest_that_kubernetes_would_refuse_is_one_line() -> None:
+    whole = next(m for m in render(OVERLAY) if m["kind"] == "Job")
+    jobs = []
+    for path, value in (("spec", None), ("spec.template", "text"), ("spec.template.spec.containers", []),
+                        ("spec.template.spec.containers", [{"name": "job", "args": "encode"}]),
+                        ("spec.template.spec.volumes", ["text"]), ("spec.template.spec.securityContext", "text")):
+        parent = job = copies.deepcopy(whole)
+        *parents, key = path.split(".")
+        for each in parents:
+            parent = parent[each]
+        parent[key] = value
+        jobs.append([job])
+    for result in compile_all(jobs):
+        assert result["error"].startswith("dataset-encoding-hostel-guide: ") and "\n" not in result["error"]
 
 
 def test_nothing_is_taken_from_kfps_cache_and_retries_last_as_long_as_a_training(
@@ -194,7 +222,7 @@ def test_a_summary_lists_what_kfp_cannot_say_as_the_pipeline_does(tmp_path: Path
     done = python("kubeflow/pipeline.py", OVERLAY, "--adapter", "seville-hotels", "--output", file)
     assert done.returncode == 0 and done.stdout == ""
     title, _, *listed = done.stderr.splitlines()
-    assert title.startswith("lora-gitops-seville-hotels: 7 steps, version ")
+    assert title.startswith("lora-gitops-seville-hotels: 7 Jobs, version ")
     pipeline, _ = yaml.load_all(file.read_text(), KubernetesYaml)
     shown = pipeline["pipelineInfo"]["description"]
     assert len(listed) > 8
