@@ -411,7 +411,7 @@ def load(path: Path, environment_file: Path | LoadedEnvironment | None = None, *
     pipeline = declarations.validate(document, Pipeline, document.values | {"environment": shared.environment})
     if pinned:
         declarations.require_pins(document, pipeline.sources())
-    changed = settings.changes(pipeline.training, changes)
+    changed = settings.changes(pipeline.training, changes) if changes else {}
     if changed:
         try:
             pipeline = declarations.validate(document, Pipeline, settings.applied(document.values, changed) | {
