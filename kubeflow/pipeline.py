@@ -6,11 +6,16 @@ import hashlib
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # the checkout instead of this folder, which Python puts first
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    if find_spec("kfp") is None:
+        print("error: kfp is not installed in this Python. Run `make kubeflow`, which installs it into .venv-kubeflow, "
+              "or .venv-kubeflow/bin/python kubeflow/pipeline.py", file=sys.stderr)
+        sys.exit(2)
 
 from kfp import compiler, dsl
 

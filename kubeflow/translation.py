@@ -141,8 +141,9 @@ class _Translation:
         return Executor(image, command, args, self.settings, self.unsupported, awaits)
 
     def _job(self, spec: Fields) -> None:
-        retries = spec.take("backoffLimit", DEFAULT_BACKOFF_LIMIT)
-        self.set(dsl.PipelineTask.set_retry, max(retries, self.restarts), FIRST_PAUSE, PAUSE_FACTOR, RETRIES_END_AFTER)
+        retries = max(spec.take("backoffLimit", DEFAULT_BACKOFF_LIMIT), self.restarts)
+        if retries:  # without a policy there are none; in the IR, a policy with 0 has no number
+            self.set(dsl.PipelineTask.set_retry, retries, FIRST_PAUSE, PAUSE_FACTOR, RETRIES_END_AFTER)
         for key in ("parallelism", "completions"):
             if spec.take(key, 1) != 1:
                 raise UserError(f"spec.{key}: must be 1, because a step of KFP is one pod. Set it to 1, or leave "

@@ -438,7 +438,7 @@ def from_document(document: Document, environment_file: Path | LoadedEnvironment
     pipeline = declarations.validate(document, Pipeline, document.values | {"environment": shared.environment})
     if pinned:
         declarations.require_pins(document, pipeline.sources())
-    changed = settings.changes(pipeline.training, changes)
+    changed = settings.changes(pipeline.training, changes) if changes else {}
     if changed:
         try:
             pipeline = declarations.validate(document, Pipeline, settings.applied(document.values, changed) | {

@@ -53,6 +53,20 @@ def test_its_pods_fit_a_profile(tmp_path: Path) -> None:
     assert "Deployment/tensorboard" in templates
 
 
+def test_only_its_own_pods_lose_their_network(tmp_path: Path) -> None:
+    """The namespace also has notebooks and pods of KubeFlow. Steps have the labels of their Jobs."""
+    manifests = overlay(tmp_path)
+    policies = {m["metadata"]["name"]: m["spec"]["podSelector"] for m in of_kind(manifests, "NetworkPolicy")}
+    own = {"app.kubernetes.io/part-of": "lora-gitops"}
+    assert policies["default-deny"] == {"matchLabels": own}
+    assert policies["kubeflow-pipelines"]["matchLabels"].items() > own.items()
+    assert all(policies.values())
+    (board,) = of_kind(manifests, "Tensorboard")  # whose labels its pods get
+    jobsets = of_kind(render(CHECKOUT / "overlays" / "gpu"), "JobSet")
+    for pod in (*pod_templates([*manifests, *jobsets]).values(), board):
+        assert pod["metadata"]["labels"].items() >= own.items()
+
+
 def test_every_volume_is_made_writable_for_the_user_of_the_steps(tmp_path: Path) -> None:
     manifests = overlay(tmp_path)
     (job,) = of_kind(manifests, "Job")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy as copies
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +210,14 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     # Each problem of a file is a line, as everywhere.
     assert results[-1]["code"] == 2
     assert results[-1]["errors"].startswith("error: ConfigMap pipeline-hostel-guide/pipeline.yaml:1: dataset: is")
+
+
+def test_without_kfp_it_says_where_kfp_is() -> None:
+    done = subprocess.run([sys.executable, "kubeflow/pipeline.py", "overlays/kind"], cwd=CHECKOUT, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: kfp is not installed in this Python. Run `make kubeflow`")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_help_teaches() -> None:
