@@ -12,7 +12,7 @@ import pytest
 from jobs.__main__ import main
 from jobs.core import artifacts
 from jobs.core.pipeline import Pipeline
-from jobs.core.plan import Plan, plan_import
+from jobs.core.plan import Plan, plan, plan_import
 from jobs.core.published import WITHOUT_ANSWERS
 from jobs.publication import layout
 from jobs.publication.push import Published
@@ -120,7 +120,7 @@ def test_the_file_desires_what_its_relocation_found(tmp_path: Path, registry: re
     from jobs.relocation import adapters
 
     adapters.run(loaded, volumes)
-    found = build_published.plan(trained)
+    found = plan(trained)
     expected = Candidate(found.adapter.digest, found.evaluation.digest)
     assert candidates.desired(loaded.pipeline, volumes) == expected
     assert list(candidates.in_order(NAME, loaded.pipeline, volumes)) == [expected]
@@ -150,7 +150,7 @@ def test_a_proof_may_be_missing_only_where_the_manifest_says_that_it_was_not_pub
 def test_an_evaluation_may_hold_a_report_without_answers_in_a_folder_of_its_own(tmp_path: Path) -> None:
     """The report that can be published. No other folder, and nothing that is no file in it."""
     trained = build_published.trained(tmp_path)
-    planned, volumes = build_published.plan(trained), tmp_path / "volumes"
+    planned, volumes = plan(trained), tmp_path / "volumes"
     candidate = Candidate(planned.adapter.digest, planned.evaluation.digest)
 
     def report(folder: str) -> build_published.Change:

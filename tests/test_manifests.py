@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from jobs.__main__ import parser
-from jobs.core import imported
+from jobs.core import imported, signing
 from jobs.core.files import sha256_of
 from jobs.tools.kustomization import selects
 from serving import drain
@@ -623,6 +623,30 @@ def test_with_priorities_by_stage_no_number_of_adapters_keeps_out_what_they_wait
             assert used[producer]["value"] > used[waiting]["value"], f"{waiting} keeps out {producer}"
             assert used[producer].get("preemptionPolicy", "PreemptLowerPriority") == "PreemptLowerPriority", producer
     assert classes["lora-gitops-serving"]["value"] > max(c["value"] for c in used.values())
+
+
+SIGNS = {"model-training", "model-evaluation", "adapter-publication"}
+
+
+@pytest.mark.parametrize("overlay", ["overlays/kind", "overlays/gpu"])
+def test_only_what_signs_can_read_the_signing_key(overlay: str) -> None:
+    """Relocation connects to the outside, and serving answers clients: neither may be able to sign."""
+    assert "signing-key" not in yaml.safe_dump_all(renderings.rendered(overlay)), "off by default"
+    seen = set()
+    for template in pod_templates(renderings.rendered(f"{overlay} with options")).values():
+        name, pod = template["metadata"]["labels"]["app.kubernetes.io/name"], template["spec"]
+        seen.add(name)
+        if name not in SIGNS:
+            assert "signing-key" not in yaml.safe_dump(template), name
+            continue
+        assert "signing-key" not in yaml.safe_dump(pod.get("initContainers", [])), "they only wait"
+        (volume,) = (volume for volume in pod["volumes"] if volume["name"] == "signing-key")
+        assert volume == {"name": "signing-key", "secret": {"secretName": "signing-key"}}
+        (container,) = pod["containers"]
+        (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == "signing-key")
+        assert mount == {"name": "signing-key", "mountPath": "/etc/signing-key", "readOnly": True}
+        assert {"name": signing.VARIABLE, "value": "/etc/signing-key/key"} in container["env"]
+    assert {"model-training", "model-evaluation"} <= seen
 
 
 @every_overlay

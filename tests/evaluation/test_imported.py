@@ -9,11 +9,12 @@ import pytest
 import yaml
 
 from jobs.__main__ import main
-from jobs.core import artifacts, imported, promotion
+from jobs.core import imported, promotion
 from jobs.core.artifacts import Spec
 from jobs.core.imported import Imported
-from jobs.core.plan import deciding_evaluation, plan, plan_import
+from jobs.core.plan import deciding_evaluation, plan
 from jobs.evaluation import content, evaluate
+from tests import build_published
 from tests.build_models import FAILING, published_pipeline
 
 NAME = "guests"  # not the name in the environment that trained it
@@ -33,8 +34,7 @@ def test_it_is_measured_on_the_data_here_and_gets_its_name_by_the_gate_here(
 
     loaded = imported.load(file)
     arrived = Imported(wanted.adapter, Spec("fine-tuned-model", "evaluation", {"adapter": "hotels"}))
-    artifacts.publish(plan_import(loaded.pipeline).imported_adapter, volumes,
-                      lambda draft: (draft / imported.RECORD).write_text(arrived.to_json()) and None, keep=1)
+    build_published.record(volumes, loaded.pipeline, arrived)
     assert main(command) == 0
     decides = deciding_evaluation(loaded.pipeline, arrived)
     current = promotion.current(volumes / "fine-tuned-model", NAME)

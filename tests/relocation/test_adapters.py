@@ -432,3 +432,30 @@ def test_no_file_can_be_changed_in_the_registry_or_left_out_or_added(world: Worl
         assert world.published() == set(), path
     adapters.run(world.declare(files, **SIGNING), world.volumes)
     assert world.promoted()
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placed", [0, 1, 2])
+def test_a_kill_at_any_moment_leaves_nothing_promoted_and_the_next_run_completes_it(
+        world: World, monkeypatch: pytest.MonkeyPatch, placed: int) -> None:
+    """With nothing, the adapter, or both on the volume."""
+    calls, place, loaded = [], artifacts.place, world.declare()
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        if len(calls) < placed:
+            place(*arguments, **options)
+        calls.append(arguments)
+        if len(calls) > placed or placed == len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifacts, "place", killed)
+    with pytest.raises(KeyboardInterrupt):
+        adapters.run(loaded, world.volumes)
+    assert world.promoted() is None
+    assert len(world.published()) == placed
+    monkeypatch.setattr(artifacts, "place", place)
+    adapters.run(loaded, world.volumes)
+    assert world.promoted() == world.planned.adapter.digest
+    assert not list(world.volumes.glob("*/*/.draft-*"))
