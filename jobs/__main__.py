@@ -26,6 +26,7 @@ Fine-tune a model privately and serve the result, as its files in git declare.
     evaluate          measure base, fine-tuned and reference model; promote the adapter if the gate passes
     publish           bring the promoted adapter to a registry or a bucket, for other environments
     await ARTIFACT…   wait until artifacts are there (init containers)
+    verify            read every artifact on the volumes and compare it with its manifest
 
   for people
     new OVERLAY NAME  add an adapter to an overlay: its folder and its entries in kustomization.yaml
@@ -73,6 +74,12 @@ def parser() -> argparse.ArgumentParser:
     wait.add_argument("artifacts", nargs="+", choices=AWAITABLE, metavar="ARTIFACT", help=", ".join(AWAITABLE))
 
     from jobs.publication import export as export_module
+    from jobs.tools import verify as verify_module
+
+    verify = commands.add_parser("verify", description=verify_module.DESCRIPTION, formatter_class=raw)
+    verify.add_argument("chosen", nargs="*", metavar="ARTIFACT",
+                        help="KIND/DIGEST, KIND, or an artifact's path (default: all on the volumes)")
+
     from jobs.tools import kind as kind_module
     from jobs.tools import local as local_module
     from jobs.tools import new as new_module
@@ -144,6 +151,10 @@ def run(args: argparse.Namespace) -> None:
             from jobs.tools import kind
 
             kind.run(args)
+        case "verify":
+            from jobs.tools import verify
+
+            verify.run(args.volumes, args.chosen)
         case "relocate":
             from jobs.relocation import relocate
 

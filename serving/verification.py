@@ -18,6 +18,7 @@ from jobs.core.artifacts import SIGNATURE, canonical
 from jobs.core.errors import UserError
 from jobs.core.files import human_bytes
 from jobs.core.proof import Proof
+from jobs.core.published import WITHOUT_ANSWERS
 from serving import lora
 from serving.candidates import Candidate, adapter_folder, evaluation_folder
 from serving.lora import CONFIG, WEIGHTS, Modules
@@ -43,7 +44,7 @@ def check_gate(candidate: Candidate, name: str, volumes: Path, keys: Sequence[st
         OSError: when it cannot be read; a later attempt may succeed.
     """
     folder = evaluation_folder(candidate.evaluation, volumes)
-    size = sum(path.lstat().st_size for path in plain_files(folder))
+    size = sum(path.lstat().st_size for path in plain_files(folder, [WITHOUT_ANSWERS]))
     if size > LARGEST_REST:
         raise Refused("files", f"{folder} has {human_bytes(size)}; no evaluation is that large")
     manifest, adapter = read_artifact(folder, "evaluation", keys).manifest, f"{name}@{candidate.adapter}"

@@ -13,9 +13,9 @@ from typing import Any
 
 from jobs.core import artifacts, imported, pipeline
 from jobs.core.artifacts import Artifact
-from jobs.core.imported import LoadedImport
+from jobs.core.imported import Imported, ImportedAdapter, LoadedImport
 from jobs.core.pipeline import Pipeline
-from jobs.core.plan import plan
+from jobs.core.plan import plan, plan_import
 from jobs.core.signing import Signer
 from jobs.publication import layout, push
 from jobs.publication.layout import File
@@ -82,6 +82,14 @@ def declare_served(folder: Path, published: Published, **changes: Any) -> None:
               "sha256": published.sha256, **changes}
     build_pipeline.write_yaml(folder / "environment.yaml", build_pipeline.environment(**values))
     build_pipeline.write_yaml(folder / f"{NAME}.yaml", build_pipeline.pipeline(**values))
+
+
+def record(volumes: Path, adapter: ImportedAdapter, arrived: Imported) -> None:
+    """Publish what the relocation of an imported adapter records."""
+    def write(draft: Path) -> None:
+        (draft / imported.RECORD).write_text(arrived.to_json())
+
+    artifacts.publish(plan_import(adapter).imported_adapter, volumes, write, keep=9)
 
 
 def with_about(manifest: str, about: Any) -> str:

@@ -235,7 +235,7 @@ def test_whatever_reading_a_file_raises_is_the_error_of_that_file(
     assert problem(read, NAME)[1] == f"{folder}/{NAME}.yaml: cannot be read: {words}"
     with pytest.raises(UserError):
         files._valid(folder, lambda: raises())
-    monkeypatch.setattr(environment, "load_any", raises)
+    monkeypatch.setattr(environment, "load", raises)
     assert problem(Files(folder), "environment")[1] == f"{folder}/environment.yaml: cannot be read: {words}"
 
 

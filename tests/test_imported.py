@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from jobs.__main__ import main
 from jobs.core import artifacts
 from jobs.core.pipeline import Pipeline
-from jobs.core.plan import Plan, plan_import
+from jobs.core.plan import Plan, plan, plan_import
+from jobs.core.published import WITHOUT_ANSWERS
 from jobs.publication import layout
 from jobs.publication.push import Published
 from serving import candidates, verification
@@ -118,7 +120,7 @@ def test_the_file_desires_what_its_relocation_found(tmp_path: Path, registry: re
     from jobs.relocation import adapters
 
     adapters.run(loaded, volumes)
-    found = build_published.plan(trained)
+    found = plan(trained)
     expected = Candidate(found.adapter.digest, found.evaluation.digest)
     assert candidates.desired(loaded.pipeline, volumes) == expected
     assert list(candidates.in_order(NAME, loaded.pipeline, volumes)) == [expected]
@@ -143,3 +145,24 @@ def test_a_proof_may_be_missing_only_where_the_manifest_says_that_it_was_not_pub
     else:
         with pytest.raises(Refused, match="does not hold what the adapter answers"):
             verification.read_proof(folder)
+
+
+def test_an_evaluation_may_hold_a_report_without_answers_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    """The report that can be published. No other folder, and nothing that is no file in it."""
+    trained = build_published.trained(tmp_path)
+    planned, volumes = plan(trained), tmp_path / "volumes"
+    candidate = Candidate(planned.adapter.digest, planned.evaluation.digest)
+
+    def report(folder: str) -> build_published.Change:
+        def change(draft: Path) -> None:
+            (draft / folder).mkdir(parents=True)
+            (draft / folder / "report.md").write_text("# passed")
+        return change
+
+    for folder in ("without-answers/more", "other"):
+        found = build_published.evaluation(volumes, trained, report(folder))
+        with pytest.raises(Refused, match="is not a plain file"):
+            verification.check_gate(candidate, NAME, volumes)
+        shutil.rmtree(found.path)
+    build_published.evaluation(volumes, trained, report(WITHOUT_ANSWERS))
+    verification.check_gate(candidate, NAME, volumes)

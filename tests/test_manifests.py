@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from jobs.__main__ import parser
-from jobs.core import imported
+from jobs.core import imported, signing
 from jobs.core.files import sha256_of
 from jobs.tools.kustomization import selects
 from serving import drain
@@ -625,6 +625,30 @@ def test_with_priorities_by_stage_no_number_of_adapters_keeps_out_what_they_wait
     assert classes["lora-gitops-serving"]["value"] > max(c["value"] for c in used.values())
 
 
+SIGNS = {"model-training", "model-evaluation", "adapter-publication"}
+
+
+@pytest.mark.parametrize("overlay", ["overlays/kind", "overlays/gpu"])
+def test_only_what_signs_can_read_the_signing_key(overlay: str) -> None:
+    """Relocation connects to the outside, and serving answers clients: neither may be able to sign."""
+    assert "signing-key" not in yaml.safe_dump_all(renderings.rendered(overlay)), "off by default"
+    seen = set()
+    for template in pod_templates(renderings.rendered(f"{overlay} with options")).values():
+        name, pod = template["metadata"]["labels"]["app.kubernetes.io/name"], template["spec"]
+        seen.add(name)
+        if name not in SIGNS:
+            assert "signing-key" not in yaml.safe_dump(template), name
+            continue
+        assert "signing-key" not in yaml.safe_dump(pod.get("initContainers", [])), "they only wait"
+        (volume,) = (volume for volume in pod["volumes"] if volume["name"] == "signing-key")
+        assert volume == {"name": "signing-key", "secret": {"secretName": "signing-key"}}
+        (container,) = pod["containers"]
+        (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == "signing-key")
+        assert mount == {"name": "signing-key", "mountPath": "/etc/signing-key", "readOnly": True}
+        assert {"name": signing.VARIABLE, "value": "/etc/signing-key/key"} in container["env"]
+    assert {"model-training", "model-evaluation"} <= seen
+
+
 @every_overlay
 def test_no_autoscaler_ends_a_training_to_save_a_node(overlay: Path) -> None:
     for name, template in pod_templates(rendered(overlay)).items():
@@ -881,3 +905,23 @@ def test_the_committed_files_are_valid_and_the_data_is_as_pinned(overlay: Path) 
         dataset = loaded.pipeline.dataset
         if dataset and dataset.scheme == "file":
             assert sha256_of(loaded.resolve(dataset)) == dataset.sha256, f"run: python -m jobs pin {overlay}"
+
+
+def test_the_scheduled_verification_reaches_every_volume_and_nobody() -> None:
+    manifests = renderings.rendered("overlays/kind with options")
+    cron = by_name(manifests, "CronJob")["artifact-verification"]
+    template = pod_templates([cron])["CronJob/artifact-verification"]
+    assert restricted_violations(template) == []
+    (container,) = containers(template)
+    assert container["args"] == ["verify"]
+    assert {v["persistentVolumeClaim"]["claimName"] for v in template["spec"]["volumes"]
+            if "persistentVolumeClaim" in v} == names(manifests, "PersistentVolumeClaim")
+    assert {m["mountPath"] for m in container["volumeMounts"]} == {
+        "/tmp", *(f"/volumes/{claim.removesuffix('-pvc')}" for claim in names(manifests, "PersistentVolumeClaim"))}
+    for direction in ("Ingress", "Egress"):
+        found = policies(manifests, template, direction)
+        assert [policy["metadata"]["name"] for policy in found] == ["default-deny"]
+    terms = template["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert terms[0]["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    assert cron["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    assert template["spec"]["serviceAccountName"] in names(manifests, "ServiceAccount")

@@ -81,8 +81,9 @@ class ImportedFile(AdapterFile):
 
     @property
     def published(self) -> AdapterSource:
-        """Where it comes from."""
-        return AdapterSource(source=self.source, sha256=self.sha256)
+        """Where it comes from: in a bucket, a folder."""
+        in_bucket = sources.scheme_of(self.source) == "s3"
+        return AdapterSource(source=f"{self.source.rstrip('/')}/" if in_bucket else self.source, sha256=self.sha256)
 
     def sources(self) -> dict[str, Source]:
         """Every source by its key in the pipeline file, in the order in which people read it."""

@@ -51,6 +51,11 @@ def _data(shape: str, pattern: str) -> dict[Use, Form]:
     return {"data": Form(shape, pattern), "acceptability": Form(shape, pattern)}
 
 
+def _bucket(scheme: str) -> dict[Use, Form]:
+    return {"model": Form(f"{scheme}://BUCKET/FOLDER", rf"{scheme}://[^/]+/[^*?]*"),
+            **_data(f"{scheme}://BUCKET/KEY, a folder with / at its end, or a glob", f"{scheme}://[^/]+/.*")}
+
+
 SCHEMES: dict[str, Scheme] = {
     "hf": Scheme("revision", {"model": Form("hf://OWNER/NAME", r"hf://(?!datasets/).+"),
                               **_data("hf://datasets/OWNER/NAME, with a path or glob behind it",
@@ -58,10 +63,10 @@ SCHEMES: dict[str, Scheme] = {
     "file": Scheme("sha256", {"model": Form("file:PATH", "file:.+"), **_data("file:PATH", "file:.+")}, local=True),
     "https": Scheme("sha256", _data("https://…", "https://[^/].*")),
     "http": Scheme("sha256", _data("http://…", "http://[^/].*")),
-    "s3": Scheme("sha256", {**_data("s3://BUCKET/KEY", "s3://[^/]+/.*[^/]"),
-                            "adapter": Form("s3://BUCKET/PREFIX/NAME/DIGEST", "s3://[^/]+/.*[^/]")}),
+    "s3": Scheme("sha256", {**_bucket("s3"), "adapter": Form("s3://BUCKET/PREFIX/NAME/DIGEST",
+                                                             "s3://[^/]+/[^*?]*[^*?/]/?")}),
     "oci": Scheme("sha256", {"model": OCI, "data": OCI, "acceptability": OCI, "adapter": OCI}),
-    "gs": Scheme("sha256", _data("gs://BUCKET/KEY", "gs://[^/]+/.*[^/]")),
+    "gs": Scheme("sha256", _bucket("gs")),
     "builtin": Scheme(None, {"model": Form("builtin:tiny or builtin:tiny-reference", "builtin:tiny(-reference)?"),
                              "acceptability": Form(EMBEDDED_PAIRS, EMBEDDED_PAIRS)}),
 }

@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,10 @@ def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float,
         fill = conclude(pipeline, wanted, volumes, comparison, other)
     else:
         artifacts.done(wanted.evaluation, volumes, signer)
+        if signer:  # what another trusted key signed is signed again, so that nothing needs that key any more
+            for each in (wanted.base_scores, wanted.adapter_scores, wanted.reference_scores):
+                with suppress(UserError):
+                    artifacts.done(each, volumes, signer)
         if passed(there):
             # Retention may have removed an old adapter while its evaluation was kept; its training job makes it again.
             artifacts.wait(_served(pipeline, wanted), volumes, wait_seconds, keys=keys)

@@ -12,19 +12,18 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jobs.core import artifacts, imported, promotion, signatures
 from jobs.core.artifacts import Artifact, Spec, canonical
 from jobs.core.errors import UserError
-from jobs.core.files import read_plain_file
+from jobs.core.files import read_plain_file, sha256_of
 from jobs.core.imported import Imported, LoadedImport
 from jobs.core.layout import MANIFEST, read_manifest
 from jobs.core.plan import FINE_TUNED_VOLUME, plan_environment, plan_import
 from jobs.core.promotion import DIGEST
-from jobs.core.published import EVALUATION, PROVENANCE
+from jobs.core.published import EVALUATION, PROVENANCE, SUMS
 from jobs.core.signatures import NotSigned
 from jobs.relocation import sources
 from jobs.relocation.connection import shown
@@ -78,10 +77,14 @@ def _is_whole(wanted: Spec, volumes: Path) -> bool:
 def write(loaded: LoadedImport, volumes: Path, draft: Path) -> dict[str, Any]:
     """Fetch and verify what was published, place adapter and evaluation on the volume, and record which they are."""
     source = loaded.pipeline.published
-    items = [replace(item, name=f"{FETCHED}/{item.name}") for item in sources.listing(loaded, source)]
-    fetch(items, source, draft)
+    items = sources.listing(loaded, source)
+    if unlisted := [item.name for item in items if item.sha256 is None]:
+        raise UserError(f"{shown(source.source)}: {SUMS} is missing, so nothing says what {unlisted[0]} must be. Name "
+                        "the folder that `python -m jobs publish` has written")
+    fetch(items, source, draft, FETCHED)
     adapter, evaluation = divide(draft, shown(source.source))
     require_fit(loaded, adapter, evaluation)
+    require_provenance(loaded, draft / PROVENANCE, adapter, evaluation)
     found = Imported(*(Spec(FINE_TUNED_VOLUME, each.manifest["kind"], each.manifest["spec"], each.manifest["inputs"])
                        for each in (adapter, evaluation)))
     pairs = [(found.adapter, adapter), (found.evaluation, evaluation)]
@@ -188,6 +191,26 @@ def require_signature(loaded: LoadedImport, artifact: Artifact, where: str) -> N
         signatures.check(artifact.path, artifact.manifest, keys)
     except NotSigned as error:
         raise NotSigned(f"{where}: {str(error).removeprefix(f'{artifact.path}: ')}") from None
+
+
+def require_provenance(loaded: LoadedImport, file: Path, adapter: Artifact, evaluation: Artifact) -> None:
+    """The provenance, where there is one and the environment has keys, is signed, and about this adapter and this
+    evaluation. It is kept for people: what decides is signed by itself.
+
+    Raises:
+        NotSigned: it is not.
+    """
+    keys = loaded.pipeline.environment.trusted_keys
+    if not keys or not file.exists():
+        return
+    try:
+        statement = json.loads(signatures.verify_envelope(read_plain_file(file, JSON_BYTES), keys)[0])
+        named = [each["digest"]["sha256"] for each in (*statement["subject"],
+                                                       *statement["predicate"]["runDetails"]["byproducts"])]
+        if named != [sha256_of(artifact.path / MANIFEST) for artifact in (adapter, evaluation)]:
+            raise ValueError("it is about other artifacts")
+    except (UserError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise NotSigned(f"{shown(loaded.pipeline.source)}: {PROVENANCE} does not verify: {error}") from None
 
 
 def require_verdict(loaded: LoadedImport, evaluation: Artifact, adapter: str, where: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs.core import artifacts, promotion, registry
+from jobs.core import artifacts, promotion, provenance, registry, signatures
 from jobs.core.artifacts import MANIFEST, SIGNATURE
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.imported import LoadedImport
@@ -21,12 +21,15 @@ from jobs.core.plan import Plan, plan, plan_import
 from jobs.core.published import PROVENANCE
 from jobs.publication import layout
 from jobs.publication.layout import File
+from jobs.publication.push import Published
 from jobs.relocation import adapters, connection
 from jobs.relocation.sources import oci
 from tests import build_published, registry_server
 from tests.build_published import NAME, declare, publish, trained
 from tests.build_signing import pair, signer
 from tests.registry_server import Fault, Registry
+from tests.s3_server import S3
+from tests.s3_server import serve as serve_s3
 
 Files = list[File]
 
@@ -291,6 +294,53 @@ def test_a_registry_that_is_down_is_tried_again(world: World) -> None:
     assert world.promoted() == world.planned.adapter.digest
 
 
+# --- from a bucket ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def buckets() -> Iterator[S3]:
+    with serve_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(buckets: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    for name, value in {"AWS_ENDPOINT_URL": buckets.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+                        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}.items():
+        monkeypatch.setenv(name, value)
+    return buckets
+
+
+def in_bucket(world: World, bucket: S3, files: Files, prefix: str, **changes: Any) -> LoadedImport:
+    """The environment's files for what was published below the prefix."""
+    for file in files:
+        content = file.content if isinstance(file.content, bytes) else file.content.read_bytes()
+        bucket.put(f"{prefix}/{file.path}", content)
+    sums = layout.sums(files)
+    bucket.put(f"{prefix}/SHA256SUMS", sums)
+    source = Published(f"s3://data/{prefix}", hashlib.sha256(sums).hexdigest(), pushed=True)
+    return declare(world.folder / "here", source, **changes)
+
+
+def test_it_arrives_from_a_bucket_too(world: World, bucket: S3) -> None:
+    loaded = in_bucket(world, bucket, signed(world), "team/seville-hotels/one", **SIGNING)
+    adapters.run(loaded, world.volumes)
+    assert world.promoted() == world.planned.adapter.digest
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda bucket: bucket.delete("two/README.md"), "SHA256SUMS lists it, but it is not there"),
+    (lambda bucket: bucket.put("two/README.md", b"other"), "SHA256SUMS says .*, but the content is"),
+    (lambda bucket: bucket.put("two/SHA256SUMS", b"0" * 64 + b"  README.md\n"), "pipeline.yaml says .*, but the"),
+    (lambda bucket: bucket.delete("two/SHA256SUMS"), "SHA256SUMS is missing, so nothing says what"),
+], ids=["missing", "replaced", "another list", "no list"])
+def test_what_is_wrong_in_a_bucket_is_one_line(world: World, bucket: S3, change: Callable[[S3], object], message: str
+                                               ) -> None:
+    loaded = in_bucket(world, bucket, world.files, "two")
+    change(bucket)
+    refused(world, loaded, message)
+
+
 # --- signatures -------------------------------------------------------------------------------------------------------
 
 SIGNING = {"signing": {"public_keys": [pair().public]}}
@@ -344,6 +394,31 @@ def test_what_no_trusted_key_signed_is_refused(world: World, case: str) -> None:
     refused(world, world.declare(make(world), **SIGNING), message)
 
 
+def with_provenance(world: World, *, key: str = "one", of: int = 0) -> Files:
+    """What is published of an adapter, with the provenance of the one that has the seed `of`."""
+    files, others = signed(world), {file.path: file for file in signed(world, seed=of)}
+
+    def manifest(path: str) -> bytes:
+        content = others[path].content
+        return content if isinstance(content, bytes) else content.read_bytes()
+
+    path = f"evaluation/{MANIFEST}"
+    made = provenance.sign(world.there, manifest(MANIFEST), manifest(path), path, signer(pair(key)))
+    return sorted([*files, File.of(PROVENANCE, made)], key=lambda file: file.path)
+
+
+def test_provenance_is_verified_and_kept(world: World) -> None:
+    loaded = world.declare(with_provenance(world), **SIGNING)
+    adapters.run(loaded, world.volumes)
+    kept = plan_import(loaded.pipeline).imported_adapter.path(world.volumes) / PROVENANCE
+    assert b"seville-hotels" in signatures.verify_envelope(kept.read_bytes(), [pair().public])[0]
+
+
+@pytest.mark.parametrize("options", [{"key": "two"}, {"of": 1}])
+def test_provenance_of_another_adapter_or_by_another_key_is_refused(world: World, options: dict[str, Any]) -> None:
+    refused(world, world.declare(with_provenance(world, **options), **SIGNING), "provenance.json does not verify: ")
+
+
 def test_when_a_key_is_removed_what_it_signed_is_no_longer_promoted(world: World) -> None:
     files = signed(world)
     adapters.run(world.declare(files, **SIGNING), world.volumes)
@@ -382,3 +457,31 @@ def test_no_file_can_be_changed_in_the_registry_or_left_out_or_added(world: Worl
         assert world.published() == set(), path
     adapters.run(world.declare(files, **SIGNING), world.volumes)
     assert world.promoted()
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placed", [0, 1, 2])
+def test_a_kill_at_any_moment_leaves_nothing_promoted_and_the_next_run_completes_it(
+        world: World, monkeypatch: pytest.MonkeyPatch, placed: int) -> None:
+    """With nothing, the adapter, or both on the volume."""
+    calls: list[object] = []
+    place, loaded = artifacts.place, world.declare()
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        if len(calls) < placed:
+            place(*arguments, **options)
+        calls.append(arguments)
+        if len(calls) > placed or placed == len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifacts, "place", killed)
+    with pytest.raises(KeyboardInterrupt):
+        adapters.run(loaded, world.volumes)
+    assert world.promoted() is None
+    assert len(world.published()) == placed
+    monkeypatch.setattr(artifacts, "place", place)
+    adapters.run(loaded, world.volumes)
+    assert world.promoted() == world.planned.adapter.digest
+    assert not list(world.volumes.glob("*/*/.draft-*"))

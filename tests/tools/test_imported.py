@@ -66,6 +66,13 @@ def test_pin_moves_to_what_the_tag_names_now(registry: registry_server.Registry,
     assert file.read_text() == tagged.replace("0123456789abcdef" * 4, digest)
 
 
+def test_pin_leaves_a_digest_without_a_tag_where_it_is(serving: Path) -> None:
+    file = serving / "adapters" / NAME / "pipeline.yaml"
+    before = file.read_text()
+    pin.run(file.parent, update=True)  # the example's registry does not exist
+    assert file.read_text() == before
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"source": "oci://UPPER/x y"}, "--import: oci://UPPER/x y must be oci://REGISTRY/NAME:TAG"),
     ({"source": "https://example.com"}, "--import: https://example.com is not a source; allowed: "),

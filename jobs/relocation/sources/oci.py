@@ -16,9 +16,11 @@ from jobs.relocation.sources.interface import Item
 
 
 def find_pin(loaded: Loaded, source: Source) -> str:
-    """The digest of the manifest that the tag stands for now; without a tag, the digest in the source."""
+    """The digest of the manifest that the tag stands for now; without a tag, the digest in the source, or its pin."""
     where = Reference.parse(source.source)
     if not (reference := where.tag or where.digest):
+        if source.sha256:
+            return source.sha256
         raise UserError(f"{source.source}: names neither a tag nor a digest. Write oci://REGISTRY/NAME:TAG")
     return _repository(where.registry, where.name).manifest(reference).digest.removeprefix("sha256:")
 
