@@ -7,7 +7,8 @@ contacts Sigstore only to sign without a key.
 
 from __future__ import annotations
 
-import logging
+import base64
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -16,14 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.core import signatures
-from jobs.core.errors import UserError
+from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import read_plain_file
 from jobs.core.layout import MANIFEST
 
 if TYPE_CHECKING:
     from jobs.core.environment import Environment
-
-log = logging.getLogger("jobs")
 
 VARIABLE = "SIGNING_KEY"
 PKCS11 = "pkcs11:"
@@ -53,7 +52,9 @@ class Signer:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / name
             file.write_bytes(content)
-            payload = signing.Payload(hashing.Config().hash(file))
+            # The paths of git, which it would ignore in a folder, are a set: in another order in every process.
+            config = hashing.Config().set_ignored_paths(paths=[], ignore_git_paths=False)
+            payload = signing.Payload(config.hash(file))
         return str(self._signer.sign(payload).bundle.to_json())
 
     def sign_statement(self, subjects: Mapping[str, str], predicate_type: str, predicate: Mapping[str, Any]) -> str:
@@ -143,25 +144,34 @@ def from_pem(pem: bytes, name: str) -> tuple[Any, str]:
         own = signatures.public_key(public)
     except ValueError as error:
         raise UserError(f"{name}: the signing key {error}. {ADVICE}") from None
-    from model_signing._signing.sign_ec_key import Signer as FileSigner
-
-    made: Any = FileSigner.__new__(FileSigner)  # it would read a file, which may be another one by now
-    made._private_key = _Deterministic(key)
-    return made, own
+    return _reproducible(key), own
 
 
-class _Deterministic:
-    """A private key as model-signing uses it, without random numbers (RFC 6979): the same adapter, published again,
-    then has the same bytes, and so the same digest in a registry."""
+def _reproducible(key: Any) -> Any:
+    """model-signing's signer for a private key, but the same content gives the same signature: an adapter that is
+    published again then has the same digest in a registry. Its own draws random numbers, and writes the keys of a
+    statement in an order that differs from process to process."""
+    from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
+    from google.protobuf import json_format
+    from model_signing._signing import sign_ec_key, sign_sigstore_pb
+    from sigstore_models import intoto
+    from sigstore_models.bundle.v1 import Bundle
 
-    def __init__(self, key: Any) -> None:
-        self._key = key
-        self.public_key = key.public_key
+    class Reproducible(sign_ec_key.Signer):
+        def __init__(self) -> None:  # without the parent's, which reads the file again: it may be another one by now
+            self._private_key = key
 
-    def sign(self, content: bytes, algorithm: Any) -> bytes:
-        from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
+        def sign(self, payload: Any) -> Any:
+            content = json.dumps(json_format.MessageToDict(payload.statement.pb), sort_keys=True, indent=1).encode()
+            algorithm = ECDSA(sign_ec_key.get_ec_key_hash(key.public_key()), deterministic_signing=True)  # RFC 6979
+            signature = key.sign(sign_sigstore_pb.pae(content), algorithm)
+            envelope = intoto.Envelope(payload=base64.b64encode(content), payload_type=signatures.IN_TOTO, signatures=[
+                intoto.Signature(sig=base64.b64encode(signature), keyid="")])
+            return sign_sigstore_pb.Signature(Bundle(
+                media_type=sign_sigstore_pb._BUNDLE_MEDIA_TYPE, dsse_envelope=envelope,
+                verification_material=self._get_verification_material()))
 
-        return bytes(self._key.sign(content, ECDSA(algorithm.algorithm, deterministic_signing=True)))
+    return Reproducible()
 
 
 def _pkcs11(uri: str) -> tuple[Any, str]:
@@ -179,4 +189,17 @@ def _pkcs11(uri: str) -> tuple[Any, str]:
         raise UserError(f"{VARIABLE}: no key that can sign is at {_shown(uri)} ({type(error).__name__}). See "
                         "docs/signing.md") from None
     own = made.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return made, own.decode()
+    return _Device(made, _shown(uri)), own.decode()
+
+
+class _Device:
+    """A key in a device, which may be away when a training of hours has ended. Its checkpoint stays."""
+
+    def __init__(self, signer: Any, name: str) -> None:
+        self._signer, self._name = signer, name
+
+    def sign(self, payload: Any) -> Any:
+        try:
+            return self._signer.sign(payload)
+        except Exception as error:
+            raise RetryableError(f"{VARIABLE}: {self._name} did not sign ({type(error).__name__})") from None

@@ -30,6 +30,7 @@ from typing import Any
 
 import yaml
 
+from jobs.core import signing
 from jobs.core.declarations import Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
@@ -47,6 +48,8 @@ PARTS = ("resources", "bases", "components", "transformers", "generators", "vali
 COPIED_BYTES = 2**21  # of a larger file beside a kustomization no ConfigMap can be made
 NAME_CHARACTERS = 63  # of a Job, which becomes a label of its pods; of a pod, which becomes its host name
 POD_SUFFIX = 6  # characters that the Job controller adds to the name of a pod: -x7k2p
+NAME = "app.kubernetes.io/name"
+SIGNING_STAGES = frozenset({"model-training", "model-evaluation", "adapter-publication"})
 INSTANCE = "app.kubernetes.io/instance"  # the label that has an adapter's name
 THREADS = 4
 
@@ -118,6 +121,7 @@ def check(overlay: Path, environment: LoadedEnvironment | None = None,
             raise UserError("\n".join([*problems, str(error)])) from None
     scope = narrowed(overlay, whole, present, only)
     problems += [*sources_out_of_reach(overlay, whole, environment, adapters or {}),
+                 *stages_without_key(overlay, whole, environment, adapters or {}),
                  *names_too_long(overlay, whole, only)]
     if scope:
         problems += [*patches_without_effect(scope), *names_that_do_not_follow(scope)]
@@ -298,6 +302,26 @@ def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest], environment:
     if open_without_need:
         log.warning("%s: the data is in git, but dataset-relocation may reach the network. List the component "
                     "base/egress/models-only in its kustomization.yaml", overlay)
+
+
+def stages_without_key(overlay: Path, whole: list[pods.Manifest], environment: LoadedEnvironment | None,
+                       adapters: Mapping[str, LoadedAdapter]) -> Iterator[str]:
+    """The stages that are to sign what they publish, and have no key; without the key they fail."""
+    asks = environment or next(iter(adapters.values())).environment if environment or adapters else None
+    if asks is None:
+        return
+    signs = {(labels[NAME], any(entry["name"] == signing.VARIABLE for container in pods.containers(template)
+                                for entry in container.get("env") or []))
+             for template in pods.pod_templates(whole).values()
+             if (labels := template["metadata"].get("labels") or {}).get(NAME) in SIGNING_STAGES}
+    without = sorted(name for name, has_key in signs if not has_key)
+    if asks.environment.signing and without:
+        yield (f"{asks.path}: asks for signatures (signing), but {', '.join(without)} "
+               f"{'has' if len(without) == 1 else 'have'} no key. List the component base/signing in the "
+               "kustomization.yaml (of a JobSet: overlays/gpu/jobset/signing; docs/signing.md)")
+    if not asks.environment.signing and any(has_key for _, has_key in signs):
+        log.warning("%s: the signing key is mounted, but %s names no public key (signing.public_keys), so nothing is "
+                    "signed", overlay, asks.path)
 
 
 def selects(selector: pods.Manifest, labels: dict[str, str]) -> bool:

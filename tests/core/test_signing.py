@@ -8,8 +8,11 @@ import functools
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.core import environment, signatures, signing
+from jobs.core import artifacts, environment, provenance, signatures, signing
 from jobs.core.errors import UserError
 from tests import build_pipeline, build_signing
 from tests.build_signing import pair
+from tests.manifests import CHECKOUT
 
 CONTENT = b'{"kind": "adapter"}\n'
 
@@ -305,6 +309,7 @@ def refuse(*_, **__): raise AssertionError("a connection")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 from tests import build_signing
 from tests.build_signing import pair
+from tests.manifests import CHECKOUT
 from jobs.core import signatures
 bundle = build_signing.signer(pair()).sign({CONTENT!r})
 signatures.verify({CONTENT!r}, bundle.encode(), [pair().public])
@@ -321,3 +326,47 @@ def test_checking_signatures_needs_no_model_signing() -> None:
                f"from jobs.core import signatures\nsignatures.verify({CONTENT!r}, {signed()!r}, [{pair().public!r}])")
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+# --- docs/signing.md --------------------------------------------------------------------------------------------------
+
+
+def commands(heading: str) -> str:
+    """The first block of shell commands below a heading of docs/signing.md."""
+    section = (CHECKOUT / "docs" / "signing.md").read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return textwrap.dedent(re.findall(r"^( *)```sh\n(.*?)^ *```", section, re.DOTALL | re.MULTILINE)[0][1])
+
+
+def run_shell(commands: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=folder, capture_output=True, text=True,
+                          check=False, env={**os.environ, "PATH": path})
+
+
+def test_the_documented_commands_make_a_key_that_signs_and_verify_what_it_signed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = run_shell(commands("Switch it on"), tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "signing.key").stat().st_mode & 0o77 == 0
+    monkeypatch.setenv(signing.VARIABLE, str(tmp_path / "signing.key"))
+    signer = signing.signer(environment_with((tmp_path / "signing.pub").read_text()))
+
+    spec = artifacts.Spec("volume", "adapter", {})
+    folder = artifacts.publish(spec, tmp_path, lambda draft: (draft / "weights").write_text("w") and None, keep=1,
+                               signer=signer).path
+    shutil.copyfile(tmp_path / "signing.pub", folder / "signing.pub")
+    by_hand = run_shell(commands("Verify by hand"), folder)
+    assert by_hand.returncode == 0, by_hand.stderr
+    assert by_hand.stdout.splitlines() == ["Verification succeeded", "weights: OK"]
+    (folder / "weights").write_text("x")
+    assert run_shell(commands("Verify by hand"), folder).returncode == 1
+
+    assert signer is not None
+    manifest = (folder / "artifact.json").read_bytes()
+    evaluation = json.dumps({"digest": "fedcba9876543210", "about": {"passed": True}}).encode()
+    (folder / provenance.FILE).write_bytes(provenance.sign(build_pipeline.build(), manifest, evaluation, "e", signer))
+    read = run_shell(commands("Provenance"), folder)
+    assert read.returncode == 0, read.stderr
+    assert read.stdout.startswith("Verified OK\n")
+    subject = json.loads((folder / "statement.json").read_text())["subject"][0]["digest"]["sha256"]
+    assert subject in read.stdout

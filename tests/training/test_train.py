@@ -275,9 +275,9 @@ def checkpoint(folder: Path, step: int, best: int | None = None) -> Path:
     return made
 
 
-def forge(checkpoint: Path) -> None:
-    """Change weights as one who can write to the volume would: so that the checkpoint looks whole."""
-    (checkpoint / "weights").write_text("others")
+def forge(checkpoint: Path, name: str = "weights") -> None:
+    """Change a file as one who can write to the volume would: so that the checkpoint looks whole."""
+    (checkpoint / name).write_text("[]")
     signature = (checkpoint / callbacks.CHECKPOINT_SIGNATURE).read_bytes()
     callbacks.mark_whole(checkpoint)
     (checkpoint / callbacks.CHECKPOINT_SIGNATURE).write_bytes(signature)
@@ -289,7 +289,7 @@ FORGED: dict[str, Callable[[Path], object]] = {
     "by another key": lambda made: callbacks.mark_whole(made, build_signing.signer(pair("two"))),
     "with other best weights": lambda made: (made.parent / "best-3.safetensors").write_text("others"),
     "without its best weights": lambda made: (made.parent / "best-3.safetensors").unlink(),
-    "without a state": lambda made: ((made / "trainer_state.json").write_text("[]"), forge(made)),
+    "with no state": lambda made: forge(made, "trainer_state.json"),
 }
 
 
