@@ -204,8 +204,8 @@ def _imports_of_another_base(before: Side, after: Side) -> Iterator[str]:
         old = before.adapters.get(name)
         if isinstance(adapter, ImportedAdapter) and isinstance(old, ImportedAdapter) and (
                 plan_import(adapter).imported_adapter == plan_import(old).imported_adapter):
-            yield (f"{name} is imported and stays the same, and {' and '.join(changed)} of the environment changes: its "
-                   "relocation fails if it was trained with what was there before")
+            yield (f"{name} is imported and stays the same, and {' and '.join(changed)} of the environment changes: "
+                   "its relocation fails if it was trained with what was there before")
 
 
 # --- artifacts --------------------------------------------------------------------------------------------------------
