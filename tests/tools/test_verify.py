@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.__main__ import main
-from jobs.core import artifacts, seals
+from jobs.core import artifacts, files, seals
 from jobs.core.artifacts import Spec
 from jobs.core.errors import UserError
 from jobs.tools import verify
@@ -30,8 +30,10 @@ def volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def publish(volumes: Path, volume: str, kind: str, number: int) -> Path:
-    return artifacts.publish(Spec(volume, kind, {"n": number}), volumes,
-                             lambda draft: (draft / "weights").write_text(f"weights of {number}") and None, keep=5).path
+    def write(draft: Path) -> None:
+        (draft / "weights").write_text(f"weights of {number}")
+
+    return artifacts.publish(Spec(volume, kind, {"n": number}), volumes, write, keep=5).path
 
 
 def folders(volumes: Path) -> list[Path]:
@@ -65,9 +67,8 @@ def test_bytes_that_a_disk_lost_are_found_although_the_seal_is_valid(volumes: Pa
                                                                      ) -> None:
     """Nothing that a file system knows of changes."""
     dataset, *_ = folders(volumes)
-    real = artifacts.sha256_of
     monkeypatch.setattr(artifacts, "sha256_of",
-                        lambda file: "0" * 64 if file == dataset / "weights" else real(file))
+                        lambda file: "0" * 64 if file == dataset / "weights" else files.sha256_of(file))
     assert artifacts.read(dataset, by="seal")
     with pytest.raises(UserError, match=f"{dataset}: weights was changed"):
         verify.run(volumes, [])
