@@ -120,7 +120,8 @@ def check(overlay: Path, environment: LoadedEnvironment | None = None,
             raise UserError("\n".join([*problems, str(error)])) from None
     scope = narrowed(overlay, whole, present, only)
     problems += [*sources_out_of_reach(overlay, whole, environment, adapters or {}),
-                 *stages_without_key(overlay, whole, environment, adapters or {}), *names_too_long(overlay, whole, only)]
+                 *stages_without_key(overlay, whole, environment, adapters or {}),
+                 *names_too_long(overlay, whole, only)]
     if scope:
         problems += [*patches_without_effect(scope), *names_that_do_not_follow(scope)]
     if problems:
