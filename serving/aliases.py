@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from starlette.types import ASGIApp
 
 from jobs.core import promotion
-from jobs.core.pipeline import Pipeline
+from jobs.core.imported import Adapter
 from jobs.core.plan import FINE_TUNED_VOLUME
 from serving import base, candidates, cpu_shield, events, lora, proof, untrusted, verification
 from serving.candidates import Candidate
@@ -44,7 +44,7 @@ BACKOFF_SECONDS = 5.0  # after an unexpected error, such as an unreadable volume
 FAILURES_UNTIL_READY = 3  # after so many failed attempts on one alias, `first_look_done` does not wait for it
 RETRY_SECONDS = 60.0  # until an adapter that vLLM did not load is tried again: vLLM may have been out of memory
 # Where promotions and artifacts appear on the volume of fine-tuned models: by a rename, which changes a folder's time.
-WATCHED = (promotion.FOLDER, "adapter", "evaluation", "merged-model")
+WATCHED = (promotion.FOLDER, "adapter", "evaluation", "merged-model", "imported-adapter")
 # For so long after a change, another one may have the same time, which has the resolution of the file system.
 RECENT_SECONDS = 2.0
 FOLLOW_PAUSES = 50  # a look for a new base model takes one part of so many and one
@@ -277,7 +277,7 @@ class Aliases:
             self._log_change(f"attempt {name}", f"{name or 'base model'}: {error!r}; trying again", log.error)
             await asyncio.sleep(BACKOFF_SECONDS * 2 ** min(alias.failures - 1, 3))
 
-    async def _update(self, name: str, alias: Alias, pipeline: Pipeline | None) -> None:
+    async def _update(self, name: str, alias: Alias, pipeline: Adapter | None) -> None:
         """Point the alias to the first adapter that may be served: the desired one, else the last promotion.
 
         If the alias has no version, as after a restart, earlier promotions follow.
@@ -348,12 +348,12 @@ class Aliases:
         self._logged.pop(what, None)
         return found
 
-    def _desired(self, pipeline: Pipeline | None) -> Candidate:
+    def _desired(self, pipeline: Adapter | None) -> Candidate:
         if pipeline is None:
             raise NotYet("its pipeline file is invalid")
         if base.of(pipeline.environment) != base.running(self.served):
             raise NotYet("the server has to restart with another base model, mode or chat template first")
-        return candidates.desired(pipeline)
+        return candidates.desired(pipeline, self._volumes)
 
     def _promoted(self, name: str) -> Candidate:
         candidate, following = candidates.promoted(name, self._volumes), self._next_base()

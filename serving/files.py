@@ -15,12 +15,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
-from jobs.core import environment, pipeline, strict_yaml
+from jobs.core import environment, imported, strict_yaml
 from jobs.core.environment import Environment, LoadedEnvironment, Signing
 from jobs.core.errors import UserError
 from jobs.core.files import read_plain_file
-from jobs.core.pipeline import Pipeline
-from jobs.core.plan import plan, plan_environment
+from jobs.core.imported import Adapter, LoadedImport
+from jobs.core.pipeline import LoadedPipeline
+from jobs.core.plan import plan_adapter, plan_environment
 from serving.refusal import Refused
 
 SUFFIX = ".yaml"
@@ -41,7 +42,7 @@ class Declared:
 
     environment: Environment | None = None  # None: it was never valid since this process started
     # By alias, sorted. None: the file was never valid since this process started; the alias serves what was promoted.
-    adapters: Mapping[str, Pipeline | None] = field(default_factory=dict)
+    adapters: Mapping[str, Adapter | None] = field(default_factory=dict)
     # When (Unix time) an alias's file was written that has the content above.
     changed: Mapping[str, float] = field(default_factory=dict)
     # What is wrong with a file, by its stem.
@@ -62,7 +63,7 @@ class _File:
     stamp: Stamp | None = None
     content: bytes | None = None
     environment: LoadedEnvironment | None = None  # with which the content was validated
-    pipeline: Pipeline | None = None  # the last valid one
+    adapter: Adapter | None = None  # the last valid one
     changed: float = 0.0
     problem: Refused | None = None
 
@@ -166,11 +167,11 @@ class Files:
                                       "not at the ends")
             if shared is None:
                 return
-            loaded = _valid(file, lambda: pipeline.load(file, shared)).pipeline
+            loaded = _valid(file, lambda: imported.load_any(file, shared)).pipeline
             if loaded.adapter != stem:
                 raise Refused("name", f"{file}: `adapter` is {loaded.adapter}, but the file's name says {stem}; they "
                                       "must be the same")
-            known.pipeline, known.changed = loaded, stamp[0] / 1e9
+            known.adapter, known.changed = loaded, stamp[0] / 1e9
         except UserError as error:
             known.problem = Refused("pipeline file", str(error))
         except Refused as refused:
@@ -182,8 +183,8 @@ class Files:
         if self._environment_file.problem:
             problems = {ENVIRONMENT: self._environment_file.problem, **problems}
         return Declared(self._environment.environment if self._environment else None,
-                        MappingProxyType({stem: file.pipeline for stem, file in adapters.items()}),
-                        MappingProxyType({stem: file.changed for stem, file in adapters.items() if file.pipeline}),
+                        MappingProxyType({stem: file.adapter for stem, file in adapters.items()}),
+                        MappingProxyType({stem: file.changed for stem, file in adapters.items() if file.adapter}),
                         MappingProxyType(problems), self._keys_of_invalid)
 
 
@@ -217,8 +218,8 @@ def _valid(file: Path, load: Callable[[], Read]) -> Read:
         loaded = load()
         if isinstance(loaded, LoadedEnvironment):
             plan_environment(loaded.environment)
-        elif isinstance(loaded, pipeline.LoadedPipeline):
-            plan(loaded.pipeline)  # computes every digest
+        elif isinstance(loaded, LoadedPipeline | LoadedImport):
+            plan_adapter(loaded.pipeline)  # computes every digest
     except UserError:
         raise
     except Exception as error:

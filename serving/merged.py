@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 from jobs.core import artifacts, models
 from jobs.core.errors import UserError
-from jobs.core.pipeline import Pipeline
+from jobs.core.imported import Adapter
 from jobs.core.plan import merged_model
 from serving import candidates, events, untrusted, verification
 from serving.aliases import Alias, Aliases, Version
@@ -180,7 +180,7 @@ class MergedAliases(Aliases):
     async def _probe(self, version: Version) -> None:
         await self.engine.logprobs(version.model)  # there is no base model beside it to compare it with
 
-    async def _update(self, name: str, alias: Alias, pipeline: Pipeline | None) -> None:
+    async def _update(self, name: str, alias: Alias, pipeline: Adapter | None) -> None:
         runs = self.served.merged and self.served.merged.partition("@")[0]
         # As in `choose`: a restart would not bring an alias behind the one that runs.
         if runs and name > runs and runs in self.current and self._ran_unfit is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -59,15 +59,25 @@ def read_artifact(folder: Path, kind: str, keys: Sequence[str] = ()) -> artifact
     return artifact
 
 
-def plain_files(folder: Path) -> list[Path]:
-    """The files in an artifact's folder. Refuses anything else: opening a pipe, for example, would wait for ever."""
+def plain_files(folder: Path, folders: Collection[str] = ()) -> list[Path]:
+    """The files in an artifact's folder. Refuses anything else: opening a pipe, for example, would wait for ever.
+
+    Args:
+        folders: names of folders in it whose files belong to it too.
+    """
     paths = sorted(islice(folder.iterdir(), MOST_FILES + 1))
     if len(paths) > MOST_FILES:
         raise Refused("files", f"{folder} holds more than {MOST_FILES} files")
+    found = []
     for path in paths:
-        if not stat.S_ISREG(path.lstat().st_mode):
+        mode = path.lstat().st_mode
+        if path.name in folders and stat.S_ISDIR(mode):
+            found += plain_files(path)
+        elif stat.S_ISREG(mode):
+            found.append(path)
+        else:
             raise Refused("damaged", one_line(f"{path} is not a plain file"))
-    return paths
+    return found
 
 
 def read_json(file: Path, reason: Reason, problem: str) -> dict[str, Any]:

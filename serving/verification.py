@@ -18,6 +18,7 @@ from jobs.core.artifacts import SIGNATURE, canonical
 from jobs.core.errors import UserError
 from jobs.core.files import human_bytes
 from jobs.core.proof import Proof
+from jobs.core.published import WITHOUT_ANSWERS
 from serving import lora
 from serving.candidates import Candidate, adapter_folder, evaluation_folder
 from serving.lora import CONFIG, WEIGHTS, Modules
@@ -43,7 +44,7 @@ def check_gate(candidate: Candidate, name: str, volumes: Path, keys: Sequence[st
         OSError: when it cannot be read; a later attempt may succeed.
     """
     folder = evaluation_folder(candidate.evaluation, volumes)
-    size = sum(path.lstat().st_size for path in plain_files(folder))
+    size = sum(path.lstat().st_size for path in plain_files(folder, [WITHOUT_ANSWERS]))
     if size > LARGEST_REST:
         raise Refused("files", f"{folder} has {human_bytes(size)}; no evaluation is that large")
     manifest, adapter = read_artifact(folder, "evaluation", keys).manifest, f"{name}@{candidate.adapter}"
@@ -61,7 +62,8 @@ def check_gate(candidate: Candidate, name: str, volumes: Path, keys: Sequence[st
 
 
 def read_proof(folder: Path, keys: Sequence[str] = ()) -> Proof | None:
-    """The proof of an evaluation; None if the evaluation was made before they had one.
+    """The proof of an evaluation; None if the evaluation was made before they had one, or if it was published without:
+    a proof holds private text, and what was left out is in the manifest.
 
     Args:
         keys: as for `check_gate`.
@@ -71,7 +73,7 @@ def read_proof(folder: Path, keys: Sequence[str] = ()) -> Proof | None:
     """
     manifest, file = read_artifact(folder, "evaluation", keys).manifest, folder / proof.FILE
     if not file.exists():
-        if manifest["spec"].get("recipe") == LAST_WITHOUT_PROOF:
+        if manifest["spec"].get("recipe") == LAST_WITHOUT_PROOF or proof.FILE in left_out(manifest):
             return None
         raise Refused("proof", f"evaluation {folder.name} does not hold what the adapter answers ({proof.FILE})")
     try:
@@ -80,6 +82,13 @@ def read_proof(folder: Path, keys: Sequence[str] = ()) -> Proof | None:
         raise Refused("damaged", f"{file} is no readable proof") from None
     except UserError as error:
         raise Refused("damaged", one_line(f"{file}: {error}")) from None
+
+
+def left_out(manifest: Mapping[str, Any]) -> list[Any]:
+    """The files of an evaluation that were not published with it."""
+    about = manifest.get("about")
+    names = about.get("left_out") if isinstance(about, dict) else None
+    return names if isinstance(names, list) else []
 
 
 def private_copy(name: str, digest: str, served: Served) -> Path:

@@ -810,7 +810,7 @@ def test_arguments_that_no_environment_has_are_no_format(world: World, spec: Any
 
 
 def wanted(world: World) -> Candidate:
-    return candidates.desired(world.pipeline)
+    return candidates.desired(world.pipeline, world.volumes)
 
 
 def test_only_an_adapter_whose_own_evaluation_passed_goes_through_the_gate(world: World) -> None:
@@ -899,7 +899,7 @@ def test_the_promotion_names_the_last_promoted_adapter_even_when_the_file_asks_f
     build_adapter.promote(world.volumes, world.pipeline)
     changed, changed_plan = world.change(training__seed=1)
     assert candidates.promoted("seville-hotels", world.volumes) == wanted(world)
-    desired = candidates.desired(changed).adapter
+    desired = candidates.desired(changed, world.volumes).adapter
     assert desired == changed_plan.adapter.digest != world.plan.adapter.digest
 
 

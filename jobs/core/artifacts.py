@@ -21,14 +21,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from jobs.core import signatures
+from jobs.core import seals, signatures
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.files import human_bytes, sha256_of, sync_folder, write_atomically
+from jobs.core.files import human_bytes, read_plain_file, sha256_of, sync_folder, write_atomically
+from jobs.core.layout import DRAFT, MANIFEST_BYTES, draft_folder, lock_file
 from jobs.core.layout import MANIFEST as MANIFEST
 from jobs.core.layout import SIGNATURE as SIGNATURE
-from jobs.core.layout import draft_folder, lock_file, read_manifest
 from jobs.core.locks import hold
 from jobs.core.retention import retain
 from jobs.core.signatures import NotSigned as NotSigned
@@ -98,20 +98,27 @@ def listing(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: for a link or a special file, which could point outside the artifact.
     """
-    files = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()) or (path.is_dir() and path == folder / SIGNATURE):
-            raise UserError(f"{path}: is not a plain file; an artifact holds files and folders only")
-        if path.is_file() and path not in (folder / MANIFEST, folder / SIGNATURE):
-            files.append(path)
+    files = files_of(folder)
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
         sums = list(pool.map(sha256_of, files))
     return [{"path": f.relative_to(folder).as_posix(), "size": f.stat().st_size, "sha256": s}
             for f, s in zip(files, sums, strict=True)]
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The files that `listing` lists. Raises `UserError` like it."""
+    files = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()) or (path.is_dir() and path == folder / SIGNATURE):
+            raise UserError(f"{path}: is not a plain file; an artifact holds files and folders only")
+        if path.is_file() and path not in (folder / MANIFEST, folder / SIGNATURE):
+            files.append(path)
+    return files
+
+
 def find(spec: Spec, volumes: Path, keys: Sequence[str] = ()) -> Artifact | None:
-    """The artifact if it is there and every byte is as recorded; None if it is not there.
+    """The artifact if it is there and every byte is as recorded; None if it is not there. Of a large one, a seal shows
+    that its bytes were verified before and did not change since (seals.py).
 
     Args:
         keys: the trusted public keys, if the environment asks for signatures. What is signed by none of them is as good
@@ -121,7 +128,7 @@ def find(spec: Spec, volumes: Path, keys: Sequence[str] = ()) -> Artifact | None
             evidence. The message explains how to have it made again.
     """
     try:
-        return read(spec.path(volumes), _keys_of(spec, keys)) if spec.path(volumes).exists() else None
+        return _read_input(spec.path(volumes), _keys_of(spec, keys)) if spec.path(volumes).exists() else None
     except NotSigned as error:
         log.warning("%s. It is not used", error)
         return None
@@ -131,18 +138,29 @@ def _keys_of(spec: Spec, keys: Sequence[str]) -> Sequence[str]:
     return keys if spec.kind in SIGNED else ()
 
 
-def read(path: Path, keys: Sequence[str] = ()) -> Artifact:
+def _read_input(path: Path, keys: Sequence[str]) -> Artifact:
+    """Read and verify an artifact; by its seal, unless it must be signed: who may write to the volume can forge a
+    seal, and no signature."""
+    return read(path, keys, by="bytes" if keys else "seal")
+
+
+def read(path: Path, keys: Sequence[str] = (), advice: str | None = None, *,
+         by: Literal["bytes", "seal", "sealing"] = "bytes") -> Artifact:
     """Read and verify the artifact at `path`: manifest, name, and every file's presence, size and sha256.
 
     Args:
         keys: the trusted public keys; its signature must verify by one of them. Empty: it needs none.
+        advice: what to do about one that is damaged; by default, how to have it made again.
+        by: `bytes` reads every file. `seal` does not where a valid seal shows that they were verified already
+            (seals.py); otherwise it reads them and seals the artifact. `sealing` does that whatever the seal shows.
     Raises:
         UserError: naming the first file that is missing, extra or changed, and both digests.
         NotSigned: it is whole, and its signature does not verify.
     """
-    hint = f"Move {path} away to have it made again"
+    hint = advice or f"Move {path} away to have it made again"
     try:
-        manifest = read_manifest(path)
+        content = read_plain_file(path / MANIFEST, MANIFEST_BYTES)
+        manifest = json.loads(content)
         named = digest_of(manifest["kind"], manifest["spec"], manifest["inputs"])
         recorded = {os.fspath(f["path"]): (f["size"], f["sha256"]) for f in manifest["files"]}
     except (UserError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -150,6 +168,13 @@ def read(path: Path, keys: Sequence[str] = ()) -> Artifact:
     if not path.name == manifest["digest"] == named:
         raise UserError(f"{path}: {MANIFEST} describes {manifest['digest']} (computed: {named}), not {path.name}. "
                         f"{hint}")
+    sealing = None
+    if by != "bytes" and seals.is_large(before := seals.state_of(path, files_of(path))):
+        size = human_bytes(seals.size_of(before))
+        if by == "seal" and seals.is_sealed(path, content, before):
+            log.info("%s/%s: verified by its seal (%s)", path.parent.name, path.name, size)
+            return Artifact(path, manifest)
+        sealing = seals.begin(path, content, before)
     found = {f["path"]: (f["size"], f["sha256"]) for f in listing(path)}
     for name in sorted(recorded.keys() | found.keys()):
         if name not in found:
@@ -160,6 +185,9 @@ def read(path: Path, keys: Sequence[str] = ()) -> Artifact:
             (size, digest), (found_size, found_digest) = recorded[name], found[name]
             raise UserError(f"{path}: {name} was changed: {MANIFEST} says {size} bytes, sha256 {digest}; the file has "
                             f"{found_size} bytes, sha256 {found_digest}. {hint}")
+    if sealing:
+        unsealed = sealing.end(seals.state_of(path, files_of(path)))
+        log.info("%s/%s: verified (%s read)%s", path.parent.name, path.name, size, f", {unsealed}" if unsealed else "")
     if keys:
         signatures.check(path, manifest, keys)
     return Artifact(path, manifest)
@@ -204,7 +232,7 @@ def _wait_for_signature(spec: Spec, volumes: Path, deadline: float, poll_s: floa
     path, refused = spec.path(volumes), ""
     while True:
         try:
-            return read(path, keys)
+            return _read_input(path, keys)
         except NotSigned as error:
             if time.monotonic() > deadline:
                 raise
@@ -289,6 +317,7 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
             unfinished.unlink(missing_ok=True)  # an attempt was killed while it wrote the manifest
         _open_to_readers(draft)
         _sync(draft)  # the bytes that are hashed below are the bytes on the disk
+        settled = seals.settle(draft, seals.state_of(draft, files_of(draft)))
         manifest: dict[str, Any] = {
             "kind": spec.kind, "digest": spec.digest, "spec": dict(spec.spec), "inputs": dict(spec.inputs),
             "files": listing(draft), "about": about, "versions": _versions(),
@@ -308,10 +337,37 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
         sync_folder(target.parent)
         if replaces:
             shutil.rmtree(before, ignore_errors=True)
+        if settled:
+            seals.Sealing(target, text.encode(), *settled).end(seals.state_of(target, files_of(target)))
     size = sum(f["size"] for f in manifest["files"])
     log.info("published %s: %d files, %s", spec, len(manifest["files"]), human_bytes(size))
     retain(target.parent, keep=keep, protected={spec.digest})
     return Artifact(target, manifest)
+
+
+def place(spec: Spec, folder: Path, volumes: Path, *, keep: int, replace: bool = False) -> None:
+    """Publish an artifact that was made elsewhere. It is in `folder`, on the same volume, whole and verified.
+
+    Args:
+        keep: as in `publish`.
+        replace: put it in the place of the one that is there; else that one stays.
+    """
+    target = spec.path(volumes)
+    with lock(spec, volumes, default_wait_seconds()):
+        if target.exists() and not replace:
+            return
+        _open_to_readers(folder)
+        _sync(folder)
+        os.utime(folder / MANIFEST)  # just used: retention keeps it
+        before = target.with_name(f"{DRAFT}{target.name}-before")
+        if target.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            target.rename(before)
+        folder.rename(target)
+        sync_folder(target.parent)
+        shutil.rmtree(before, ignore_errors=True)
+    log.info("published %s", spec)
+    retain(target.parent, keep=keep, protected={spec.digest})
 
 
 def _open_to_readers(folder: Path) -> None:

@@ -6,6 +6,7 @@ line, key and value. No network, no heavy imports.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from jobs.core import declarations, signatures
+from jobs.core import declarations, registry, signatures
 from jobs.core.declarations import Loaded, ModelSource, Source, Strict, TokenizerSource
 
 FILE = "environment.yaml"
@@ -85,6 +86,21 @@ class Retention(Strict):
     keep: Annotated[int, Field(ge=1)] = 5
 
 
+class Publication(Strict):
+    # Where promoted adapters go, each below its name: oci://REGISTRY/PREFIX or s3://BUCKET/PREFIX.
+    to: str
+    # Also the files of the evaluation that hold private texts: questions, answers, and the proof that a server checks.
+    answers: bool = False
+
+    @field_validator("to")
+    @classmethod
+    def _is_a_place(cls, to: str) -> str:
+        if not re.fullmatch(rf"{registry.REPOSITORY}|s3://[^/\s]+(/[^/\s]+)*", to):
+            raise PydanticCustomError("place", "must be oci://REGISTRY/PREFIX, in lower case and without a tag, or "
+                                      "s3://BUCKET/PREFIX; the adapter's name is appended", {})
+        return to
+
+
 class Environment(Strict):
     """What all adapters of an environment share. `overlays/kind/environment.yaml` explains every key in comments."""
 
@@ -96,6 +112,7 @@ class Environment(Strict):
         default_factory=dict)
     serving: Serving = Serving()
     retention: Retention = Retention()
+    publication: Publication | None = None
     # In no digest: who vouches for an artifact changes nothing in it.
     signing: Signing | None = None
 

@@ -18,6 +18,7 @@ SIGNATURE_BYTES = 64 * 2**10  # one has 3 kB; a certificate and its log entry ha
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 DRAFT = ".draft-"
+SEAL = ".verified-"
 
 
 def draft_folder(artifact: Path) -> Path:
@@ -28,6 +29,11 @@ def draft_folder(artifact: Path) -> Path:
 def lock_file(artifact: Path) -> Path:
     """The file that is locked while an artifact is made or removed."""
     return artifact.with_name(f".lock-{artifact.name}")
+
+
+def seal_file(artifact: Path) -> Path:
+    """The file that records that an artifact was verified (seals.py)."""
+    return artifact.with_name(f"{SEAL}{artifact.name}")
 
 
 def read_manifest(artifact: Path) -> Any:

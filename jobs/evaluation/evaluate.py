@@ -22,14 +22,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jobs.core import artifacts, models, promotion, signing
+from jobs.core import artifacts, imported, models, promotion, signing
 from jobs.core.artifacts import Artifact, Spec
 from jobs.core.errors import UserError
+from jobs.core.imported import EvaluatedImport, LoadedAdapter
 from jobs.core.layout import TENSORBOARD
 from jobs.core.metrics import score_of
 from jobs.core.pipeline import LoadedPipeline, Pipeline
-from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
+from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan, plan_evaluation, plan_import
 from jobs.core.proof import FILE as PROOF
+from jobs.core.published import WITHOUT_ANSWERS
 from jobs.core.search import FILE as SEARCH
 from jobs.core.signing import Signer
 from jobs.core.termination import write_termination_message
@@ -45,19 +47,31 @@ log = logging.getLogger("jobs")
 Scores = Mapping[str, Any]
 
 
-def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
-    """Evaluate the desired adapter, unless that is done, and promote it if it passed.
+def run(loaded: LoadedAdapter, volumes: Path, wait_seconds: float) -> None:
+    """Evaluate the desired adapter, trained here or imported, unless that is done, and promote it if it passed.
 
     Raises:
         UserError: a rule of the gate, or a model, cannot be measured on this data.
         RetryableError: an input did not appear in time.
     """
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    pipeline, wanted = loaded.pipeline, plan(loaded.pipeline)
-    signer = signing.signer(pipeline.environment)  # raises now, instead of after hours of measuring
+    signer = signing.signer(loaded.pipeline.environment)  # raises now, instead of after hours of measuring
+    pipeline, wanted = planned(loaded, volumes, wait_seconds)
     while (decided := decide(pipeline, wanted, volumes, wait_seconds, signer)) is None:
         log.info("another adapter was promoted as %s meanwhile: comparing again", pipeline.adapter)
     announce(pipeline, wanted, volumes, *decided)
+
+
+def planned(loaded: LoadedAdapter, volumes: Path, wait_seconds: float) -> tuple[Pipeline, Plan]:
+    """The pipeline, and what it desires. Which adapter an imported one is, its relocation records."""
+    if isinstance(loaded, LoadedPipeline):
+        return loaded.pipeline, plan(loaded.pipeline)
+    pipeline = loaded.pipeline.evaluated_here
+    if pipeline is None:
+        raise UserError(f"{loaded.path}: this adapter is imported and has no `dataset` and `evaluation`: nothing is "
+                        "evaluated here. Its only stage is: python -m jobs relocate adapter")
+    (record,) = artifacts.wait([plan_import(loaded.pipeline).imported_adapter], volumes, wait_seconds)
+    return pipeline, plan_evaluation(pipeline, imported.read(record.path, FINE_TUNED_VOLUME).adapter)
 
 
 def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float,
@@ -225,8 +239,11 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path, comparison: Compar
         proof = wanted.adapter_scores.path(volumes) / PROOF
         if proof.exists():  # the server reads nothing but the evaluation
             shutil.copyfile(proof, draft / PROOF)
-        report.write(draft, evaluation, training["history"], generations, values,
-                     answers=pipeline.evaluation.report_answers)
+        answers = pipeline.evaluation.report_answers
+        report.write(draft, evaluation, training["history"], generations, values, answers=answers)
+        if answers:  # the report that may be published (jobs/publication)
+            (draft / WITHOUT_ANSWERS).mkdir()
+            report.write(draft / WITHOUT_ANSWERS, evaluation, training["history"], generations, values, answers=False)
         return {"passed": evaluation["passed"]}
 
     write_tensorboard(volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest
@@ -282,7 +299,8 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
         "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
         **({"tasks": {task.name: task.identity() for task in pipeline.evaluation.tasks}}
            if pipeline.evaluation.tasks else {}),
-        "training": training.model_dump(exclude={"checkpoint_steps", "tokens_per_micro_batch", "search"}),
+        **({} if isinstance(pipeline, EvaluatedImport) else
+           {"training": training.model_dump(exclude={"checkpoint_steps", "tokens_per_micro_batch", "search"})}),
         **({"search": dict(search)} if search else {}),
     }
 

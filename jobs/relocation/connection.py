@@ -9,8 +9,8 @@ import email.utils
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from jobs.core import variables
@@ -20,6 +20,8 @@ log = logging.getLogger("jobs")
 T = TypeVar("T")
 
 # Ten attempts in a row without a single new byte take about four minutes; then Kubernetes starts the pod again.
+# How many connections all files of a fetch share; a large file has many.
+CONNECTIONS = variables.whole_number("RELOCATION_CONNECTIONS", 16, least=1)
 ATTEMPTS = variables.whole_number("RETRY_ATTEMPTS", 10, least=1)
 FIRST_PAUSE_S = variables.number("RETRY_FIRST_PAUSE_SECONDS", 1)  # doubles with every attempt, up to:
 LONGEST_PAUSE_S = 60.0
@@ -32,17 +34,20 @@ NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFo
 
 def shown(url: str) -> str:
     """A URL that may be logged: without user, password and query, which carry secrets in signed URLs."""
-    scheme, separator, rest = url.partition("?")[0].partition("://")
+    scheme, separator, rest = url.partition("://")
     if not separator:
-        return url  # a path, or hf://, which carries none
+        return url  # a path, which carries none
+    if scheme not in ("s3", "gs"):  # an object's name may hold a `?`, and a glob does
+        rest = rest.partition("?")[0]
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def mismatch(where: str, pinned_in: str, expected: str, found: str) -> str:
     """The message about content that does not match its pin."""
+    again = "write SHA256SUMS again and " if pinned_in == "SHA256SUMS" else ""
     return (f"{where}: {pinned_in} says {expected}, but the content is {found}. Nothing was published. If the content "
-            "was meant to change, run: python -m jobs pin")
+            f"was meant to change, {again}run: python -m jobs pin")
 
 
 class Interrupted(Exception):
@@ -63,16 +68,33 @@ class Patience:
     def reset(self) -> None:
         self.failures = 0
 
-    def wait(self, interruption: Interrupted) -> None:
+    def pause_after(self, interruption: Interrupted, failures: int = 0) -> float:
+        """Count a failed attempt, and return for how many seconds to wait before the next one.
+
+        Args:
+            failures: how many in a row one connection had, of several that share this patience.
+        Raises:
+            RetryableError: there were too many in a row, or the server requests a pause that is too long.
+        """
         self.failures += 1
         if self.failures >= ATTEMPTS:
             raise RetryableError(f"{self.what}: gave up after {self.failures} attempts in a row. The last "
                                  f"error: {interruption}")
-        pause = min(FIRST_PAUSE_S * 2 ** (self.failures - 1), LONGEST_PAUSE_S)
+        pause = self.pause(max(failures, self.failures))
         if interruption.after_s is not None:
             pause = interruption.after_s
         if pause > LONGEST_RETRY_AFTER_S:
             raise RetryableError(f"{self.what}: the server requests a pause of {pause:.0f} s: {interruption}")
+        return pause
+
+    @staticmethod
+    def pause(failures: int) -> float:
+        """The seconds to wait after so many failures in a row."""
+        return min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S)
+
+    def wait(self, interruption: Interrupted) -> None:
+        """Count a failed attempt, and sleep before the next one. Raises like `pause_after`."""
+        pause = self.pause_after(interruption)
         log.warning("%s: %s; trying again in %.1f s", self.what, interruption, pause)
         time.sleep(pause)
 
@@ -88,7 +110,7 @@ def patiently(request: Callable[[], T], what: str, advice: str) -> T:
             patience.wait(interruption)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stream:
     """An open source, from byte `start` on. `total` is None where the source does not give it."""
 
@@ -97,11 +119,34 @@ class Stream:
     advice: str
     start: int
     total: int | None  # bytes of the whole source
+    end: int | None = None  # where reading ends, before that byte; None: at the end of the source
+    # What is the same for all ranges of the same content, a strong ETag for example; None where the source has nothing.
+    version: str | None = None
+    parts: bool = True  # whether the source gives ranges, as far as this answer shows
+    at: int = field(init=False)  # the byte that is read next
+
+    def __post_init__(self) -> None:
+        self.at = self.start
 
     def read(self) -> bytes:
-        """The next bytes, b"" at the end."""
+        """The next bytes, at most `CHUNK`; b"" at the end."""
+        amount = CHUNK if self.end is None else min(CHUNK, self.end - self.at)
         with classified(self.what, self.advice):
-            return bytes(self.raw.read(CHUNK))
+            data = bytes(self.raw.read(amount)) if amount > 0 else b""
+        self.at += len(data)
+        return data
+
+    def require_end(self) -> None:
+        """Raise `Interrupted` unless everything was read."""
+        if self.total is not None and self.at < self.total:
+            raise Interrupted(f"the connection ended after {self.at} of {self.total} bytes")
+
+    def abort(self) -> None:
+        """From another thread: end a `read` that waits, where the source can do that."""
+        abort = getattr(self.raw, "abort", None)
+        if abort:
+            with suppress(Exception):  # it ends by itself just now
+                abort()
 
 
 @contextmanager

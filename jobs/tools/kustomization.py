@@ -34,7 +34,8 @@ from jobs.core import signing
 from jobs.core.declarations import Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
-from jobs.core.pipeline import ADAPTERS, LoadedPipeline
+from jobs.core.imported import LoadedAdapter
+from jobs.core.pipeline import ADAPTERS
 from jobs.tools import pods
 
 Content = dict[str, Any]  # what a kustomization holds
@@ -90,7 +91,7 @@ class Scope:
 
 
 def check(overlay: Path, environment: LoadedEnvironment | None = None,
-          adapters: Mapping[str, LoadedPipeline] | None = None, *, only: str | None = None,
+          adapters: Mapping[str, LoadedAdapter] | None = None, *, only: str | None = None,
           without: Collection[str] = ()) -> None:
     """Check the overlay as kubectl renders it.
 
@@ -267,7 +268,7 @@ def _comparable(manifests: list[pods.Manifest]) -> list[pods.Manifest]:
 
 
 def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest], environment: LoadedEnvironment | None,
-                         adapters: Mapping[str, LoadedPipeline]) -> Iterator[str]:
+                         adapters: Mapping[str, LoadedAdapter]) -> Iterator[str]:
     """The sources behind a network that the network policies do not let their Job reach."""
     wanted: list[tuple[str, str | None, list[Source]]] = []
     if environment:
@@ -275,10 +276,15 @@ def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest], environment:
         wanted += [("model-relocation", None, [shared.base_model]),
                    ("tokenizer-relocation", None, [shared.tokenizer_source]),
                    ("model-reference-relocation", None, [shared.reference_model])]
-    wanted += [("dataset-relocation", name, list(loaded.pipeline.sources().values()))
-               for name, loaded in adapters.items()]
+    for name, loaded in adapters.items():
+        of_adapter = loaded.pipeline.sources()
+        if published := of_adapter.pop("source", None):
+            wanted.append(("adapter-relocation", name, [published]))
+        if of_adapter:
+            wanted.append(("dataset-relocation", name, list(of_adapter.values())))
     policies = [m.get("spec") or {} for m in whole if m["kind"] == "NetworkPolicy"]
-    open_without_need = bool(environment and adapters)  # of one adapter alone it cannot be told
+    # Of one adapter alone it cannot be told.
+    open_without_need = bool(environment) and any(job == "dataset-relocation" for job, *_ in wanted)
     for job, adapter, sources in wanted:
         outside = [source.source for source in sources if source.scheme not in ("builtin", "file")]
         labels = {"app.kubernetes.io/name": job, "app.kubernetes.io/component": "relocation"}
@@ -286,7 +292,7 @@ def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest], environment:
         egress = [spec.get("egress", []) for spec in policies
                   if "Egress" in spec.get("policyTypes", ["Egress"] if "egress" in spec else [])
                   and selects(spec.get("podSelector") or {}, labels)]
-        if adapter:
+        if job == "dataset-relocation":
             open_without_need &= not outside and any(egress)
         if outside and egress and not any(egress):
             of = f" of {adapter}" if adapter else ""

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from pydantic import ValidationError
 
 from jobs.core import environment
 from jobs.core.declarations import Source
-from jobs.core.environment import SERVABLE_RANKS
+from jobs.core.environment import SERVABLE_RANKS, Environment
 from jobs.core.errors import UserError
-from jobs.core.plan import plan
+from jobs.core.plan import plan, plan_environment
 from tests import build_pipeline
 from tests.build_pipeline import COMMIT, SHA256
 from tests.build_signing import pair
@@ -111,6 +112,23 @@ def test_arguments_of_the_chat_template_keep_their_types(tmp_path: Path) -> None
     arguments = {"enable_thinking": False, "level": 1, "share": 0.5, "date_string": "26 Jul 2024"}
     found = environment.load(write(tmp_path, chat_template=arguments)).environment.chat_template
     assert found == arguments and [type(value) for value in found.values()] == [bool, int, float, str]
+
+
+@pytest.mark.parametrize("to", ["oci://registry.example.com/team/adapters", "oci://localhost:5000/a", "s3://bucket",
+                                "s3://bucket/team/adapters"])
+def test_publication_names_a_place_and_changes_no_digest(to: str) -> None:
+    values = build_pipeline.environment()
+    found = Environment(**values, publication={"to": to})
+    assert found.publication and (found.publication.to, found.publication.answers) == (to, False)
+    assert plan_environment(found) == plan_environment(Environment(**values))
+
+
+@pytest.mark.parametrize("to", ["oci://registry.example.com/team:v1", "oci://registry.example.com", "s3://", "s3:///a",
+                                "s3://bucket/a/", "https://registry.example.com/team", "registry.example.com/team",
+                                "oci://registry.example.com/Team", f"oci://r.example.com/a@sha256:{'0' * 64}"])
+def test_publication_to_what_is_no_place_is_refused(to: str) -> None:
+    with pytest.raises(ValidationError, match="must be oci://REGISTRY/PREFIX"):
+        Environment(**build_pipeline.environment(), publication={"to": to})
 
 
 # --- signing ----------------------------------------------------------------------------------------------------------

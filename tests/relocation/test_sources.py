@@ -16,7 +16,7 @@ from tests.relocation.test_hf import hub_source
 def test_every_scheme_of_the_pipeline_file_has_an_implementation() -> None:
     assert sources.IMPLEMENTATIONS.keys() == SCHEMES.keys()
     for name, module in sources.IMPLEMENTATIONS.items():
-        assert all(callable(getattr(module, each)) for each in ("find_pin", "files", "open_at")), name
+        assert all(callable(getattr(module, each)) for each in ("find_pin", "files", "open_range")), name
         assert bool(module.ADVICE) == (SCHEMES[name].pin is not None), name
 
 

@@ -22,6 +22,6 @@ def files(loaded: Loaded, source: Source) -> list[Item]:
     return []
 
 
-def open_at(url: str, start: int, headers: Mapping[str, str]) -> Stream:
+def open_range(url: str, start: int, end: int | None, headers: Mapping[str, str]) -> Stream:
     """Never called: there are no items."""
     raise UserError(f"{url}: is made by this code and cannot be opened")

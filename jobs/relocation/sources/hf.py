@@ -10,10 +10,10 @@ from typing import Any
 from jobs.core.declarations import COMMIT, Loaded, Source
 from jobs.core.errors import UserError
 from jobs.relocation.connection import SILENCE_S, patiently
-from jobs.relocation.sources.http import ADVICE, open_at
+from jobs.relocation.sources.http import ADVICE, open_range
 from jobs.relocation.sources.interface import Item
 
-__all__ = ["ADVICE", "files", "find_pin", "open_at"]  # items have https:// URLs
+__all__ = ["ADVICE", "files", "find_pin", "open_range"]  # items have https:// URLs
 
 log = logging.getLogger("jobs")
 
