@@ -241,8 +241,8 @@ def test_a_change_while_the_files_are_read_is_not_sealed(tmp_path: Path, monkeyp
     time.sleep(0.03)
     real = artifacts.listing
 
-    def listing(folder: Path) -> Any:
-        found = real(folder)
+    def listing(folder: Path, *arguments: Any) -> Any:
+        found = real(folder, *arguments)
         overwrite(folder / "weights-1", 7, (folder / "weights-1").stat())
         return found
 

@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,16 +97,24 @@ def test_a_part_can_be_chosen(volumes: Path, caplog: pytest.LogCaptureFixture, c
     assert caplog.messages[-1].startswith(f"{count} of {count} artifacts verified")
 
 
+def test_a_folder_without_volumes_is_an_error(tmp_path: Path) -> None:
+    """A scheduled verification of the wrong folder must not succeed for ever."""
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="holds no volumes"):
+            verify.run(folder, [])
+
+
 def test_what_is_not_there_is_an_error(volumes: Path) -> None:
     with pytest.raises(UserError, match="adaptor: no such artifact below .*KIND/DIGEST"):
         verify.run(volumes, ["adapter", "adaptor"])
 
 
 def test_what_retention_removes_meanwhile_is_no_damage(volumes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def listing(folder: Path) -> list[dict[str, object]]:
+    def listing(folder: Path, *arguments: Any) -> list[dict[str, Any]]:
         if folder.parent.name == "adapter":
             shutil.rmtree(folder)
-        return real(folder)
+        return real(folder, *arguments)
 
     real = artifacts.listing
     monkeypatch.setattr(artifacts, "listing", listing)
