@@ -48,6 +48,8 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
     adapter, evaluation = (artifacts.read(spec.path(volumes), keys) for spec in (wanted.adapter, wanted.evaluation))
     files = layout.files(adapter, evaluation, answers=publication.answers,
                          sign=(lambda content: signer.sign(content).encode()) if signer else None)
+    if signer:
+        files = layout.with_provenance(files, pipeline, signer)
     published = push(files, pipeline.adapter, wanted.adapter.digest, publication.to)
     announce(description(name, published))
 

@@ -305,7 +305,7 @@ def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest], environment:
 
 
 def stages_without_key(overlay: Path, whole: list[pods.Manifest], environment: LoadedEnvironment | None,
-                       adapters: Mapping[str, LoadedPipeline]) -> Iterator[str]:
+                       adapters: Mapping[str, LoadedAdapter]) -> Iterator[str]:
     """The stages that are to sign what they publish, and have no key; without the key they fail."""
     asks = environment or next(iter(adapters.values())).environment if environment or adapters else None
     if asks is None:

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from jobs.__main__ import main
-from jobs.core import artifacts, promotion
+from jobs.core import artifacts, promotion, signatures
 from jobs.core.declarations import Source
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.plan import FINE_TUNED_VOLUME
+from jobs.core.published import PROVENANCE
 from jobs.publication import layout, publish
 from jobs.relocation import download, sources
 from jobs.relocation.sources import oci
@@ -265,8 +266,10 @@ def test_what_is_published_is_signed_as_a_whole_and_again_the_same(signed: Made,
     keys = signed.loaded.pipeline.environment.trusted_keys
     evaluation, adapter = (tmp_path / artifact.digest for artifact in (signed.evaluation, signed.adapter))
     (tmp_path / "pulled" / "evaluation").rename(evaluation)
-    for leftover in (tmp_path / "pulled").glob("provenance.json*"):
-        leftover.unlink()
+    payload, _ = signatures.verify_envelope((tmp_path / "pulled" / PROVENANCE).read_bytes(), keys)
+    manifest = (tmp_path / "pulled" / artifacts.MANIFEST).read_bytes()
+    assert json.loads(payload)["subject"][0]["digest"] == {"sha256": hashlib.sha256(manifest).hexdigest()}
+    (tmp_path / "pulled" / PROVENANCE).unlink()
     (tmp_path / "pulled").rename(adapter)
     assert artifacts.read(evaluation, keys).manifest["about"]["left_out"]
     assert artifacts.read(adapter, keys).digest == signed.adapter.digest
