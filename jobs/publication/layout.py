@@ -14,12 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jobs.core import provenance
 from jobs.core.artifacts import MANIFEST, SIGNATURE, Artifact
-from jobs.core.pipeline import Pipeline
-from jobs.core.published import EVALUATION, LEFT_OUT, PROVENANCE, WITHOUT_ANSWERS
+from jobs.core.published import EVALUATION, LEFT_OUT, WITHOUT_ANSWERS
 from jobs.core.registry import FILE_PATH, OCI_MANIFEST, TITLE, digest_of
-from jobs.core.signing import Signer
 
 ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
 CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
@@ -66,15 +63,6 @@ def files(adapter: Artifact, evaluation: Artifact, *, answers: bool, sign: Sign 
         if sign:
             found.append(File.of(f"{EVALUATION}/{SIGNATURE}", sign(manifest)))
     return sorted(found, key=lambda file: file.path)
-
-
-def with_provenance(published: list[File], pipeline: Pipeline, signer: Signer) -> list[File]:
-    """The files with the signed provenance of the adapter."""
-    path = f"{EVALUATION}/{MANIFEST}"
-    adapter, evaluation = (next(file.content for file in published if file.path == name) for name in (MANIFEST, path))
-    assert isinstance(adapter, bytes) and isinstance(evaluation, bytes), "`files` reads manifests"
-    statement = File.of(PROVENANCE, provenance.sign(pipeline, adapter, evaluation, path, signer))
-    return sorted([*published, statement], key=lambda file: file.path)
 
 
 def is_public(path: str, evaluation: Artifact) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from jobs.core import artifacts, imported, promotion, signatures
 from jobs.core.artifacts import Artifact, Spec, canonical
 from jobs.core.errors import UserError
-from jobs.core.files import read_plain_file
+from jobs.core.files import read_plain_file, sha256_of
 from jobs.core.imported import Imported, LoadedImport
 from jobs.core.layout import MANIFEST, read_manifest
 from jobs.core.plan import FINE_TUNED_VOLUME, plan_environment, plan_import
@@ -84,6 +84,7 @@ def write(loaded: LoadedImport, volumes: Path, draft: Path) -> dict[str, Any]:
     fetch(items, source, draft, FETCHED)
     adapter, evaluation = divide(draft, shown(source.source))
     require_fit(loaded, adapter, evaluation)
+    require_provenance(loaded, draft / PROVENANCE, adapter, evaluation)
     found = Imported(*(Spec(FINE_TUNED_VOLUME, each.manifest["kind"], each.manifest["spec"], each.manifest["inputs"])
                        for each in (adapter, evaluation)))
     pairs = [(found.adapter, adapter), (found.evaluation, evaluation)]
@@ -190,6 +191,26 @@ def require_signature(loaded: LoadedImport, artifact: Artifact, where: str) -> N
         signatures.check(artifact.path, artifact.manifest, keys)
     except NotSigned as error:
         raise NotSigned(f"{where}: {str(error).removeprefix(f'{artifact.path}: ')}") from None
+
+
+def require_provenance(loaded: LoadedImport, file: Path, adapter: Artifact, evaluation: Artifact) -> None:
+    """The provenance, where there is one and the environment has keys, is signed, and about this adapter and this
+    evaluation. It is kept for people: what decides is signed by itself.
+
+    Raises:
+        NotSigned: it is not.
+    """
+    keys = loaded.pipeline.environment.trusted_keys
+    if not keys or not file.exists():
+        return
+    try:
+        statement = json.loads(signatures.verify_envelope(read_plain_file(file, JSON_BYTES), keys)[0])
+        named = [each["digest"]["sha256"] for each in (*statement["subject"],
+                                                       *statement["predicate"]["runDetails"]["byproducts"])]
+        if named != [sha256_of(artifact.path / MANIFEST) for artifact in (adapter, evaluation)]:
+            raise ValueError("it is about other artifacts")
+    except (UserError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise NotSigned(f"{shown(loaded.pipeline.source)}: {PROVENANCE} does not verify: {error}") from None
 
 
 def require_verdict(loaded: LoadedImport, evaluation: Artifact, adapter: str, where: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs.core import artifacts, promotion, registry
+from jobs.core import artifacts, promotion, provenance, registry, signatures
 from jobs.core.artifacts import MANIFEST, SIGNATURE
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.imported import LoadedImport
@@ -392,6 +392,31 @@ UNSIGNED: dict[str, tuple[Callable[[World], Files], str]] = {
 def test_what_no_trusted_key_signed_is_refused(world: World, case: str) -> None:
     make, message = UNSIGNED[case]
     refused(world, world.declare(make(world), **SIGNING), message)
+
+
+def with_provenance(world: World, *, key: str = "one", of: int = 0) -> Files:
+    """What is published of an adapter, with the provenance of the one that has the seed `of`."""
+    files, others = signed(world), {file.path: file for file in signed(world, seed=of)}
+
+    def manifest(path: str) -> bytes:
+        content = others[path].content
+        return content if isinstance(content, bytes) else content.read_bytes()
+
+    path = f"evaluation/{MANIFEST}"
+    made = provenance.sign(world.there, manifest(MANIFEST), manifest(path), path, signer(pair(key)))
+    return sorted([*files, File.of(PROVENANCE, made)], key=lambda file: file.path)
+
+
+def test_provenance_is_verified_and_kept(world: World) -> None:
+    loaded = world.declare(with_provenance(world), **SIGNING)
+    adapters.run(loaded, world.volumes)
+    kept = plan_import(loaded.pipeline).imported_adapter.path(world.volumes) / PROVENANCE
+    assert b"seville-hotels" in signatures.verify_envelope(kept.read_bytes(), [pair().public])[0]
+
+
+@pytest.mark.parametrize("options", [{"key": "two"}, {"of": 1}])
+def test_provenance_of_another_adapter_or_by_another_key_is_refused(world: World, options: dict[str, Any]) -> None:
+    refused(world, world.declare(with_provenance(world, **options), **SIGNING), "provenance.json does not verify: ")
 
 
 def test_when_a_key_is_removed_what_it_signed_is_no_longer_promoted(world: World) -> None:
