@@ -87,7 +87,7 @@ class Patience:
     @staticmethod
     def pause(failures: int) -> float:
         """The seconds to wait after so many failures in a row."""
-        return min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S)
+        return min(FIRST_PAUSE_S * 2.0 ** (failures - 1), LONGEST_PAUSE_S)
 
     def wait(self, interruption: Interrupted) -> None:
         """Count a failed attempt, and sleep before the next one. Raises like `pause_after`."""
