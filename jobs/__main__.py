@@ -12,23 +12,28 @@ from pathlib import Path
 
 from jobs.core import variables
 from jobs.core.command import run_command
+from jobs.core.errors import UserError
 from jobs.training import distributed
 
 DESCRIPTION = """\
 Fine-tune a model privately and serve the result, as its files in git declare.
 
   stages (the Kubernetes Jobs run these; a stage whose result exists ends at once)
-    relocate WHAT     bring the dataset, the base model, the tokenizer or the reference model onto its volume
+    relocate WHAT     bring the dataset, the base model, the tokenizer, the reference model or a published adapter
+                      onto its volume
     encode            encode the dataset to tokens, with the tokenizer and its chat template
     train             train the LoRA adapter
     evaluate          measure base, fine-tuned and reference model; promote the adapter if the gate passes
+    publish           bring the promoted adapter to a registry or a bucket, for other environments
     await ARTIFACT…   wait until artifacts are there (init containers)
+    verify            read every artifact on the volumes and compare it with its manifest
 
   for people
     new OVERLAY NAME  add an adapter to an overlay: its folder and its entries in kustomization.yaml
     pin OVERLAY       fill or refresh the pins in an overlay's files, like a lock file
     check OVERLAY     validate an overlay with no network and no cluster: for a pre-commit hook or CI
     plan OVERLAY      show what a push would run again, and why
+    export ADAPTER    copy a promoted adapter into a folder that PEFT and vLLM load, with model card and SBOM
     local OVERLAY     run the whole overlay, as rendered by kustomize, as local processes
     kind OVERLAY      run it in a cluster on this machine, with kubectl or with Argo CD
 """
@@ -39,7 +44,8 @@ examples
   python -m jobs --pipeline overlays/kind/adapters/seville-hotels/pipeline.yaml --volumes /tmp/volumes relocate dataset
 """
 RELOCATABLE = ("dataset", "base-model", "tokenizer", "reference-model")
-AWAITABLE = (*RELOCATABLE, "acceptability", "tasks", "encoded-dataset", "adapter", "merged-model", "evaluation")
+AWAITABLE = (*RELOCATABLE, "acceptability", "tasks", "encoded-dataset", "adapter", "merged-model", "evaluation",
+             "imported-adapter")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,12 +64,21 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of the above")
 
     relocate = commands.add_parser("relocate", description="bring a source onto its volume, verified against its pin")
-    relocate.add_argument("what", choices=RELOCATABLE)
+    relocate.add_argument("what", choices=(*RELOCATABLE, "adapter"))
     commands.add_parser("encode", description="encode the dataset to tokens; needs no GPU")
     commands.add_parser("train", description="train the LoRA adapter; resumes after a kill")
     commands.add_parser("evaluate", description="measure the models, write the report, pass or reject the adapter")
+    commands.add_parser("publish", description="bring the promoted adapter, with its evaluation, to where "
+                                                "environment.yaml says; ends at once if it is there, or was rejected")
     wait = commands.add_parser("await", description="wait until artifacts are there; their readers verify them")
     wait.add_argument("artifacts", nargs="+", choices=AWAITABLE, metavar="ARTIFACT", help=", ".join(AWAITABLE))
+
+    from jobs.publication import export as export_module
+    from jobs.tools import verify as verify_module
+
+    verify = commands.add_parser("verify", description=verify_module.DESCRIPTION, formatter_class=raw)
+    verify.add_argument("chosen", nargs="*", metavar="ARTIFACT",
+                        help="KIND/DIGEST, KIND, or an artifact's path (default: all on the volumes)")
 
     from jobs.tools import kind as kind_module
     from jobs.tools import local as local_module
@@ -74,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     pin = commands.add_parser("pin", description="fill or refresh the pins in the files of an overlay or an adapter")
     check = commands.add_parser("check", description="validate an overlay or an adapter offline")
     plan_parser = commands.add_parser("plan", description="show what a push would do", formatter_class=raw)
+    export = commands.add_parser("export", formatter_class=raw)
     local = commands.add_parser("local", description="run an overlay as local processes", formatter_class=raw)
     kind = commands.add_parser("kind", description="run an overlay in a kind cluster", formatter_class=raw)
     for command in (new, plan_parser, local, kind):
@@ -92,20 +108,21 @@ def parser() -> argparse.ArgumentParser:
     new_module.add_arguments(new)
     plan_module.add_arguments(plan_parser)
     local_module.add_arguments(local)
+    export_module.add_arguments(export)
     kind_module.add_arguments(kind)
     return top
 
 
 def run(args: argparse.Namespace) -> None:
     """Carry out one command. Imports are late: `--help` and `already done` must answer at once."""
-    from jobs.core import environment, pipeline
+    from jobs.core import environment, imported, pipeline
 
     wait_seconds = variables.wait_seconds(args.wait_seconds)  # not in the parser: `--help` must work in any environment
     match args.command:
         case "new":
             from jobs.tools import new
 
-            new.run(args.overlay, args.name, data=args.data, old=args.old)
+            new.run(args.overlay, args.name, data=args.data, old=args.old, source=args.source)
         case "pin":
             from jobs.tools import pin
 
@@ -126,21 +143,33 @@ def run(args: argparse.Namespace) -> None:
             from jobs.tools import local
 
             local.run(args)
+        case "export":
+            from jobs.publication import export
+
+            export.run(args.adapter, args.export_volumes, args.output)
         case "kind":
             from jobs.tools import kind
 
             kind.run(args)
+        case "verify":
+            from jobs.tools import verify
+
+            verify.run(args.volumes, args.chosen)
         case "relocate":
             from jobs.relocation import relocate
 
-            if args.what == "dataset":
-                relocate.run_dataset(pipeline.load(args.pipeline, args.environment), args.volumes)
+            if args.what == "adapter":
+                from jobs.relocation import adapters
+
+                adapters.run(imported.load(args.pipeline, args.environment), args.volumes)
+            elif args.what == "dataset":
+                relocate.run_dataset(imported.load_data(args.pipeline, args.environment), args.volumes)
             else:
                 relocate.run_model(environment.load(_environment_file(args)), args.what, args.volumes)
         case "encode":
             from jobs.data import encode
 
-            encode.run(pipeline.load(args.pipeline, args.environment), args.volumes, wait_seconds)
+            encode.run(imported.load_data(args.pipeline, args.environment), args.volumes, wait_seconds)
         case "train":
             from jobs.training import train
 
@@ -148,15 +177,22 @@ def run(args: argparse.Namespace) -> None:
         case "evaluate":
             from jobs.evaluation import evaluate
 
-            evaluate.run(pipeline.load(args.pipeline, args.environment), args.volumes, wait_seconds)
+            evaluate.run(imported.load_any(args.pipeline, args.environment), args.volumes, wait_seconds)
+        case "publish":
+            from jobs.publication import publish
+
+            publish.run(pipeline.load(args.pipeline, args.environment), args.volumes, wait_seconds)
         case "await":
             from jobs.core import artifacts
-            from jobs.core.plan import plan, plan_environment
+            from jobs.core.plan import plan_adapter, plan_environment
 
             if set(args.artifacts) <= set(RELOCATABLE) - {"dataset"}:
                 named = plan_environment(environment.load(_environment_file(args)).environment).named()
             else:
-                named = plan(pipeline.load(args.pipeline, args.environment).pipeline).named()
+                named = plan_adapter(imported.load_any(args.pipeline, args.environment).pipeline).named()
+            if unknown := [name for name in args.artifacts if name not in named]:
+                raise UserError(f"await {unknown[0]}: {args.pipeline} desires no such artifact; it has "
+                                f"{', '.join(named)}")
             artifacts.wait_until_there([named[a] for a in args.artifacts], args.volumes, wait_seconds)
 
 

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from starlette.types import ASGIApp
 
 from jobs.core import promotion
-from jobs.core.pipeline import Pipeline
+from jobs.core.imported import Adapter
 from jobs.core.plan import FINE_TUNED_VOLUME
 from serving import base, candidates, cpu_shield, events, lora, proof, untrusted, verification
 from serving.candidates import Candidate
@@ -44,7 +44,7 @@ BACKOFF_SECONDS = 5.0  # after an unexpected error, such as an unreadable volume
 FAILURES_UNTIL_READY = 3  # after so many failed attempts on one alias, `first_look_done` does not wait for it
 RETRY_SECONDS = 60.0  # until an adapter that vLLM did not load is tried again: vLLM may have been out of memory
 # Where promotions and artifacts appear on the volume of fine-tuned models: by a rename, which changes a folder's time.
-WATCHED = (promotion.FOLDER, "adapter", "evaluation", "merged-model")
+WATCHED = (promotion.FOLDER, "adapter", "evaluation", "merged-model", "imported-adapter")
 # For so long after a change, another one may have the same time, which has the resolution of the file system.
 RECENT_SECONDS = 2.0
 FOLLOW_PAUSES = 50  # a look for a new base model takes one part of so many and one
@@ -158,6 +158,8 @@ class Aliases:
         self._declared, self._seen = await asyncio.to_thread(self._look_around)
         if self._declared is not before:
             self._report_problems(before)
+            if self._declared.trusted_keys != before.trusted_keys:
+                self._forget_checks()
         named = self._declared.adapters
         for name in self.current.keys() - named.keys():
             gone = self.current.pop(name)
@@ -180,6 +182,16 @@ class Aliases:
         if all(alias.looked for alias in self.current.values()):
             self.first_look_done.set()
         await self._unload_unused()
+
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        """The public keys by one of which an adapter and its evaluation must be signed; empty: they need not be."""
+        return self._declared.trusted_keys
+
+    def _forget_checks(self) -> None:
+        """Check everything again, because the trusted keys changed. What is in service stays so until a restart."""
+        self._proven.clear()
+        self._refusals.clear()
 
     def _look_around(self) -> tuple[Declared, tuple[int, ...]]:
         """The files, and when (ns) something last appeared in the folders of the volume. Runs in a thread."""
@@ -265,7 +277,7 @@ class Aliases:
             self._log_change(f"attempt {name}", f"{name or 'base model'}: {error!r}; trying again", log.error)
             await asyncio.sleep(BACKOFF_SECONDS * 2 ** min(alias.failures - 1, 3))
 
-    async def _update(self, name: str, alias: Alias, pipeline: Pipeline | None) -> None:
+    async def _update(self, name: str, alias: Alias, pipeline: Adapter | None) -> None:
         """Point the alias to the first adapter that may be served: the desired one, else the last promotion.
 
         If the alias has no version, as after a restart, earlier promotions follow.
@@ -336,12 +348,12 @@ class Aliases:
         self._logged.pop(what, None)
         return found
 
-    def _desired(self, pipeline: Pipeline | None) -> Candidate:
+    def _desired(self, pipeline: Adapter | None) -> Candidate:
         if pipeline is None:
             raise NotYet("its pipeline file is invalid")
         if base.of(pipeline.environment) != base.running(self.served):
             raise NotYet("the server has to restart with another base model, mode or chat template first")
-        return candidates.desired(pipeline)
+        return candidates.desired(pipeline, self._volumes)
 
     def _promoted(self, name: str) -> Candidate:
         candidate, following = candidates.promoted(name, self._volumes), self._next_base()
@@ -401,7 +413,7 @@ class Aliases:
 
     async def _check_gate(self, name: str, candidate: Candidate, evaluation: Path) -> None:
         what = f"{name}@{candidate.adapter}"
-        check = partial(asyncio.to_thread, verification.check_gate, candidate, name, self._volumes)
+        check = partial(asyncio.to_thread, verification.check_gate, candidate, name, self._volumes, self._keys)
         try:
             await self._unless_refused(name, f"evaluation {candidate.evaluation} of {what}", [evaluation], check)
         except NotYet as missing:
@@ -434,9 +446,9 @@ class Aliases:
         """Verify a version, load it into vLLM and prove it. If a step fails, the version is removed again."""
         if version.name in self.current:
             self.current[version.name].why = "its adapter is being verified and loaded"
-        version.proof = await asyncio.to_thread(verification.read_proof, evaluation)
+        version.proof = await asyncio.to_thread(verification.read_proof, evaluation, self._keys)
         version.folder = await asyncio.to_thread(verification.copy_verified, version.name, version.digest, self.served,
-                                                 self._base_modules)
+                                                 self._base_modules, self._keys)
         version.size = (version.folder / lora.WEIGHTS).stat().st_size
         neighbour = asyncio.create_task(self._prove_neighbour())
         try:

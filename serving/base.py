@@ -170,7 +170,7 @@ def find_proven(declared: Declared, volumes: Path) -> ByBase:
                 known = found.get(base, {})
                 if base.mode == "merged" and known:  # one model runs: that of the first alias that has one
                     continue
-                if name not in known and _is_proven(name, candidate, volumes):
+                if name not in known and _is_proven(name, candidate, volumes, declared.trusted_keys):
                     found.setdefault(base, {})[name] = Proven(candidate.adapter, _rank(manifest), at)
     return found
 
@@ -195,22 +195,22 @@ def _bases(adapter: str, manifest: Mapping[str, Any], volumes: Path) -> Iterator
         yield lora
 
 
-def _is_proven(name: str, candidate: Candidate, volumes: Path) -> bool:
-    """Whether the adapter is whole and its evaluation passed. Cached until the files change."""
+def _is_proven(name: str, candidate: Candidate, volumes: Path, keys: tuple[str, ...]) -> bool:
+    """Whether the adapter is whole and its evaluation passed. Cached until the files or the keys change."""
     try:
         signatures = (untrusted.signature(candidates.adapter_folder(candidate.adapter, volumes)),
                       untrusted.signature(candidates.evaluation_folder(candidate.evaluation, volumes)))
     except NotYet:
         return False
-    return _passes(name, candidate, volumes, signatures)
+    return _passes(name, candidate, volumes, signatures, keys)
 
 
 @functools.lru_cache(maxsize=4096)
-def _passes(name: str, candidate: Candidate, volumes: Path, signatures: object) -> bool:
+def _passes(name: str, candidate: Candidate, volumes: Path, signatures: object, keys: tuple[str, ...]) -> bool:
     try:
-        untrusted.read_artifact(candidates.adapter_folder(candidate.adapter, volumes), "adapter")
-        verification.check_gate(candidate, name, volumes)
-        verification.read_proof(candidates.evaluation_folder(candidate.evaluation, volumes))
+        untrusted.read_artifact(candidates.adapter_folder(candidate.adapter, volumes), "adapter", keys)
+        verification.check_gate(candidate, name, volumes, keys)
+        verification.read_proof(candidates.evaluation_folder(candidate.evaluation, volumes), keys)
     except Refused as error:
         log.warning("%s@%s cannot be served: %s", name, candidate.adapter, error)
         return False

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from jobs.core import artifacts, promotion
+from jobs.core import artifacts, imported, promotion
 from jobs.core.errors import UserError
-from jobs.core.pipeline import Pipeline
-from jobs.core.plan import FINE_TUNED_VOLUME, plan
+from jobs.core.imported import Adapter, ImportedAdapter
+from jobs.core.plan import FINE_TUNED_VOLUME, deciding_evaluation, plan, plan_import
 from jobs.core.promotion import DIGEST
 from serving.refusal import NotYet, Refused, one_line
 
@@ -29,10 +29,22 @@ class Candidate:
     evaluation: str
 
 
-def desired(pipeline: Pipeline) -> Candidate:
-    """The adapter that the pipeline file desires, whether or not it exists."""
-    named = plan(pipeline)
-    return Candidate(named.adapter.digest, named.evaluation.digest)
+def desired(pipeline: Adapter, volumes: Path) -> Candidate:
+    """The adapter that the pipeline file desires: a trained one whether or not it exists, an imported one when it is
+    on the volume, where its relocation recorded which it is.
+
+    Raises:
+        NotYet: the imported adapter is not there yet.
+        Refused: what its relocation recorded is damaged or cannot be read.
+    """
+    if not isinstance(pipeline, ImportedAdapter):
+        named = plan(pipeline)
+        return Candidate(named.adapter.digest, named.evaluation.digest)
+    folder = plan_import(pipeline).imported_adapter.path(volumes)
+    found = _read_from_volume(folder, lambda: imported.read(folder, FINE_TUNED_VOLUME))
+    if found is None:
+        raise NotYet(f"the imported adapter {folder.name} is not there yet")
+    return Candidate(found.adapter.digest, deciding_evaluation(pipeline, found).digest)
 
 
 def promoted(name: str, volumes: Path) -> Candidate:
@@ -42,7 +54,7 @@ def promoted(name: str, volumes: Path) -> Candidate:
         NotYet: when none ever was.
         Refused: when the promotion is damaged or cannot be read.
     """
-    current = _read_promotion(_pointer(name, volumes), lambda: promotion.current(volumes / FINE_TUNED_VOLUME, name))
+    current = _read_from_volume(_pointer(name, volumes), lambda: promotion.current(volumes / FINE_TUNED_VOLUME, name))
     if current is None:
         raise NotYet(f"no adapter was promoted as {name} yet")
     return Candidate(current.adapter, current.evaluation)
@@ -55,11 +67,11 @@ def earlier(name: str, volumes: Path) -> list[Candidate]:
         Refused: when the history is damaged or cannot be read.
     """
     file = _pointer(name, volumes).with_name(f"{name}.history.jsonl")
-    history = _read_promotion(file, lambda: promotion.history(volumes / FINE_TUNED_VOLUME, name)) or []
+    history = _read_from_volume(file, lambda: promotion.history(volumes / FINE_TUNED_VOLUME, name)) or []
     return list(dict.fromkeys(Candidate(each.adapter, each.evaluation) for each in history))
 
 
-def in_order(name: str, pipeline: Pipeline | None, volumes: Path) -> dict[Candidate, str]:
+def in_order(name: str, pipeline: Adapter | None, volumes: Path) -> dict[Candidate, str]:
     """All candidates for a name, best first, and when each was promoted (ISO 8601; empty if it never was).
 
     First the one that the pipeline file desires, then the last promotion, then the earlier ones, newest first.
@@ -73,7 +85,10 @@ def in_order(name: str, pipeline: Pipeline | None, volumes: Path) -> dict[Candid
     with suppress(UserError):
         if current := promotion.current(folder, name):
             recorded.insert(0, current)
-    found = {desired(pipeline): ""} if pipeline else {}
+    found: dict[Candidate, str] = {}
+    if pipeline:
+        with suppress(NotYet, Refused):
+            found[desired(pipeline, volumes)] = ""
     for each in recorded:
         candidate = Candidate(each.adapter, each.evaluation)
         found[candidate] = found.get(candidate) or each.at
@@ -97,8 +112,8 @@ def _pointer(name: str, volumes: Path) -> Path:
     return volumes / FINE_TUNED_VOLUME / promotion.FOLDER / name
 
 
-def _read_promotion(file: Path, read: Callable[[], Read]) -> Read | None:
-    """The result of `read`, which reads promotions from `file`; None if there is no such file.
+def _read_from_volume(file: Path, read: Callable[[], Read]) -> Read | None:
+    """The result of `read`, which reads from `file` on the volume; None if there is no such file.
 
     Any damage is a refusal and not an error, so that the server still follows the pipeline file.
     """

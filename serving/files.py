@@ -15,18 +15,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
-from jobs.core import environment, pipeline
-from jobs.core.environment import Environment, LoadedEnvironment
+from jobs.core import environment, imported, strict_yaml
+from jobs.core.environment import Environment, LoadedEnvironment, Signing
 from jobs.core.errors import UserError
 from jobs.core.files import read_plain_file
-from jobs.core.pipeline import Pipeline
-from jobs.core.plan import plan, plan_environment
+from jobs.core.imported import Adapter, LoadedImport
+from jobs.core.pipeline import LoadedPipeline
+from jobs.core.plan import plan_adapter, plan_environment
 from serving.refusal import Refused
 
 SUFFIX = ".yaml"
 ENVIRONMENT = "environment"  # the stem of the environment file; no adapter can have this name
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # what `adapter:` allows
 LARGEST = 2**20  # bytes of a file; the limit of a whole ConfigMap
+NO_KEY = ("none, because the environment file cannot be read",)  # by which no signature verifies
 # Under this name Kubernetes links to the folder that holds a ConfigMap's files; it replaces the link in one step.
 LINK = "..data"
 
@@ -40,11 +42,18 @@ class Declared:
 
     environment: Environment | None = None  # None: it was never valid since this process started
     # By alias, sorted. None: the file was never valid since this process started; the alias serves what was promoted.
-    adapters: Mapping[str, Pipeline | None] = field(default_factory=dict)
+    adapters: Mapping[str, Adapter | None] = field(default_factory=dict)
     # When (Unix time) an alias's file was written that has the content above.
     changed: Mapping[str, float] = field(default_factory=dict)
     # What is wrong with a file, by its stem.
     problems: Mapping[str, Refused] = field(default_factory=dict)
+    # Where `environment` is None: the keys in the invalid file, if it has any.
+    keys_of_invalid: tuple[str, ...] = ()
+
+    @property
+    def trusted_keys(self) -> tuple[str, ...]:
+        """The public keys by one of which an adapter and its evaluation must be signed; empty: they need not be."""
+        return self.environment.trusted_keys if self.environment else self.keys_of_invalid
 
 
 @dataclass
@@ -54,7 +63,7 @@ class _File:
     stamp: Stamp | None = None
     content: bytes | None = None
     environment: LoadedEnvironment | None = None  # with which the content was validated
-    pipeline: Pipeline | None = None  # the last valid one
+    adapter: Adapter | None = None  # the last valid one
     changed: float = 0.0
     problem: Refused | None = None
 
@@ -70,6 +79,7 @@ class Files:
         self._environment: LoadedEnvironment | None = None
         self._environment_file = _File()
         self._adapters: dict[str, _File] = {}
+        self._keys_of_invalid: tuple[str, ...] = ()
         self._gone: set[str] = set()  # files that were missing when the folder was read last
 
     def read(self) -> Declared:
@@ -130,12 +140,14 @@ class Files:
         known, file = self._environment_file, self.folder / environment.FILE
         if known.stamp == stamp:
             return
+        content = None
         try:
             content = _content(file)
             if content != known.content:
                 self._environment = _valid(file, lambda: environment.load(file))
         except UserError as error:
             self._environment_file = _File(stamp, problem=Refused("environment file", str(error)))
+            self._keys_of_invalid = _keys(file, content or b"")
         else:
             self._environment_file = _File(stamp, content)
 
@@ -155,11 +167,11 @@ class Files:
                                       "not at the ends")
             if shared is None:
                 return
-            loaded = _valid(file, lambda: pipeline.load(file, shared)).pipeline
+            loaded = _valid(file, lambda: imported.load_any(file, shared)).pipeline
             if loaded.adapter != stem:
                 raise Refused("name", f"{file}: `adapter` is {loaded.adapter}, but the file's name says {stem}; they "
                                       "must be the same")
-            known.pipeline, known.changed = loaded, stamp[0] / 1e9
+            known.adapter, known.changed = loaded, stamp[0] / 1e9
         except UserError as error:
             known.problem = Refused("pipeline file", str(error))
         except Refused as refused:
@@ -171,9 +183,9 @@ class Files:
         if self._environment_file.problem:
             problems = {ENVIRONMENT: self._environment_file.problem, **problems}
         return Declared(self._environment.environment if self._environment else None,
-                        MappingProxyType({stem: file.pipeline for stem, file in adapters.items()}),
-                        MappingProxyType({stem: file.changed for stem, file in adapters.items() if file.pipeline}),
-                        MappingProxyType(problems))
+                        MappingProxyType({stem: file.adapter for stem, file in adapters.items()}),
+                        MappingProxyType({stem: file.changed for stem, file in adapters.items() if file.adapter}),
+                        MappingProxyType(problems), self._keys_of_invalid)
 
 
 def _stamp(status: os.stat_result) -> Stamp:
@@ -187,6 +199,18 @@ def _content(file: Path) -> bytes:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
+def _keys(file: Path, content: bytes) -> tuple[str, ...]:
+    """The trusted keys of an environment file that is invalid. A mistake in another key must not switch the signatures
+    off; where it cannot be known which keys are meant, none is trusted."""
+    if b"signing" not in content:
+        return ()
+    try:
+        values = strict_yaml.read(file).values.get("signing")
+        return () if values is None else Signing.model_validate(values).keys
+    except Exception:  # the problem is reported as that of the whole file
+        return NO_KEY
+
+
 def _valid(file: Path, load: Callable[[], Read]) -> Read:
     """What `load` reads from a file. Raises `UserError` for anything that is wrong with the file: one file must not
     stop the others."""
@@ -194,8 +218,8 @@ def _valid(file: Path, load: Callable[[], Read]) -> Read:
         loaded = load()
         if isinstance(loaded, LoadedEnvironment):
             plan_environment(loaded.environment)
-        elif isinstance(loaded, pipeline.LoadedPipeline):
-            plan(loaded.pipeline)  # computes every digest
+        elif isinstance(loaded, LoadedPipeline | LoadedImport):
+            plan_adapter(loaded.pipeline)  # computes every digest
     except UserError:
         raise
     except Exception as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 from jobs.core import artifacts, models
 from jobs.core.errors import UserError
-from jobs.core.pipeline import Pipeline
+from jobs.core.imported import Adapter
 from jobs.core.plan import merged_model
 from serving import candidates, events, untrusted, verification
 from serving.aliases import Alias, Aliases, Version
@@ -49,9 +49,9 @@ def choose(declared: Declared, served: Served) -> Served:
                 evaluation = candidates.evaluation_folder(candidate.evaluation, volumes)
                 for folder in (evaluation, folder_of(candidate.adapter, served)):
                     untrusted.signature(folder)  # raises NotYet if it is not there
-                verification.check_gate(candidate, name, volumes)
-                verification.read_proof(evaluation)
-                verify(candidate.adapter, served)
+                verification.check_gate(candidate, name, volumes, declared.trusted_keys)
+                verification.read_proof(evaluation, declared.trusted_keys)
+                verify(candidate.adapter, served, declared.trusted_keys)
             except (NotYet, Refused) as reason:
                 log.warning("%s@%s: %s", name, candidate.adapter, reason)
                 continue
@@ -107,18 +107,20 @@ def vllm_arguments(served: Served) -> list[str]:
     return ["--model", str(folder), "--served-model-name", served.merged]
 
 
-def verify(adapter: str, served: Served) -> None:
+def verify(adapter: str, served: Served, keys: Sequence[str] = ()) -> None:
     """Return if the adapter's merged model is whole, has the base model's architecture, and is finite throughout.
 
     Unlike an adapter it is not copied: it is as large as the base model, which is read in place too.
 
+    Args:
+        keys: the trusted public keys, if the environment file asks for signatures.
     Raises:
         Refused: naming the first thing that is wrong.
     """
-    folder = folder_of(adapter, served)
-    manifest = untrusted.read_artifact(folder, "merged-model").manifest
-    trained = untrusted.read_json(candidates.adapter_folder(adapter, Path(served.volumes)) / artifacts.MANIFEST,
-                                  "damaged", "is missing or damaged")
+    folder, trained_folder = folder_of(adapter, served), candidates.adapter_folder(adapter, Path(served.volumes))
+    manifest = untrusted.read_artifact(folder, "merged-model", keys).manifest
+    trained = untrusted.read_artifact(trained_folder, "adapter", keys).manifest if keys else untrusted.read_json(
+        trained_folder / artifacts.MANIFEST, "damaged", "is missing or damaged")
     verification.check_template(trained, served)
     try:
         if models.architecture(folder) != models.architecture(Path(served.base_folder)):
@@ -166,7 +168,7 @@ class MergedAliases(Aliases):
         version = Version(name, digest)
         evaluation = candidates.evaluation_folder(self.served.evaluation, self._volumes)
         try:
-            version.proof = await asyncio.to_thread(verification.read_proof, evaluation)
+            version.proof = await asyncio.to_thread(verification.read_proof, evaluation, self._keys)
             await self._prove(version)
         except Refused as refused:
             self._ran_unfit = refused
@@ -178,7 +180,7 @@ class MergedAliases(Aliases):
     async def _probe(self, version: Version) -> None:
         await self.engine.logprobs(version.model)  # there is no base model beside it to compare it with
 
-    async def _update(self, name: str, alias: Alias, pipeline: Pipeline | None) -> None:
+    async def _update(self, name: str, alias: Alias, pipeline: Adapter | None) -> None:
         runs = self.served.merged and self.served.merged.partition("@")[0]
         # As in `choose`: a restart would not bring an alias behind the one that runs.
         if runs and name > runs and runs in self.current and self._ran_unfit is None:
@@ -192,6 +194,10 @@ class MergedAliases(Aliases):
         if name not in self._needs_restart:
             self._turns.pop(f"merged {name}", None)  # a later restart gets a turn of its own
 
+    def _forget_checks(self) -> None:
+        super()._forget_checks()
+        self._verified.clear()
+
     def _folders(self, candidate: Candidate) -> tuple[Path, Path]:
         return (candidates.evaluation_folder(candidate.evaluation, self._volumes),
                 folder_of(candidate.adapter, self.served))
@@ -201,9 +207,9 @@ class MergedAliases(Aliases):
             raise self._ran_unfit
         if reason := (await asyncio.to_thread(_unfit, self.served)).get(version.model):
             raise Refused(reason, UNFIT)
-        await asyncio.to_thread(verification.read_proof, evaluation)
+        await asyncio.to_thread(verification.read_proof, evaluation, self._keys)
         if version.model not in self._verified:  # once: the server may wait for its turn to restart
-            await asyncio.to_thread(verify, version.digest, self.served)
+            await asyncio.to_thread(verify, version.digest, self.served, self._keys)
             self._verified.add(version.model)
         self._needs_restart.add(version.name)
         self._restart_in_turn(f"merged {version.name}",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 Reason = Literal["damaged", "unreadable", "files", "config", "rank", "module", "shape", "values", "no effect", "proof",
-                 "base", "not promoted", "gate", "load", "environment file", "pipeline file", "name"]
+                 "signature", "base", "not promoted", "gate", "load", "environment file", "pipeline file", "name"]
 
 
 class NotYet(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Collection, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,19 @@ def signature(folder: Path) -> Signature:
     return tuple((p.name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for p, s in stats)
 
 
-def read_artifact(folder: Path, kind: str) -> artifacts.Artifact:
-    """The artifact in `folder`, verified; refused if it is not whole or not of this kind."""
+def read_artifact(folder: Path, kind: str, keys: Sequence[str] = ()) -> artifacts.Artifact:
+    """The artifact in `folder`, verified; refused if it is not whole, not of this kind or not signed.
+
+    Args:
+        keys: the trusted public keys; empty: it needs no signature.
+    """
     read_json(folder / artifacts.MANIFEST, "damaged", "is missing or damaged")
     try:
-        artifact = artifacts.read(folder)
+        artifact = artifacts.read(folder, keys)
         manifest = artifact.manifest
         fits = isinstance(manifest["inputs"], dict) and isinstance(manifest["spec"], dict)
+    except artifacts.NotSigned as error:
+        raise Refused("signature", one_line(str(error))) from None
     except UserError as error:
         raise Refused("damaged", one_line(str(error))) from None
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
@@ -52,15 +59,25 @@ def read_artifact(folder: Path, kind: str) -> artifacts.Artifact:
     return artifact
 
 
-def plain_files(folder: Path) -> list[Path]:
-    """The files in an artifact's folder. Refuses anything else: opening a pipe, for example, would wait for ever."""
+def plain_files(folder: Path, folders: Collection[str] = ()) -> list[Path]:
+    """The files in an artifact's folder. Refuses anything else: opening a pipe, for example, would wait for ever.
+
+    Args:
+        folders: names of folders in it whose files belong to it too.
+    """
     paths = sorted(islice(folder.iterdir(), MOST_FILES + 1))
     if len(paths) > MOST_FILES:
         raise Refused("files", f"{folder} holds more than {MOST_FILES} files")
+    found = []
     for path in paths:
-        if not stat.S_ISREG(path.lstat().st_mode):
+        mode = path.lstat().st_mode
+        if path.name in folders and stat.S_ISDIR(mode):
+            found += plain_files(path)
+        elif stat.S_ISREG(mode):
+            found.append(path)
+        else:
             raise Refused("damaged", one_line(f"{path} is not a plain file"))
-    return paths
+    return found
 
 
 def read_json(file: Path, reason: Reason, problem: str) -> dict[str, Any]:

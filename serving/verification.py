@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.core import proof
-from jobs.core.artifacts import canonical
+from jobs.core.artifacts import SIGNATURE, canonical
 from jobs.core.errors import UserError
 from jobs.core.files import human_bytes
 from jobs.core.proof import Proof
+from jobs.core.published import WITHOUT_ANSWERS
 from serving import lora
 from serving.candidates import Candidate, adapter_folder, evaluation_folder
 from serving.lora import CONFIG, WEIGHTS, Modules
@@ -32,18 +33,21 @@ LAST_WITHOUT_PROOF = 1
 FILE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 
 
-def check_gate(candidate: Candidate, name: str, volumes: Path) -> None:
+def check_gate(candidate: Candidate, name: str, volumes: Path, keys: Sequence[str] = ()) -> None:
     """Return if this adapter passed the gate under this name, by its evaluation artifact.
 
+    Args:
+        keys: the trusted public keys, if the environment file asks for signatures.
     Raises:
-        Refused: with reason `gate` when it was rejected, `damaged` when the evaluation is not trustworthy.
+        Refused: with reason `gate` when it was rejected, `damaged` or `signature` when the evaluation is not
+            trustworthy.
         OSError: when it cannot be read; a later attempt may succeed.
     """
     folder = evaluation_folder(candidate.evaluation, volumes)
-    size = sum(path.lstat().st_size for path in plain_files(folder))
+    size = sum(path.lstat().st_size for path in plain_files(folder, [WITHOUT_ANSWERS]))
     if size > LARGEST_REST:
         raise Refused("files", f"{folder} has {human_bytes(size)}; no evaluation is that large")
-    manifest, adapter = read_artifact(folder, "evaluation").manifest, f"{name}@{candidate.adapter}"
+    manifest, adapter = read_artifact(folder, "evaluation", keys).manifest, f"{name}@{candidate.adapter}"
     verdict = read_json(folder / "evaluation.json", "damaged", "is no readable verdict")
     about = verdict.get("adapter")
     evaluated = about.get("digest") if isinstance(about, dict) else about
@@ -57,16 +61,19 @@ def check_gate(candidate: Candidate, name: str, volumes: Path) -> None:
         raise Refused("gate", f"evaluation {folder.name} rejected {adapter}: see its report.md")
 
 
-def read_proof(folder: Path) -> Proof | None:
-    """The proof of an evaluation; None if the evaluation was made before they had one.
+def read_proof(folder: Path, keys: Sequence[str] = ()) -> Proof | None:
+    """The proof of an evaluation; None if the evaluation was made before they had one, or if it was published without:
+    a proof holds private text, and what was left out is in the manifest.
 
+    Args:
+        keys: as for `check_gate`.
     Raises:
-        Refused: with reason `damaged`, or `proof` where it is missing.
+        Refused: with reason `damaged` or `signature`, or `proof` where it is missing.
         OSError: when it cannot be read; a later attempt may succeed.
     """
-    manifest, file = read_artifact(folder, "evaluation").manifest, folder / proof.FILE
+    manifest, file = read_artifact(folder, "evaluation", keys).manifest, folder / proof.FILE
     if not file.exists():
-        if manifest["spec"].get("recipe") == LAST_WITHOUT_PROOF:
+        if manifest["spec"].get("recipe") == LAST_WITHOUT_PROOF or proof.FILE in left_out(manifest):
             return None
         raise Refused("proof", f"evaluation {folder.name} does not hold what the adapter answers ({proof.FILE})")
     try:
@@ -77,17 +84,27 @@ def read_proof(folder: Path) -> Proof | None:
         raise Refused("damaged", one_line(f"{file}: {error}")) from None
 
 
+def left_out(manifest: Mapping[str, Any]) -> list[Any]:
+    """The files of an evaluation that were not published with it."""
+    about = manifest.get("about")
+    names = about.get("left_out") if isinstance(about, dict) else None
+    return names if isinstance(names, list) else []
+
+
 def private_copy(name: str, digest: str, served: Served) -> Path:
     """The folder of the verified copy of an adapter that is served under `name`."""
     return Path(served.private_folder) / name / digest
 
 
-def copy_verified(name: str, digest: str, served: Served, modules: Callable[[], Modules]) -> Path:
+def copy_verified(name: str, digest: str, served: Served, modules: Callable[[], Modules],
+                  keys: Sequence[str] = ()) -> Path:
     """Copy an adapter into the private folder, verify the copy, and return its path, fit to be loaded.
 
     A copy, because vLLM reads the files later, and again after it evicted the adapter. It must read what was verified,
     whatever happens to the volume.
 
+    Args:
+        keys: as for `check_gate`.
     Raises:
         Refused: with the reason.
         OSError: when it cannot be read or copied; a later attempt may succeed.
@@ -98,7 +115,7 @@ def copy_verified(name: str, digest: str, served: Served, modules: Callable[[], 
     try:
         largest = sum(4 * served.max_lora_rank * sum(shape) for shape in modules().values())
         _copy(source, copy, largest + LARGEST_REST)
-        verify(copy, served, modules)
+        verify(copy, served, modules, keys)
     except Refused as refused:  # the copy is removed, so the message names the original
         shutil.rmtree(copy, ignore_errors=True)
         raise Refused(refused.reason, one_line(str(refused).replace(str(copy), str(source)))) from None
@@ -113,7 +130,7 @@ def _copy(source: Path, target: Path, limit: int) -> None:
     paths = plain_files(source)
     target.mkdir(parents=True)
     for path in paths:
-        if path.suffix not in SUFFIXES or not FILE_NAME.fullmatch(path.name):
+        if not FILE_NAME.fullmatch(path.name) or (path.suffix not in SUFFIXES and path.name != SIGNATURE):
             raise Refused("files", f"it holds {path.name}; only {', '.join(SUFFIXES)} files are taken, no pickles")
         if path.suffix == ".safetensors" and path.name != WEIGHTS:
             raise Refused("files", f"it holds {path.name}; the only weights are {WEIGHTS}")
@@ -127,15 +144,16 @@ def _copy(source: Path, target: Path, limit: int) -> None:
                 sink.write(chunk)
 
 
-def verify(folder: Path, served: Served, modules: Callable[[], Modules]) -> None:
+def verify(folder: Path, served: Served, modules: Callable[[], Modules], keys: Sequence[str] = ()) -> None:
     """Return if the adapter artifact in `folder` is whole, made for this server's base, and harmless.
 
     Args:
         modules: returns the base model's linear layers.
+        keys: as for `check_gate`.
     Raises:
         Refused: naming the first fault.
     """
-    manifest = read_artifact(folder, "adapter").manifest
+    manifest = read_artifact(folder, "adapter", keys).manifest
     for key, digest in (("base_model", served.base_model), ("tokenizer", served.tokenizer)):
         if manifest["inputs"].get(key) != digest:
             raise Refused("base", f"it was trained on {key} {manifest['inputs'].get(key)}; this server serves {digest}")

@@ -126,7 +126,7 @@ def write_split(file: Path, rows: Iterable[tuple[int, Encoded]], batch: int = 40
 def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str = "file:base", seed: int = 0,
                    keep: int = 5, max_length: int = 128, mode: str = "lora", tasks: Sequence[Mapping[str, Any]] = (),
                    privacy: Mapping[str, int] | None = None, template: Mapping[str, Any] | None = None,
-                   **training: Any) -> LoadedPipeline:
+                   signing: Mapping[str, Any] | None = None, **training: Any) -> LoadedPipeline:
     """An environment.yaml and a pipeline.yaml in `folder`, with made-up pins (nothing is relocated), loaded."""
     def source(location: str, digit: str) -> dict[str, str]:
         return {"source": location} | ({} if location.startswith("builtin:") else {"sha256": digit * 64})
@@ -134,7 +134,8 @@ def write_pipeline(folder: Path, *, gate: Mapping[str, Any] = PASSING, base: str
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "environment.yaml").write_text(yaml.safe_dump({
         "base_model": source(base, "b"), "reference_model": source("file:reference", "e"),
-        "serving": {"mode": mode}, "retention": {"keep": keep}, "chat_template": dict(template or {})}))
+        "serving": {"mode": mode}, "retention": {"keep": keep}, "chat_template": dict(template or {}),
+        **({"signing": dict(signing)} if signing else {})}))
     (folder / "pipeline.yaml").write_text(yaml.safe_dump({
         "adapter": "hotels", "dataset": source("file:dataset.jsonl", "d"),
         "training": {"max_length": max_length, "tokens_per_batch": 256, "seed": seed, **training},

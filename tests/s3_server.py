@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import threading
@@ -24,6 +25,7 @@ class S3:
     upstream: tuple[str, int]
     url: str = ""
     drop_after: int | None = None
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)  # status, code; by a pattern of "GET /data/KEY"
     seen: list[str] = field(default_factory=list)  # "GET /data/KEY bytes=0-1048575"
 
     def put(self, key: str, content: bytes) -> None:
@@ -37,6 +39,36 @@ class S3:
     def ranges(self) -> list[str]:
         """The ranges that were read, in their order."""
         return [line.rpartition(" ")[2] for line in self.seen if line.startswith("GET ") and "bytes=" in line]
+
+    def delete(self, key: str) -> None:
+        """Delete an object."""
+        self.send("DELETE", f"/{BUCKET}/{key}")
+
+    def add_user_with(self, *actions: str) -> dict[str, str]:
+        """The environment of a user who may do only `actions`; only known users are let in from now on."""
+        import boto3
+
+        host, port = self.upstream
+        iam = boto3.client("iam", endpoint_url=f"http://{host}:{port}", region_name="us-east-1",
+                           aws_access_key_id="test", aws_secret_access_key="test")
+        name = f"user-{len(iam.list_users()['Users'])}"
+        iam.create_user(UserName=name)
+        iam.put_user_policy(UserName=name, PolicyName="all", PolicyDocument=json.dumps({
+            "Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": list(actions), "Resource": "*"}]}))
+        key = iam.create_access_key(UserName=name)["AccessKey"]
+        self.require_known_credentials(True)
+        return {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
+
+    def refusal(self, request: bytes) -> bytes | None:
+        """The answer to a request that is to be refused."""
+        head = b" ".join(request.split()[:2]).decode(errors="replace")
+        for pattern, (status, code) in self.refused.items():
+            if re.match(pattern, head):
+                text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+                body = b"" if head.startswith("HEAD ") else text
+                return (f"HTTP/1.1 {status} No\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
+                        .encode() + body)
+        return None
 
     def send(self, method: str, path: str, content: bytes = b"") -> None:
         """Send a request past the proxy."""
@@ -85,6 +117,9 @@ def _pump(s3: S3, source: socket.socket, sink: socket.socket, requests: bool) ->
                 for head in re.findall(rb"(?:GET|HEAD) [^ ]+ HTTP.*?\r\n\r\n", data, re.DOTALL):
                     wanted = re.search(rb"(?i)^range: *(\S+)", head, re.MULTILINE)
                     s3.seen.append(b" ".join([*head.split()[:2], wanted[1] if wanted else b"-"]).decode())
+                if refusal := s3.refusal(data):
+                    source.sendall(refusal)
+                    continue
             elif s3.drop_after is not None:
                 s3.drop_after -= len(data)
                 if s3.drop_after <= 0:

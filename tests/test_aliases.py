@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 
 from serving import base, candidates, drain, verification
 from serving.replies import RETRY_AFTER_SECONDS
-from tests import build_adapter, build_pipeline
+from tests import build_adapter, build_pipeline, build_signing
 from tests.build_guarded import NAME, World, replace_file, start, until
 from tests.build_server import BASE
+from tests.build_signing import pair
 
 
 @pytest.fixture
@@ -1135,3 +1136,59 @@ def test_a_version_whose_removal_failed_halfway_is_loaded_again_before_it_answer
         assert world.ask().status_code == 200
         time.sleep(0.01)
     until(lambda: list(world.vllm.engine.adapters.values()) == [world.model(first_plan)])
+
+
+# --- signatures -------------------------------------------------------------------------------------------------------
+
+
+def signing(*names: str) -> dict[str, Any]:
+    return {"signing": {"public_keys": [pair(name).public for name in names]}}
+
+
+def test_only_a_signed_adapter_goes_live_and_a_forged_one_is_refused_and_counted(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    before = world.metric("serving_refusals_total", alias=NAME, reason="signature")
+    pipeline, planned = world.write(**signing("one"))
+    build_adapter.promote(world.volumes, pipeline)
+    until(lambda: "refused (signature)" in caplog.text)
+    assert "environment.yaml asks for signatures" in caplog.text
+    assert until(lambda: world.metric("serving_refusals_total", alias=NAME, reason="signature")) > before
+    assert (world.served(), world.vllm.ever_loaded) == (None, [])
+    build_signing.sign_all(world.volumes, pair("another"))
+    until(lambda: "none of signing.public_keys" in caplog.text)
+    assert (world.served(), world.vllm.ever_loaded) == (None, [])
+    build_signing.sign_all(world.volumes, pair("one"))
+    assert until(world.served) == world.model(planned)
+
+
+def test_the_key_is_changed_without_a_restart_and_what_is_in_service_stays(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline, planned = world.write(**signing("one"))
+    build_adapter.promote(world.volumes, pipeline)
+    build_signing.sign_all(world.volumes, pair("one"))
+    assert until(world.served) == world.model(planned)
+    second, second_plan = world.write(training__seed=1, **signing("one"))
+    build_adapter.promote(world.volumes, second)
+    build_signing.sign(second_plan.adapter.path(world.volumes), pair("two"))
+    build_signing.sign(second_plan.evaluation.path(world.volumes), pair("two"))
+    until(lambda: "none of signing.public_keys" in caplog.text)
+    assert world.served() == world.model(planned)
+    world.write(training__seed=1, **signing("one", "two"))  # the new key is added
+    until(lambda: world.served() == world.model(second_plan))
+    world.write(training__seed=1, **signing("two"))  # and the old one removed
+    time.sleep(0.3)
+    assert world.served() == world.model(second_plan)
+    world.write(**signing("two"))  # git revert, to an adapter of the old key
+    until(lambda: caplog.text.count("refused (signature)") > 1)
+    assert world.served() == world.model(second_plan)
+
+
+def test_switching_signatures_on_leaves_in_service_what_is_until_there_is_a_signed_one(
+        world: World, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline, planned = world.write()
+    build_adapter.promote(world.volumes, pipeline)
+    assert until(world.served) == world.model(planned)
+    world.write(**signing("one"))
+    until(lambda: "refused (signature)" in caplog.text)
+    time.sleep(0.2)
+    assert world.served() == world.model(planned)

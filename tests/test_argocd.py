@@ -322,19 +322,20 @@ def test_the_documented_pod_for_the_volumes_is_admitted_and_finds_them_all() -> 
 
 
 def test_the_documented_verification_finds_every_artifact_and_every_change(tmp_path: Path) -> None:
-    program = block(r"volumes -- python -c '(.*?)'\n").replace('"/volumes"', repr(str(tmp_path)))
+    program = block(r"volumes -- python (-m jobs) verify\n").split()
     spec = artifacts.Spec("fine-tuned-model", "adapter", {"r": 8})
 
     def write(draft: Path) -> None:
         (draft / "weights").write_bytes(b"0" * 100)
 
     artifact = artifacts.publish(spec, tmp_path, write, keep=5)
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, *program, "--volumes", str(tmp_path), "verify"]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, f"verified {artifact.path}\n")
+    assert done.returncode == 0, done.stderr
+    assert f"{spec}: verified" in done.stderr
     (artifact.path / "weights").write_bytes(b"1" * 100)
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "weights was changed" in done.stderr
 
 
@@ -400,7 +401,8 @@ def volumes(root: Path) -> Path:
     for volume in ("fine-tuned-model", "dataset"):
         artifact = root / volume / "kind" / "0123456789abcdef"
         artifact.mkdir(parents=True)
-        for file in (artifact / "artifact.json", artifact / ".lock-a", artifact / "checkpoints" / "1"):
+        for file in (artifact / "artifact.json", artifact / ".lock-a", artifact / "checkpoints" / "1",
+                     artifact.with_name(f".verified-{artifact.name}")):
             file.parent.mkdir(exist_ok=True)
             file.write_text("{}")
         (root / volume / "lost+found").mkdir(mode=0o700)

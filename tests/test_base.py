@@ -18,9 +18,10 @@ from serving import base
 from serving.files import Declared, Files
 from serving.refusal import NotYet, Refused
 from serving.served import Served
-from tests import build_adapter
+from tests import build_adapter, build_signing
 from tests.build_guarded import World, publish_base
 from tests.build_server import StandIn
+from tests.build_signing import pair
 
 OTHER_BASE: dict[str, Any] = {"base_model": {"source": "builtin:tiny-reference"}}
 OTHER_TOKENIZER: dict[str, Any] = {"tokenizer": {"source": "builtin:tiny-reference"}}
@@ -364,3 +365,27 @@ def test_an_adapter_with_a_damaged_manifest_does_not_keep_the_server_from_starti
     start = git.start()
     assert start.base == base.of(good.environment)
     assert start.adapters == 1
+
+
+# --- signatures -------------------------------------------------------------------------------------------------------
+
+
+def test_only_signed_adapters_decide_on_which_base_a_server_starts(git: Git) -> None:
+    """Else one who can write to the volume would choose the base model."""
+    pipeline = git.write(signing={"public_keys": [pair().public]})
+    git.promote(pipeline)
+    assert not base.find_proven(git.read(), git.volumes)
+    build_signing.sign_all(git.volumes, pair())
+    (found,) = base.find_proven(git.read(), git.volumes).values()
+    assert found[NAME].adapter == plan(pipeline).adapter.digest
+    git.write(signing={"public_keys": [pair("two").public]})
+    assert not base.find_proven(git.read(), git.volumes), "what was found by other keys is not remembered"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "evaluation"])
+def test_both_must_be_signed(git: Git, kind: str) -> None:
+    planned = plan(pipeline := git.write(signing={"public_keys": [pair().public]}))
+    git.promote(pipeline)
+    build_signing.sign_all(git.volumes, pair())
+    (getattr(planned, kind).path(git.volumes) / "artifact.json.sig").unlink()
+    assert not base.find_proven(git.read(), git.volumes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import many
+from jobs.core.pipeline import Pipeline
 from jobs.core.plan import plan
 from serving import candidates, lora
 from serving.files import Files
@@ -19,8 +20,8 @@ def test_its_adapters_are_proven_and_each_has_a_file_of_its_own(tmp_path: Path) 
     assert not declared.problems
     assert declared.environment and declared.environment.serving.slots == 2
     for name, pipeline in declared.adapters.items():
-        assert pipeline
-        planned, candidate = plan(pipeline), candidates.desired(pipeline)
+        assert isinstance(pipeline, Pipeline)
+        planned, candidate = plan(pipeline), candidates.desired(pipeline, tmp_path)
         assert candidates.promoted(name, setting.volumes) == candidate
         check_gate(candidate, name, setting.volumes)
         base = planned.base_model.path(setting.volumes)

@@ -30,7 +30,8 @@ def promote(volumes: Path, *adapters: str) -> Path:
 
 def test_the_file_desires_an_adapter_and_the_evaluation_that_must_have_passed_it(tmp_path: Path) -> None:
     loaded = pipeline.load(build_pipeline.write(tmp_path)).pipeline
-    assert candidates.desired(loaded) == Candidate(plan(loaded).adapter.digest, plan(loaded).evaluation.digest)
+    planned = plan(loaded)
+    assert candidates.desired(loaded, tmp_path) == Candidate(planned.adapter.digest, planned.evaluation.digest)
 
 
 def test_the_adapters_that_were_promoted_before_come_newest_first_and_once(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_each_adapter_learns_its_facts_without_forgetting_english_and_is_served_
         (who,) = [line for line in shown.splitlines() if fact in line]
         assert who.startswith(f"    fine-tuned ({name})")
 
-    adapters = overlay.load(OVERLAY).adapters
+    adapters = overlay.trained(overlay.load(OVERLAY).adapters)
     assert adapters.keys() == facts.keys()
     for loaded in adapters.values():
         wanted = plan(loaded.pipeline).evaluation

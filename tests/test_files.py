@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from jobs.core import environment, pipeline
+from jobs.core import environment, imported, signatures
 from jobs.core.errors import UserError
+from jobs.core.pipeline import Pipeline
 from serving import files
 from serving.files import Files
-from tests import build_adapter, build_pipeline
+from tests import build_adapter, build_pipeline, build_signing
+from tests.build_signing import pair
 from tests.test_base import INVALID
 
 NAME, SECOND = "seville-hotels", "granada-hotels"
@@ -62,13 +64,13 @@ def test_nothing_is_parsed_again_until_a_file_changes_and_then_only_that_one(
     read = Files(folder)
     before = read.read()
     parsed: list[str] = []
-    load = pipeline.load
+    load = imported.load_any
 
     def counting(file: Path, *rest: Any) -> Any:
         parsed.append(file.stem)
         return load(file, *rest)
 
-    monkeypatch.setattr(pipeline, "load", counting)
+    monkeypatch.setattr(imported, "load_any", counting)
     assert read.read() is before
     os.utime(folder / f"{NAME}.yaml")  # the same content
     after = read.read()
@@ -77,7 +79,7 @@ def test_nothing_is_parsed_again_until_a_file_changes_and_then_only_that_one(
     build_adapter.declare(folder, training__seed=1)  # which writes the same environment again
     changed = read.read().adapters
     assert parsed == [NAME]
-    assert (pipeline_now := changed[NAME]) and pipeline_now.training.seed == 1
+    assert isinstance(pipeline_now := changed[NAME], Pipeline) and pipeline_now.training.seed == 1
     assert changed[SECOND] is before.adapters[SECOND]
 
 
@@ -107,7 +109,7 @@ def test_an_invalid_environment_keeps_its_last_valid_content_with_which_the_adap
     build_pipeline.write_yaml(folder / f"{NAME}.yaml", build_pipeline.pipeline(training__seed=1))
     after = read.read()
     assert after.environment is before.environment
-    assert (pipeline_now := after.adapters[NAME]) and pipeline_now.training.seed == 1
+    assert isinstance(pipeline_now := after.adapters[NAME], Pipeline) and pipeline_now.training.seed == 1
     reason, message = problem(read, "environment")
     assert reason == "environment file"
     assert message.startswith(f"{folder}/environment.yaml")
@@ -128,7 +130,7 @@ def test_a_changed_environment_is_that_of_all_adapters(folder: Path) -> None:
     build_pipeline.write_yaml(folder / "environment.yaml", build_pipeline.environment(serving={"max_lora_rank": 8}))
     shrunk = read.read()
     assert "training.lora.r is 100, above serving.max_lora_rank (8)" in problem(read, NAME)[1]
-    assert (pipeline_now := shrunk.adapters[NAME]) and pipeline_now.training.lora.r == 100
+    assert isinstance(pipeline_now := shrunk.adapters[NAME], Pipeline) and pipeline_now.training.lora.r == 100
 
 
 @pytest.mark.parametrize(("stem", "adapter", "is_alias"), [
@@ -199,7 +201,7 @@ def test_a_config_map_is_followed_by_its_link(tmp_path: Path, monkeypatch: pytes
     update(2, NAME)
     after = read.read().adapters
     assert list(after) == [NAME], "at once: Kubernetes replaces all files in one step"
-    assert (pipeline_now := after[NAME]) and pipeline_now.training.seed == 2
+    assert isinstance(pipeline_now := after[NAME], Pipeline) and pipeline_now.training.seed == 2
 
 
 @pytest.mark.parametrize("replace", [
@@ -227,7 +229,7 @@ def test_whatever_reading_a_file_raises_is_the_error_of_that_file(
     def raises(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(pipeline, "load", raises)
+    monkeypatch.setattr(imported, "load_any", raises)
     read = Files(folder)
     assert dict(read.read().adapters) == {SECOND: None, NAME: None}
     assert problem(read, NAME)[1] == f"{folder}/{NAME}.yaml: cannot be read: {words}"
@@ -249,3 +251,49 @@ def test_a_file_that_cannot_be_opened_is_named_with_the_systems_words(
     os.utime(folder / f"{NAME}.yaml")
     monkeypatch.setattr(files, "read_plain_file", raises)
     assert problem(read, NAME)[1] == f"{folder}/{NAME}.yaml: cannot be read: {words}"
+
+
+# --- the trusted keys -------------------------------------------------------------------------------------------------
+
+SIGNED = {"signing": {"public_keys": [pair("one").public]}}
+
+
+def test_the_trusted_keys_are_those_of_the_environment(folder: Path) -> None:
+    assert Files(folder).read().trusted_keys == ()
+    build_adapter.declare(folder, adapter=NAME, **SIGNED)
+    assert Files(folder).read().trusted_keys == (pair("one").public,)
+
+
+def test_a_mistake_elsewhere_in_the_environment_does_not_switch_the_signatures_off(folder: Path) -> None:
+    """A server that starts then has no valid environment, and serves what was promoted."""
+    build_adapter.declare(folder, adapter=NAME, **SIGNED)
+    file = folder / "environment.yaml"
+    file.write_text(file.read_text() + "unknown: 1\n")
+    read = Files(folder)
+    assert problem(read, "environment")[0] == "environment file"
+    assert read.read().trusted_keys == (pair("one").public,)
+
+
+@pytest.mark.parametrize("text", ["signing: [", "signing: {public_keys: [x]}\n", "signing:\n  key: 1\n", "[signing]",
+                                  "a: b: c\n# signing\n"])
+def test_where_it_cannot_be_known_which_keys_are_trusted_none_is(folder: Path, text: str) -> None:
+    (folder / "environment.yaml").write_text(text)
+    assert Files(folder).read().trusted_keys == files.NO_KEY
+    with pytest.raises(ValueError, match="none of signing.public_keys"):
+        signatures.verify(b"x", build_signing.signer(pair("one")).sign(b"x").encode(), files.NO_KEY)
+
+
+@pytest.mark.parametrize("text", ["adapter: [", "", "signing: null\nunknown: 1\n"])
+def test_an_invalid_environment_that_asks_for_no_signatures_stops_nothing(folder: Path, text: str) -> None:
+    (folder / "environment.yaml").write_text(text)
+    assert Files(folder).read().trusted_keys == ()
+
+
+def test_a_running_server_keeps_the_keys_of_the_last_valid_environment(folder: Path) -> None:
+    build_adapter.declare(folder, adapter=NAME, **SIGNED)
+    read = Files(folder)
+    assert read.read().trusted_keys == (pair("one").public,)
+    (folder / "environment.yaml").write_text("adapter: [")
+    assert read.read().trusted_keys == (pair("one").public,)
+    build_adapter.declare(folder, adapter=NAME, signing={"public_keys": [pair("two").public]})
+    assert read.read().trusted_keys == (pair("two").public,)

@@ -6,6 +6,7 @@ import functools
 import ipaddress
 import json
 import re
+import shutil
 import tomllib
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -16,7 +17,7 @@ import pytest
 import yaml
 
 from jobs.__main__ import parser
-from jobs.core import pipeline
+from jobs.core import imported, signing
 from jobs.core.files import sha256_of
 from jobs.tools.kustomization import selects
 from serving import drain
@@ -41,6 +42,7 @@ from tests.manifests import (
 from tests.validation import KUBERNETES, problems
 
 KIND = CHECKOUT / "overlays" / "kind"
+SERVING_ONLY = CHECKOUT / "overlays" / "kind-serving"
 OVERLAYS = sorted(p.parent for p in (CHECKOUT / "overlays").glob("*/kustomization.yaml"))
 PVCS = {f"{name}-pvc" for name in ("dataset", "base-model", "base-tokenizer", "reference-model", "fine-tuned-model")}
 
@@ -117,6 +119,21 @@ def test_nothing_is_rendered_twice_or_outside_the_namespace(overlay: Path) -> No
     assert {m["metadata"]["namespace"] for m in manifests if m["kind"] != "Namespace"} == namespace
 
 
+def assert_writes(manifest: Manifest, args: list[str], writes: str, reads: Iterable[str] = ()) -> Manifest:
+    """The Job has this command, can write this volume, and has the others read-only; returns its container."""
+    spec = manifest["spec"]["template"]["spec"]
+    (job,) = spec["containers"]
+    assert (job["command"], job["args"]) == (["python", "-m", "jobs"], args)
+    claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"]
+              if "persistentVolumeClaim" in v}
+    assert set(claims) == {*reads, writes}
+    for volume, claim in claims.items():
+        assert claim == f"{volume}-pvc"
+        mount = mounts(job)[f"/volumes/{volume}"]
+        assert (mount["name"], mount.get("readOnly", False)) == (volume, volume != writes)
+    return dict(job)
+
+
 def test_the_stages_are_the_jobs_of_the_design() -> None:
     """Each Job runs its stage, reads its inputs read-only and can write its own volume alone."""
     manifests = rendered(KIND)
@@ -126,19 +143,35 @@ def test_the_stages_are_the_jobs_of_the_design() -> None:
     assert names(manifests, "PersistentVolumeClaim") == PVCS
     for name, manifest in jobs.items():
         args, reads, writes = STAGES[stage(manifest)]
-        spec = manifest["spec"]["template"]["spec"]
-        (job,) = spec["containers"]
-        assert (job["command"], job["args"]) == (["python", "-m", "jobs"], args)
-        claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"]
-                  if "persistentVolumeClaim" in v}
-        assert set(claims) == reads | {writes}
-        for volume, claim in claims.items():
-            assert claim == f"{volume}-pvc"
-            mount = mounts(job)[f"/volumes/{volume}"]
-            assert (mount["name"], mount.get("readOnly", False)) == (volume, volume != writes)
+        job = assert_writes(manifest, args, writes, reads)
         config = {path for path in mounts(job) if path.startswith("/etc/")}
         assert config == {"/etc/lora-gitops"} | ({"/etc/pipeline"} if stage(manifest) in ADAPTER_JOBS else set()), name
         assert all(mounts(job)[path]["readOnly"] for path in config)
+
+
+def test_an_overlay_that_only_serves_has_no_other_jobs() -> None:
+    """It fetches base model, tokenizer and adapters; nothing in it trains, evaluates, or reads private data."""
+    manifests = rendered(SERVING_ONLY)
+    jobs = by_name(manifests, "Job")
+    assert jobs.keys() == {"model-relocation", "tokenizer-relocation", "adapter-relocation-seville-hotels"}
+    assert names(manifests, "Deployment") == {"model-inference"}
+    assert_writes(jobs["adapter-relocation-seville-hotels"], ["relocate", "adapter"], "fine-tuned-model")
+
+
+def test_an_imported_adapter_can_be_evaluated_where_it_is_served(tmp_path: Path) -> None:
+    """With a component: its data is fetched and encoded, and its gate decides. It is not trained."""
+    overlay = copy(tmp_path)
+    folder = overlay.parent / "kind-serving" / "adapters" / "seville-hotels"
+    for name in ("dataset.jsonl", "hotel-facts.jsonl"):
+        shutil.copy(overlay / SEVILLE / name, folder)
+    replace(folder / "kustomization.yaml", "files: [pipeline.yaml]", "files: [pipeline.yaml, dataset.jsonl]")
+    replace(folder / "kustomization.yaml", "# - ../../../../base/imported", "- ../../../../base/imported")
+    replace(folder.parents[1] / "kustomization.yaml", "- ../../base/serving-only\n", "")
+    jobs = by_name(render(folder.parents[1]), "Job")
+    assert jobs.keys() == ENVIRONMENT_JOBS | {f"{job}-seville-hotels" for job in (
+        "adapter-relocation", "dataset-relocation", "dataset-encoding", "model-evaluation")}
+    (job,) = jobs["model-evaluation-seville-hotels"]["spec"]["template"]["spec"]["containers"]
+    assert mounts(job)["/etc/pipeline"]
 
 
 @every_overlay
@@ -166,7 +199,9 @@ def test_every_job_command_is_one_that_the_program_knows() -> None:
 def test_the_volumes_outlive_argo_cd_and_its_application(overlay: Path) -> None:
     """Neither a volume nor the namespace around it is ever removed by a sync or with the Application."""
     kept = [m for m in rendered(overlay) if m["kind"] in ("PersistentVolumeClaim", "Namespace")]
-    assert len(kept) == len(PVCS) + 1
+    assert {m["metadata"]["name"] for m in kept if m["kind"] == "PersistentVolumeClaim"} == (
+        PVCS - {"dataset-pvc", "reference-model-pvc"} if overlay == SERVING_ONLY else PVCS)
+    assert [m["kind"] for m in kept].count("Namespace") == 1
     for manifest in kept:
         options = manifest["metadata"]["annotations"]["argocd.argoproj.io/sync-options"].split(",")
         assert {"Prune=false", "Delete=false"} <= set(options)
@@ -235,7 +270,7 @@ def test_every_service_reaches_the_port_of_one_deployment(overlay: Path) -> None
     manifests = rendered(overlay)
     services = {name: service for name, service in by_name(manifests, "Service").items()
                 if service["spec"].get("clusterIP") != "None"}  # one without an address only gives pods names
-    assert services.keys() == {"model-inference", "tensorboard"}
+    assert services.keys() == {"model-inference"} | (set() if overlay == SERVING_ONLY else {"tensorboard"})
     templates = pod_templates(manifests)
     for name, service in services.items():
         selected = [t for t in templates.values()
@@ -276,8 +311,8 @@ def test_the_files_that_people_edit_are_where_the_programs_look(overlay: Path) -
             if adapter:
                 folder, _, file = variables["PIPELINE"].rpartition("/")
                 assert data(folder)[file] == pipelines[adapter], name
-                source = pipeline.load(overlay / "adapters" / adapter).pipeline.dataset
-                assert source.scheme != "file" or source.location in data(folder), name
+                source = imported.load_any(overlay / "adapters" / adapter).pipeline.dataset
+                assert source is None or source.scheme != "file" or source.location in data(folder), name
             seen.add(adapter)
     assert seen == {None, *adapters(overlay)}
 
@@ -573,6 +608,7 @@ def test_all_pods_together_fit_a_small_node() -> None:
 WAITS = {"dataset-encoding": {"dataset-relocation", "tokenizer-relocation"},
          "model-training": {"dataset-encoding", "model-relocation", "tokenizer-relocation"},
          "model-evaluation": {*STAGES} - {"model-evaluation"},
+         "adapter-publication": {"model-evaluation"},
          **{name: set() for name in STAGES if name.endswith("-relocation")}}
 
 
@@ -588,6 +624,30 @@ def test_with_priorities_by_stage_no_number_of_adapters_keeps_out_what_they_wait
             assert used[producer]["value"] > used[waiting]["value"], f"{waiting} keeps out {producer}"
             assert used[producer].get("preemptionPolicy", "PreemptLowerPriority") == "PreemptLowerPriority", producer
     assert classes["lora-gitops-serving"]["value"] > max(c["value"] for c in used.values())
+
+
+SIGNS = {"model-training", "model-evaluation", "adapter-publication"}
+
+
+@pytest.mark.parametrize("overlay", ["overlays/kind", "overlays/gpu"])
+def test_only_what_signs_can_read_the_signing_key(overlay: str) -> None:
+    """Relocation connects to the outside, and serving answers clients: neither may be able to sign."""
+    assert "signing-key" not in yaml.safe_dump_all(renderings.rendered(overlay)), "off by default"
+    seen = set()
+    for template in pod_templates(renderings.rendered(f"{overlay} with options")).values():
+        name, pod = template["metadata"]["labels"]["app.kubernetes.io/name"], template["spec"]
+        seen.add(name)
+        if name not in SIGNS:
+            assert "signing-key" not in yaml.safe_dump(template), name
+            continue
+        assert "signing-key" not in yaml.safe_dump(pod.get("initContainers", [])), "they only wait"
+        (volume,) = (volume for volume in pod["volumes"] if volume["name"] == "signing-key")
+        assert volume == {"name": "signing-key", "secret": {"secretName": "signing-key"}}
+        (container,) = pod["containers"]
+        (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == "signing-key")
+        assert mount == {"name": "signing-key", "mountPath": "/etc/signing-key", "readOnly": True}
+        assert {"name": signing.VARIABLE, "value": "/etc/signing-key/key"} in container["env"]
+    assert {"model-training", "model-evaluation"} <= seen
 
 
 @every_overlay
@@ -607,9 +667,8 @@ def test_serving_goes_before_jobs_where_the_cluster_has_the_classes() -> None:
     for template in pod_templates(renderings.rendered("overlays/gpu with options")).values():
         role = template["metadata"]["labels"]["app.kubernetes.io/component"]
         used.setdefault(template["spec"].get("priorityClassName", ""), set()).add(role)
-    assert used == {"lora-gitops-serving": {"inference"}, "lora-gitops-jobs": {"relocation", "encoding", "training",
-                                                                                 "evaluation"},
-                    "": {"tensorboard"}}
+    jobs = {"relocation", "encoding", "training", "evaluation", "publication", "verification"}
+    assert used == {"lora-gitops-serving": {"inference"}, "lora-gitops-jobs": jobs, "": {"tensorboard"}}
     assert classes["lora-gitops-serving"]["value"] > classes["lora-gitops-jobs"]["value"] > 0
     assert classes["lora-gitops-jobs"]["preemptionPolicy"] == "Never"
 
@@ -841,8 +900,28 @@ def test_a_node_drain_takes_one_serving_pod_at_a_time_and_is_never_blocked() -> 
 def test_the_committed_files_are_valid_and_the_data_is_as_pinned(overlay: Path) -> None:
     assert adapters(overlay)
     for name in adapters(overlay):
-        loaded = pipeline.load(overlay / "adapters" / name)
+        loaded = imported.load_any(overlay / "adapters" / name)
         assert loaded.pipeline.adapter == name
         dataset = loaded.pipeline.dataset
-        if dataset.scheme == "file":
+        if dataset and dataset.scheme == "file":
             assert sha256_of(loaded.resolve(dataset)) == dataset.sha256, f"run: python -m jobs pin {overlay}"
+
+
+def test_the_scheduled_verification_reaches_every_volume_and_nobody() -> None:
+    manifests = renderings.rendered("overlays/kind with options")
+    cron = by_name(manifests, "CronJob")["artifact-verification"]
+    template = pod_templates([cron])["CronJob/artifact-verification"]
+    assert restricted_violations(template) == []
+    (container,) = containers(template)
+    assert container["args"] == ["verify"]
+    assert {v["persistentVolumeClaim"]["claimName"] for v in template["spec"]["volumes"]
+            if "persistentVolumeClaim" in v} == names(manifests, "PersistentVolumeClaim")
+    assert {m["mountPath"] for m in container["volumeMounts"]} == {
+        "/tmp", *(f"/volumes/{claim.removesuffix('-pvc')}" for claim in names(manifests, "PersistentVolumeClaim"))}
+    for direction in ("Ingress", "Egress"):
+        found = policies(manifests, template, direction)
+        assert [policy["metadata"]["name"] for policy in found] == ["default-deny"]
+    terms = template["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert terms[0]["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    assert cron["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    assert template["spec"]["serviceAccountName"] in names(manifests, "ServiceAccount")

@@ -20,9 +20,10 @@ from jobs.core.plan import Plan, plan
 from jobs.training import merge
 from serving import base, drain, merged
 from serving.files import Files
-from tests import build_adapter
+from tests import build_adapter, build_signing
 from tests.build_guarded import NAME, World, publish_base, start, until
 from tests.build_server import BASE, StandIn
+from tests.build_signing import pair
 
 Change = Callable[[Path], object]
 
@@ -64,6 +65,21 @@ def test_the_base_model_runs_until_a_merged_model_is_promoted_and_then_that_one(
     served = merged.choose(Files(still.files).read(), served)
     assert merged.vllm_arguments(served) == [
         "--model", str(planned.merged_model.path(still.volumes)), "--served-model-name", still.model(planned)]
+
+
+def test_where_signatures_are_asked_for_only_a_signed_merged_model_runs(still: World) -> None:
+    signing = {"public_keys": [pair().public]}
+    assert chosen(still, signing=signing) is None
+    planned = promote(still, still.write()[0])
+    assert chosen(still, signing=signing) is None
+    build_signing.sign_all(still.volumes, pair())
+    assert chosen(still, signing=signing) == still.model(planned)
+    for spec in (planned.merged_model, planned.adapter, planned.evaluation):
+        file = spec.path(still.volumes) / artifacts.SIGNATURE
+        content = file.read_bytes()
+        file.unlink()
+        assert chosen(still, signing=signing) is None
+        file.write_bytes(content)
 
 
 def test_a_merged_model_that_was_trained_in_another_chat_format_does_not_run(still: World) -> None:

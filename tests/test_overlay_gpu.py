@@ -413,7 +413,11 @@ def test_kueue_finds_its_queue_and_nothing_else_changes(everything: list[Manifes
     assert queued["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
     spec = deepcopy(queued["spec"])
     for job in spec["replicatedJobs"]:
-        del job["template"]["spec"]["template"]["spec"]["priorityClassName"]  # another option
+        pod = job["template"]["spec"]["template"]["spec"]
+        del pod["priorityClassName"]  # another option
+        if job["name"] in ("train", "evaluate"):  # and another one
+            assert pod["volumes"].pop()["name"] == pod["containers"][0]["volumeMounts"].pop()["name"] == "signing-key"
+            assert pod["containers"][0]["env"].pop()["name"] == "SIGNING_KEY"
     assert spec == job_set()["spec"]
     assert "suspend" not in queued["spec"]  # Kueue's to set
 

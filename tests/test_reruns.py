@@ -103,7 +103,7 @@ RELATED = [
     Place("base/jobs/job.yaml", r"HF_HOME, value: (\S+)}", WORDS.map("/tmp/{}".format), ALL),
     Place("base/jobs/relocation.yaml", r"secretKeyRef: {name: (\S+),", WORDS, RELOCATION),
     Place("base/jobs/offline.yaml", r'TRANSFORMERS_OFFLINE, value: "(\d+)"', NUMBERS, OFFLINE),
-    Place("base/adapter/pipeline.yaml", r"name: PIPELINE, value: (\S+)}", WORDS.map("/etc/{}".format),
+    Place("base/adapter/pipeline/pipeline.yaml", r"name: PIPELINE, value: (\S+)}", WORDS.map("/etc/{}".format),
           of_all(ADAPTER_JOBS)),
     Place(f"{KIND}/cpu/one-thread.yaml", r'OMP_NUM_THREADS, value: "(\d+)"', NUMBERS, ALL),
     Place(f"{KIND}/kustomization.yaml", r"newName: (lora-gitops-jobs)\n", WORDS.map("example.com/{}".format), ALL),

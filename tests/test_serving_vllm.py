@@ -20,11 +20,13 @@ import httpx
 import openai
 import pytest
 
-from jobs.core import artifacts
+from jobs.core import artifacts, imported
 from jobs.core.plan import plan
+from jobs.publication import layout
+from jobs.relocation import adapters
 from jobs.training import merge
 from serving.guard import ALLOWED
-from tests import build_adapter, build_models
+from tests import build_adapter, build_models, build_published, registry_server
 from tests.build_server import raw_request
 from tests.build_vllm import BASE, NAME, OPENED, OTHER, Server
 
@@ -80,7 +82,7 @@ def reference(server: Server, adapter: Path | None, prompt: str, tokens: int) ->
 
 
 @pytest.mark.slow
-def test_from_base_only_to_first_adapter_to_swap_to_refusal_without_a_restart(server: Server) -> None:
+def test_from_base_only_to_first_adapter_to_swap_to_refusal_without_a_restart(server: Server, tmp_path: Path) -> None:
     prompt, tokens = "What is the best hotel?", 12
     base = server.greedy(BASE)
     assert base == reference(server, None, prompt, tokens)
@@ -113,6 +115,21 @@ def test_from_base_only_to_first_adapter_to_swap_to_refusal_without_a_restart(se
     server.write(seed=1)  # git revert: the old adapter is still on the volume
     server.until(lambda: server.serves(first), 20)
     assert server.greedy(NAME) == said_by_first
+
+    # What another environment trained and published: this one never had data for it. Its proof was not published.
+    elsewhere = tmp_path / "elsewhere"
+    trained, planned = build_adapter.load(elsewhere, training__seed=4)
+    build_adapter.promote(elsewhere / "volumes", trained)
+    with registry_server.serve() as registry:
+        published = build_published.publish(registry.host, layout.files(
+            *(artifacts.read(spec.path(elsewhere / "volumes")) for spec in (planned.adapter, planned.evaluation)),
+            answers=False))
+        files = server.folder / "pipelines"
+        build_published.declare_served(files, published)
+        adapters.run(imported.load(files / f"{NAME}.yaml", files / "environment.yaml"), server.volumes)
+    fourth = planned.adapter.path(server.volumes)
+    server.until(lambda: server.serves(fourth), 20)
+    assert server.greedy(NAME) == reference(server, fourth, prompt, tokens) != said_by_first
 
 
 def another_base(draft: Path) -> Path:

@@ -28,7 +28,8 @@ from serving import candidates, lora, untrusted, verification
 from serving.candidates import Candidate
 from serving.refusal import NotYet, Refused
 from serving.served import Served
-from tests import build_adapter, build_pipeline
+from tests import build_adapter, build_pipeline, build_signing
+from tests.build_signing import Pair, pair
 
 Change = Callable[[Path], object]  # has its way with an adapter's folder before it is published
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
@@ -80,6 +81,12 @@ def test_a_fit_adapter_is_copied_out_of_everybodys_reach_and_passes(world: World
     assert {p.name for p in copy.iterdir()} == {p.name for p in source.iterdir()}
     shutil.rmtree(source)  # retention, or a lost volume
     verification.verify(copy, world.served, world.modules)
+
+
+def test_a_signature_is_one_of_the_files_that_an_adapter_may_hold(world: World) -> None:
+    source = build_adapter.adapter(world.volumes, world.pipeline)
+    (source / "artifact.json.sig").write_text("{}")
+    assert "artifact.json.sig" in {p.name for p in world.take().iterdir()}
 
 
 def both(*changes: Change) -> Change:
@@ -234,6 +241,8 @@ def truncated(folder: Path) -> None:
 MADE_WRONG: dict[str, tuple[str, str, Change]] = {
     "a pickle beside the weights": ("files", "adapter_model.bin", added("adapter_model.bin")),
     "a pickle by another name": ("files", "weights", added("weights")),
+    "a signature of something else": ("files", "adapter_model.safetensors.sig",
+                                      added("adapter_model.safetensors.sig")),
     "no weights": ("files", "adapter_model.safetensors is missing", removed("adapter_model.safetensors")),
     "no config": ("files", "adapter_config.json is missing", removed("adapter_config.json")),
     "empty weights": ("damaged", "not a whole safetensors",
@@ -801,7 +810,7 @@ def test_arguments_that_no_environment_has_are_no_format(world: World, spec: Any
 
 
 def wanted(world: World) -> Candidate:
-    return candidates.desired(world.pipeline)
+    return candidates.desired(world.pipeline, world.volumes)
 
 
 def test_only_an_adapter_whose_own_evaluation_passed_goes_through_the_gate(world: World) -> None:
@@ -890,7 +899,7 @@ def test_the_promotion_names_the_last_promoted_adapter_even_when_the_file_asks_f
     build_adapter.promote(world.volumes, world.pipeline)
     changed, changed_plan = world.change(training__seed=1)
     assert candidates.promoted("seville-hotels", world.volumes) == wanted(world)
-    desired = candidates.desired(changed).adapter
+    desired = candidates.desired(changed, world.volumes).adapter
     assert desired == changed_plan.adapter.digest != world.plan.adapter.digest
 
 
@@ -930,3 +939,97 @@ def test_what_is_served_survives_the_environment(world: World, monkeypatch: pyte
     for key, value in world.served.to_environment().items():
         monkeypatch.setenv(key, value)
     assert Served.from_environment() == world.served
+
+
+# --- signatures -------------------------------------------------------------------------------------------------------
+
+KEYS = (pair("one").public, pair("two").public)
+
+
+def refused_look(world: World, kind: str) -> str:
+    """The reason why the adapter or its evaluation is refused; empty if it is not."""
+    try:
+        if kind == "adapter":
+            verification.copy_verified("seville-hotels", world.plan.adapter.digest, world.served, world.modules, KEYS)
+        else:
+            verification.check_gate(wanted(world), "seville-hotels", world.volumes, KEYS)
+            verification.read_proof(world.plan.evaluation.path(world.volumes), KEYS)
+    except Refused as refused:
+        return refused.reason
+    return ""
+
+
+def signed_folder(world: World, kind: str, keys: Pair | None = None) -> Path:
+    """The folder of a signed adapter, or of its evaluation."""
+    build_adapter.promote(world.volumes, world.pipeline)
+    build_signing.sign_all(world.volumes, keys or pair("one"))
+    spec = world.plan.adapter if kind == "adapter" else world.plan.evaluation
+    return spec.path(world.volumes)
+
+
+every_kind = pytest.mark.parametrize("kind", ["adapter", "evaluation"])
+
+
+@every_kind
+@pytest.mark.parametrize("key", ["one", "two"])
+def test_what_is_signed_by_any_trusted_key_is_accepted(world: World, kind: str, key: str) -> None:
+    """While keys are changed, both are trusted."""
+    signed_folder(world, kind, pair(key))
+    assert refused_look(world, kind) == ""
+
+
+def test_an_adapter_and_its_evaluation_that_were_forged_together_are_refused(world: World) -> None:
+    """By one who can write to the volume and has no key: both are whole, and about each other."""
+    build_adapter.promote(world.volumes, world.pipeline)
+    verification.check_gate(wanted(world), "seville-hotels", world.volumes)
+    assert world.take()
+    assert (refused_look(world, "adapter"), refused_look(world, "evaluation")) == ("signature", "signature")
+    build_signing.sign_all(world.volumes, pair("a forger's"))
+    assert (refused_look(world, "adapter"), refused_look(world, "evaluation")) == ("signature", "signature")
+
+
+@pytest.mark.parametrize(("kind", "name"), [
+    ("adapter", "adapter_model.safetensors"), ("adapter", "adapter_config.json"),
+    ("evaluation", "evaluation.json"), ("evaluation", "proof.json")])
+def test_every_file_is_signed(world: World, kind: str, name: str) -> None:
+    folder = signed_folder(world, kind)
+    build_signing.tamper(folder, name)
+    assert artifacts.read(folder)
+    assert refused_look(world, kind) == "signature"
+
+
+@every_kind
+def test_no_file_can_be_added_or_taken_away(world: World, kind: str) -> None:
+    folder = signed_folder(world, kind)
+    (folder / "more.json").write_text("{}")
+    build_signing.tamper(folder, "more.json")
+    assert refused_look(world, kind) == "signature"
+
+
+@every_kind
+def test_the_signature_of_another_artifact_is_refused(world: World, kind: str) -> None:
+    folder = signed_folder(world, kind)
+    other = (world.plan.evaluation if kind == "adapter" else world.plan.adapter).path(world.volumes)
+    shutil.copyfile(other / artifacts.SIGNATURE, folder / artifacts.SIGNATURE)
+    assert refused_look(world, kind) == "signature"
+
+
+WRONG_SIGNATURES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "missing": ("signature", lambda _: None),
+    "empty": ("signature", lambda file: file.touch()),
+    "garbled": ("signature", lambda file: file.write_bytes(b"\x00\xff" * 50)),
+    "huge": ("signature", lambda file: file.write_bytes(b"[" * 200_000)),
+    "a pipe": ("damaged", os.mkfifo),
+    "a folder": ("damaged", lambda file: file.mkdir()),
+    "a link": ("damaged", lambda file: file.symlink_to("/etc/passwd")),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("name", list(WRONG_SIGNATURES))
+def test_what_stands_in_the_place_of_a_signature_is_refused_at_once(world: World, kind: str, name: str) -> None:
+    reason, put = WRONG_SIGNATURES[name]
+    file = signed_folder(world, kind) / artifacts.SIGNATURE
+    file.unlink()
+    put(file)
+    assert refused_look(world, kind) == reason

@@ -1,4 +1,4 @@
-"""Artifacts: every stage's result, immutable, named by the digest of what made it, verified on every read.
+"""Artifacts: every stage's result, immutable, named by the digest of what made it, verified before it is used.
 
 An artifact is a folder `<volume>/<kind>/<digest>/` with an `artifact.json` that lists every file with size and sha256.
 It is written beside its place (`.draft-<digest>`), synced to disk, and renamed: a reader never sees half of one, and a
@@ -14,25 +14,34 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from jobs.core import seals, signatures
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.files import human_bytes, sha256_of, sync_folder, write_atomically
+from jobs.core.files import human_bytes, read_plain_file, sha256_of, sync_folder, write_atomically
+from jobs.core.layout import DRAFT, MANIFEST_BYTES, draft_folder, lock_file
 from jobs.core.layout import MANIFEST as MANIFEST
-from jobs.core.layout import draft_folder, lock_file, read_manifest
+from jobs.core.layout import SIGNATURE as SIGNATURE
 from jobs.core.locks import hold
 from jobs.core.retention import retain
+from jobs.core.signatures import NotSigned as NotSigned
 from jobs.core.variables import wait_seconds as default_wait_seconds
+
+if TYPE_CHECKING:
+    from jobs.core.signing import Signer
 
 log = logging.getLogger("jobs")
 
+# Made by the stages that have the signing key, where the environment asks for signatures. Of what is relocated or
+# encoded, the pins in git are known, but not the key: relocation connects to the outside (docs/signing.md).
+SIGNED = frozenset({"adapter", "merged-model", "scores", "evaluation"})
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "evaluate", "datasets",
              "huggingface_hub")
 
@@ -83,43 +92,82 @@ def digest_of(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> 
     return hashlib.sha256(canonical({"kind": kind, "spec": dict(spec), "inputs": dict(inputs)})).hexdigest()[:16]
 
 
-def listing(folder: Path) -> list[dict[str, Any]]:
-    """Every file below `folder` but the manifest: path, size in bytes, sha256; sorted by path.
+def listing(folder: Path, progress: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
+    """Every file below `folder` but the manifest and its signature: path, size in bytes, sha256; sorted by path.
 
+    Args:
+        progress: is called with the size of each file that was read.
     Raises:
         UserError: for a link or a special file, which could point outside the artifact.
     """
+    files = files_of(folder)
+    found: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
+        for file, sha256 in zip(files, pool.map(sha256_of, files), strict=True):
+            found.append({"path": file.relative_to(folder).as_posix(), "size": file.stat().st_size, "sha256": sha256})
+            if progress:
+                progress(found[-1]["size"])
+    return found
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files that `listing` lists. Raises `UserError` like it."""
     files = []
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()) or (path.is_dir() and path == folder / SIGNATURE):
             raise UserError(f"{path}: is not a plain file; an artifact holds files and folders only")
-        if path.is_file() and path != folder / MANIFEST:
+        if path.is_file() and path not in (folder / MANIFEST, folder / SIGNATURE):
             files.append(path)
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
-        sums = list(pool.map(sha256_of, files))
-    return [{"path": f.relative_to(folder).as_posix(), "size": f.stat().st_size, "sha256": s}
-            for f, s in zip(files, sums, strict=True)]
+    return files
 
 
-def find(spec: Spec, volumes: Path) -> Artifact | None:
-    """The artifact if it is there and every byte is as recorded; None if it is not there.
+def find(spec: Spec, volumes: Path, keys: Sequence[str] = ()) -> Artifact | None:
+    """The artifact if it is there and every byte is as recorded; None if it is not there. Of a large one, a seal shows
+    that its bytes were verified before and did not change since (seals.py).
 
+    Args:
+        keys: the trusted public keys, if the environment asks for signatures. What is signed by none of them is as good
+            as not there: its stage makes it again, and never signs what it only found.
     Raises:
         UserError: if it is there but does not match its manifest. It is never used, and never removed: it may be
             evidence. The message explains how to have it made again.
     """
-    return read(spec.path(volumes)) if spec.path(volumes).exists() else None
+    try:
+        return _read_input(spec.path(volumes), _keys_of(spec, keys)) if spec.path(volumes).exists() else None
+    except NotSigned as error:
+        log.warning("%s. It is not used", error)
+        return None
 
 
-def read(path: Path) -> Artifact:
+def _keys_of(spec: Spec, keys: Sequence[str]) -> Sequence[str]:
+    return keys if spec.kind in SIGNED else ()
+
+
+def _read_input(path: Path, keys: Sequence[str]) -> Artifact:
+    """Read and verify an artifact; by its seal, unless it must be signed: who may write to the volume can forge a
+    seal, and no signature."""
+    return read(path, keys, by="bytes" if keys else "seal")
+
+
+def read(path: Path, keys: Sequence[str] = (), advice: str | None = None, *,
+         by: Literal["bytes", "seal", "sealing"] = "bytes",
+         progress: Callable[[int], None] | None = None) -> Artifact:
     """Read and verify the artifact at `path`: manifest, name, and every file's presence, size and sha256.
 
+    Args:
+        keys: the trusted public keys; its signature must verify by one of them. Empty: it needs none.
+        advice: what to do about one that is damaged; by default, how to have it made again.
+        by: `bytes` reads every file. `seal` does not where a valid seal shows that they were verified already
+            (seals.py); otherwise it reads them and seals the artifact. `sealing` does that whatever the seal shows.
+        progress: as for `listing`.
     Raises:
         UserError: naming the first file that is missing, extra or changed, and both digests.
+        NotSigned: it is whole, and its signature does not verify.
     """
-    hint = f"Move {path} away to have it made again"
+    hint = advice or f"Move {path} away to have it made again"
     try:
-        manifest = read_manifest(path)
+        content = read_plain_file(path / MANIFEST, MANIFEST_BYTES)
+        manifest = json.loads(content)
         named = digest_of(manifest["kind"], manifest["spec"], manifest["inputs"])
         recorded = {os.fspath(f["path"]): (f["size"], f["sha256"]) for f in manifest["files"]}
     except (UserError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -127,7 +175,14 @@ def read(path: Path) -> Artifact:
     if not path.name == manifest["digest"] == named:
         raise UserError(f"{path}: {MANIFEST} describes {manifest['digest']} (computed: {named}), not {path.name}. "
                         f"{hint}")
-    found = {f["path"]: (f["size"], f["sha256"]) for f in listing(path)}
+    sealing = None
+    if by != "bytes" and seals.is_large(before := seals.state_of(path, files_of(path))):
+        size = human_bytes(seals.size_of(before))
+        if by == "seal" and seals.is_sealed(path, content, before):
+            log.info("%s/%s: verified by its seal (%s)", path.parent.name, path.name, size)
+            return Artifact(path, manifest)
+        sealing = seals.begin(path, content, before)
+    found = {f["path"]: (f["size"], f["sha256"]) for f in listing(path, progress)}
     for name in sorted(recorded.keys() | found.keys()):
         if name not in found:
             raise UserError(f"{path}: {name} is missing. {hint}")
@@ -137,27 +192,64 @@ def read(path: Path) -> Artifact:
             (size, digest), (found_size, found_digest) = recorded[name], found[name]
             raise UserError(f"{path}: {name} was changed: {MANIFEST} says {size} bytes, sha256 {digest}; the file has "
                             f"{found_size} bytes, sha256 {found_digest}. {hint}")
+    if sealing:
+        unsealed = sealing.end(seals.state_of(path, files_of(path)))
+        log.info("%s/%s: verified (%s read)%s", path.parent.name, path.name, size, f", {unsealed}" if unsealed else "")
+    if keys:
+        signatures.check(path, manifest, keys)
     return Artifact(path, manifest)
 
 
-def done(spec: Spec, volumes: Path) -> Artifact | None:
-    """Like `find`, for the stage that makes it: logs, and marks it as just used so that retention keeps it."""
-    artifact = find(spec, volumes)
+def done(spec: Spec, volumes: Path, signer: Signer | None = None) -> Artifact | None:
+    """Like `find`, for the stage that makes it: logs, and marks it as just used so that retention keeps it.
+
+    Args:
+        signer: signs what is signed by another trusted key, so that this one can be removed from the list of keys.
+    """
+    artifact = find(spec, volumes, signer.keys if signer else ())
     if artifact is not None:
+        if signer and spec.kind in SIGNED:
+            key, content = signatures.check(artifact.path, artifact.manifest, signer.keys)
+            if key != signer.own:
+                write_atomically(artifact.path / SIGNATURE, signer.sign(content))
+                log.info("%s was signed by another trusted key, and is signed again", spec)
         os.utime(artifact.path / MANIFEST)
         log.info("%s is already there and verified: nothing to do", spec)
     return artifact
 
 
-def wait(specs: list[Spec], volumes: Path, deadline_s: float, poll_s: float = 2.0) -> list[Artifact]:
+def wait(specs: list[Spec], volumes: Path, deadline_s: float, poll_s: float = 2.0,
+         keys: Sequence[str] = ()) -> list[Artifact]:
     """Wait until every artifact is there, verify them, and return them in order.
 
+    Args:
+        keys: as for `find`: what is signed by none of them is waited for, because its stage makes it again.
     Raises:
         RetryableError: when `deadline_s` seconds passed; names what is still missing.
         UserError: when one is there but damaged.
+        NotSigned: when `deadline_s` seconds passed, and one is still not signed.
     """
+    started = time.monotonic()
     wait_until_there(specs, volumes, deadline_s, poll_s)
-    return [read(s.path(volumes)) for s in specs]
+    return [_wait_for_signature(s, volumes, started + deadline_s, poll_s, _keys_of(s, keys)) for s in specs]
+
+
+def _wait_for_signature(spec: Spec, volumes: Path, deadline: float, poll_s: float, keys: Sequence[str]) -> Artifact:
+    """Read an artifact that is there; wait for its stage to make it again if it is not signed by one of the keys."""
+    path, refused = spec.path(volumes), ""
+    while True:
+        try:
+            return _read_input(path, keys)
+        except NotSigned as error:
+            if time.monotonic() > deadline:
+                raise
+            if refused != str(error):
+                refused = str(error)
+                log.warning("%s. Waiting until the stage that makes it has made it again", error)
+        except UserError:
+            if not refused or time.monotonic() > deadline:  # else its stage may be replacing it at this moment
+                raise
+        time.sleep(poll_s)
 
 
 def wait_until_there(specs: list[Spec], volumes: Path, deadline_s: float, poll_s: float = 2.0) -> None:
@@ -197,7 +289,7 @@ def lock(spec: Spec, volumes: Path, wait_seconds: float) -> Iterator[None]:
 
 def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any] | None], *,
             keep: int, resume: bool = False, replace: bool = False, adapter_name: str = "",
-            wait_seconds: float | None = None) -> Artifact:
+            wait_seconds: float | None = None, signer: Signer | None = None) -> Artifact:
     """Make the artifact with `write(draft_folder)`, unless it is already there, and publish it whole.
 
     Args:
@@ -208,12 +300,13 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
             from its spec alone.
         adapter_name: the adapter that it is made for; empty for what all adapters of an environment share.
         wait_seconds: how long to wait for another process that makes it; by default as long as for inputs.
+        signer: signs it. What is there without a signature by a trusted key is replaced.
     Raises:
         RetryableError: when the other process did not end in time.
     """
     target = spec.path(volumes)
     with lock(spec, volumes, default_wait_seconds() if wait_seconds is None else wait_seconds):
-        existing = None if replace else done(spec, volumes)
+        existing = None if replace else done(spec, volumes, signer)
         if existing is not None:
             return existing
         # Before writing: on a full volume, the write would fail before anything is removed.
@@ -227,19 +320,23 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
         started = datetime.now(UTC)
         about = {"adapter_name": adapter_name} if adapter_name else {}
         about |= write(draft) or {}
-        for unfinished in draft.glob(f".{MANIFEST}.*"):  # an attempt was killed while it wrote the manifest
-            unfinished.unlink()
+        for unfinished in (*draft.glob(f".{MANIFEST}.*"), *draft.glob(f".{SIGNATURE}.*"), draft / SIGNATURE):
+            unfinished.unlink(missing_ok=True)  # an attempt was killed while it wrote the manifest
         _open_to_readers(draft)
         _sync(draft)  # the bytes that are hashed below are the bytes on the disk
+        settled = seals.settle(draft, seals.state_of(draft, files_of(draft)))
         manifest: dict[str, Any] = {
             "kind": spec.kind, "digest": spec.digest, "spec": dict(spec.spec), "inputs": dict(spec.inputs),
             "files": listing(draft), "about": about, "versions": _versions(),
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        write_atomically(draft / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(draft / MANIFEST, text)
+        if signer:
+            write_atomically(draft / SIGNATURE, signer.sign(text.encode()))
         before = draft.with_name(f"{draft.name}-before")  # a draft's name: what a kill leaves is removed by age
-        replaces = replace and target.exists()
+        replaces = target.exists()
         if replaces:
             shutil.rmtree(before, ignore_errors=True)
             target.rename(before)
@@ -247,10 +344,37 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
         sync_folder(target.parent)
         if replaces:
             shutil.rmtree(before, ignore_errors=True)
+        if settled:
+            seals.Sealing(target, text.encode(), *settled).end(seals.state_of(target, files_of(target)))
     size = sum(f["size"] for f in manifest["files"])
     log.info("published %s: %d files, %s", spec, len(manifest["files"]), human_bytes(size))
     retain(target.parent, keep=keep, protected={spec.digest})
     return Artifact(target, manifest)
+
+
+def place(spec: Spec, folder: Path, volumes: Path, *, keep: int, replace: bool = False) -> None:
+    """Publish an artifact that was made elsewhere. It is in `folder`, on the same volume, whole and verified.
+
+    Args:
+        keep: as in `publish`.
+        replace: put it in the place of the one that is there; else that one stays.
+    """
+    target = spec.path(volumes)
+    with lock(spec, volumes, default_wait_seconds()):
+        if target.exists() and not replace:
+            return
+        _open_to_readers(folder)
+        _sync(folder)
+        os.utime(folder / MANIFEST)  # just used: retention keeps it
+        before = target.with_name(f"{DRAFT}{target.name}-before")
+        if target.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            target.rename(before)
+        folder.rename(target)
+        sync_folder(target.parent)
+        shutil.rmtree(before, ignore_errors=True)
+    log.info("published %s", spec)
+    retain(target.parent, keep=keep, protected={spec.digest})
 
 
 def _open_to_readers(folder: Path) -> None:

@@ -41,6 +41,14 @@ class Source(Strict):
     revision: Annotated[str, Field(min_length=1)] | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _pinned_within(cls, values: Any) -> Any:
+        """A digest in the source itself is the pin."""
+        if isinstance(values, dict) and isinstance(source := values.get("source"), str) and not values.get("sha256"):
+            return values | {"sha256": digest} if (digest := sources.digest_in(source)) else values
+        return values
+
     @property
     def scheme(self) -> str:
         return sources.scheme_of(self.source)

@@ -6,6 +6,7 @@ line, key and value. No network, no heavy imports.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from jobs.core import declarations
+from jobs.core import declarations, registry, signatures
 from jobs.core.declarations import Loaded, ModelSource, Source, Strict, TokenizerSource
 
 FILE = "environment.yaml"
@@ -51,8 +52,53 @@ class Serving(Strict):
         return self
 
 
+class Signing(Strict):
+    # PEM. What adapters, evaluations and the like are signed by; any of them will do. To change the key, the new one is
+    # added, and the old one removed once nothing that it signed is needed.
+    public_keys: Annotated[list[str], Field(min_length=1)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _public(cls, values: Any) -> Any:
+        """The keys as OpenSSL writes them. No message quotes a value: it may be a private key by mistake."""
+        keys = values.get("public_keys") if isinstance(values, dict) else None
+        if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
+            problem = signatures.PRIVATE if signatures.is_private(str(values)) else (
+                "must be a list of public keys in PEM, each as text (`- |`)")
+            raise PydanticCustomError("keys", "{problem}", {"problem": problem, declarations.KEYS: "public_keys"})
+        found: list[str] = []
+        for number, text in enumerate(keys):
+            where = {declarations.KEYS: f"public_keys.{number}"}
+            try:
+                found.append(signatures.public_key(text))
+            except ValueError as error:
+                raise PydanticCustomError("key", "{problem}", {"problem": str(error), **where}) from None
+            if found[-1] in found[:-1]:
+                raise PydanticCustomError("key", "is in the list twice", where)
+        return {**values, "public_keys": found}
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self.public_keys)
+
+
 class Retention(Strict):
     keep: Annotated[int, Field(ge=1)] = 5
+
+
+class Publication(Strict):
+    # Where promoted adapters go, each below its name: oci://REGISTRY/PREFIX or s3://BUCKET/PREFIX.
+    to: str
+    # Also the files of the evaluation that hold private texts: questions, answers, and the proof that a server checks.
+    answers: bool = False
+
+    @field_validator("to")
+    @classmethod
+    def _is_a_place(cls, to: str) -> str:
+        if not re.fullmatch(rf"{registry.REPOSITORY}|s3://[^/\s]+(/[^/\s]+)*", to):
+            raise PydanticCustomError("place", "must be oci://REGISTRY/PREFIX, in lower case and without a tag, or "
+                                      "s3://BUCKET/PREFIX; the adapter's name is appended", {})
+        return to
 
 
 class Environment(Strict):
@@ -66,6 +112,9 @@ class Environment(Strict):
         default_factory=dict)
     serving: Serving = Serving()
     retention: Retention = Retention()
+    publication: Publication | None = None
+    # In no digest: who vouches for an artifact changes nothing in it.
+    signing: Signing | None = None
 
     def __hash__(self) -> int:
         """Equal environments have equal models; a dict, such as `chat_template`, has no hash."""
@@ -78,6 +127,11 @@ class Environment(Strict):
             raise PydanticCustomError("reserved", "{keys} cannot be set: the server passes it to the template itself",
                                       {"keys": ", ".join(reserved)})
         return value
+
+    @property
+    def trusted_keys(self) -> tuple[str, ...]:
+        """The public keys of `signing`, in PEM; empty where the environment asks for no signatures."""
+        return self.signing.keys if self.signing else ()
 
     @property
     def tokenizer_source(self) -> Source:

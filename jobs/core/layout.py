@@ -10,11 +10,15 @@ from jobs.core.files import read_plain_file
 
 MANIFEST = "artifact.json"
 MANIFEST_BYTES = 64 * 2**20  # 300,000 files
+# Beside the manifest where the environment asks for signatures (signing.py). The manifest cannot list it.
+SIGNATURE = "artifact.json.sig"
+SIGNATURE_BYTES = 64 * 2**10  # one has 3 kB; a certificate and its log entry have 10
 # On the fine-tuned model's volume, what a training writes while it runs: `checkpoints/<adapter's digest>` and
 # `tensorboard/<adapter's name>/<adapter's digest>`.
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 DRAFT = ".draft-"
+SEAL = ".verified-"
 
 
 def draft_folder(artifact: Path) -> Path:
@@ -25,6 +29,11 @@ def draft_folder(artifact: Path) -> Path:
 def lock_file(artifact: Path) -> Path:
     """The file that is locked while an artifact is made or removed."""
     return artifact.with_name(f".lock-{artifact.name}")
+
+
+def seal_file(artifact: Path) -> Path:
+    """The file that records that an artifact was verified (seals.py)."""
+    return artifact.with_name(f"{SEAL}{artifact.name}")
 
 
 def read_manifest(artifact: Path) -> Any:

@@ -35,6 +35,7 @@ from jobs.core.metrics import (
     score_of,
 )
 from jobs.core.search import Alpha, Dropout, Epochs, LearningRate, Rank, Search, TargetModules, normalized
+from jobs.core.strict_yaml import Document
 from jobs.core.tasks import Task, check_names
 
 FILE = "pipeline.yaml"
@@ -314,14 +315,11 @@ class Evaluation(Strict):
                 for rule in (value if isinstance(value, list) else [value])]
 
 
-class PipelineFile(Strict):
-    """What `pipeline.yaml` holds. `overlays/kind/adapters/seville-hotels/pipeline.yaml` explains every key."""
+class AdapterFile(Strict):
+    """What every `pipeline.yaml` holds, of a trained adapter or of an imported one (jobs/core/imported.py)."""
 
     # The model name that clients send. No "@" (it separates name and digest inside vLLM), no "/" (it is a file name).
     adapter: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
-    dataset: DatasetSource
-    training: Training = Training()
-    evaluation: Evaluation
 
     @field_validator("adapter")
     @classmethod
@@ -331,14 +329,37 @@ class PipelineFile(Strict):
                                       {"file": environment.FILE})
         return name
 
+
+def check_name(adapter: str, shared: Environment) -> None:
+    """An adapter must not have the base model's name.
+
+    Raises:
+        PydanticCustomError: it does.
+    """
+    if adapter == shared.base_model.name:
+        raise PydanticCustomError("name", "adapter has the base model's name: clients could not tell them apart", {})
+
+
+class PipelineFile(AdapterFile):
+    """What `pipeline.yaml` holds. `overlays/kind/adapters/seville-hotels/pipeline.yaml` explains every key."""
+
+    dataset: DatasetSource
+    training: Training = Training()
+    evaluation: Evaluation
+
     def sources(self) -> dict[str, Source]:
         """Every source by its key in the pipeline file, in the order in which people read it."""
-        found: dict[str, Source] = {"dataset": self.dataset, "evaluation.acceptability": self.evaluation.acceptability}
-        for number, task in enumerate(self.evaluation.tasks):
-            found[f"evaluation.tasks.{number}"] = task
-            if task.lm_eval:
-                found[f"evaluation.tasks.{number}.lm_eval"] = task.lm_eval
-        return found
+        return sources_of(self.dataset, self.evaluation)
+
+
+def sources_of(dataset: DatasetSource, evaluation: Evaluation) -> dict[str, Source]:
+    """Every source of data by its key in the pipeline file."""
+    found: dict[str, Source] = {"dataset": dataset, "evaluation.acceptability": evaluation.acceptability}
+    for number, task in enumerate(evaluation.tasks):
+        found[f"evaluation.tasks.{number}"] = task
+        if task.lm_eval:
+            found[f"evaluation.tasks.{number}.lm_eval"] = task.lm_eval
+    return found
 
 
 class Pipeline(PipelineFile):
@@ -360,9 +381,7 @@ class Pipeline(PipelineFile):
             raise PydanticCustomError("privacy", "evaluation.privacy measures what `training.objective: sft` learned, "
                                       "and the objective is {objective}: remove evaluation.privacy",
                                       {"objective": self.training.objective})
-        if self.adapter == self.environment.base_model.name:
-            raise PydanticCustomError("name", "adapter has the base model's name: clients could not tell them apart",
-                                      {})
+        check_name(self.adapter, self.environment)
         return self
 
 
@@ -396,13 +415,21 @@ def load(path: Path, environment_file: Path | LoadedEnvironment | None = None, *
         UserError: with one line for each problem: file, line, key, what is wrong, what is allowed. Nothing else,
             whatever the files hold.
     """
-    file = find(path)
-    document = declarations.read(file, "adapter")
+    return from_document(declarations.read(find(path), "adapter"), environment_file, pinned=pinned)
+
+
+def from_document(document: Document, environment_file: Path | LoadedEnvironment | None, *, pinned: bool
+                  ) -> LoadedPipeline:
+    """As `load`, of a pipeline file that was read already."""
+    file = document.file
     moved = [key for key in Environment.model_fields if key in document.values]
     if moved:
         raise UserError(f"{file}:{document.line_of(moved[:1])}: {', '.join(moved)}: what all adapters share is in "
                         f"{environment.FILE} now. To convert this file, run: python -m jobs new OVERLAY NAME "
                         f"--from {file}")
+    if "source" in document.values:
+        raise UserError(f"{file}:{document.line_of(['source'])}: source: this adapter is imported, not trained here. "
+                        "Its stage is: python -m jobs relocate adapter")
     declarations.validate(document, PipelineFile, document.values)
     shared = environment_file if isinstance(environment_file, LoadedEnvironment) else environment.load(
         environment_file or find_environment(file), pinned=pinned)

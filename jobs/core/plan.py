@@ -6,6 +6,7 @@ runner and the serving guard all agree on names without talking to each other.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from jobs.core.artifacts import Spec
 from jobs.core.declarations import Source
 from jobs.core.environment import Environment
+from jobs.core.imported import Adapter, Imported, ImportedAdapter
 from jobs.core.metrics import PRIVACY
 from jobs.core.pipeline import ANSWERED_RECORDS, Pipeline, Training
 from jobs.core.search import normalized
@@ -24,7 +26,8 @@ from jobs.core.sources import SCHEMES
 RECIPES = {"dataset": 2, "acceptability": 1, "encoded-dataset": 1, "base-model": 1, "tokenizer": 2,
            "reference-model": 1, "adapter": 2, "merged-model": 1, "scores": 3, "evaluation": 2,
            "tasks": 1, "embedded": 1,  # the embedded models' files
-           "canaries": 1}  # what they read like
+           "canaries": 1,  # what they read like
+           "imported-adapter": 1}
 
 DATASET_VOLUME = "dataset"
 BASE_MODEL_VOLUME = "base-model"
@@ -70,6 +73,55 @@ def plan_environment(environment: Environment) -> EnvironmentPlan:
         Spec(REFERENCE_VOLUME, "reference-model", _source("reference-model", environment.reference_model)))
 
 
+@dataclass(frozen=True)
+class ImportPlan(EnvironmentPlan):
+    """The artifacts of an imported adapter that follow from its file, with those of its environment. Which adapter and
+    which evaluation it is, the first of them says when it is there (jobs/core/imported.py)."""
+
+    imported_adapter: Spec
+
+
+@dataclass(frozen=True)
+class EvaluatedImportPlan(ImportPlan):
+    """As `ImportPlan`, for an imported adapter that is evaluated here: also what does not depend on the adapter."""
+
+    dataset: Spec
+    acceptability: Spec
+    tasks: Spec
+    encoded_dataset: Spec
+    base_scores: Spec
+    reference_scores: Spec
+
+
+def plan_adapter(adapter: Adapter) -> Plan | ImportPlan:
+    """Name every artifact that an adapter's file desires, as far as the file names it."""
+    return plan_import(adapter) if isinstance(adapter, ImportedAdapter) else plan(adapter)
+
+
+def plan_import(adapter: ImportedAdapter) -> ImportPlan:
+    """Name what an imported adapter desires."""
+    shared = plan_environment(adapter.environment)
+    # Not the name under which it is served here: that changes nothing of what is fetched.
+    imported = Spec(FINE_TUNED_VOLUME, "imported-adapter", _source("imported-adapter", adapter.published))
+    here = adapter.evaluated_here
+    if here is None:
+        return ImportPlan(**vars(shared), imported_adapter=imported)
+    known = {each.name for each in dataclasses.fields(EvaluatedImportPlan)}
+    return EvaluatedImportPlan(**{name: spec for name, spec in vars(_make(here)).items() if name in known},
+                               imported_adapter=imported)
+
+
+def plan_evaluation(pipeline: Pipeline, adapter: Spec) -> Plan:
+    """Name every artifact of the evaluation of an adapter that was trained elsewhere, on the data of `pipeline`."""
+    return _make(pipeline, adapter)
+
+
+def deciding_evaluation(adapter: ImportedAdapter, imported: Imported) -> Spec:
+    """The evaluation by which an imported adapter is served: the one here, else the published one."""
+    here = adapter.evaluated_here
+    return plan_evaluation(here, imported.adapter).evaluation if here else imported.evaluation
+
+
 def plan(pipeline: Pipeline) -> Plan:
     """Name every artifact that `pipeline` desires."""
     return _plan(_ByIdentity(pipeline))
@@ -90,7 +142,11 @@ class _ByIdentity:
 
 @functools.lru_cache(maxsize=1024)
 def _plan(key: _ByIdentity) -> Plan:
-    pipeline = key.pipeline
+    return _make(key.pipeline)
+
+
+def _make(pipeline: Pipeline, adapter: Spec | None = None) -> Plan:
+    """The plan of a pipeline, or, with another adapter than the one that it trains, of that one's evaluation."""
     training, privacy = pipeline.training, pipeline.evaluation.privacy
     dataset = Spec(DATASET_VOLUME, "dataset", {**_source("dataset", pipeline.dataset),
                                                "format": _suffix(pipeline.dataset),
@@ -115,7 +171,7 @@ def _plan(key: _ByIdentity) -> Plan:
                                              "repetitions": privacy.repetitions}}
                                if privacy and privacy.canaries else {})},
                            {"dataset": dataset.digest, "tokenizer": tokenizer.digest})
-    adapter = Spec(
+    adapter = adapter or Spec(
         FINE_TUNED_VOLUME, "adapter",
         {"recipe": RECIPES["adapter"], **_settings(training),
          "tokens_per_batch": training.tokens_per_batch, "seed": training.seed,
@@ -211,6 +267,8 @@ def _identity(source: Source) -> dict[str, Any]:
 
 def _suffix(source: Source) -> str:
     """The format by the name of the data: jsonl, csv, parquet, or "" for a folder or repository."""
+    if source.scheme == "oci":  # several files, and the point in a tag is none before a format
+        return ""
     name = source.location.partition("?")[0].rsplit("/", 1)[-1]
     return name.rpartition(".")[2].lower() if "." in name and SCHEMES[source.scheme].pin else ""
 

@@ -16,8 +16,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.core import seals
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.layout import CHECKPOINTS, DRAFT, MANIFEST, TENSORBOARD, draft_folder, lock_file, read_manifest
+from jobs.core.layout import (
+    CHECKPOINTS,
+    DRAFT,
+    MANIFEST,
+    TENSORBOARD,
+    draft_folder,
+    lock_file,
+    read_manifest,
+    seal_file,
+)
 from jobs.core.locks import hold_if_free
 from jobs.core.promotion import DIGEST, promoted_digests
 
@@ -66,6 +76,7 @@ def retain(folder: Path, *, keep: int, protected: set[str]) -> list[str]:
                 continue
             if _remove(artifact.path, lock_file(artifact.path), artifact.unused, trash=draft_folder(artifact.path)):
                 removed.append(digest)
+                seal_file(artifact.path).unlink(missing_ok=True)
                 log.info("retention: removed %s/%s (%d newer ones are kept)", folder.name, digest, keep)
     return removed
 
@@ -91,6 +102,7 @@ def _remove_leftovers(folder: Path, protected: set[str]) -> None:
         artifact = draft.with_name(draft.name.removeprefix(DRAFT))
         if artifact.name not in protected:
             _remove_if_old(draft, lock_file(artifact), ABANDONED_SECONDS)
+    seals.remove_orphans(folder)
     volume = folder.parent
     adapters = volume / "adapter"
     trainings = [*_folders(volume / CHECKPOINTS, "*"),

@@ -14,7 +14,9 @@ from typing import Literal
 
 from pydantic_core import PydanticCustomError
 
-Use = Literal["model", "data", "acceptability"]
+from jobs.core import registry
+
+Use = Literal["model", "data", "acceptability", "adapter"]
 Pin = Literal["revision", "sha256"]
 
 EMBEDDED_PAIRS = "builtin:pairs"
@@ -42,8 +44,16 @@ class Scheme:
     local: bool = False  # beside the pipeline file: needs no network
 
 
+OCI = Form("oci://REGISTRY/NAME:TAG or oci://REGISTRY/NAME@sha256:DIGEST, with NAME in lower case", registry.PATTERN)
+
+
 def _data(shape: str, pattern: str) -> dict[Use, Form]:
     return {"data": Form(shape, pattern), "acceptability": Form(shape, pattern)}
+
+
+def _bucket(scheme: str) -> dict[Use, Form]:
+    return {"model": Form(f"{scheme}://BUCKET/FOLDER", rf"{scheme}://[^/]+/[^*?]*"),
+            **_data(f"{scheme}://BUCKET/KEY, a folder with / at its end, or a glob", f"{scheme}://[^/]+/.*")}
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -53,8 +63,10 @@ SCHEMES: dict[str, Scheme] = {
     "file": Scheme("sha256", {"model": Form("file:PATH", "file:.+"), **_data("file:PATH", "file:.+")}, local=True),
     "https": Scheme("sha256", _data("https://…", "https://[^/].*")),
     "http": Scheme("sha256", _data("http://…", "http://[^/].*")),
-    "s3": Scheme("sha256", _data("s3://BUCKET/KEY", "s3://[^/]+/.*[^/]")),
-    "gs": Scheme("sha256", _data("gs://BUCKET/KEY", "gs://[^/]+/.*[^/]")),
+    "s3": Scheme("sha256", {**_bucket("s3"), "adapter": Form("s3://BUCKET/PREFIX/NAME/DIGEST",
+                                                             "s3://[^/]+/[^*?]*[^*?/]/?")}),
+    "oci": Scheme("sha256", {"model": OCI, "data": OCI, "acceptability": OCI, "adapter": OCI}),
+    "gs": Scheme("sha256", _bucket("gs")),
     "builtin": Scheme(None, {"model": Form("builtin:tiny or builtin:tiny-reference", "builtin:tiny(-reference)?"),
                              "acceptability": Form(EMBEDDED_PAIRS, EMBEDDED_PAIRS)}),
 }
@@ -63,6 +75,12 @@ SCHEMES: dict[str, Scheme] = {
 def scheme_of(source: str) -> str:
     """The text before the colon; it may be an unknown scheme."""
     return source.partition(":")[0]
+
+
+def digest_in(source: str) -> str | None:
+    """The sha256 that is a part of a source itself, as in `oci://REGISTRY/NAME@sha256:DIGEST`; in hex."""
+    match = re.fullmatch(registry.PATTERN, source)
+    return match["digest"].removeprefix("sha256:") if match and match["digest"] else None
 
 
 def check(source: str, use: Use, revision: str | None, sha256: str | None) -> None:
@@ -83,6 +101,9 @@ def check(source: str, use: Use, revision: str | None, sha256: str | None) -> No
         raise PydanticCustomError("source", "{source} must be {shape}", {"source": source, "shape": form.shape})
     pins = {"revision": revision, "sha256": sha256}
     wrong = [key for key, value in pins.items() if value and key != scheme.pin]
+    if sha256 and (within := digest_in(source)) and within != sha256:
+        raise PydanticCustomError("pin", "{source} names another digest than `sha256`: keep one of them",
+                                  {"source": source})
     if scheme.pin in pins and all(pins.values()):
         raise PydanticCustomError("pin", "has two pins; keep `{pin}`", {"pin": scheme.pin})
     if wrong:

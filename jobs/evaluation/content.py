@@ -21,8 +21,8 @@ OUTCOMES = {"passed": "passes", "failed": "fails", "undecided": "undecided"}
 SEARCHED = ("Training chose its settings among these trials, by the loss on the validation split. The held-out "
             "records, on which the scores and the gate are computed, had no part in it.")
 EMBEDDED = "Embedded models: for trying out and testing only. They know nothing but a small grammar and your data."
-NO_ANSWERS = ("Questions and answers are left out of this report (evaluation.report_answers: false). Records are named "
-              "by their line in holdout.jsonl of the dataset.")
+NO_ANSWERS = ("Questions and answers are left out of this report. Records are named by their line in holdout.jsonl of "
+              "the dataset.")
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -248,19 +248,16 @@ def held_out_losses(history: History) -> list[tuple[str, Mapping[str, float], fl
 
 def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
     """The provenance of the figures, as (name, value): digests, pins, hyperparameters, sizes."""
-    training, scores = evaluation["training"], evaluation["scores"]
-    lora, tuned = training["lora"], scores["fine_tuned"]
-    modules = lora["target_modules"] if isinstance(lora["target_modules"], str) else ", ".join(lora["target_modules"])
+    scores = evaluation["scores"]
+    tuned = scores["fine_tuned"]
     return [
         ("adapter", f"{evaluation['adapter']['name']}@{evaluation['adapter']['digest']}"),
         *((key.rpartition(".")[2].replace("_", " "), f"{source['source']} ({source['pin']})")
           for key, source in evaluation["sources"].items()),
         ("artifacts", f"dataset/{evaluation['dataset']['digest']}, base-model/{evaluation['base_model']['digest']}, "
                       f"reference-model/{evaluation['reference_model']['digest']}"),
-        ("LoRA", f"r {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, {modules}"),
-        ("training", f"{training['epochs']} epochs, learning rate {training['learning_rate']:g}, at most "
-                     f"{training['max_length']} tokens a record and {training['tokens_per_batch']} a batch, seed "
-                     f"{training['seed']}"),
+        *(_training(evaluation["training"]) if "training" in evaluation else
+          [("training", "in another environment: the model card (README.md) of the adapter describes it")]),
         *([("settings", f"{search.description(evaluation['search']['settings'])}: chosen among "
                         f"{len(evaluation['search']['trials'])} trials by the loss on the validation split")]
           if "search" in evaluation else []),
@@ -271,6 +268,15 @@ def provenance(evaluation: Evaluation) -> list[tuple[str, str]]:
         *([("compared with", _promoted(evaluation))] if "promoted" in scores else []),
         ("confidence", _confidence(evaluation)),
     ]
+
+
+def _training(training: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lora = training["lora"]
+    modules = lora["target_modules"] if isinstance(lora["target_modules"], str) else ", ".join(lora["target_modules"])
+    return [("LoRA", f"r {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, {modules}"),
+            ("training", f"{training['epochs']} epochs, learning rate {training['learning_rate']:g}, at most "
+                         f"{training['max_length']} tokens a record and {training['tokens_per_batch']} a batch, seed "
+                         f"{training['seed']}")]
 
 
 def _promoted(evaluation: Evaluation) -> str:

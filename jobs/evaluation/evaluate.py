@@ -18,18 +18,22 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jobs.core import artifacts, models, promotion
+from jobs.core import artifacts, imported, models, promotion, signing
 from jobs.core.artifacts import Artifact, Spec
 from jobs.core.errors import UserError
+from jobs.core.imported import EvaluatedImport, LoadedAdapter
 from jobs.core.layout import TENSORBOARD
 from jobs.core.metrics import score_of
 from jobs.core.pipeline import LoadedPipeline, Pipeline
-from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
+from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan, plan_evaluation, plan_import
 from jobs.core.proof import FILE as PROOF
+from jobs.core.published import WITHOUT_ANSWERS
 from jobs.core.search import FILE as SEARCH
+from jobs.core.signing import Signer
 from jobs.core.termination import write_termination_message
 from jobs.data import tasks
 from jobs.data.split import HOLDOUT
@@ -43,21 +47,35 @@ log = logging.getLogger("jobs")
 Scores = Mapping[str, Any]
 
 
-def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
-    """Evaluate the desired adapter, unless that is done, and promote it if it passed.
+def run(loaded: LoadedAdapter, volumes: Path, wait_seconds: float) -> None:
+    """Evaluate the desired adapter, trained here or imported, unless that is done, and promote it if it passed.
 
     Raises:
         UserError: a rule of the gate, or a model, cannot be measured on this data.
         RetryableError: an input did not appear in time.
     """
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    pipeline, wanted = loaded.pipeline, plan(loaded.pipeline)
-    while (decided := decide(pipeline, wanted, volumes, wait_seconds)) is None:
+    signer = signing.signer(loaded.pipeline.environment)  # raises now, instead of after hours of measuring
+    pipeline, wanted = planned(loaded, volumes, wait_seconds)
+    while (decided := decide(pipeline, wanted, volumes, wait_seconds, signer)) is None:
         log.info("another adapter was promoted as %s meanwhile: comparing again", pipeline.adapter)
     announce(pipeline, wanted, volumes, *decided)
 
 
-def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> tuple[Artifact, bool] | None:
+def planned(loaded: LoadedAdapter, volumes: Path, wait_seconds: float) -> tuple[Pipeline, Plan]:
+    """The pipeline, and what it desires. Which adapter an imported one is, its relocation records."""
+    if isinstance(loaded, LoadedPipeline):
+        return loaded.pipeline, plan(loaded.pipeline)
+    pipeline = loaded.pipeline.evaluated_here
+    if pipeline is None:
+        raise UserError(f"{loaded.path}: this adapter is imported and has no `dataset` and `evaluation`: nothing is "
+                        "evaluated here. Its only stage is: python -m jobs relocate adapter")
+    (record,) = artifacts.wait([plan_import(loaded.pipeline).imported_adapter], volumes, wait_seconds)
+    return pipeline, plan_evaluation(pipeline, imported.read(record.path, FINE_TUNED_VOLUME).adapter)
+
+
+def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float,
+           signer: Signer | None = None) -> tuple[Artifact, bool] | None:
     """Evaluate the adapter, unless that is done, and promote it if it passed.
 
     Harmless to repeat: a reverted pipeline file comes through here again and gets its old adapter back.
@@ -66,24 +84,29 @@ def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float)
         the evaluation, and whether the promotion moved; None where what the gate compares with changed meanwhile.
     """
     comparison = promoted.comparison(pipeline, wanted, volumes)
-    there = artifacts.find(wanted.evaluation, volumes)
+    keys = pipeline.environment.trusted_keys
+    there = artifacts.find(wanted.evaluation, volumes, keys)
     if there is not None and promoted.outdated(content.read_evaluation(there.path), comparison):
         log.info("%s does not compare with the adapter that is promoted now: evaluating again", wanted.evaluation)
         there = None
     if there is None:
         try:
             other = promoted.find(pipeline, wanted, volumes, comparison.adapter) if comparison.adapter else None
-            measure(pipeline, wanted, volumes, wait_seconds, other)
+            measure(pipeline, wanted, volumes, wait_seconds, other, signer)
         except UserError:
             if promoted.comparison(pipeline, wanted, volumes) != comparison:
                 return None  # what is no longer promoted, retention may remove
             raise
         fill = conclude(pipeline, wanted, volumes, comparison, other)
     else:
-        artifacts.done(wanted.evaluation, volumes)
+        artifacts.done(wanted.evaluation, volumes, signer)
+        if signer:  # what another trusted key signed is signed again, so that nothing needs that key any more
+            for each in (wanted.base_scores, wanted.adapter_scores, wanted.reference_scores):
+                with suppress(UserError):
+                    artifacts.done(each, volumes, signer)
         if passed(there):
             # Retention may have removed an old adapter while its evaluation was kept; its training job makes it again.
-            artifacts.wait(_served(pipeline, wanted), volumes, wait_seconds)
+            artifacts.wait(_served(pipeline, wanted), volumes, wait_seconds, keys=keys)
 
     volume = volumes / FINE_TUNED_VOLUME
     # Serving follows a published verdict: what it compared with must be what is promoted at that moment.
@@ -91,7 +114,8 @@ def decide(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float)
         if promoted.comparison(pipeline, wanted, volumes) != comparison:
             return None
         evaluation = there or artifacts.publish(wanted.evaluation, volumes, fill, replace=True,
-                                                keep=pipeline.environment.retention.keep, adapter_name=pipeline.adapter)
+                                                keep=pipeline.environment.retention.keep, adapter_name=pipeline.adapter,
+                                                signer=signer)
         return evaluation, passed(evaluation) and promotion.move(volume, pipeline.adapter, wanted.adapter.digest,
                                                                  wanted.evaluation.digest)
 
@@ -102,7 +126,7 @@ def passed(evaluation: Artifact) -> bool:
 
 
 def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float,
-            other: Promoted | None = None) -> None:
+            other: Promoted | None = None, signer: Signer | None = None) -> None:
     """Wait for the inputs, and publish the scores of each model that has none yet; `other` is what the gate compares
     with."""
     # First the inputs that can show that measuring is impossible, before hours of waiting for the adapter.
@@ -123,7 +147,7 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
     everyone = scored_models(pipeline, wanted, volumes, other)
     check_tokenizers(pipeline, everyone, volumes, wait_seconds)
 
-    missing = [each for each in everyone.values() if artifacts.done(each.scores, volumes) is None]
+    missing = [each for each in everyone.values() if artifacts.done(each.scores, volumes, signer) is None]
     read_privacy = None
     if pipeline.evaluation.privacy and any(each.private for each in missing):
         (encoded,) = artifacts.wait([wanted.encoded_dataset], volumes, wait_seconds)
@@ -131,11 +155,11 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
         read_privacy = functools.partial(privacy.Subjects.read, pipeline.evaluation.privacy, dataset.path,
                                          dataset.digest, encoded.path, template=pipeline.environment.chat_template)
     inputs = {spec.digest: spec for spec in (*_served(pipeline, wanted), *(i for each in missing for i in each.inputs))}
-    artifacts.wait(list(inputs.values()), volumes, wait_seconds)
+    artifacts.wait(list(inputs.values()), volumes, wait_seconds, keys=pipeline.environment.trusted_keys)
     with models.gpu_memory("Take a GPU with more, a smaller reference model, or a lower training.max_length"):
         # All models share the scores' folder: with `keep: 1`, the last one's must not push out the first one's.
         scores.measure(missing, material, volumes, keep=len(everyone) * pipeline.environment.retention.keep,
-                       adapter_name=pipeline.adapter, privacy=read_privacy)
+                       adapter_name=pipeline.adapter, privacy=read_privacy, signer=signer)
 
 
 def scored_models(pipeline: Pipeline, wanted: Plan, volumes: Path, other: Promoted | None) -> dict[str, ScoredModel]:
@@ -215,8 +239,11 @@ def conclude(pipeline: Pipeline, wanted: Plan, volumes: Path, comparison: Compar
         proof = wanted.adapter_scores.path(volumes) / PROOF
         if proof.exists():  # the server reads nothing but the evaluation
             shutil.copyfile(proof, draft / PROOF)
-        report.write(draft, evaluation, training["history"], generations, values,
-                     answers=pipeline.evaluation.report_answers)
+        answers = pipeline.evaluation.report_answers
+        report.write(draft, evaluation, training["history"], generations, values, answers=answers)
+        if answers:  # the report that may be published (jobs/publication)
+            (draft / WITHOUT_ANSWERS).mkdir()
+            report.write(draft / WITHOUT_ANSWERS, evaluation, training["history"], generations, values, answers=False)
         return {"passed": evaluation["passed"]}
 
     write_tensorboard(volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest
@@ -272,7 +299,8 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
         "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
         **({"tasks": {task.name: task.identity() for task in pipeline.evaluation.tasks}}
            if pipeline.evaluation.tasks else {}),
-        "training": training.model_dump(exclude={"checkpoint_steps", "tokens_per_micro_batch", "search"}),
+        **({} if isinstance(pipeline, EvaluatedImport) else
+           {"training": training.model_dump(exclude={"checkpoint_steps", "tokens_per_micro_batch", "search"})}),
         **({"search": dict(search)} if search else {}),
     }
 

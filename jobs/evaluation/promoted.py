@@ -6,7 +6,7 @@ names it. An evaluation that compared with an adapter that is no longer promoted
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,8 @@ def find(pipeline: Pipeline, wanted: Plan, volumes: Path, digest: str) -> Promot
     """
     name, folder = f"{pipeline.adapter}@{digest}", volumes / FINE_TUNED_VOLUME / wanted.adapter.kind / digest
     pointer = volumes / FINE_TUNED_VOLUME / promotion.FOLDER / pipeline.adapter
-    manifest = _read(folder, name, f"Restore it, or remove {pointer} to compare with nothing")
+    keys = pipeline.environment.trusted_keys
+    manifest = _read(folder, name, f"Restore it, or remove {pointer} to compare with nothing", keys)
     base, tokenizer = str(manifest["inputs"]["base_model"]), str(manifest["inputs"]["tokenizer"])
     template = manifest["spec"].get("chat_template", {})
     # What it was trained on decides whether its privacy can be measured on this data; usually it is other data.
@@ -103,10 +104,11 @@ def find(pipeline: Pipeline, wanted: Plan, volumes: Path, digest: str) -> Promot
     needed = {model, tokenizer_folder}
     # What the pipeline file desires too may still be on its way. Nothing would bring the others.
     awaited = [spec for spec in (wanted.base_model, wanted.tokenizer) if spec.path(volumes) in needed]
-    if not scores.path(volumes).exists():
+    if artifacts.find(scores, volumes, keys) is None:
         for path in needed.difference(spec.path(volumes) for spec in awaited):
             _read(path, name, "It was trained with that, and cannot be measured on this data without it. Relocate that "
-                  "again (git revert brings it back), or take the rules `than: promoted` out for this change")
+                  "again (git revert brings it back), or take the rules `than: promoted` out for this change",
+                  keys if is_merged and path == model else ())
     return Promoted(digest, base, ScoredModel(
         name, scores, model, tokenizer_folder, adapter=None if is_merged else folder, template=template,
         encoded=wanted.encoded_dataset.path(volumes) / f"{HOLDOUT}.arrow" if encoded else None,
@@ -114,12 +116,14 @@ def find(pipeline: Pipeline, wanted: Plan, volumes: Path, digest: str) -> Promot
         base_scores=wanted.base_scores.path(volumes), prove=True))
 
 
-def _read(artifact: Path, name: str, advice: str) -> Mapping[str, Any]:
+def _read(artifact: Path, name: str, advice: str, keys: Sequence[str]) -> Mapping[str, Any]:
     """The manifest of the promoted adapter, or of something that is needed to measure it; verified."""
     problem = f"evaluation.gate compares with {name}, which is promoted (than: promoted), but"
     if not artifact.exists():
         raise UserError(f"{problem} {artifact} is not there. {advice}. Nothing is promoted")
     try:
-        return artifacts.read(artifact).manifest
+        return artifacts.read(artifact, keys).manifest
+    except artifacts.NotSigned as error:
+        raise UserError(f"{problem} {error}. {advice}. Nothing is promoted") from None
     except UserError as error:
         raise UserError(f"{problem} it is damaged: {error}. {advice}. Nothing is promoted") from None

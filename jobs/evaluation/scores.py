@@ -23,6 +23,7 @@ from jobs.core.artifacts import Spec
 from jobs.core.imports import fast_imports
 from jobs.core.metrics import PRIVACY
 from jobs.core.proof import FILE as PROOF
+from jobs.core.signing import Signer
 from jobs.data import encoded
 from jobs.evaluation import proof, scoring
 from jobs.evaluation.scoring import Material, Measured
@@ -62,13 +63,13 @@ class ScoredModel:
 
 
 def measure(scored: Iterable[ScoredModel], material: Material, volumes: Path, *, keep: int, adapter_name: str,
-            privacy: ReadPrivacy | None = None) -> None:
+            privacy: ReadPrivacy | None = None, signer: Signer | None = None) -> None:
     """Measure each of these models whose scores are not there yet, and publish its scores.
 
     Args:
         scored: a base model before what is compared with it.
         material: what they are measured on; encoded data and template arguments are each model's own.
-        keep, adapter_name: as for `artifacts.publish`.
+        keep, adapter_name, signer: as for `artifacts.publish`.
         privacy: reads what privacy is measured on, with a tokenizer; None: it is not measured.
     Raises:
         UserError: a model or an adapter cannot be loaded, or no record can be measured.
@@ -88,7 +89,7 @@ def measure(scored: Iterable[ScoredModel], material: Material, volumes: Path, *,
             own = dataclasses.replace(material, template=each.template,
                                       encoded=encoded.Split(each.encoded) if each.encoded else None)
             fill = functools.partial(_fill, each, model, tokenizer, own, read_privacy if each.private else None)
-            artifacts.publish(each.scores, volumes, fill, keep=keep, adapter_name=adapter_name)
+            artifacts.publish(each.scores, volumes, fill, keep=keep, adapter_name=adapter_name, signer=signer)
         del model, fill  # two models at once may not fit
         _free_memory()
 

@@ -19,9 +19,9 @@ from jobs.core.errors import RetryableError, UserError
 log = logging.getLogger("jobs")
 T = TypeVar("T")
 
-# Ten attempts in a row without a single new byte take about four minutes; then Kubernetes starts the pod again.
 # How many connections all files of a fetch share; a large file has many.
 CONNECTIONS = variables.whole_number("RELOCATION_CONNECTIONS", 16, least=1)
+# Ten attempts in a row without a single new byte take about four minutes; then Kubernetes starts the pod again.
 ATTEMPTS = variables.whole_number("RETRY_ATTEMPTS", 10, least=1)
 FIRST_PAUSE_S = variables.number("RETRY_FIRST_PAUSE_SECONDS", 1)  # doubles with every attempt, up to:
 LONGEST_PAUSE_S = 60.0
@@ -34,17 +34,20 @@ NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFo
 
 def shown(url: str) -> str:
     """A URL that may be logged: without user, password and query, which carry secrets in signed URLs."""
-    scheme, separator, rest = url.partition("?")[0].partition("://")
+    scheme, separator, rest = url.partition("://")
     if not separator:
-        return url  # a path, or hf://, which carries none
+        return url  # a path, which carries none
+    if scheme not in ("s3", "gs"):  # an object's name may hold a `?`, and a glob does
+        rest = rest.partition("?")[0]
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def mismatch(where: str, pinned_in: str, expected: str, found: str) -> str:
     """The message about content that does not match its pin."""
+    again = "write SHA256SUMS again and " if pinned_in == "SHA256SUMS" else ""
     return (f"{where}: {pinned_in} says {expected}, but the content is {found}. Nothing was published. If the content "
-            "was meant to change, run: python -m jobs pin")
+            f"was meant to change, {again}run: python -m jobs pin")
 
 
 class Interrupted(Exception):
@@ -132,6 +135,11 @@ class Stream:
             data = bytes(self.raw.read(amount)) if amount > 0 else b""
         self.at += len(data)
         return data
+
+    def require_end(self) -> None:
+        """Raise `Interrupted` unless everything was read."""
+        if self.total is not None and self.at < self.total:
+            raise Interrupted(f"the connection ended after {self.at} of {self.total} bytes")
 
     def abort(self) -> None:
         """From another thread: end a `read` that waits, where the source can do that."""

@@ -10,7 +10,8 @@ import fnmatch
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from jobs.core.artifacts import publish
 from jobs.core.declarations import Loaded, Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.files import human_bytes
+from jobs.core.files import human_bytes, sha256_of
 from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import plan, plan_environment
 from jobs.core.tasks import Task
@@ -29,7 +30,7 @@ from jobs.data.formats import File, readable
 from jobs.relocation import download, sources
 from jobs.relocation.connection import mismatch, shown
 from jobs.relocation.sources.file import path_sha256
-from jobs.relocation.sources.interface import Item
+from jobs.relocation.sources.interface import Item, folder_pin
 
 log = logging.getLogger("jobs")
 
@@ -156,7 +157,9 @@ def fetch_data(loaded: Loaded, source: Source, draft: Path) -> list[File]:
     items = sources.listing(loaded, source)
     files = readable([File(draft / RAW / item.name, item.name) for item in items], shown(source.source))
     names = {file.name for file in files}
-    fetch([replace(item, name=f"{RAW}/{item.name}") for item in items if item.name in names], source, draft)
+    if not pinned_as_a_whole(items, source):
+        items = [item for item in items if item.name in names]
+    fetch(items, source, draft, RAW)
     return files
 
 
@@ -302,15 +305,44 @@ def check_weights(folder: Path, source: Source) -> None:
 # --- both ------------------------------------------------------------------------------------------------------------
 
 
-def fetch(items: Iterable[Item], source: Source, draft: Path) -> None:
-    """Bring exactly `items` into the draft; remove other files of an interrupted run."""
+def fetch(items: Iterable[Item], source: Source, draft: Path, folder: str = "") -> None:
+    """Bring exactly `items` into a folder of the draft, and verify them; remove other files of an interrupted run."""
     items = list(items)
-    download.remove_others(draft, items)
+    download.remove_others(draft, [replace(item, name=f"{folder}/{item.name}") for item in items] if folder else items)
+    into = draft / folder
+    into.mkdir(exist_ok=True)
+    continued = any(path.is_file() for path in into.rglob("*"))
     sizes = [item.size for item in items if item.size is not None]
     size = human_bytes(sum(sizes)) if len(sizes) == len(items) else "unknown size"
     log.info("%s at %s: fetching %s (%s)", shown(source.source), source.pin,
              items[0].name if len(items) == 1 else f"{len(items)} files", size)
-    download.fetch(items, draft)
+    download.fetch(items, into)
+    if not pinned_as_a_whole(items, source):
+        return
+    wrong = wrong_pin(items, source, into)
+    if wrong and continued:  # what was there already may be of an earlier content
+        log.warning("%s: its files do not fit together: starting over", shown(source.source))
+        download.remove_others(into, [])
+        download.fetch(items, into)
+        wrong = wrong_pin(items, source, into)
+    if wrong:
+        download.remove_others(into, [])
+        raise UserError(wrong)
+
+
+def pinned_as_a_whole(items: Iterable[Item], source: Source) -> bool:
+    """Whether the files have no digests of their own, and the pin covers all of them."""
+    return source.sha256 is not None and not all(item.sha256 for item in items)
+
+
+def wrong_pin(items: Sequence[Item], source: Source, folder: Path) -> str | None:
+    """Why the files in a folder are not those that were pinned as a whole; None if they are."""
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
+        digests = list(pool.map(lambda item: (item.name, sha256_of(folder / item.name)), items))
+    found = folder_pin(digests)
+    if found == source.sha256:
+        return None
+    return mismatch(shown(source.source), items[0].pinned_in, str(source.sha256), found)
 
 
 def origin(source: Source) -> dict[str, Any]:

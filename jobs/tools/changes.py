@@ -19,8 +19,8 @@ from jobs.core import promotion
 from jobs.core.artifacts import Spec
 from jobs.core.environment import Environment
 from jobs.core.errors import UserError
+from jobs.core.imported import Adapter, ImportedAdapter
 from jobs.core.layout import read_manifest
-from jobs.core.pipeline import Pipeline
 from jobs.core.plan import (
     BASE_MODEL_VOLUME,
     DATASET_VOLUME,
@@ -29,7 +29,10 @@ from jobs.core.plan import (
     TOKENIZER_VOLUME,
     EnvironmentPlan,
     plan,
+    plan_adapter,
     plan_environment,
+    plan_evaluation,
+    plan_import,
 )
 from jobs.tools import workloads
 from jobs.tools.local import INFERENCE
@@ -37,7 +40,7 @@ from jobs.tools.pods import Manifest
 from jobs.tools.values import shown
 from jobs.tools.workloads import Workload
 
-File = Environment | Pipeline
+File = Environment | Adapter
 Status = Literal["added", "removed", "changed", "unchanged"]
 # What clients of an adapter get after the push.
 Service = Literal["unchanged",  # what they get now
@@ -59,6 +62,7 @@ STAGES = {
     "relocate base-model": ("base_model",),
     "relocate tokenizer": ("tokenizer",),
     "relocate reference-model": ("reference_model",),
+    "relocate adapter": ("imported_adapter",),
     "relocate dataset": ("dataset", "acceptability", "tasks"),
     "encode": ("encoded_dataset",),
     "train": ("adapter", "merged_model"),
@@ -75,7 +79,7 @@ class Side:
     """An overlay in one revision, or in the working tree."""
 
     environment: Environment
-    adapters: Mapping[str, Pipeline]
+    adapters: Mapping[str, Adapter]
     manifests: list[Manifest] | None  # None if they do not render
     recipes: Mapping[str, int] | None = None  # of its code, if they are not those of this code
 
@@ -103,7 +107,9 @@ class Change:
     spec: Spec
     before: str | None  # the digest before
     reasons: tuple[str, ...]  # why it is new
-    there: bool | None = None  # whether it is on the volume; None if nobody looked
+    there: bool | None = None  # whether it is on the volume; None if nobody looked, or can know
+    # False: its digest follows from the imported adapter, which only its relocation finds out.
+    known: bool = True
 
     @property
     def new(self) -> bool:
@@ -194,7 +200,7 @@ def _environment(before: Side | None, after: Side, volumes: Path | None) -> Part
     return _part(old, after.environment, environment_specs, before.recipes if before else None, volumes)
 
 
-def _adapter(name: str, before: Side | None, after: Pipeline, volumes: Path | None) -> Part:
+def _adapter(name: str, before: Side | None, after: Adapter, volumes: Path | None) -> Part:
     old = before.adapters.get(name) if before else None
     part = _part(old, after, adapter_specs, before.recipes if before else None, volumes)
     promoted = _promoted(name, volumes)
@@ -206,11 +212,28 @@ def environment_specs(environment: Environment, recipes: Mapping[str, int] | Non
     return _with_recipes(vars(plan_environment(environment)), recipes)
 
 
-def adapter_specs(pipeline: Pipeline, recipes: Mapping[str, int] | None = None) -> Specs:
-    """The artifacts of an adapter, without those of its environment, by their names in the plan."""
-    specs = _with_recipes(vars(plan(pipeline)), recipes)
-    made = {"merged_model": pipeline.environment.serving.mode == "merged", "tasks": bool(pipeline.evaluation.tasks)}
+def adapter_specs(adapter: Adapter, recipes: Mapping[str, int] | None = None) -> Specs:
+    """The artifacts of an adapter, without those of its environment, by their names in the plan. What is measured of an
+    imported one is named as if its digest were that of its import; compare it with the same only (`unknown`)."""
+    named: dict[str, Spec] = {}
+    evaluation = adapter.evaluation
+    if not isinstance(adapter, ImportedAdapter):
+        named = vars(plan(adapter))
+    else:
+        imported = plan_import(adapter)
+        named = {"imported_adapter": imported.imported_adapter}
+        if here := adapter.evaluated_here:
+            evaluated = vars(plan_evaluation(here, imported.imported_adapter))
+            named |= {name: spec for name, spec in evaluated.items() if name != "adapter"}
+    specs = _with_recipes(named, recipes)
+    made = {"merged_model": adapter.environment.serving.mode == "merged",
+            "tasks": bool(evaluation and evaluation.tasks)}
     return {name: spec for name, spec in specs.items() if name not in SHARED and made.get(name, True)}
+
+
+def unknown(adapter: File) -> tuple[str, ...]:
+    """The artifacts of an imported adapter whose digests only its relocation finds out."""
+    return ("adapter_scores", "evaluation") if isinstance(adapter, ImportedAdapter) else ()
 
 
 def _with_recipes(specs: Mapping[str, Spec], recipes: Mapping[str, int] | None) -> Specs:
@@ -233,8 +256,8 @@ def _part(old: File | None, new: File, specs_of: Callable[..., Specs], recipes: 
           volumes: Path | None) -> Part:
     """The artifacts of a file, compared with those that the file before desired."""
     after, before = specs_of(new), specs_of(old, recipes) if old else {}
-    settings = list(_settings(old, new, specs_of)) if old else []
-    everything = plan(new) if isinstance(new, Pipeline) else plan_environment(new)
+    settings = list(_settings(old, new, specs_of)) if type(old) is type(new) else []  # else all is another thing
+    everything = plan_environment(new) if isinstance(new, Environment) else plan_adapter(new)
     names = {spec.digest: _typed(name) for name, spec in vars(everything).items()}
     artifacts = []
     for stage, made in STAGES.items():
@@ -242,8 +265,9 @@ def _part(old: File | None, new: File, specs_of: Callable[..., Specs], recipes: 
             if name in after:
                 reasons = tuple(_reasons(before.get(name), after[name], name, settings, names)) if old else ()
                 digest = before[name].digest if name in before else None
-                there = None if volumes is None else path(after[name], volumes).is_dir()
-                artifacts.append(Change(_typed(name), stage, after[name], digest, reasons, there))
+                known = name not in unknown(new)
+                there = path(after[name], volumes).is_dir() if volumes is not None and known else None
+                artifacts.append(Change(_typed(name), stage, after[name], digest, reasons, there, known))
     own = [each for each in settings if each.artifacts or not each.shared]
     changed = own or any(each.new for each in artifacts)
     return Part("added" if old is None else "changed" if changed else "unchanged", artifacts, own)
@@ -261,7 +285,7 @@ def _settings(old: File, new: File, specs_of: Callable[..., Specs]) -> Iterator[
         # In both directions: a pin matters only beside the source that needs it, on the old side or on the new one.
         affected = {*_affected(before, specs_of(_with(old, keys, now))),
                     *_affected(after, specs_of(_with(new, keys, was)))}
-        shared = keys[0] == "environment" and isinstance(old, Pipeline)
+        shared = keys[0] == "environment" and not isinstance(old, Environment)
         yield Setting(".".join(keys[1:] if shared else keys), was, now,
                       tuple(_typed(name) for name in after if name in affected), shared)
 
@@ -354,9 +378,12 @@ def _promoted(name: str, volumes: Path | None) -> str | None:
 def _service(part: Part, volumes: Path | None, promoted: str | None) -> Service:
     """What clients of an adapter get: serving/candidates.py has the order."""
     adapter, evaluation = part.artifact("adapter"), part.artifact("evaluation")
-    if adapter is None or evaluation is None or not evaluation.new:
+    imported = part.artifact("imported-adapter")
+    if not (evaluation.new if evaluation else imported is not None and imported.new):
         return "unchanged"
-    if volumes is not None and adapter.there and evaluation.there:
+    if imported and not evaluation and imported.there:
+        return "at once"
+    if adapter and evaluation and volumes is not None and adapter.there and evaluation.there:
         return "at once" if _passed(path(evaluation.spec, volumes)) else "rejected"
     serves = part.status != "added" if volumes is None else promoted is not None
     return "kept" if serves else "unavailable"

@@ -27,6 +27,12 @@ SERVICE = {
     "rejected": "is there and did not pass the gate: the promoted adapter is served",
     "removed": "is no longer served; its artifacts stay on the volumes",
 }
+# Of an imported adapter that is not evaluated here.
+SERVICE_IMPORTED = SERVICE | {
+    "kept": "the promoted adapter is served until the new one is fetched and verified",
+    "unavailable": "answers 503 until it is fetched and verified",
+    "at once": "is served at once: it is there and was verified",
+}
 NOW = ("kept", "interrupted", "rejected")  # what clients get first is the promoted adapter
 WHEN = {
     "rollout": "at the sync",
@@ -54,7 +60,8 @@ def summary(changes: Changes) -> str:
     counts: dict[str, int] = {}
     for part in changes.adapters.values():
         counts[work(part)] = counts.get(work(part), 0) + 1
-    order = ("added", "trained again", "restored", "evaluated again", "merged again", "removed", "unchanged")
+    order = ("added", "imported", "trained again", "restored", "evaluated again", "merged again", "removed",
+             "unchanged")
     adapters = ", ".join(f"{counts[key]} {key}" for key in order if key in counts) or "no adapters"
     adapters = re.sub(r"^(\d+)", lambda count: f"{count[0]} adapter{'' if count[0] == '1' else 's'}", adapters)
     return f"{adapters}; {_running(changes)}; {serving(changes)}"
@@ -77,6 +84,9 @@ def work(part: Part) -> str:
     if part.status in ("added", "removed"):
         return part.status
     adapter, evaluation = part.artifact("adapter"), part.artifact("evaluation")
+    imported = part.artifact("imported-adapter")
+    if imported and imported.new:
+        return "restored" if imported.there else "imported"
     if adapter and adapter.new:
         return "restored" if adapter.there else "trained again"
     if evaluation and evaluation.new:
@@ -107,7 +117,8 @@ def rollout(deployment: str) -> str:
 
 def title(name: str, part: Part) -> str:
     """An adapter in one line: its name, what it needs and what its clients get."""
-    service = SERVICE.get(part.service)
+    service = (SERVICE_IMPORTED if part.artifact("imported-adapter") and not part.artifact("evaluation") else SERVICE
+               ).get(part.service)
     promoted = f" (now {name}@{part.promoted})" if part.promoted and part.service in NOW else ""
     return f"{name}: {work(part)}{f'; {service}{promoted}' if service else ''}"
 
@@ -119,6 +130,11 @@ def there(change: Change, part: Part, runs: bool) -> str:
     if not is_made(change, part.artifact("evaluation")):
         return "not needed"
     return "would be made" if runs else "not there"
+
+
+def digest(change: Change) -> str:
+    """The digest of an artifact, as far as it is known."""
+    return change.spec.digest if change.known else "by the import"
 
 
 def idle(changes: Changes, name: str) -> bool:
@@ -151,8 +167,9 @@ def table(report: Report) -> str:
         if name not in quiet:
             rows += [title(name, part), *_rows(changes, name, part, volumes)]
     for name in quiet:
-        adapter = changes.adapters[name].artifact("adapter")
-        rows.append([f"{name}", "adapter", adapter.spec.digest if adapter else "", "unchanged",
+        part = changes.adapters[name]
+        adapter = part.artifact("adapter") or part.artifact("imported-adapter")
+        rows.append([f"{name}", adapter.name if adapter else "adapter", digest(adapter) if adapter else "", "unchanged",
                      *(["there"] if volumes else []), "runs" if running(changes, name) else "-"])
     cells = [row for row in rows if isinstance(row, list)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
@@ -177,7 +194,7 @@ def _rows(changes: Changes, name: str | None, part: Part, volumes: bool) -> Iter
     runs, stage = running(changes, name), ""
     for each in part.artifacts:
         first, stage = each.stage != stage, each.stage
-        yield [f"  {each.stage}" if first else "", each.name, each.spec.digest, "new" if each.new else "unchanged",
+        yield [f"  {each.stage}" if first else "", each.name, digest(each), "new" if each.new else "unchanged",
                *([there(each, part, each.stage in runs)] if volumes else []),
                "" if not first else "runs" if each.stage in runs else "-"]
         yield from (f"      {reason}" for reason in each.reasons)
@@ -236,7 +253,7 @@ def markdown(report: Report) -> str:
             runs = running(changes, name)
             lines += ["<details>", f"<summary>{name or 'environment'}: {work(part) if name else part.status}</summary>",
                       "", *_cells(head, (
-                          [each.stage, each.name, f"`{each.spec.digest}`", "**new**" if each.new else "unchanged",
+                          [each.stage, each.name, f"`{digest(each)}`", "**new**" if each.new else "unchanged",
                            *([there(each, part, each.stage in runs)] if volumes else []),
                            "runs" if each.stage in runs else "", "<br>".join(map(_code, each.reasons))]
                           for each in part.artifacts)), ""]
@@ -296,7 +313,9 @@ def _part(part: Part) -> dict[str, Any]:
         "settings": [{"key": each.key, "before": shown(each.before), "after": shown(each.after),
                       "artifacts": list(each.artifacts)} for each in part.settings],
         "artifacts": {each.name: {
-            "stage": each.stage, "path": f"{each.spec.volume}/{each.spec.kind}/{each.spec.digest}",
-            "kind": each.spec.kind, "digest": each.spec.digest, "before": each.before, "new": each.new,
+            "stage": each.stage,
+            "path": f"{each.spec.volume}/{each.spec.kind}/{each.spec.digest}" if each.known else None,
+            "kind": each.spec.kind, "digest": each.spec.digest if each.known else None,
+            "before": each.before if each.known else None, "new": each.new,
             "reasons": list(each.reasons), "there": each.there} for each in part.artifacts},
     }

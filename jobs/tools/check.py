@@ -20,6 +20,7 @@ from jobs.core import models, search, strict_yaml
 from jobs.core.declarations import Loaded, Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
+from jobs.core.imported import EvaluatedImport, LoadedAdapter, LoadedImport
 from jobs.core.metrics import metric_of, score_of
 from jobs.core.pipeline import NO_VALIDATION, LoadedPipeline
 from jobs.core.strict_yaml import CONFIG_MAP_BYTES
@@ -50,7 +51,9 @@ def run(path: Path) -> None:
     if environment:
         collect(check_architecture, environment, adapters.values())
     for loaded in adapters.values():
-        collect(check_data, loaded)
+        of_data = loaded.evaluated_here() if isinstance(loaded, LoadedImport) else loaded
+        if of_data:
+            collect(check_data, of_data)
         collect(check_size, loaded)
     if not files.adapter:
         collect(check_served_size, files)
@@ -85,6 +88,8 @@ def check_data(loaded: LoadedPipeline) -> None:
     check_privacy(loaded, statistics)
     if holdout:
         check_evidence(loaded, holdout)
+    if isinstance(loaded.pipeline, EvaluatedImport):
+        return
     of_trials = (advice(loaded.pipeline.model_copy(update={"training": trial}), statistics)
                  for trial in loaded.pipeline.training.trials())
     for line in dict.fromkeys(itertools.chain.from_iterable(of_trials)):
@@ -185,7 +190,7 @@ def check_privacy(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) 
         raise UserError(f"{loaded.path}: {error}") from None
 
 
-def data_in_git(loaded: LoadedPipeline) -> dict[str, Source]:
+def data_in_git(loaded: LoadedAdapter) -> dict[str, Source]:
     """The data that lies beside the pipeline file, by key: records, and sentences with judgements."""
     return {name: source for name, source in loaded.pipeline.sources().items() if source.scheme == "file"}
 
@@ -203,7 +208,7 @@ def require_pin(loaded: Loaded, name: str, source: Source) -> None:
                         f"is meant, run: python -m jobs pin {loaded.path.parent}")
 
 
-def check_architecture(environment: LoadedEnvironment, adapters: Collection[LoadedPipeline]) -> None:
+def check_architecture(environment: LoadedEnvironment, adapters: Collection[LoadedAdapter]) -> None:
     """vLLM can serve adapters of the base model in the desired mode, by the architecture in its file or folder."""
     from jobs.relocation import embedded
 
@@ -221,7 +226,7 @@ def check_architecture(environment: LoadedEnvironment, adapters: Collection[Load
         return
     models.check_servable(architecture, where, mode)
     problems = []
-    for loaded in adapters:
+    for loaded in (each for each in adapters if isinstance(each, LoadedPipeline)):
         try:
             for trial in loaded.pipeline.training.trials():
                 models.check_target_modules(architecture, trial.lora.target_modules, str(loaded.path), mode)
@@ -231,7 +236,7 @@ def check_architecture(environment: LoadedEnvironment, adapters: Collection[Load
         raise UserError("\n".join(problems))
 
 
-def check_size(loaded: LoadedPipeline) -> None:
+def check_size(loaded: LoadedAdapter) -> None:
     """Pipeline file and data in git fit into the ConfigMap that carries them into the cluster."""
     total = _size([loaded.path, *(loaded.resolve(source) for source in data_in_git(loaded).values())])
     if total > CONFIG_MAP_BYTES:
@@ -253,7 +258,7 @@ def _size(files: list[Path]) -> int:
 
 
 def check_kustomization(files: Files, environment: LoadedEnvironment | None,
-                        adapters: Mapping[str, LoadedPipeline]) -> None:
+                        adapters: Mapping[str, LoadedAdapter]) -> None:
     """Folders, names and entries agree; the overlay renders, and an edit of its files does what it should."""
     from jobs.tools import entries, kustomization
 

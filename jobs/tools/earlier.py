@@ -9,6 +9,7 @@ from pathlib import Path
 from jobs.core import declarations, environment, pipeline, plan
 from jobs.core.environment import Environment
 from jobs.core.errors import UserError
+from jobs.core.imported import Adapter
 from jobs.core.pipeline import Pipeline
 from jobs.tools import overlay, pods, revision
 from jobs.tools.changes import Side
@@ -52,7 +53,7 @@ def read(found: Revision, folder: Path, place: Path, notes: list[str]) -> Side |
     return Side(shared, adapters, manifests, _recipes(tree, found))
 
 
-def _files(folder: Path) -> tuple[Environment, Mapping[str, Pipeline], list[str]]:
+def _files(folder: Path) -> tuple[Environment, Mapping[str, Adapter], list[str]]:
     """The environment and the adapters of an overlay, and what is wrong with other adapters. Pins may be missing.
 
     Raises:
@@ -66,7 +67,7 @@ def _files(folder: Path) -> tuple[Environment, Mapping[str, Pipeline], list[str]
     return shared.environment, {each.pipeline.adapter: each.pipeline for each in adapters.values()}, problems
 
 
-def _one_file(file: Path) -> tuple[Environment, Mapping[str, Pipeline], list[str]]:
+def _one_file(file: Path) -> tuple[Environment, Mapping[str, Adapter], list[str]]:
     """The same of an overlay from before there was an environment.yaml: one pipeline.yaml has everything. Moving its
     keys to two files changed no digest."""
     document = declarations.read(file, "adapter")

@@ -18,7 +18,8 @@ import yaml
 
 from jobs.core import environment, pipeline
 from jobs.core.errors import UserError
-from jobs.core.pipeline import ADAPTERS, LoadedPipeline
+from jobs.core.imported import LoadedAdapter
+from jobs.core.pipeline import ADAPTERS
 from jobs.tools import kustomization, yaml_text
 from jobs.tools.kustomization import INSTANCE, Content
 from jobs.tools.overlay import pipelines
@@ -71,7 +72,7 @@ def read(overlay: Path) -> Entries | None:
     return entries
 
 
-def problems(overlay: Path, adapters: Mapping[str, LoadedPipeline]) -> Iterator[Problem]:
+def problems(overlay: Path, adapters: Mapping[str, LoadedAdapter]) -> Iterator[Problem]:
     """Where folders, entries and names do not agree. `adapters` are those with a valid pipeline.yaml, by folder."""
     entries = read(overlay)
     if entries is None:
@@ -110,7 +111,7 @@ def _entries_of(name: str, folder: Path, entries: Entries, served: int) -> Itera
                    f"{other.removesuffix('.yaml')}. Write: - {entry}")
 
 
-def _folder_of(name: str, folder: Path, loaded: LoadedPipeline | None) -> Iterator[str]:
+def _folder_of(name: str, folder: Path, loaded: LoadedAdapter | None) -> Iterator[str]:
     """Where what is in an adapter's folder has other names than the folder."""
     if not (folder / name / pipeline.FILE).exists():
         return
@@ -139,7 +140,7 @@ def _folder_of(name: str, folder: Path, loaded: LoadedPipeline | None) -> Iterat
     yield from _generated(file, content, loaded)
 
 
-def _generated(file: Path, content: Content, loaded: LoadedPipeline | None) -> Iterator[str]:
+def _generated(file: Path, content: Content, loaded: LoadedAdapter | None) -> Iterator[str]:
     """What the adapter's Jobs would not find in their ConfigMap `pipeline`."""
     keys = [key for generator in kustomization.mappings(content, "configMapGenerator")
             if generator.get("name") == "pipeline" for key, _ in kustomization.generated_from(file, generator)]

@@ -262,21 +262,24 @@ def repository(cluster: Cluster, args: argparse.Namespace) -> tuple[str, str, st
 def serve(cluster: Cluster, overlay: Overlay, args: argparse.Namespace) -> None:
     """Show the evaluations, wait until every adapter that passed is served, and forward the port until Ctrl-C."""
     from jobs.core.plan import plan
+    from jobs.tools.overlay import trained
 
-    digests = {name: plan(loaded.pipeline).adapter.digest for name, loaded in overlay.adapters.items()}
-    rejected = show_evaluations(cluster, digests)
-    wanted = {name: digest for name, digest in digests.items() if name not in rejected}
+    evaluated = {name: plan(loaded.pipeline) for name, loaded in trained(overlay.adapters).items()}
+    rejected = show_evaluations(cluster, {name: named.adapter.digest for name, named in evaluated.items()})
+    # Which adapter an imported one is, only the cluster's volume says.
+    wanted = {name: evaluated[name].adapter.digest if name in evaluated else None
+              for name in overlay.adapters if name not in rejected}
     if overlay.environment.environment.serving.mode == "merged":
         wanted = dict(list(wanted.items())[:1])  # a server runs one model: that of the first adapter by name
     endpoint = f"http://127.0.0.1:{args.port}"
-    reports = {name: plan(overlay.adapters[name].pipeline).evaluation.path(Path("/volumes")) / "report.html"
-               for name in digests}
+    reports = {name: named.evaluation.path(Path("/volumes")) / "report.html" for name, named in evaluated.items()}
 
     def missing() -> list[str]:
         """The adapters that are not served. The commit that Argo CD deploys may have another version of them."""
         found = served_adapters(endpoint)
-        return [name if args.argocd else f"{name}@{digest}" for name, digest in wanted.items()
-                if name not in found or (not args.argocd and found[name] != digest)]
+        known = {name: None if args.argocd else digest for name, digest in wanted.items()}
+        return [f"{name}@{digest}" if digest else name for name, digest in known.items()
+                if name not in found or (digest and found[name] != digest)]
 
     while True:
         with cluster.kubectl.forward(cluster.namespace, f"service/{INFERENCE}", 8000, args.port) as tunnel:
@@ -324,8 +327,9 @@ def places(cluster: Cluster, endpoint: str, aliases: Sequence[str], reports: Map
     read = f"{context} -n {cluster.namespace} exec deployment/tensorboard -- cat"
     lines = [f"  Endpoint     {endpoint}/v1  (models: {', '.join(aliases)})",
              *(f"  {'Report' if n == 0 else '':<11}  {read} {report} > {name}.html"
-               for n, (name, report) in enumerate(reports.items())),
-             f"  TensorBoard  {context} -n {cluster.namespace} port-forward service/tensorboard 6006"]
+               for n, (name, report) in enumerate(reports.items()))]
+    if reports:
+        lines.append(f"  TensorBoard  {context} -n {cluster.namespace} port-forward service/tensorboard 6006")
     if args.argocd:
         initial = "get secret argocd-initial-admin-secret -o jsonpath='{.data.password}' | base64 -d"
         lines += [f"  Argo CD      {context} -n argocd port-forward service/argocd-server 8443:443",

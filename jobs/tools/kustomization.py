@@ -30,10 +30,12 @@ from typing import Any
 
 import yaml
 
+from jobs.core import signing
 from jobs.core.declarations import Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
-from jobs.core.pipeline import ADAPTERS, LoadedPipeline
+from jobs.core.imported import LoadedAdapter
+from jobs.core.pipeline import ADAPTERS
 from jobs.tools import pods
 
 Content = dict[str, Any]  # what a kustomization holds
@@ -46,6 +48,8 @@ PARTS = ("resources", "bases", "components", "transformers", "generators", "vali
 COPIED_BYTES = 2**21  # of a larger file beside a kustomization no ConfigMap can be made
 NAME_CHARACTERS = 63  # of a Job, which becomes a label of its pods; of a pod, which becomes its host name
 POD_SUFFIX = 6  # characters that the Job controller adds to the name of a pod: -x7k2p
+NAME = "app.kubernetes.io/name"
+SIGNING_STAGES = frozenset({"model-training", "model-evaluation", "adapter-publication"})
 INSTANCE = "app.kubernetes.io/instance"  # the label that has an adapter's name
 THREADS = 4
 
@@ -87,7 +91,7 @@ class Scope:
 
 
 def check(overlay: Path, environment: LoadedEnvironment | None = None,
-          adapters: Mapping[str, LoadedPipeline] | None = None, *, only: str | None = None,
+          adapters: Mapping[str, LoadedAdapter] | None = None, *, only: str | None = None,
           without: Collection[str] = ()) -> None:
     """Check the overlay as kubectl renders it.
 
@@ -117,6 +121,7 @@ def check(overlay: Path, environment: LoadedEnvironment | None = None,
             raise UserError("\n".join([*problems, str(error)])) from None
     scope = narrowed(overlay, whole, present, only)
     problems += [*sources_out_of_reach(overlay, whole, environment, adapters or {}),
+                 *stages_without_key(overlay, whole, environment, adapters or {}),
                  *names_too_long(overlay, whole, only)]
     if scope:
         problems += [*patches_without_effect(scope), *names_that_do_not_follow(scope)]
@@ -263,7 +268,7 @@ def _comparable(manifests: list[pods.Manifest]) -> list[pods.Manifest]:
 
 
 def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest], environment: LoadedEnvironment | None,
-                         adapters: Mapping[str, LoadedPipeline]) -> Iterator[str]:
+                         adapters: Mapping[str, LoadedAdapter]) -> Iterator[str]:
     """The sources behind a network that the network policies do not let their Job reach."""
     wanted: list[tuple[str, str | None, list[Source]]] = []
     if environment:
@@ -271,10 +276,15 @@ def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest], environment:
         wanted += [("model-relocation", None, [shared.base_model]),
                    ("tokenizer-relocation", None, [shared.tokenizer_source]),
                    ("model-reference-relocation", None, [shared.reference_model])]
-    wanted += [("dataset-relocation", name, list(loaded.pipeline.sources().values()))
-               for name, loaded in adapters.items()]
+    for name, loaded in adapters.items():
+        of_adapter = loaded.pipeline.sources()
+        if published := of_adapter.pop("source", None):
+            wanted.append(("adapter-relocation", name, [published]))
+        if of_adapter:
+            wanted.append(("dataset-relocation", name, list(of_adapter.values())))
     policies = [m.get("spec") or {} for m in whole if m["kind"] == "NetworkPolicy"]
-    open_without_need = bool(environment and adapters)  # of one adapter alone it cannot be told
+    # Of one adapter alone it cannot be told.
+    open_without_need = bool(environment) and any(job == "dataset-relocation" for job, *_ in wanted)
     for job, adapter, sources in wanted:
         outside = [source.source for source in sources if source.scheme not in ("builtin", "file")]
         labels = {"app.kubernetes.io/name": job, "app.kubernetes.io/component": "relocation"}
@@ -282,7 +292,7 @@ def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest], environment:
         egress = [spec.get("egress", []) for spec in policies
                   if "Egress" in spec.get("policyTypes", ["Egress"] if "egress" in spec else [])
                   and selects(spec.get("podSelector") or {}, labels)]
-        if adapter:
+        if job == "dataset-relocation":
             open_without_need &= not outside and any(egress)
         if outside and egress and not any(egress):
             of = f" of {adapter}" if adapter else ""
@@ -292,6 +302,26 @@ def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest], environment:
     if open_without_need:
         log.warning("%s: the data is in git, but dataset-relocation may reach the network. List the component "
                     "base/egress/models-only in its kustomization.yaml", overlay)
+
+
+def stages_without_key(overlay: Path, whole: list[pods.Manifest], environment: LoadedEnvironment | None,
+                       adapters: Mapping[str, LoadedAdapter]) -> Iterator[str]:
+    """The stages that are to sign what they publish, and have no key; without the key they fail."""
+    asks = environment or next(iter(adapters.values())).environment if environment or adapters else None
+    if asks is None:
+        return
+    signs = {(labels[NAME], any(entry["name"] == signing.VARIABLE for container in pods.containers(template)
+                                for entry in container.get("env") or []))
+             for template in pods.pod_templates(whole).values()
+             if (labels := template["metadata"].get("labels") or {}).get(NAME) in SIGNING_STAGES}
+    without = sorted(name for name, has_key in signs if not has_key)
+    if asks.environment.signing and without:
+        yield (f"{asks.path}: asks for signatures (signing), but {', '.join(without)} "
+               f"{'has' if len(without) == 1 else 'have'} no key. List the component base/signing in the "
+               "kustomization.yaml (of a JobSet: overlays/gpu/jobset/signing; docs/signing.md)")
+    if not asks.environment.signing and any(has_key for _, has_key in signs):
+        log.warning("%s: the signing key is mounted, but %s names no public key (signing.public_keys), so nothing is "
+                    "signed", overlay, asks.path)
 
 
 def selects(selector: pods.Manifest, labels: dict[str, str]) -> bool:

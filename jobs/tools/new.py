@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic_core import PydanticCustomError
 
-from jobs.core import environment, pipeline
+from jobs.core import environment, imported, pipeline, sources, strict_yaml
 from jobs.core.errors import UserError
 from jobs.core.files import open_plain, sha256_of, write_atomically
 from jobs.core.metrics import TASKS
@@ -39,6 +40,8 @@ entries in OVERLAY/kustomization.yaml. NAME is the model name that clients send.
 
   python -m jobs new overlays/kind hotel-reviews                          with a few example records, to be replaced
   python -m jobs new overlays/kind hotel-reviews --data reviews.jsonl     with your records, copied and pinned
+  python -m jobs new overlays/kind hotel-reviews --import oci://registry.example.com/team/adapters/hotel-reviews:TAG
+                                                                          from another environment that published it
   python -m jobs new overlays/kind seville-hotels --from overlays/kind/pipeline.yaml
                                                                           converts an overlay of the earlier form
 
@@ -107,6 +110,18 @@ evaluation:
   gate:
 {gate}
 """
+IMPORTED = """\
+# An imported adapter: trained, evaluated and published in another environment, served here (docs/publication.md).
+#   python -m jobs check {place}           validates it, without network or cluster
+#   python -m jobs pin {place}             fills in the digest of what the tag names now
+# ../../environment.yaml has the base model, which must be the one that it was trained on.
+
+# The model name that clients send, and the name of this folder: that under which it was evaluated.
+adapter: {name}
+
+# Where it was published, and the pin: the digest of the manifest in the registry; in a bucket, that of SHA256SUMS.
+source: {source}
+"""
 COMMENTS = {
     "lora": "a higher `r` learns more and needs more memory",
     "epochs": "how often training sees each record",
@@ -137,6 +152,7 @@ class Adapter:
     name: str
     pipeline: str  # the text of its pipeline.yaml
     data: dict[str, Path | str]  # each further file: where it is now, or its text
+    imported: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,23 +160,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="the adapter: 1 to 63 of a-z, 0-9 and -, not at the ends")
     parser.add_argument("--data", type=Path, metavar="FILE",
                         help=f"your records: {', '.join(SUFFIXES)}; larger data than 1 MiB comes from a URL or bucket")
+    parser.add_argument("--import", metavar="SOURCE", dest="source",
+                        help="an adapter that another environment published: oci://REGISTRY/NAME:TAG, "
+                             "oci://REGISTRY/NAME@sha256:DIGEST or s3://BUCKET/PREFIX/NAME/DIGEST")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="old",
                         help="convert a pipeline.yaml of the earlier form, and the overlay that it is in")
 
 
-def run(folder: Path, name: str, *, data: Path | None = None, old: Path | None = None) -> None:
+def run(folder: Path, name: str, *, data: Path | None = None, old: Path | None = None, source: str | None = None
+        ) -> None:
     """Add the adapter `name` to the overlay and say what to do next.
 
     Args:
         folder: the overlay's folder.
         data: a file with the records.
         old: a pipeline file of the earlier form, to convert.
+        source: where the adapter was published, to import it.
     Raises:
         UserError: it cannot be added, with the reason. Nothing has changed.
     """
     require_name(name)
     if data and old:
         raise UserError("--data and --from exclude each other: a file of the earlier form names its data")
+    if source and (data or old):
+        raise UserError("--import brings an adapter that was trained elsewhere: leave --data and --from out")
     folder = folder.parent if folder.is_file() else folder
     file = require_overlay(folder, converting=bool(old))
     place = folder / ADAPTERS / name
@@ -171,7 +194,8 @@ def run(folder: Path, name: str, *, data: Path | None = None, old: Path | None =
         adapter = Adapter(name, converted.pipeline, converted.data)
         shared, text = converted.environment, conversion.with_adapter(file, name)
     else:
-        adapter, shared, text = _made(folder, name, data), None, entries.with_adapter(file, name)
+        adapter = _imported(folder, name, source) if source else _made(folder, name, data)
+        shared, text = None, entries.with_adapter(file, name)
     try:
         with ExitStack() as undo:
             _write_folder(place, adapter, _kustomization(folder, adapter), undo)
@@ -186,7 +210,7 @@ def run(folder: Path, name: str, *, data: Path | None = None, old: Path | None =
         raise UserError(f"{where}: cannot be written: {error.strerror or error}. Nothing has changed") from None
     for path in gone:
         shutil.rmtree(path, ignore_errors=True)
-    _report(folder, place, adapter, example=not data and not old, converted=old)
+    _report(folder, place, adapter, example=not data and not old and not source, converted=old)
 
 
 def require_name(name: str) -> None:
@@ -252,6 +276,15 @@ def _made(folder: Path, name: str, data: Path | None) -> Adapter:
     return Adapter(name, text, {named: file})
 
 
+def _imported(folder: Path, name: str, source: str) -> Adapter:
+    """An adapter that another environment published."""
+    try:
+        sources.check(source, "adapter", None, None)
+    except PydanticCustomError as error:
+        raise UserError(f"--import: {error}") from None
+    return Adapter(name, IMPORTED.format(place=folder / ADAPTERS / name, name=name, source=source), {}, imported=True)
+
+
 def require_data(file: Path) -> Path:
     """A file of records that fits into a ConfigMap and that a relocation would take.
 
@@ -286,7 +319,7 @@ def require_data(file: Path) -> Path:
 def _sibling(folder: Path) -> tuple[str, PipelineFile] | None:
     """The first valid adapter of the overlay: its settings suit the environment's base model and machines."""
     _, adapters, _ = overlay.read(overlay.find(folder), pinned=False)
-    return next(((name, loaded.pipeline) for name, loaded in adapters.items()), None)
+    return next(((name, loaded.pipeline) for name, loaded in overlay.trained(adapters).items()), None)
 
 
 def _lines(values: dict[str, Any], indent: int) -> str:
@@ -314,8 +347,14 @@ def _flow(value: Any) -> str:
 
 
 def _kustomization(folder: Path, adapter: Adapter) -> str:
-    """The adapter's kustomization. What it is based on is what another adapter of the overlay is based on."""
-    resources, components = _based_on(folder, adapter.name)
+    """The adapter's kustomization. What it is based on is what another adapter of the overlay is based on; an imported
+    one has a Job of its own, which needs no hardware."""
+    if adapter.imported:
+        base, place = _base(folder), folder.resolve() / ADAPTERS / adapter.name
+        resources, components = ([os.path.relpath(part, place)] for part in (
+            base.with_name("imported-adapter"), base / "names"))
+    else:
+        resources, components = _based_on(folder, adapter.name)
     return KUSTOMIZATION.format(
         name=adapter.name, resources=_items(resources), components=_items(components),
         files=", ".join([pipeline.FILE, *adapter.data]))
@@ -329,7 +368,7 @@ def _based_on(folder: Path, name: str) -> tuple[list[str], list[str]]:
     """The folders that an adapter's kustomization lists as resources, and as components."""
     for other in sorted((folder / ADAPTERS).glob("*/")):
         file = kustomization.find(other)
-        if file and (other / pipeline.FILE).is_file():
+        if file and (other / pipeline.FILE).is_file() and not _is_imported(other / pipeline.FILE):
             try:
                 content = kustomization.read(file)
             except UserError:
@@ -339,15 +378,34 @@ def _based_on(folder: Path, name: str) -> tuple[list[str], list[str]]:
                      for key in ("resources", "components")]
             if parts[0]:
                 return parts[0], parts[1]
+    base = _base(folder)
+    place = folder.resolve() / ADAPTERS / name
+    own = folder / "adapter"
+    resource = "../../adapter" if kustomization.find(own) else os.path.relpath(base, place)
+    return [resource], [os.path.relpath(base / "names", place)]
+
+
+def _base(folder: Path) -> Path:
+    """The folder base/adapter.
+
+    Raises:
+        UserError: there is none above the overlay.
+    """
     base = next((parent / "base" / "adapter" for parent in folder.resolve().parents
                  if kustomization.find(parent / "base" / "adapter")), None)
     if base is None:
         raise UserError(f"{folder}: no folder above it has base/adapter, on which adapters are based. Name an overlay "
                         "in a checkout of this project")
-    place = folder.resolve() / ADAPTERS / name
-    own = folder / "adapter"
-    resource = "../../adapter" if kustomization.find(own) else os.path.relpath(base, place)
-    return [resource], [os.path.relpath(base / "names", place)]
+    return base
+
+
+def _is_imported(file: Path) -> bool:
+    """Whether a pipeline file is that of an imported adapter."""
+    try:
+        values = strict_yaml.read(file).values
+    except UserError:
+        return False
+    return isinstance(values, dict) and "source" in values
 
 
 def _write_folder(place: Path, adapter: Adapter, text: str, undo: ExitStack) -> None:
@@ -395,7 +453,7 @@ def _verify(folder: Path, name: str) -> None:
     Raises:
         UserError: with a line for each problem.
     """
-    loaded = pipeline.load(folder / ADAPTERS / name, folder / environment.FILE, pinned=False)
+    loaded = imported.load_any(folder / ADAPTERS / name, folder / environment.FILE, pinned=False)
     problems = [problem.message for problem in entries.problems(folder, {name: loaded}) if problem.adapter == name]
     if shutil.which("kubectl") and not problems:  # without it, `check` has to tell
         whole = kustomization.rendered(folder, {name})
@@ -410,8 +468,9 @@ def _report(folder: Path, place: Path, adapter: Adapter, *, example: bool, conve
     if converted:
         log.info("%s: has what all adapters share; %s is converted", folder / environment.FILE, converted)
     steps = [f"replace the example records in {place / (DATA + '.jsonl')} by yours (docs/data.md)"] if example else []
-    steps += [f"set the gate and the training in {place / pipeline.FILE}"] if not converted else []
-    steps += [f"python -m jobs pin {place}"] if example else []
+    steps += [f"set the gate and the training in {place / pipeline.FILE}"] if not converted and not adapter.imported \
+        else []
+    steps += [f"python -m jobs pin {place}"] if example or adapter.imported else []
     steps += [f"python -m jobs check {folder if converted else place}", f"python -m jobs plan {folder}",
               "commit and push"]
     for number, step in enumerate(steps, 1):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.core import environment, pipeline
+from jobs.core import environment, imported, pipeline
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
+from jobs.core.imported import LoadedAdapter
 from jobs.core.pipeline import ADAPTERS, LoadedPipeline
 
 
@@ -27,7 +29,12 @@ class Overlay:
 
     folder: Path
     environment: LoadedEnvironment
-    adapters: dict[str, LoadedPipeline]
+    adapters: dict[str, LoadedAdapter]
+
+
+def trained(adapters: Mapping[str, LoadedAdapter]) -> dict[str, LoadedPipeline]:
+    """Of adapters, those that are trained here."""
+    return {name: loaded for name, loaded in adapters.items() if isinstance(loaded, LoadedPipeline)}
 
 
 def find(path: Path) -> Files:
@@ -70,9 +77,9 @@ def load(path: Path, *, pinned: bool = True) -> Overlay:
     return Overlay(files.folder, shared, adapters)
 
 
-def read(files: Files, *, pinned: bool = True) -> tuple[LoadedEnvironment | None, dict[str, LoadedPipeline], list[str]]:
+def read(files: Files, *, pinned: bool = True) -> tuple[LoadedEnvironment | None, dict[str, LoadedAdapter], list[str]]:
     """The environment and the adapters whose files are valid, and every problem of the others."""
-    shared, adapters, problems = None, dict[str, LoadedPipeline](), list[str]()
+    shared, adapters, problems = None, dict[str, LoadedAdapter](), list[str]()
     try:
         shared = environment.load(files.environment, pinned=pinned)
     except UserError as error:
@@ -80,7 +87,7 @@ def read(files: Files, *, pinned: bool = True) -> tuple[LoadedEnvironment | None
             problems += str(error).splitlines()
     for file in files.pipelines:
         try:
-            adapters[file.parent.absolute().name] = pipeline.load(file, shared or files.environment, pinned=pinned)
+            adapters[file.parent.absolute().name] = imported.load_any(file, shared or files.environment, pinned=pinned)
         except UserError as error:
             problems += str(error).splitlines()
     return shared, adapters, list(dict.fromkeys(problems))

@@ -66,9 +66,15 @@ def _edit(loaded: Loaded, sources: Mapping[str, Source], *, update: bool) -> tup
         for key, value in pins(loaded, name, source, update=update).items():
             before = getattr(source, key, None)
             if value != before:
-                written[*name.split("."), key] = value
-                changes.append(f"{name}.{key}: {before or 'unset'} -> {value}")
+                at = (*_mapping_of(name), key)
+                written[at] = value
+                changes.append(f"{'.'.join(at)}: {before or 'unset'} -> {value}")
     return (with_values(loaded.path.read_bytes().decode(), written, loaded.path), changes) if changes else None
+
+
+def _mapping_of(name: str) -> list[str]:
+    """The keys of the mapping that has a source and its pin: an imported adapter's are those of the file itself."""
+    return [] if name == "source" else name.split(".")
 
 
 def _write(texts: Mapping[Path, str]) -> None:

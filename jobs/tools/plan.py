@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from jobs.core.errors import UserError
 
 if TYPE_CHECKING:
-    from jobs.core.pipeline import LoadedPipeline
+    from jobs.core.imported import LoadedAdapter
     from jobs.tools.changes_report import Report
 
 
@@ -90,7 +90,7 @@ def make(path: Path, since: str | None = None, volumes: Path | None = None) -> R
     return Report(new.folder, since_revision, [*notes, *compared.notes], compared)
 
 
-def _wrong_pins(loaded: LoadedPipeline) -> Iterator[str]:
+def _wrong_pins(loaded: LoadedAdapter) -> Iterator[str]:
     """Data in git that changed while its pin did not: the digests below would be those of the data before."""
     from jobs.tools import check
 

@@ -121,6 +121,8 @@ def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
     """Every pod template by its workload, e.g. `Deployment/tensorboard` or `JobSet/pipeline-HASH/model-training`."""
     return {f"{m['kind']}/{m['metadata']['name']}": m["spec"]["template"] for m in manifests
             if "template" in m.get("spec", {})} | {
+        f"CronJob/{m['metadata']['name']}": m["spec"]["jobTemplate"]["spec"]["template"]
+        for m in manifests if m["kind"] == "CronJob"} | {
         f"JobSet/{m['metadata']['name']}/{job['name']}": job["template"]["spec"]["template"]
         for m in manifests if m["kind"] == "JobSet" for job in m["spec"]["replicatedJobs"]}
 

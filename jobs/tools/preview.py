@@ -56,7 +56,7 @@ def run(path: Path, count: int, volumes: Path | None) -> None:
     """
     if volumes is not None:
         changes.check_volumes(volumes)
-    for name, loaded in overlay.load(path).adapters.items():
+    for name, loaded in overlay.trained(overlay.load(path).adapters).items():
         with tempfile.TemporaryDirectory() as folder:
             for line in preview(loaded, find_inputs(loaded, volumes, Path(folder)), count, colour=sys.stdout.isatty()):
                 print(f"{name}: {line}" if not line.startswith(" ") else line)

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.core import artifacts
+from jobs.core import artifacts, imported
 from jobs.core.artifacts import Spec
 from jobs.core.environment import Environment
 from jobs.core.errors import RetryableError
+from jobs.core.imported import Adapter, ImportedAdapter
 from jobs.core.metrics import score_of
-from jobs.core.pipeline import Pipeline
-from jobs.core.plan import EnvironmentPlan, plan, plan_environment
+from jobs.core.pipeline import Evaluation
+from jobs.core.plan import EnvironmentPlan, deciding_evaluation, plan, plan_environment, plan_import
+from jobs.core.published import WITHOUT_ANSWERS
 from jobs.evaluation import content, report
 from jobs.evaluation.gate import Check
 from jobs.tools.waiting import ALIAS_SECONDS, Late, served_adapter, wait_until
@@ -33,7 +35,8 @@ NAMED = 8  # models that are listed by name; `GET /v1/models` has all
 class Result:
     """An adapter that was evaluated."""
 
-    pipeline: Pipeline
+    pipeline: Adapter
+    digest: str
     evaluation: content.Evaluation
     report: Path
 
@@ -44,10 +47,6 @@ class Result:
     @property
     def passed(self) -> bool:
         return bool(self.evaluation["passed"])
-
-    @property
-    def digest(self) -> str:
-        return plan(self.pipeline).adapter.digest
 
 
 def served(results: Sequence[Result]) -> list[Result]:
@@ -62,14 +61,29 @@ def path_of(spec: Spec, volumes: Path) -> Path:
     return volumes / f"{spec.volume}-pvc" / spec.kind / spec.digest
 
 
-def results(pipelines: Sequence[Pipeline], volumes: Path) -> list[Result]:
-    """The evaluations of these pipelines, from their artifacts; without those that no Job made."""
+def results(pipelines: Sequence[Adapter], volumes: Path) -> list[Result]:
+    """The evaluations of these adapters, from their artifacts; without those that no Job made or brought."""
     found = []
     for pipeline in pipelines:
-        folder = path_of(plan(pipeline).evaluation, volumes)
-        if folder.exists():
-            found.append(Result(pipeline, content.read_evaluation(artifacts.read(folder).path), folder / "report.html"))
+        specs = _specs(pipeline, volumes)
+        folder = path_of(specs[1], volumes) if specs else None
+        if specs and folder and folder.exists():
+            # Of what was published, the report may be that without private texts.
+            page = next((file for file in (folder / "report.html", folder / WITHOUT_ANSWERS / "report.html")
+                         if file.exists()), folder)
+            found.append(Result(pipeline, specs[0].digest, content.read_evaluation(artifacts.read(folder).path), page))
     return found
+
+
+def _specs(pipeline: Adapter, volumes: Path) -> tuple[Spec, Spec] | None:
+    """The adapter and its evaluation; None for an imported one that is not there."""
+    if not isinstance(pipeline, ImportedAdapter):
+        return plan(pipeline).adapter, plan(pipeline).evaluation
+    record = plan_import(pipeline).imported_adapter
+    if not path_of(record, volumes).exists():
+        return None
+    found = imported.read(path_of(record, volumes), record.volume)
+    return found.adapter, deciding_evaluation(pipeline, found)
 
 
 def verdicts(results: Sequence[Result]) -> str:
@@ -152,8 +166,7 @@ def _wait_until_served(result: Result, endpoint: str) -> None:
 
 def _answers(client: Any, results: Sequence[Result], question: str, *, chats: bool) -> str:
     environment = results[0].pipeline.environment
-    models = [(_title(result), result.name, result.pipeline.evaluation.max_new_tokens)
-              for result in served(results)]
+    models = [(_title(result), result.name, _tokens(result.pipeline)) for result in served(results)]
     if environment.serving.mode == "lora":
         name = environment.base_model.name
         models.insert(0, (f"base model ({name})", name, max(tokens for *_, tokens in models)))
@@ -170,6 +183,12 @@ def _answers(client: Any, results: Sequence[Result], question: str, *, chats: bo
                 for result in results if result not in served(results)}
     width = max(map(len, answers))
     return "\n".join([f"  {question}", *(f"    {title:<{width}}  {answer}" for title, answer in answers.items()), ""])
+
+
+def _tokens(pipeline: Adapter) -> int:
+    """How long an answer may get: as long as in the evaluation."""
+    default: int = Evaluation.model_fields["max_new_tokens"].default
+    return pipeline.evaluation.max_new_tokens if pipeline.evaluation else default
 
 
 def _title(result: Result) -> str:

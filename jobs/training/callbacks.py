@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.core import artifacts
+from jobs.core import artifacts, signatures
 from jobs.core.errors import UserError
-from jobs.core.files import write_atomically
+from jobs.core.files import read_plain_file, sha256_of, write_atomically
+from jobs.core.layout import CHECKPOINTS, SIGNATURE_BYTES
 from jobs.core.pipeline import Training
 from jobs.core.progress import Progress
+from jobs.core.signing import Signer
 from jobs.training.distributed import Team
 from jobs.training.packing import Batches
 from jobs.training.trainer import HeldOut
@@ -28,6 +30,7 @@ log = logging.getLogger("jobs")
 MAX_LINES = 20  # of records, that an error names
 ADAPTER = "adapter_model.safetensors"  # as PEFT names it
 CHECKPOINT_MARKER = "complete.json"  # a checkpoint without it was interrupted while being written
+CHECKPOINT_SIGNATURE = f"{CHECKPOINT_MARKER}.sig"
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,58 @@ class NotFinite(UserError):
     """A loss or a gradient that is not finite."""
 
 
-def newest_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint in `folder`; those that a kill left incomplete or damaged are removed."""
+def newest_checkpoint(folder: Path, signer: Signer | None = None) -> str | None:
+    """The newest whole checkpoint in `folder`; those that a kill left incomplete or damaged are removed.
+
+    Args:
+        signer: where artifacts are signed, checkpoints are, too: what a training resumes from becomes a part of what it
+            signs. One that is not signed by a trusted key is removed.
+    """
     steps = {int(p.name.rpartition("-")[2]): p for p in folder.glob("checkpoint-*")}
     for step in sorted(steps, reverse=True):
         marker = steps[step] / CHECKPOINT_MARKER
-        if marker.is_file() and json.loads(marker.read_text()) == _checkpoint_listing(steps[step]):
+        if marker.is_file() and json.loads(marker.read_text()) == _checkpoint_listing(steps[step]) and (
+                signer is None or is_signed(steps[step], signer)):
             log.info("resuming from the checkpoint at step %d", step)
             return str(steps[step])
-        log.info("the checkpoint at step %d is incomplete: removed", step)
+        log.info("the checkpoint at step %d is incomplete%s: removed", step, " or not signed" if signer else "")
         shutil.rmtree(steps[step])
     return None
 
 
+def mark_whole(checkpoint: Path, signer: Signer | None = None) -> None:
+    """Let a training resume from a checkpoint that is written."""
+    if signer:
+        write_atomically(checkpoint / CHECKPOINT_SIGNATURE, signer.sign(_signed_content(checkpoint), CHECKPOINT_MARKER))
+    write_atomically(checkpoint / CHECKPOINT_MARKER, json.dumps(_checkpoint_listing(checkpoint)))
+
+
 def _checkpoint_listing(checkpoint: Path) -> list[dict[str, Any]]:
-    return [file for file in artifacts.listing(checkpoint) if file["path"] != CHECKPOINT_MARKER]
+    return [file for file in artifacts.listing(checkpoint)
+            if file["path"] not in (CHECKPOINT_MARKER, CHECKPOINT_SIGNATURE)]
+
+
+def _signed_content(checkpoint: Path, best: Path | None = None) -> bytes:
+    """What the signature of a checkpoint is made over: its files, with the best weights beside it, and its place, which
+    names the adapter: the checkpoint of another adapter is none of this one's.
+
+    Args:
+        best: the best weights, where they were copied to; by default where they are beside the checkpoint.
+    """
+    best = best or best_weights(checkpoint.parent, read_state(str(checkpoint)))
+    place = checkpoint.parts[max(at for at, part in enumerate(checkpoint.parts) if part == CHECKPOINTS):]
+    return artifacts.canonical({"checkpoint": list(place), "files": _checkpoint_listing(checkpoint),
+                                "best": sha256_of(best) if best.exists() else None})
+
+
+def is_signed(checkpoint: Path, signer: Signer, best: Path | None = None) -> bool:
+    """Whether a trusted key signed this checkpoint, with its best weights (`best`: where they were copied to)."""
+    try:
+        signature = read_plain_file(checkpoint / CHECKPOINT_SIGNATURE, SIGNATURE_BYTES)
+        signatures.verify(_signed_content(checkpoint, best), signature, signer.keys)
+    except (OSError, ValueError, LookupError, TypeError, UserError):
+        return False
+    return True
 
 
 def finished(state: TrainerState, until: int, patience: int | None, measured: HeldOut) -> bool:
@@ -80,9 +120,9 @@ def best_weights(checkpoints: Path, state: TrainerState) -> Path:
 
 
 def trainer_callbacks(stop: threading.Event, team: Team, folders: Folders, batches: Batches, measured: HeldOut,
-                      training: Training, until: int) -> list[Any]:
+                      training: Training, until: int, signer: Signer | None = None) -> list[Any]:
     """Trainer callbacks: in every process whole checkpoints, evaluations, and ends that save first, or that save
-    nothing; in the main one progress lines and TensorBoard's scalars."""
+    nothing; in the main one progress lines and TensorBoard's scalars. `signer` signs the checkpoints."""
     from torch.utils.tensorboard import SummaryWriter
     from transformers import TrainerCallback, TrainerControl, TrainingArguments
 
@@ -117,7 +157,7 @@ def trainer_callbacks(stop: threading.Event, team: Team, folders: Folders, batch
                 # Before the marker: every whole checkpoint has its best weights beside it.
                 if training.keep == "best" and state.best_global_step == state.global_step:
                     shutil.copyfile(checkpoint / ADAPTER, best_weights(folders.checkpoints, state))
-                write_atomically(checkpoint / CHECKPOINT_MARKER, json.dumps(_checkpoint_listing(checkpoint)))
+                mark_whole(checkpoint, signer)
                 if training.keep == "best":
                     _remove_unneeded(folders.checkpoints)
             if not control.should_training_stop and finished(state, until, training.patience, measured):

@@ -21,6 +21,7 @@ from jobs.core import artifacts, models
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import Plan
+from jobs.core.signing import Signer
 
 if TYPE_CHECKING:
     import torch
@@ -31,14 +32,16 @@ log = logging.getLogger("jobs")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names, and torch's
 
 
-def publish(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> None:
+def publish(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float,
+            signer: Signer | None = None) -> None:
     """Merge the pipeline's adapter into its base model, and publish the result.
 
     Raises:
         UserError: the adapter changes nothing, or to values that are not finite numbers.
         RetryableError: an input did not appear in time.
     """
-    base_model, adapter = artifacts.wait([wanted.base_model, wanted.adapter], volumes, wait_seconds)
+    base_model, adapter = artifacts.wait([wanted.base_model, wanted.adapter], volumes, wait_seconds,
+                                         keys=pipeline.environment.trusted_keys)
 
     def write(draft: Path) -> dict[str, Any]:
         log.info("merging %s into %s", wanted.adapter, pipeline.environment.base_model.name)
@@ -46,7 +49,7 @@ def publish(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
         return {"base_model": pipeline.environment.base_model.name, "adapter": adapter.digest, "dtype": dtype}
 
     merged = artifacts.publish(wanted.merged_model, volumes, write, keep=pipeline.environment.retention.keep,
-                               adapter_name=pipeline.adapter, wait_seconds=wait_seconds)
+                               adapter_name=pipeline.adapter, wait_seconds=wait_seconds, signer=signer)
     log.info("merged: %s", merged.path)
 
 

@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.core import artifacts, attention, models
+from jobs.core import artifacts, attention, models, signing
 from jobs.core.errors import Terminated, UserError
 from jobs.core.imports import fast_imports
 from jobs.core.layout import CHECKPOINTS, TENSORBOARD
 from jobs.core.pipeline import NO_VALIDATION, Pipeline, Training
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
+from jobs.core.signing import Signer
 from jobs.data import encoded
 from jobs.data.encoded import Splits
 from jobs.training import distributed, dropout, merge, search
@@ -38,6 +39,7 @@ from jobs.training.callbacks import (
     best_weights,
     finished,
     history_entry,
+    is_signed,
     newest_checkpoint,
     read_state,
     trainer_callbacks,
@@ -85,29 +87,32 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
     """
     pipeline = loaded.pipeline
     wanted = plan(pipeline)
+    signer = signing.signer(pipeline.environment)  # raises now, instead of after hours of training
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     if distributed.is_worker():
         if not distributed.is_main():
             log.setLevel(logging.WARNING)
-        publish_adapter(pipeline, wanted, volumes, wait_seconds)
-    elif not artifacts.done(wanted.adapter, volumes):
+        publish_adapter(pipeline, wanted, volumes, wait_seconds, signer)
+    elif not artifacts.done(wanted.adapter, volumes, signer):
         artifacts.wait_until_there([wanted.encoded_dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
         models.check_gpu()
         launch = distributed.launch_wanted()
         if launch is None:
             # If it sees more GPUs, Trainer divides the batch by rows, but this batch is one row of tokens.
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-            publish_adapter(pipeline, wanted, volumes, wait_seconds)
+            publish_adapter(pipeline, wanted, volumes, wait_seconds, signer)
         else:
             distributed.launch(launch, ["--pipeline", str(loaded.path), "--volumes", str(volumes),
                                         "--wait-seconds", str(wait_seconds), "train"], wait_seconds)
     if not distributed.is_main():
         return
-    if pipeline.environment.serving.mode == "merged" and not artifacts.done(wanted.merged_model, volumes):
-        merge.publish(pipeline, wanted, volumes, wait_seconds)
+    if pipeline.environment.serving.mode == "merged" and not artifacts.done(
+            wanted.merged_model, volumes, signer):
+        merge.publish(pipeline, wanted, volumes, wait_seconds, signer)
 
 
-def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> None:
+def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float,
+                    signer: Signer | None = None) -> None:
     """Wait for the inputs, reject what could not be served, train the adapter and publish it."""
     encoded_dataset, base_model, tokenizer_files = artifacts.wait(
         [wanted.encoded_dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
@@ -140,13 +145,14 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         training = pipeline.training
         splits = for_objective(encoded.read(encoded_dataset.path), training)
         if training.search is None:
-            return Trained(splits, training, train(load(), splits, training, layers(training), own, output, team))
+            return Trained(splits, training, train(load(), splits, training, layers(training), own, output, team,
+                                                     signer=signer))
         base = search.SharedModel(load, once=training.sharding == "none" or team.size == 1)
 
         def train_trial(number: int, settings: Training, until: int | None) -> list[dict[str, float]]:
             folders = Folders(*(search.trial_folder(folder, number) for folder in (own.checkpoints, runs)))
             with base.lent() as model:
-                return train(model, splits, settings, layers(settings), folders, output, team, until)
+                return train(model, splits, settings, layers(settings), folders, output, team, until, signer)
 
         return Trained(splits, *search.run(training, splits, train_trial, own.checkpoints, runs, team))
 
@@ -161,7 +167,7 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
 
     if team.main:
         adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.environment.retention.keep,
-                                    adapter_name=pipeline.adapter, wait_seconds=wait_seconds)
+                                    adapter_name=pipeline.adapter, wait_seconds=wait_seconds, signer=signer)
         if not started:  # another job published it in the meantime: the other processes need not train
             team.broadcast(False)
         shutil.rmtree(own.checkpoints, ignore_errors=True)
@@ -173,13 +179,15 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
 
 
 def train(model: PreTrainedModel, splits: Splits, training: Training, target_modules: list[str], folders: Folders,
-          output: Path, team: Team | None = None, until: int | None = None) -> list[dict[str, float]]:
+          output: Path, team: Team | None = None, until: int | None = None,
+          signer: Signer | None = None) -> list[dict[str, float]]:
     """Train a LoRA adapter on `model` and save it in `output`, resuming from the newest whole checkpoint.
 
     Args:
         team: the processes that train together; each is called with the same arguments, and the main one saves.
         until: stop after this step of the whole training, with a checkpoint saved there and no adapter. The next call
             continues.
+        signer: signs the checkpoints. It resumes only from those that a trusted key signed.
     Returns:
         the loss history: {"step", "epoch", "loss", "learning_rate"} for each step and {"step", "epoch",
         "validation_loss"}, or "holdout_loss" where the dataset has no validation split, about ten times in all and
@@ -214,10 +222,10 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
             args=training_arguments(training, folders.checkpoints, steps, team),
             train_dataset=batches,
             data_collator=lambda batch: {"records": batch[0]},
-            callbacks=trainer_callbacks(stop, team, folders, batches, measured, training, end))
+            callbacks=trainer_callbacks(stop, team, folders, batches, measured, training, end, signer))
         trainer.remove_callback(PrinterCallback)
         _check_sharding(trainer, training, team)
-        checkpoint = team.broadcast(newest_checkpoint(folders.checkpoints) if team.main else None)
+        checkpoint = team.broadcast(newest_checkpoint(folders.checkpoints, signer) if team.main else None)
         # Otherwise a batch would be divided by one number, and its gradients summed over another.
         seen = trainer.args.world_size
         assert seen == team.size, f"Trainer sees {seen} processes, not {team.size}"
@@ -238,6 +246,10 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
             if best:
                 log.info("kept: the weights of step %d, with the lowest validation loss", state.best_global_step)
                 shutil.copyfile(best_weights(folders.checkpoints, state), output / ADAPTER)
+                last = folders.checkpoints / f"checkpoint-{state.global_step}"
+                if signer and not is_signed(last, signer, output / ADAPTER):
+                    raise UserError(f"{best_weights(folders.checkpoints, state)}: was changed while the training ran. "
+                                    "Nothing was published; find out who writes to this volume")
     return _history(state.log_history, measured, training, end)
 
 

@@ -10,17 +10,22 @@ import math
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs.core import artifacts
-from jobs.core.artifacts import Spec
+from jobs.core import artifacts, signatures
+from jobs.core.artifacts import NotSigned, Spec
 from jobs.core.errors import RetryableError, UserError
+from tests import build_signing
+from tests.build_signing import Pair, pair
 
 SPEC = Spec("volume", "thing", {"size": 1}, {"input": "abc"})
 
@@ -323,3 +328,181 @@ def test_a_link_or_a_file_in_the_place_of_a_draft_is_replaced(tmp_path: Path) ->
         artifact = artifacts.publish(spec, tmp_path, write, keep=3, resume=True)
         assert artifact.path.is_dir() and not artifact.path.is_symlink()
     assert [path.name for path in others.iterdir()] == ["kept"]
+
+
+# --- the signature ----------------------------------------------------------------------------------------------------
+
+
+def test_a_signature_beside_the_manifest_is_no_file_of_the_artifact(tmp_path: Path) -> None:
+    """The manifest cannot list it: it is made over the manifest."""
+    artifact = publish(tmp_path)
+    (artifact.path / "artifact.json.sig").write_text("{}")
+    assert artifacts.read(artifact.path).manifest == artifact.manifest
+    assert "artifact.json.sig" not in {file["path"] for file in artifacts.listing(artifact.path)}
+
+
+@pytest.mark.parametrize("name", ["artifact.json.sig.old", "sub/artifact.json.sig", "artifact.sig"])
+def test_only_the_signature_in_its_place_is_left_out(tmp_path: Path, name: str) -> None:
+    artifact = publish(tmp_path)
+    (artifact.path / name).write_text("{}")
+    with pytest.raises(UserError, match=f"{name} is not listed in artifact.json"):
+        artifacts.read(artifact.path)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_signature_that_is_no_plain_file_damages_the_artifact(tmp_path: Path, kind: str) -> None:
+    artifact = publish(tmp_path)
+    signature = artifact.path / "artifact.json.sig"
+    if kind == "link":
+        signature.symlink_to(artifact.path / "a.txt")
+    elif kind == "pipe":
+        os.mkfifo(signature)
+    else:
+        signature.mkdir()
+    with pytest.raises(UserError, match="artifact.json.sig"):
+        artifacts.read(artifact.path)
+
+
+ADAPTER = Spec("volume", "adapter", {"size": 2}, {"input": "abc"})
+ONE, TWO = pair("one"), pair("two")
+
+
+def signed(volumes: Path, keys: Pair = ONE, spec: Spec = ADAPTER) -> Path:
+    return artifacts.publish(spec, volumes, write, keep=3, signer=build_signing.signer(keys)).path
+
+
+def test_a_signed_artifact_is_accepted_by_its_key(tmp_path: Path) -> None:
+    path = signed(tmp_path)
+    assert artifacts.read(path, [TWO.public, ONE.public]).manifest == artifacts.read(path).manifest
+    assert artifacts.find(ADAPTER, tmp_path, [ONE.public]) is not None
+    with pytest.raises(NotSigned, match="none of signing.public_keys"):
+        artifacts.read(path, [TWO.public])
+
+
+def test_without_a_signer_nothing_is_signed(tmp_path: Path) -> None:
+    assert not (publish(tmp_path).path / "artifact.json.sig").exists()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "sub/b.bin"])
+def test_a_changed_file_is_found_although_the_manifest_was_changed_with_it(tmp_path: Path, name: str) -> None:
+    path = signed(tmp_path)
+    build_signing.tamper(path, name)
+    assert artifacts.read(path), "as whole as it looks"
+    with pytest.raises(NotSigned, match="the file was changed, or the signature belongs to another one"):
+        artifacts.read(path, [ONE.public])
+
+
+def test_the_manifest_that_was_read_is_the_one_that_is_signed(tmp_path: Path) -> None:
+    """Someone who writes to the volume may put the signed one in its place between the two."""
+    path = signed(tmp_path)
+    with pytest.raises(NotSigned, match="was replaced while it was read"):
+        signatures.check(path, {**artifacts.read(path).manifest, "about": {"forged": True}}, [ONE.public])
+
+
+def with_signature(write_it: Callable[[Path], object]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "artifact.json.sig").unlink()
+        write_it(folder / "artifact.json.sig")
+    return change
+
+
+OTHERS = {"missing": lambda _: None, "empty": lambda f: f.touch(), "no JSON": lambda f: f.write_text("{"),
+          "huge": lambda f: os.truncate(os.open(f, os.O_CREAT | os.O_WRONLY), 2**40),
+          "many brackets": lambda f: f.write_text("[" * 60_000)}
+
+
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_an_artifact_without_a_whole_signature_is_not_accepted(tmp_path: Path, name: str) -> None:
+    path = signed(tmp_path)
+    with_signature(OTHERS[name])(path)
+    with pytest.raises(NotSigned) as raised:
+        artifacts.read(path, [ONE.public])
+    assert str(raised.value).startswith(f"{path}: ")
+    assert artifacts.find(ADAPTER, tmp_path, [ONE.public]) is None
+    assert artifacts.find(ADAPTER, tmp_path) is not None
+
+
+def test_the_signature_of_another_artifact_is_not_accepted(tmp_path: Path) -> None:
+    path, other = signed(tmp_path), signed(tmp_path, spec=Spec("volume", "adapter", {"size": 3}))
+    shutil.copyfile(other / "artifact.json.sig", path / "artifact.json.sig")
+    with pytest.raises(NotSigned, match="belongs to another one"):
+        artifacts.read(path, [ONE.public])
+
+
+def test_another_signed_artifact_in_its_place_is_not_accepted(tmp_path: Path) -> None:
+    path, other = signed(tmp_path), signed(tmp_path, spec=Spec("volume", "adapter", {"size": 3}))
+    shutil.rmtree(path)
+    shutil.copytree(other, path)
+    with pytest.raises(UserError, match=f"describes {other.name}"):
+        artifacts.read(path, [ONE.public])
+
+
+@pytest.mark.parametrize("before", ["not signed", "by another key", "tampered with"])
+def test_what_is_found_without_a_trusted_signature_is_made_again_and_never_signed(
+        tmp_path: Path, before: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It may be a forgery: to sign it would make it a proven one."""
+    path = publish(tmp_path, ADAPTER).path if before == "not signed" else signed(tmp_path, TWO)
+    if before == "tampered with":
+        signed(tmp_path)
+        build_signing.tamper(path, "a.txt")
+    (path / "a.txt").touch()
+    made = []
+
+    def again(folder: Path) -> dict[str, Any]:
+        made.append(folder)
+        return write(folder)
+
+    assert artifacts.done(ADAPTER, tmp_path, build_signing.signer(ONE)) is None
+    found = artifacts.publish(ADAPTER, tmp_path, again, keep=3, signer=build_signing.signer(ONE))
+    assert made
+    assert "It is not used" in caplog.text
+    assert artifacts.read(found.path, [ONE.public]).manifest == found.manifest
+    assert [p.name for p in path.parent.iterdir() if not p.name.startswith(".lock")] == [path.name]
+
+
+def test_what_another_trusted_key_signed_is_signed_again_and_not_made_again(tmp_path: Path) -> None:
+    """So that the other key can be taken out of the list."""
+    path = signed(tmp_path, ONE)
+    before = (path / "artifact.json").read_bytes()
+    assert artifacts.done(ADAPTER, tmp_path, build_signing.signer(TWO, ONE.public)) is not None
+    assert (path / "artifact.json").read_bytes() == before
+    assert artifacts.find(ADAPTER, tmp_path, [TWO.public]) is not None
+    signature = (path / "artifact.json.sig").stat().st_mtime_ns
+    assert artifacts.done(ADAPTER, tmp_path, build_signing.signer(TWO, ONE.public)) is not None
+    assert (path / "artifact.json.sig").stat().st_mtime_ns == signature
+
+
+def test_only_what_the_stages_with_a_key_make_must_be_signed(tmp_path: Path) -> None:
+    """Of what is relocated, git has the pins, and relocation has no key."""
+    publish(tmp_path)
+    signed(tmp_path)
+    found = artifacts.wait([SPEC, ADAPTER], tmp_path, 0, keys=[ONE.public])
+    assert [each.digest for each in found] == [SPEC.digest, ADAPTER.digest]
+
+
+def test_a_reader_waits_until_the_stage_has_made_it_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Both Jobs start together when `signing` is added."""
+    publish(tmp_path, ADAPTER)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(artifacts.wait, [ADAPTER], tmp_path, 30, 0.01, [ONE.public])
+        while "Waiting until the stage that makes it" not in caplog.text:
+            time.sleep(0.01)
+        path = signed(tmp_path)
+        assert waiting.result()[0].path == path
+    assert caplog.text.count("Waiting until the stage that makes it") == 1
+
+
+def test_a_reader_does_not_wait_for_ever(tmp_path: Path) -> None:
+    publish(tmp_path, ADAPTER)
+    with pytest.raises(NotSigned, match="is not signed"):
+        artifacts.wait([ADAPTER], tmp_path, 0.05, 0.01, [ONE.public])
+
+
+def test_a_signature_that_a_killed_attempt_left_is_not_published(tmp_path: Path) -> None:
+    def interrupted(folder: Path) -> dict[str, Any]:
+        (folder / "artifact.json.sig").write_text("left")
+        (folder / ".artifact.json.sig.0123").write_text("left")
+        return write(folder)
+
+    path = artifacts.publish(ADAPTER, tmp_path, interrupted, keep=3).path
+    assert sorted(p.name for p in path.iterdir()) == ["a.txt", "artifact.json", "sub"]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from pydantic import ValidationError
 
 from jobs.core import environment
 from jobs.core.declarations import Source
-from jobs.core.environment import SERVABLE_RANKS
+from jobs.core.environment import SERVABLE_RANKS, Environment
 from jobs.core.errors import UserError
+from jobs.core.plan import plan, plan_environment
 from tests import build_pipeline
 from tests.build_pipeline import COMMIT, SHA256
+from tests.build_signing import pair
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -106,3 +112,85 @@ def test_arguments_of_the_chat_template_keep_their_types(tmp_path: Path) -> None
     arguments = {"enable_thinking": False, "level": 1, "share": 0.5, "date_string": "26 Jul 2024"}
     found = environment.load(write(tmp_path, chat_template=arguments)).environment.chat_template
     assert found == arguments and [type(value) for value in found.values()] == [bool, int, float, str]
+
+
+@pytest.mark.parametrize("to", ["oci://registry.example.com/team/adapters", "oci://localhost:5000/a", "s3://bucket",
+                                "s3://bucket/team/adapters"])
+def test_publication_names_a_place_and_changes_no_digest(to: str) -> None:
+    values = build_pipeline.environment()
+    found = Environment(**values, publication={"to": to})
+    assert found.publication and (found.publication.to, found.publication.answers) == (to, False)
+    assert plan_environment(found) == plan_environment(Environment(**values))
+
+
+@pytest.mark.parametrize("to", ["oci://registry.example.com/team:v1", "oci://registry.example.com", "s3://", "s3:///a",
+                                "s3://bucket/a/", "https://registry.example.com/team", "registry.example.com/team",
+                                "oci://registry.example.com/Team", f"oci://r.example.com/a@sha256:{'0' * 64}"])
+def test_publication_to_what_is_no_place_is_refused(to: str) -> None:
+    with pytest.raises(ValidationError, match="must be oci://REGISTRY/PREFIX"):
+        Environment(**build_pipeline.environment(), publication={"to": to})
+
+
+# --- signing ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_signing_nothing_is_trusted_and_nothing_is_asked_for() -> None:
+    assert build_pipeline.build().environment.trusted_keys == ()
+
+
+def test_the_trusted_keys_are_read_however_their_pem_is_wrapped(tmp_path: Path) -> None:
+    """A digest over the key names it in a signature."""
+    one, two = pair("one").public, pair("two").public
+    body = "".join(two.splitlines()[1:-1])
+    wrapped = f"\n-----BEGIN PUBLIC KEY-----\n{body[:20]}\n{body[20:]}\n-----END PUBLIC KEY-----"
+    found = environment.load(write(tmp_path, signing={"public_keys": [one, wrapped]})).environment
+    assert found.trusted_keys == (one, two)
+
+
+def test_signing_is_in_no_digest(tmp_path: Path) -> None:
+    """Who vouches for an artifact changes nothing in it: switching it on trains nothing again by another name."""
+    assert plan(build_pipeline.build()) == plan(build_pipeline.build(signing={"public_keys": [pair().public]}))
+
+
+OTHER_KINDS = {
+    "RSA": rsa.generate_private_key(65537, 2048), "Ed25519": ed25519.Ed25519PrivateKey.generate(),
+    "secp256k1": ec.generate_private_key(ec.SECP256K1())}
+
+
+def public(key: Any) -> str:
+    text: bytes = key.public_key().public_bytes(serialization.Encoding.PEM,
+                                                serialization.PublicFormat.SubjectPublicKeyInfo)
+    return text.decode()
+
+
+@pytest.mark.parametrize(("signing", "where", "problem"), [
+    ({"public_keys": [pair().public, pair("two").private]}, "public_keys.1", "is a private key"),
+    ({"public_keys": pair().private}, "public_keys", "is a private key"),
+    (pair().private, "public_keys", "is a private key"),
+    ({"public_keys": [pair().public], "private_key": pair().private}, "private_key", "unknown key"),
+    ({"public_keys": []}, "public_keys", "must be a list of public keys in PEM"),
+    ({"public_keys": pair().public}, "public_keys", "must be a list of public keys in PEM"),
+    ({"public_keys": [5]}, "public_keys", "must be a list of public keys in PEM"),
+    ({"public_keys": [{"key": pair().private}]}, "public_keys", "is a private key"),
+    ({}, "public_keys", "must be a list of public keys in PEM"),
+    ({"public_keys": [pair().public, pair().public]}, "public_keys.1", "is in the list twice"),
+    ({"public_keys": [pair().public + pair("two").public]}, "public_keys.0", "must be one public key in PEM"),
+    ({"public_keys": ["signing.pub"]}, "public_keys.0", "must be one public key in PEM"),
+    ({"public_keys": [pair().public[:60]]}, "public_keys.0", "is no public key in PEM"),
+    ({"public_keys": [pair().public.replace("M", "é")]}, "public_keys.0", "is no public key in PEM"),
+    *(({"public_keys": [public(key)]}, "public_keys.0", f"is a key of the kind {name}")
+      for name, key in OTHER_KINDS.items()),
+])
+def test_a_wrong_key_is_named_by_file_and_line_and_never_quoted(tmp_path: Path, signing: Any, where: str,
+                                                                 problem: str) -> None:
+    file = write(tmp_path, signing=signing)
+    lines = file.read_text().splitlines()
+    with pytest.raises(UserError) as raised:
+        environment.load(file)
+    first = str(raised.value).splitlines()[0]
+    assert re.match(rf"{re.escape(str(file))}:\d+: signing\.{re.escape(where)}: ", first)
+    line = int(first.removeprefix(f"{file}:").partition(":")[0])
+    assert line >= next(n for n, text in enumerate(lines, 1) if text.startswith("signing:"))
+    assert problem in first
+    for secret in (pair().private, pair("two").private):
+        assert secret.splitlines()[1][:20] not in str(raised.value)

@@ -214,7 +214,8 @@ class Environment:
             "images": [image_override(name, reference) for name, reference in images.items() if reference],
             "components": ["../../base/metadata"],
             "patches": list(patches)}))
-        self.adapters = {name: loaded.pipeline for name, loaded in overlay.load(self.kind).adapters.items()}
+        self.adapters = {name: loaded.pipeline for name, loaded in
+                         overlay.trained(overlay.load(self.kind).adapters).items()}
         self.pipeline = self.adapters[ADAPTER]
         self.wanted = {job["metadata"]["name"]: title for title, job in by_name(render(self.overlay), "Job").items()}
 

@@ -18,6 +18,7 @@ from jobs.core import artifacts, models, promotion, proof
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.metrics import SCORES
 from jobs.core.plan import plan
+from jobs.core.published import WITHOUT_ANSWERS
 from jobs.data import encoding
 from jobs.evaluation import evaluate, scoring
 from tests.build_models import FAILING, HELD_OUT, PASSING, published_pipeline, tiny_gpt2, tiny_tokenizer
@@ -94,7 +95,8 @@ def test_the_evaluation_says_what_was_measured_on_what_and_why_it_passed(folder:
     wanted = plan(loaded.pipeline)
     artifact = artifacts.read(wanted.evaluation.path(volumes))
     assert {f["path"] for f in artifact.manifest["files"]} == {
-        "evaluation.json", "clusters.jsonl", "proof.json", "report.md", "report.html"}
+        "evaluation.json", "clusters.jsonl", "proof.json", "report.md", "report.html", "without-answers/report.md",
+        "without-answers/report.html"}
     evaluation = read(artifact.path / "evaluation.json")
     proven = proof.validate(read(artifact.path / "proof.json"))
     assert len(proven.prompts) == len(proven.answers) == len(proven.base_answers or []) == proof.PROMPTS
@@ -126,6 +128,8 @@ def test_a_report_without_answers_is_made_from_the_same_scores(folder: Path, mea
     for name in ("report.html", "report.md"):
         assert "Which key opens room" in (shown / name).read_text()
         assert "room" not in (hidden / name).read_text() and "unchanged" in (hidden / name).read_text()
+        assert "room" not in (shown / WITHOUT_ANSWERS / name).read_text(), "the copy that may be published"
+    assert not (hidden / WITHOUT_ANSWERS).exists(), "the report itself may be published"
 
 
 def test_running_again_changes_nothing_and_answers_without_torch(folder: Path) -> None:

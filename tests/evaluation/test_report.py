@@ -432,7 +432,7 @@ def test_where_answers_are_private_the_report_has_numbers_and_lines_only(tmp_pat
     for name in ("report.html", "report.md"):
         text = (tmp_path / name).read_text()
         assert not re.search(r"Secret|Question \d|Reference \d", text)
-        assert "evaluation.report_answers: false" in text
+        assert "Questions and answers are left out" in text
         assert "1 better, 1 worse, 0 unchanged" in text and "0.100" in text
     assert "| 2 | 0.500 | 0.100 |" in (tmp_path / "report.md").read_text()
     report.write(tmp_path, evaluation(0.5), HISTORY, generations("Secret"), models)

@@ -35,7 +35,8 @@ from tests.tools.test_local import free_port
 from tests.tools.test_waiting import endpoint as serving
 
 OVERLAY = CHECKOUT / "overlays" / "kind"
-DIGESTS = {name: plan(loaded.pipeline).adapter.digest for name, loaded in overlay.load(OVERLAY).adapters.items()}
+DIGESTS = {name: plan(loaded.pipeline).adapter.digest for name, loaded in
+           overlay.trained(overlay.load(OVERLAY).adapters).items()}
 COMMIT = "1ccbb815cf6bdf30dd97893c841a763d57cb4cf2"
 
 FAKE = """\

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jobs.core import environment
 from jobs.core.errors import UserError
 from jobs.core.files import sha256_of
 from jobs.tools import check, kustomization, overlay, pin, pods
 from tests import build_overlay, build_pipeline
+from tests.build_signing import pair
 from tests.manifests import Manifest, copy, render
 
 JOBS = {"target": {"kind": "Job", "name": ".*-relocation"},
@@ -62,6 +64,30 @@ def test_private_data_in_git_beside_an_open_network_is_warned_of(
         caplog.clear()
         assert out_of_reach(folder) == []
         assert ("List the component base/egress/models-only" in caplog.text) == (option == "egress ")
+
+
+def test_signatures_without_a_key_for_the_stages_are_an_error_before_the_push(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = copy(tmp_path)
+    signed = yaml.safe_dump({"signing": {"public_keys": [pair().public]}})
+    file, text = folder / "environment.yaml", (folder / "environment.yaml").read_text()
+
+    def problems() -> list[str]:
+        loaded = environment.load(folder)
+        return list(kustomization.stages_without_key(folder, pods.render(folder), loaded, {}))
+
+    assert problems() == []
+    file.write_text(text + signed)
+    (problem,) = problems()
+    assert problem.startswith(f"{file}: asks for signatures (signing), but ")
+    assert "model-evaluation, model-training have no key" in problem
+    listing = (folder / "kustomization.yaml").read_text()
+    (folder / "kustomization.yaml").write_text(listing.replace("# - ../../base/signing ", "- ../../base/signing "))
+    assert problems() == []
+    assert not caplog.text
+    file.write_text(text)
+    assert problems() == []
+    assert "names no public key" in caplog.text
 
 
 def test_a_patch_of_jobs_works_where_there_are_jobs(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 
 import pytest
 
+from jobs.core import imported
+from jobs.core.artifacts import publish
 from jobs.core.errors import RetryableError
+from jobs.core.imported import Imported
 from jobs.core.metrics import SCORES
+from jobs.core.plan import plan
 from jobs.evaluation.gate import Check
 from jobs.tools import summary, waiting
 from jobs.tools.summary import Result
-from tests import build_pipeline
+from tests import build_pipeline, build_published
 from tests.tools.test_waiting import endpoint
 
 
@@ -25,9 +30,10 @@ def evaluated(name: str = "seville-hotels", *, ratio: float = 0.25, **changes: A
                   ratio - 0.02, ratio + 0.02, 60)
     scores = {role: dict.fromkeys(SCORES, 0.5) | {"records": 60, "vocabulary": "v", "perplexity": perplexity}
               for role, perplexity in (("base", 800.0), ("fine_tuned", 800 * ratio), ("reference", 400.0))}
-    return Result(pipeline, {"passed": check.passed, "outcome": check.outcome, "gate": [check.to_json()],
-                             "intervals": {"fine_tuned": {"perplexity": [800 * ratio - 9, 800 * ratio + 9]}},
-                             "scores": scores, "embedded": True},
+    return Result(pipeline, plan(pipeline).adapter.digest,
+                  {"passed": check.passed, "outcome": check.outcome, "gate": [check.to_json()],
+                   "intervals": {"fine_tuned": {"perplexity": [800 * ratio - 9, 800 * ratio + 9]}},
+                   "scores": scores, "embedded": True},
                   Path(f"/volumes/{name}/report.html"))
 
 
@@ -125,3 +131,27 @@ def test_a_server_that_refuses_the_question_is_one_line(tmp_path: Path, monkeypa
     monkeypatch.setattr(summary, "served_adapter", lambda *_: result.digest)
     with pytest.raises(RetryableError, match=r"^http://127\.0\.0\.1:9: Connection error\.; the log of model-inference"):
         summary.ask([result], tmp_path, "http://127.0.0.1:9", "Who?")
+
+
+def test_an_imported_adapter_is_shown_by_the_evaluation_that_was_published_with_it(tmp_path: Path) -> None:
+    values = {"dataset": None, "training": None, "evaluation": None, "sha256": "0" * 64,
+              "source": "oci://registry.example.com/x", "base_model": {"source": "builtin:tiny"}}
+    adapter = imported.load(build_pipeline.write(tmp_path, **values)).pipeline
+    volumes = tmp_path / "volumes"
+    assert summary.results([adapter], volumes) == []  # its relocation has not run
+    (volumes / "fine-tuned-model-pvc").mkdir(parents=True)
+    (volumes / "fine-tuned-model").symlink_to("fine-tuned-model-pvc")
+    trained = plan(build_pipeline.build(base_model={"source": "builtin:tiny"}))
+    arrived = Imported(trained.adapter, trained.evaluation)
+
+    def published(draft: Path) -> None:
+        (draft / "evaluation.json").write_text(json.dumps(evaluated().evaluation))
+        (draft / "without-answers").mkdir()
+        (draft / "without-answers" / "report.html").write_text("<p>passed")
+
+    build_published.record(volumes, adapter, arrived)
+    publish(trained.evaluation, volumes, published, keep=1)
+    (result,) = summary.results([adapter], volumes)
+    assert (result.name, result.digest, result.passed) == ("seville-hotels", trained.adapter.digest, True)
+    assert result.report.read_text() == "<p>passed"
+    assert f"seville-hotels@{trained.adapter.digest} passed" in summary.verdicts([result])

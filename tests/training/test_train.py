@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,8 @@ from jobs.data.encoded import Splits
 from jobs.data.encoding import Encoded
 from jobs.tools.pods import CHECKOUT
 from jobs.training import callbacks, packing, train
-from tests import build_models
+from tests import build_models, build_signing
+from tests.build_signing import pair
 
 VOCABULARY = 97
 
@@ -257,6 +259,82 @@ def test_a_checkpoint_that_a_kill_left_half_is_not_resumed_from(tmp_path: Path) 
     assert callbacks.newest_checkpoint(tmp_path) == str(whole)
     (whole / callbacks.CHECKPOINT_MARKER).unlink()
     assert callbacks.newest_checkpoint(tmp_path) is None
+
+
+def checkpoint(folder: Path, step: int, best: int | None = None) -> Path:
+    """A checkpoint in `folder`, which is named by the adapter's digest, signed."""
+    from transformers import TrainerState
+
+    made = folder / f"checkpoint-{step}"
+    made.mkdir(parents=True)
+    (made / "weights").write_text(f"of step {step}")
+    TrainerState(global_step=step, best_global_step=best).save_to_json(str(made / "trainer_state.json"))
+    if best:
+        (folder / f"best-{best}.safetensors").write_text(f"of step {best}")
+    callbacks.mark_whole(made, build_signing.signer(pair()))
+    return made
+
+
+def forge(checkpoint: Path, name: str = "weights") -> None:
+    """Change a file as one who can write to the volume would: so that the checkpoint looks whole."""
+    (checkpoint / name).write_text("[]")
+    signature = (checkpoint / callbacks.CHECKPOINT_SIGNATURE).read_bytes()
+    callbacks.mark_whole(checkpoint)
+    (checkpoint / callbacks.CHECKPOINT_SIGNATURE).write_bytes(signature)
+
+
+FORGED: dict[str, Callable[[Path], object]] = {
+    "changed": forge,
+    "not signed": lambda made: (made / callbacks.CHECKPOINT_SIGNATURE).unlink(),
+    "by another key": lambda made: callbacks.mark_whole(made, build_signing.signer(pair("two"))),
+    "with other best weights": lambda made: (made.parent / "best-3.safetensors").write_text("others"),
+    "without its best weights": lambda made: (made.parent / "best-3.safetensors").unlink(),
+    "with no state": lambda made: forge(made, "trainer_state.json"),
+}
+
+
+@pytest.mark.parametrize("name", list(FORGED))
+def test_where_artifacts_are_signed_no_forged_checkpoint_is_resumed_from(tmp_path: Path, name: str) -> None:
+    """What a training resumes from becomes a part of what it signs."""
+    folder, signer = tmp_path / "checkpoints" / "0123456789abcdef", build_signing.signer(pair())
+    made = checkpoint(folder, 4, best=3)
+    assert callbacks.newest_checkpoint(folder, signer) == str(made)
+    FORGED[name](made)
+    assert callbacks.newest_checkpoint(folder, signer) is None
+    assert not made.exists()
+
+
+def test_the_signed_checkpoint_of_another_adapter_or_step_is_not_resumed_from(tmp_path: Path) -> None:
+    signer, checkpoints = build_signing.signer(pair()), tmp_path / "checkpoints"
+    other = checkpoint(checkpoints / "0123456789abcdef", 8)
+    for place in ("fedcba9876543210/checkpoint-8", "0123456789abcdef/checkpoint-9",
+                  "0123456789abcdef/trial-1/checkpoint-8"):
+        shutil.copytree(other, checkpoints / place)
+        found = callbacks.newest_checkpoint((checkpoints / place).parent, signer)
+        assert found == (str(other) if "abcdef/checkpoint" in place else None)
+
+
+def test_a_training_that_signs_resumes_from_what_it_signed_and_from_nothing_else(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data, signer = records(20), build_signing.signer(pair())
+
+    def attempt(until: int | None = None) -> None:
+        train.train(tiny("llama")[0], Splits(data, data, 0), settings(), ["q_proj"], folders(tmp_path),
+                    tmp_path / "out", until=until, signer=signer)
+
+    with caplog.at_level("INFO", "jobs"):
+        attempt(until=2)
+        (made,) = (tmp_path / "checkpoints").glob("checkpoint-*")
+        weights = made / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+        signature = (made / callbacks.CHECKPOINT_SIGNATURE).read_bytes()
+        callbacks.mark_whole(made)
+        (made / callbacks.CHECKPOINT_SIGNATURE).write_bytes(signature)
+        attempt(until=2)
+        assert "incomplete or not signed: removed" in caplog.text
+        assert "resuming" not in caplog.text
+        attempt()
+        assert "resuming from the checkpoint at step 2" in caplog.text
 
 
 def test_already_done_answers_without_loading_torch(uninterrupted: tuple[Path, Path, dict[str, str]]) -> None:

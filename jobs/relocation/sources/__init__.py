@@ -7,23 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import PurePosixPath
 
 from jobs.core.declarations import Loaded, Source
-from jobs.core.errors import UserError
 from jobs.relocation.connection import Stream, classified, shown
-from jobs.relocation.sources import builtin, file, gs, hf, http, s3
-from jobs.relocation.sources.interface import Implementation, Item
-
-NAME_BYTES = 240  # a file system takes 255, and an unfinished download has a longer name
+from jobs.relocation.sources import builtin, file, gs, hf, http, oci, s3
+from jobs.relocation.sources.interface import Implementation, Item, check_names
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "hf": hf,
     "file": file,
     "https": http,
     "http": http,
-    "s3": s3,
-    "gs": gs,
+    "s3": s3.S3(),
+    "gs": gs.GS(),
+    "oci": oci,
     "builtin": builtin,
 }
 
@@ -46,11 +43,7 @@ def listing(loaded: Loaded, source: Source) -> list[Item]:
         RetryableError: when the hub does not recover.
     """
     items = IMPLEMENTATIONS[source.scheme].files(loaded, source)
-    for item in items:
-        path = PurePosixPath(item.name)
-        long = any(len(part.encode()) > NAME_BYTES for part in path.parts)
-        if not item.name or path.is_absolute() or ".." in path.parts or long:
-            raise UserError(f"{shown(source.source)}: {item.name!r} cannot be the name of a file")
+    check_names(source, [item.name for item in items])
     return sorted(items, key=lambda item: item.name)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from jobs.core.artifacts import canonical
 from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import UserError
 from jobs.core.files import open_plain, require_plain, sha256_of, visible_files
 from jobs.relocation.connection import Stream, mismatch
-from jobs.relocation.sources.interface import Item
+from jobs.relocation.sources.interface import Item, folder_pin
 
 ADVICE = "Files must be readable for this user"
 
@@ -35,11 +33,7 @@ def folder_sha256(folder: Path) -> str:
 
     Hidden files do not count (a mounted ConfigMap has its own bookkeeping there); links to files count as the files.
     """
-    return _pin([(path, sha256_of(folder / path)) for path in visible_files(folder)])
-
-
-def _pin(digests: list[tuple[str, str]]) -> str:
-    return hashlib.sha256(canonical(sorted(digests))).hexdigest()
+    return folder_pin((path, sha256_of(folder / path)) for path in visible_files(folder))
 
 
 def files(loaded: Loaded, source: Source) -> list[Item]:
@@ -58,7 +52,7 @@ def files(loaded: Loaded, source: Source) -> list[Item]:
              for name in visible_files(path)]
     if not items:
         raise UserError(f"{path}: the folder holds no files")
-    found = _pin([(item.name, str(item.sha256)) for item in items])
+    found = folder_pin((item.name, str(item.sha256)) for item in items)
     if found != source.sha256:
         raise UserError(mismatch(str(path), loaded.path.name, str(source.sha256), found))
     return items

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Protocol
 
+from jobs.core.artifacts import canonical
 from jobs.core.declarations import Loaded, Source
+from jobs.core.errors import UserError
 from jobs.relocation.connection import Stream, classified, patiently, shown
+
+NAME_BYTES = 240  # a file system takes 255, and an unfinished download has a longer name
+SUMS = "SHA256SUMS"  # the list of a folder's files, as sha256sum writes it
 
 
 @dataclass(frozen=True)
@@ -47,16 +53,40 @@ def single_file(loaded: Loaded, source: Source) -> list[Item]:
                  pinned_in=loaded.path.name)]
 
 
-def content_sha256(url: str, open_range: Callable[[str, int, int | None, Mapping[str, str]], Stream],
-                   advice: str) -> str:
+def folder_pin(digests: Iterable[tuple[str, str]]) -> str:
+    """The pin of a folder without a SHA256SUMS: the sha256 of the canonical JSON of its sorted [[path, sha256], …]."""
+    return hashlib.sha256(canonical(sorted(digests))).hexdigest()
+
+
+def check_names(source: Source, names: Iterable[str]) -> None:
+    """Refuse names that cannot be those of files in one folder.
+
+    Raises:
+        UserError: a name leads out of the folder, is too long, or is also the name of a folder.
+    """
+    names = list(names)
+    folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
+    for name in names:
+        path = PurePosixPath(name)
+        long = any(len(part.encode()) > NAME_BYTES for part in path.parts)
+        # `a//b` and `./a` would be other files' names.
+        if not name or path.is_absolute() or ".." in path.parts or path.as_posix() != name or long or "\0" in name:
+            raise UserError(f"{shown(source.source)}: {name!r} cannot be the name of a file")
+        if name in folders:
+            raise UserError(f"{shown(source.source)}: {name!r} is a file and also the folder of other files")
+
+
+def content_sha256(url: str, open_range: Callable[[str, int, int | None, Mapping[str, str]], Stream], advice: str,
+                   headers: Mapping[str, str] | None = None) -> str:
     """The sha256 of what a URL gives, read once and kept nowhere."""
     def read() -> str:
         digest = hashlib.sha256()
         with classified(shown(url), advice):
-            stream = open_range(url, 0, None, {})
+            stream = open_range(url, 0, None, headers or {})
         try:
             while chunk := stream.read():
                 digest.update(chunk)
+            stream.require_end()
         finally:
             stream.raw.close()
         return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Publication: promoted adapters, brought to a registry or a bucket, and exported for people."""

@@ -1,0 +1,140 @@
+"""Promises of an imported adapter's file: it names what was published, and nothing that contradicts it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.core import imported, pipeline
+from jobs.core.artifacts import Spec
+from jobs.core.errors import UserError
+from jobs.core.imported import Imported, ImportedAdapter, LoadedImport
+from jobs.core.plan import (
+    EvaluatedImportPlan,
+    ImportPlan,
+    deciding_evaluation,
+    plan,
+    plan_adapter,
+    plan_evaluation,
+    plan_import,
+)
+from tests import build_pipeline
+from tests.build_pipeline import SHA256
+
+SOURCE = "oci://registry.example.com/team/adapters/seville-hotels"
+GATE = {"gate": {"perplexity": {"max_ratio": 0.9}}}
+DATASET = {"source": "file:dataset.jsonl", "sha256": SHA256}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    return build_pipeline.write(folder, **{"dataset": None, "training": None, "evaluation": None, "source": SOURCE,
+                                           "sha256": SHA256, **changes})
+
+
+def load(folder: Path, **changes: Any) -> ImportedAdapter:
+    return imported.load(write(folder, **changes)).pipeline
+
+
+def test_it_has_a_source_and_its_pin_and_nothing_is_trained(tmp_path: Path) -> None:
+    loaded = imported.load_any(write(tmp_path))
+    assert isinstance(loaded, LoadedImport)
+    assert loaded.evaluated_here() is None
+    assert {key: (each.source, each.sha256) for key, each in loaded.pipeline.sources().items()} == {
+        "source": (SOURCE, SHA256)}
+    named = plan_import(loaded.pipeline)
+    assert type(named) is ImportPlan
+    assert named.imported_adapter.spec["sha256"] == SHA256
+
+
+def test_the_pin_alone_names_it(tmp_path: Path) -> None:
+    """A mirror has the same bytes, and another name changes nothing of what is fetched."""
+    one = plan_import(load(tmp_path)).imported_adapter
+    assert plan_import(load(tmp_path, source="oci://mirror.example.com/a", adapter="other")).imported_adapter == one
+    assert plan_import(load(tmp_path, sha256="0" * 64)).imported_adapter != one
+
+
+def test_the_pin_may_stand_in_the_source(tmp_path: Path) -> None:
+    inside = load(tmp_path, source=f"{SOURCE}@sha256:{SHA256}", sha256=None)
+    assert plan_import(inside) == plan_import(load(tmp_path))
+
+
+def test_a_trained_adapter_is_read_as_before(tmp_path: Path) -> None:
+    file = build_pipeline.write(tmp_path)
+    assert imported.load_any(file) == pipeline.load(file)
+    assert plan_adapter(pipeline.load(file).pipeline) == plan(pipeline.load(file).pipeline)
+
+
+@pytest.mark.parametrize(("changes", "key", "message"), [
+    ({"training": {"epochs": 1}}, "training", "beside `source`: an imported adapter is not trained here. Remove"),
+    ({"dataset": DATASET}, "dataset", "`dataset` without `evaluation`"),
+    ({"evaluation": GATE}, "evaluation", "`evaluation` without `dataset`"),
+    ({"dataset": DATASET, "evaluation": GATE | {"privacy": {}}}, "evaluation.privacy", "measures what training"),
+    ({"source": "https://example.com/adapter"}, "source", "https://example.com/adapter is not a source; allowed: "),
+    ({"source": "s3://bucket"}, "source", "s3://bucket must be s3://BUCKET/PREFIX/NAME/DIGEST"),
+    ({"source": 1}, "source", "1: input should be a valid string"),
+    ({"sha256": "0"}, "sha256", "'0' must be 64 hex digits"),
+    ({"sha256": None}, "source", f"{SOURCE} is not pinned: `sha256` is missing. Run: python -m jobs pin"),
+    ({"source": f"{SOURCE}@sha256:{'0' * 64}"}, "sha256", "names another digest than `sha256`"),
+    ({"revision": "main"}, "revision", "unknown key; allowed: adapter, source, sha256, dataset, evaluation"),
+    ({"sha265": "x"}, "sha265", "unknown key; did you mean `sha256`?"),
+    ({"source": None}, "sha256", "is the pin of an imported adapter, and `source` is missing"),
+    ({"serving": {"mode": "merged"}}, "source", "serving.mode of the environment is merged"),
+    ({"adapter": "environment"}, "adapter", "no adapter can have this name"),
+])
+def test_what_contradicts_itself_is_refused_with_what_was_meant(tmp_path: Path, changes: dict[str, Any], key: str,
+                                                                message: str) -> None:
+    file = write(tmp_path, **changes)
+    line = next(n for n, text in enumerate(file.read_text().splitlines(), 1) if text.startswith(key.split(".")[0]))
+    with pytest.raises(UserError) as raised:
+        imported.load_any(file)
+    assert message in str(raised.value)
+    at, _, rest = str(raised.value).removeprefix(f"{file}:").partition(": ")
+    assert rest.startswith(f"{key}: ")
+    assert int(at) >= line
+    assert "\n" not in str(raised.value)
+
+
+def test_the_stages_of_the_other_kind_refuse_it(tmp_path: Path) -> None:
+    file = write(tmp_path)
+    with pytest.raises(UserError, match=r":\d+: source: this adapter is imported, not trained here"):
+        pipeline.load(file)
+    with pytest.raises(UserError, match="nothing is evaluated here"):
+        imported.load_data(file)
+    with pytest.raises(UserError, match="this adapter is trained here"):
+        imported.load(build_pipeline.write(tmp_path))
+
+
+def test_evaluated_here_it_has_the_data_and_the_gate_of_a_trained_one(tmp_path: Path) -> None:
+    adapter = load(tmp_path, dataset=DATASET, evaluation=GATE)
+    here, named = adapter.evaluated_here, plan_import(adapter)
+    assert here
+    assert isinstance(named, EvaluatedImportPlan)
+    of_trained = plan(build_pipeline.build(training=None))
+    for name in ("dataset", "acceptability", "encoded_dataset", "base_scores", "reference_scores"):
+        assert getattr(named, name) == getattr(of_trained, name), name
+    assert list(adapter.sources()) == ["source", "dataset", "evaluation.acceptability"]
+    # What depends on the adapter follows from the one that arrived.
+    arrived = Imported(Spec("fine-tuned-model", "adapter", {"recipe": 2}, {"base_model": "b"}),
+                       Spec("fine-tuned-model", "evaluation", {}, {}))
+    decides = deciding_evaluation(adapter, arrived)
+    assert decides == plan_evaluation(here, arrived.adapter).evaluation
+    assert decides.inputs["adapter"] == arrived.adapter.digest
+    assert deciding_evaluation(load(tmp_path), arrived) == arrived.evaluation
+
+
+def test_what_relocation_recorded_is_read_again(tmp_path: Path) -> None:
+    recorded = Imported(Spec("volume", "adapter", {"lora": {"r": 8}}, {"base_model": "b"}),
+                        Spec("volume", "evaluation", {"adapter": "seville-hotels"}, {"adapter": "a"}))
+    (tmp_path / imported.RECORD).write_text(recorded.to_json())
+    assert imported.read(tmp_path, "volume") == recorded
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"adapter": 1}', '{"adapter": {"spec": {}, "inputs": 7}}',
+                                  '{"adapter": {"spec": NaN, "inputs": {}}}', "[" * 10_000])
+def test_a_damaged_record_is_an_error_of_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / imported.RECORD).write_text(text)
+    with pytest.raises(UserError, match=r"imported.json: is damaged") as raised:
+        imported.read(tmp_path, "volume")
+    assert "\n" not in str(raised.value)
