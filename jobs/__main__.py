@@ -33,6 +33,7 @@ Fine-tune a model privately and serve the result, as its files in git declare.
     pin OVERLAY       fill or refresh the pins in an overlay's files, like a lock file
     check OVERLAY     validate an overlay with no network and no cluster: for a pre-commit hook or CI
     plan OVERLAY      show what a push would run again, and why
+    export ADAPTER    copy a promoted adapter into a folder that PEFT and vLLM load, with model card and SBOM
     local OVERLAY     run the whole overlay, as rendered by kustomize, as local processes
     kind OVERLAY      run it in a cluster on this machine, with kubectl or with Argo CD
 """
@@ -77,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     wait = commands.add_parser("await", description="wait until artifacts are there; their readers verify them")
     wait.add_argument("artifacts", nargs="+", choices=AWAITABLE, metavar="ARTIFACT", help=", ".join(AWAITABLE))
 
+    from jobs.publication import export as export_module
     from jobs.tools import verify as verify_module
 
     verify = commands.add_parser("verify", description=verify_module.DESCRIPTION, formatter_class=raw)
@@ -92,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     pin = commands.add_parser("pin", description="fill or refresh the pins in the files of an overlay or an adapter")
     check = commands.add_parser("check", description="validate an overlay or an adapter offline")
     plan_parser = commands.add_parser("plan", description="show what a push would do", formatter_class=raw)
+    export = commands.add_parser("export", formatter_class=raw)
     local = commands.add_parser("local", description="run an overlay as local processes", formatter_class=raw)
     kind = commands.add_parser("kind", description="run an overlay in a kind cluster", formatter_class=raw)
     for command in (new, plan_parser, local, kind):
@@ -110,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     new_module.add_arguments(new)
     plan_module.add_arguments(plan_parser)
     local_module.add_arguments(local)
+    export_module.add_arguments(export)
     kind_module.add_arguments(kind)
     return top
 
@@ -144,6 +148,10 @@ def run(args: argparse.Namespace) -> None:
             from jobs.tools import local
 
             local.run(args)
+        case "export":
+            from jobs.publication import export
+
+            export.run(args.adapter, args.export_volumes, args.output)
         case "kind":
             from jobs.tools import kind
 

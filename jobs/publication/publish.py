@@ -13,17 +13,22 @@ import logging
 import time
 from pathlib import Path
 
-from jobs.core import artifacts, promotion, signing
+from jobs.core import artifacts, promotion, provenance, signing
+from jobs.core.artifacts import MANIFEST
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.pipeline import LoadedPipeline
+from jobs.core.pipeline import LoadedPipeline, Pipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
+from jobs.core.published import EVALUATION, PROVENANCE
+from jobs.core.signing import Signer
 from jobs.core.termination import write_termination_message
 from jobs.publication import layout
+from jobs.publication.layout import File
 from jobs.publication.push import Published, push
 
 log = logging.getLogger("jobs")
 
 POLL_S = 2.0
+EVALUATED = f"{EVALUATION}/{MANIFEST}"  # the evaluation's manifest, as it is published
 
 
 def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
@@ -48,8 +53,18 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
     adapter, evaluation = (artifacts.read(spec.path(volumes), keys) for spec in (wanted.adapter, wanted.evaluation))
     files = layout.files(adapter, evaluation, answers=publication.answers,
                          sign=(lambda content: signer.sign(content).encode()) if signer else None)
+    if signer:
+        files = with_provenance(files, pipeline, signer)
     published = push(files, pipeline.adapter, wanted.adapter.digest, publication.to)
     announce(description(name, published))
+
+
+def with_provenance(files: list[File], pipeline: Pipeline, signer: Signer) -> list[File]:
+    """The files, and the signed statement of where the adapter comes from."""
+    manifests = [next(file.content for file in files if file.path == path) for path in (MANIFEST, EVALUATED)]
+    adapter, evaluation = (each if isinstance(each, bytes) else each.read_bytes() for each in manifests)
+    statement = provenance.sign(pipeline, adapter, evaluation, EVALUATED, signer)
+    return sorted([*files, File.of(PROVENANCE, statement)], key=lambda file: file.path)
 
 
 def description(name: str, published: Published) -> str:

@@ -67,9 +67,10 @@ STAGES = {
     "encode": ("encoded_dataset",),
     "train": ("adapter", "merged_model"),
     "evaluate": ("base_scores", "adapter_scores", "reference_scores", "evaluation"),
+    "publish": (),  # what it makes is elsewhere
 }
 SHARED = tuple(each.name for each in dataclasses.fields(EnvironmentPlan))
-COMMANDS = {command: not set(made) <= set(SHARED) for command, made in STAGES.items()}
+COMMANDS = {command: not made or not set(made) <= set(SHARED) for command, made in STAGES.items()}
 VOLUMES = (DATASET_VOLUME, BASE_MODEL_VOLUME, TOKENIZER_VOLUME, REFERENCE_VOLUME, FINE_TUNED_VOLUME)
 Specs = dict[str, Spec]
 
@@ -189,7 +190,23 @@ def compare(before: Side | None, after: Side, volumes: Path | None = None) -> Ch
     if before and _moves(before, after):
         notes.append(f"the namespace changes from {_namespace(before)} to {_namespace(after)}, which has volumes of "
                      "its own; new ones are empty")
+    if before:
+        notes += _imports_of_another_base(before, after)
     return Changes(environment, adapters, runs, removed, restarts, _server(before, after), rollouts, notes)
+
+
+def _imports_of_another_base(before: Side, after: Side) -> Iterator[str]:
+    """A note for each imported adapter that stays, in an environment with another base: what it was trained with, only
+    its relocation finds out."""
+    was, now = environment_specs(before.environment, before.recipes), environment_specs(after.environment)
+    changed = [key for key in ("base_model", "tokenizer") if was[key].digest != now[key].digest]
+    changed += ["chat_template"] if before.environment.chat_template != after.environment.chat_template else []
+    for name, adapter in after.adapters.items() if changed else ():
+        old = before.adapters.get(name)
+        if isinstance(adapter, ImportedAdapter) and isinstance(old, ImportedAdapter) and (
+                plan_import(adapter).imported_adapter == plan_import(old).imported_adapter):
+            yield (f"{name} is imported and stays the same, and {' and '.join(changed)} of the environment changes: "
+                   "its relocation fails if it was trained with what was there before")
 
 
 # --- artifacts --------------------------------------------------------------------------------------------------------
@@ -411,6 +428,8 @@ def _runs(before: Side | None, after: Side, made: Mapping[tuple[str | None, str]
         makes = tuple(f"{adapter}/{change.name}" if adapter else change.name
                       for command, adapter in each.stages for (of, _), change in made.items()
                       if of == adapter and change.stage == command and is_made(change, made.get((of, "evaluation"))))
+        makes += tuple(f"{adapter}/publication" for command, adapter in each.stages if command == "publish"
+                       and (evaluation := made.get((adapter, "evaluation"))) and is_made(evaluation, evaluation))
         runs.append(Run(each, predecessors.pop((each.kind, each.title), None), each.name not in names, makes))
     return runs, sorted(predecessors.values())
 

@@ -207,7 +207,7 @@ def test_plain_http_is_for_this_machine_and_for_hosts_that_are_named(monkeypatch
 def test_a_busy_registry_gets_the_pause_that_it_requests(server: registry_server.Registry,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(registry.time, "sleep", pauses.append)
+    monkeypatch.setattr("jobs.core.registry.time.sleep", pauses.append)
     server.push("team/adapters/seville", {"a": b"1"}, "v1")
     server.faults += [Fault("manifests", status=429, retry_after="7"), Fault("manifests", status=503)]
     assert client(server.host).manifest("v1").layers()

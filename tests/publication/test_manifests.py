@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.tools import changes, overlay
 from tests.manifests import CHECKOUT, Manifest, by_name, containers, copy, of_kind, render, restricted_violations
 from tests.test_manifests import PRIVATE, PUBLIC, env, mounts, policies, reaches, replace
 from tests.validation import problems
@@ -63,11 +64,13 @@ def test_nothing_else_changes() -> None:
     assert others(rendered("kind")) == render(CHECKOUT / "overlays" / "kind")
 
 
-def test_only_publication_sees_the_registrys_credentials() -> None:
+def test_only_publication_sees_the_credentials_with_which_it_writes() -> None:
+    """Relocation has others, which need only read; the other stages have none."""
     for name, job in by_name(rendered("kind"), "Job").items():
-        secrets = [volume["secret"]["secretName"] for volume in job["spec"]["template"]["spec"]["volumes"]
-                   if "secret" in volume]
-        assert secrets == (["publication-registry"] if name in jobs(rendered("kind")) else []), name
+        template = job["spec"]["template"]
+        role = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        secrets = [volume["secret"]["secretName"] for volume in template["spec"]["volumes"] if "secret" in volume]
+        assert secrets == ([f"{role}-registry"] if role in ("publication", "relocation") else []), name
 
 
 @pytest.mark.parametrize(("components", "reached"), [((), []), (("publication/public",), PUBLIC)])
@@ -97,3 +100,16 @@ def test_the_overlay_chooses_the_address(tmp_path: Path) -> None:
     assert reaches(manifests, job["spec"]["template"], "203.0.113.7", 443)
     assert not reaches(manifests, job["spec"]["template"], PUBLIC[0], 443)
     assert len(of_kind(manifests, "NetworkPolicy")) == len(of_kind(rendered("kind"), "NetworkPolicy"))
+
+
+def test_a_plan_says_when_an_adapter_is_published() -> None:
+    loaded = overlay.load(CHECKOUT / "overlays" / "kind")
+    adapters = {name: each.pipeline for name, each in loaded.adapters.items()}
+    side = changes.Side(loaded.environment.environment, adapters, rendered("kind"))
+
+    def makes(before: changes.Side | None) -> dict[str, tuple[str, ...]]:
+        return {run.workload.title: run.makes for run in changes.compare(before, side).runs
+                if run.workload.title.startswith("adapter-publication")}
+
+    assert makes(None) == {f"adapter-publication-{name}": (f"{name}/publication",) for name in adapters}
+    assert makes(side) == {f"adapter-publication-{name}": () for name in adapters}

@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 
 from jobs.__main__ import main
-from jobs.core import artifacts, promotion
+from jobs.core import artifacts, promotion, signatures
 from jobs.core.declarations import Source
 from jobs.core.errors import RetryableError, UserError
+from jobs.core.files import sha256_of
 from jobs.core.plan import FINE_TUNED_VOLUME
+from jobs.core.published import PROVENANCE
 from jobs.publication import layout, publish
 from jobs.relocation import download, sources
 from jobs.relocation.sources import oci
-from tests import build_signing, registry_server
+from tests import build_pipeline, build_signing, registry_server
 from tests.publication.conftest import TEXT, Made, make
 from tests.s3_server import S3, serve
 
@@ -263,10 +265,12 @@ def test_what_is_published_is_signed_as_a_whole_and_again_the_same(signed: Made,
     assert first[1:] == second[1:] and second[0].startswith("ALREADY PUBLISHED")
     pull(signed, first[1:], tmp_path / "pulled")
     keys = signed.loaded.pipeline.environment.trusted_keys
+    statement = (tmp_path / "pulled" / PROVENANCE).read_bytes()
+    subject = json.loads(signatures.verify_envelope(statement, keys)[0])["subject"]
+    assert [each["digest"]["sha256"] for each in subject] == [sha256_of(tmp_path / "pulled" / "artifact.json")]
+    (tmp_path / "pulled" / PROVENANCE).unlink()
     evaluation, adapter = (tmp_path / artifact.digest for artifact in (signed.evaluation, signed.adapter))
     (tmp_path / "pulled" / "evaluation").rename(evaluation)
-    for leftover in (tmp_path / "pulled").glob("provenance.json*"):
-        leftover.unlink()
     (tmp_path / "pulled").rename(adapter)
     assert artifacts.read(evaluation, keys).manifest["about"]["left_out"]
     assert artifacts.read(adapter, keys).digest == signed.adapter.digest
@@ -290,3 +294,27 @@ def test_without_the_key_the_job_ends_before_it_waits(signed: Made, monkeypatch:
     signed.evaluation.path.rename(signed.evaluation.path.with_name("away"))
     with pytest.raises(UserError, match="this stage has no key: SIGNING_KEY is not set"):
         run(signed)
+
+
+@pytest.mark.parametrize("to", ["oci://{registry}/team", "s3://data/elsewhere"])
+def test_another_environment_imports_it_by_the_lines_that_were_printed(
+        to: str, bucket: S3, server: registry_server.Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
+    keys = build_signing.pair()
+    (tmp_path / "key.pem").write_text(keys.private)
+    monkeypatch.setenv("SIGNING_KEY", str(tmp_path / "key.pem"))
+    made = make(tmp_path / "made", publication={"to": to.format(registry=server.host)},
+                signing={"public_keys": [keys.public]})
+    for artifact in (made.adapter, made.evaluation):
+        build_signing.sign(artifact.path, keys)
+    with caplog.at_level("INFO", "jobs"):
+        run(made)
+    lines = next(record.message for record in caplog.records if "PUBLISHED" in record.message).splitlines()[1:]
+    production = tmp_path / "production"
+    production.mkdir()
+    build_pipeline.write(production, base_model={"source": "builtin:tiny"}, signing={"public_keys": [keys.public]})
+    (production / "pipeline.yaml").write_text("\n".join(["adapter: seville-hotels", *lines]))
+    arguments = ["--pipeline", str(production / "pipeline.yaml"), "--volumes", str(production / "volumes")]
+    assert main([*arguments, "relocate", "adapter"]) == 0
+    promoted = promotion.current(production / "volumes" / FINE_TUNED_VOLUME, "seville-hotels")
+    assert promoted and (promoted.adapter, promoted.evaluation) == (made.adapter.digest, made.evaluation.digest)
