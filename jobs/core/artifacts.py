@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.core import seals, signatures
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.files import human_bytes, read_plain_file, sha256_of, sync_folder, write_atomically
+from jobs.core.files import human_bytes, noted_sha256, read_plain_file, sha256_of, sync_folder, write_atomically
 from jobs.core.layout import DRAFT, MANIFEST_BYTES, draft_folder, lock_file
 from jobs.core.layout import MANIFEST as MANIFEST
 from jobs.core.layout import SIGNATURE as SIGNATURE
@@ -92,18 +92,20 @@ def digest_of(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> 
     return hashlib.sha256(canonical({"kind": kind, "spec": dict(spec), "inputs": dict(inputs)})).hexdigest()[:16]
 
 
-def listing(folder: Path, progress: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
+def listing(folder: Path, progress: Callable[[int], None] | None = None,
+            digest: Callable[[Path], str] = sha256_of) -> list[dict[str, Any]]:
     """Every file below `folder` but the manifest and its signature: path, size in bytes, sha256; sorted by path.
 
     Args:
         progress: is called with the size of each file that was read.
+        digest: gives the sha256 of a file.
     Raises:
         UserError: for a link or a special file, which could point outside the artifact.
     """
     files = files_of(folder)
     found: list[dict[str, Any]] = []
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
-        for file, sha256 in zip(files, pool.map(sha256_of, files), strict=True):
+        for file, sha256 in zip(files, pool.map(digest, files), strict=True):
             found.append({"path": file.relative_to(folder).as_posix(), "size": file.stat().st_size, "sha256": sha256})
             if progress:
                 progress(found[-1]["size"])
@@ -327,7 +329,7 @@ def publish(spec: Spec, volumes: Path, write: Callable[[Path], Mapping[str, Any]
         settled = seals.settle(draft, seals.state_of(draft, files_of(draft)))
         manifest: dict[str, Any] = {
             "kind": spec.kind, "digest": spec.digest, "spec": dict(spec.spec), "inputs": dict(spec.inputs),
-            "files": listing(draft), "about": about, "versions": _versions(),
+            "files": listing(draft, digest=noted_sha256), "about": about, "versions": _versions(),
             "started": started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }

@@ -23,6 +23,28 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+_noted: dict[tuple[int, int, int, int], str] = {}  # sha256 of files that this process has read
+
+
+def note_sha256(file: Path, sha256: str) -> None:
+    """Remember the digest of a file whose bytes were just read, for `noted_sha256`."""
+    _noted[_identity(file)] = sha256
+
+
+def noted_sha256(file: Path) -> str:
+    """The sha256 of a file's bytes, in hex; from memory if this process noted it and the file was not written since.
+
+    For a file that this process itself has made and still alone knows: a large download is not read twice.
+    """
+    return _noted.get(_identity(file)) or sha256_of(file)
+
+
+def _identity(file: Path) -> tuple[int, int, int, int]:
+    """What another name or other permissions leave as it is, and a write does not."""
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def open_plain(file: Path) -> BufferedReader:
     """Open a plain file, or a link to one, to read its bytes. Opening a FIFO would wait for a writer for ever.
 

@@ -21,7 +21,7 @@ from jobs.core.artifacts import publish
 from jobs.core.declarations import Loaded, Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import RetryableError, UserError
-from jobs.core.files import human_bytes, sha256_of
+from jobs.core.files import human_bytes, noted_sha256
 from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import plan, plan_environment
 from jobs.core.tasks import Task
@@ -338,7 +338,7 @@ def pinned_as_a_whole(items: Iterable[Item], source: Source) -> bool:
 def wrong_pin(items: Sequence[Item], source: Source, folder: Path) -> str | None:
     """Why the files in a folder are not those that were pinned as a whole; None if they are."""
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
-        digests = list(pool.map(lambda item: (item.name, sha256_of(folder / item.name)), items))
+        digests = list(pool.map(lambda item: (item.name, noted_sha256(folder / item.name)), items))
     found = folder_pin(digests)
     if found == source.sha256:
         return None

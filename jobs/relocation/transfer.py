@@ -161,9 +161,11 @@ class Transfer:
                     if lease.revoked:
                         return
                     room = file.room(lease)
+                    lease.writing = True
                 chunk = chunk if room is None else chunk[:room]
                 _write(handle, chunk, lease.at)  # here an error is the disk's, not the source's: it is not caught
                 with self._lock:
+                    lease.writing = False
                     if lease.revoked:
                         return
                     file.wrote(lease, len(chunk))
@@ -209,7 +211,7 @@ class Transfer:
         known = [*self._rates, *rates.values()]
         typical = statistics.median_high(known) if len(known) > 1 else self._typical
         for file, lease in leases:
-            if lease in rates and rates[lease] < typical * SLOW_SHARE and file.replaceable:
+            if lease in rates and rates[lease] < typical * SLOW_SHARE and file.replaceable and not lease.writing:
                 log.info("%s: a connection brings %s/s where others bring %s/s: replacing it", shown(file.item.url),
                          human_bytes(rates[lease]), human_bytes(typical))
                 file.replace(lease)

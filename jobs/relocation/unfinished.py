@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs.core.files import human_bytes
+from jobs.core.files import human_bytes, note_sha256
 from jobs.core.progress import Progress
 from jobs.relocation.connection import Interrupted, Patience, Stream, mismatch, shown
 from jobs.relocation.ranges import Journal, Ranges, read_journal
@@ -49,6 +49,7 @@ class Lease:
     received: int = 0  # bytes
     recorded: int = 0  # up to this byte the journal knows of it
     stream: Stream | None = None
+    writing: bool = False  # its slowness is the volume's
     revoked: bool = False  # the range belongs to others now: nothing more may be written
 
     def revoke(self) -> None:
@@ -361,9 +362,11 @@ class Unfinished:
     @property
     def hashable(self) -> int:
         """How many bytes can be added to the digest now."""
-        if self.item.sha256 or (self.item.git_sha1 and self.total is not None):
-            return self.present.prefix - self.hashed
-        return 0
+        return 0 if self._by_git and self.total is None else self.present.prefix - self.hashed
+
+    @property
+    def _by_git(self) -> bool:
+        return self.item.git_sha1 is not None and self.item.sha256 is None
 
     @property
     def verifiable(self) -> bool:
@@ -371,8 +374,8 @@ class Unfinished:
         return self.whole and not self._resetting and not self.hashable
 
     def new_digest(self) -> Any:
-        """The digest of no bytes, of the kind that the item has."""
-        if self.item.git_sha1 and not self.item.sha256:
+        """The digest of no bytes, of the kind that the item has; sha256 if it has none."""
+        if self._by_git:
             return hashlib.sha1(b"blob %d\0" % (self.total or 0))  # noqa: S324 - git's
         return hashlib.sha256()
 
@@ -406,6 +409,8 @@ class Unfinished:
         self.journal_path.unlink(missing_ok=True)  # first: without it, a whole file is one
         if self.path != self.file:
             self.path.rename(self.file)
+        if not self._by_git:
+            note_sha256(self.file, (self.digest or self.new_digest()).hexdigest())
 
     def remove(self) -> None:
         """Leave nothing."""
