@@ -43,6 +43,9 @@ class Fault:
     wrong_bytes: bool = False  # flip the first byte of the body
     answer_from: int | None = None  # answer a Range with the part from this byte on, as Content-Range says
     content_range: str | None = None  # say this in the Content-Range
+    bytes_per_second: float | None = None  # trickle
+    version: str | None = None  # say this in the ETag
+    range: str = ""  # only requests whose Range contains this
     method: str = "GET"
 
 
@@ -61,6 +64,20 @@ class Seen:
 
 
 @dataclass
+class Sent:
+    """A body, or the part of it that the client took."""
+
+    path: str
+    start: int  # its place in the file
+    end: int  # where it should have ended
+    count: int = 0  # bytes
+
+    @property
+    def range(self) -> range:
+        return range(self.start, self.start + self.count)
+
+
+@dataclass
 class Hub:
     url: str = ""
     cdn: str = ""  # another origin: other port
@@ -73,7 +90,14 @@ class Hub:
     lengths: bool = True  # whether answers say how long they are, or just end
     blobs: bool = True  # whether sizes and digests are in its answers
     answers_for_commit: str | None = None  # a mirror that answers for another commit
-    bytes_per_second: float | None = None
+    versions: dict[str, str] = field(default_factory=dict)  # ETags of `files`
+    encodings: dict[str, str] = field(default_factory=dict)  # their Content-Encoding
+    most_connections: int | None = None  # requests for `files` beyond so many at a time get a 429
+    bytes_per_second: float | None = None  # of each connection
+    together: threading.Barrier | None = None  # no request for bytes is answered before so many are there
+    sent: list[Sent] = field(default_factory=list)
+    active: int = 0  # bodies that are being sent now
+    most_active: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, kind: str, repo: str, files: dict[str, bytes]) -> str:
@@ -88,10 +112,10 @@ class Hub:
             return [s for s in self.seen if s.method == "GET" and part in s.path and "/api/" not in s.path
                     and not ("/resolve/" in s.path and part.endswith(LFS))]
 
-    def fault(self, method: str, path: str) -> Fault | None:
+    def fault(self, method: str, path: str, wanted: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
-                if fault.path in path and fault.method == method and fault.times > 0:
+                if fault.path in path and fault.method == method and fault.range in wanted and fault.times > 0:
                     fault.times -= 1
                     return fault
         return None
@@ -149,15 +173,20 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.seen.append(Seen(self.command, self.path, {k.lower(): v for k, v in self.headers.items()},
                                       time.monotonic()))
-        fault = self.hub.fault(self.command, self.path)
+        fault = self.hub.fault(self.command, self.path, self.headers.get("Range", ""))
         if fault and fault.status:
             extra = {"Retry-After": fault.retry_after} if fault.retry_after else {}
             return self.respond(fault.status, b"no", extra | ({"Location": fault.location} if fault.location else {}))
-        path, _, query = self.path.partition("?")
+        path, _, query = self.path.removeprefix("http://proxied").partition("?")
         parts = unquote(path).strip("/").split("/")
         if parts[0] == "files":
             content = self.hub.files.get("/".join(parts[1:]))
-            return self.respond(404, b"") if content is None else self.send_file(content, fault)
+            name = "/".join(parts[1:])
+            headers = {"ETag": self.hub.versions.get(name), "Content-Encoding": self.hub.encodings.get(name)}
+            if self.hub.most_connections and self.hub.active >= self.hub.most_connections:
+                return self.respond(429, b"no")
+            return self.respond(404, b"") if content is None else self.send_file(
+                content, fault, {name: value for name, value in headers.items() if value})
         if parts[0] == "cdn":
             if query != SIGNATURE:
                 return self.respond(403, b"the signature does not fit")
@@ -227,18 +256,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_file(self, content: bytes, fault: Fault | None, headers: Mapping[str, str] | None = None) -> None:
         fault = fault or Fault("")
-        start, status, extra = 0, 200, dict(headers or {})
+        start, end, status, extra = 0, len(content), 200, dict(headers or {})
+        if fault.version:
+            extra["ETag"] = fault.version
+        if self.hub.ranges:
+            extra["Accept-Ranges"] = "bytes"
         wanted = self.headers.get("Range")
-        if wanted and self.hub.ranges:
-            start = int(wanted.removeprefix("bytes=").split("-")[0])
-            start = start if fault.answer_from is None else fault.answer_from
+        if wanted and self.hub.ranges and self.headers.get("If-Range") in (None, extra.get("ETag")):
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start = int(first) if fault.answer_from is None else fault.answer_from
+            end = min(int(last) + 1, len(content)) if last else len(content)
             if start >= len(content):
                 return self.respond(416, b"", {"Content-Range": f"bytes */{len(content)}"})
             status = 206
-            extra["Content-Range"] = fault.content_range or f"bytes {start}-{len(content) - 1}/{len(content)}"
-        body = content[start:]
+            extra["Content-Range"] = fault.content_range or f"bytes {start}-{end - 1}/{len(content)}"
+        body = memoryview(content)[start:end]
         if fault.wrong_bytes:
-            body = bytes([body[0] ^ 1]) + body[1:]
+            body = memoryview(bytes([body[0] ^ 1]) + body[1:])
         if fault.cut_after is not None:
             body = body[:fault.cut_after]
         self.send_response(status)
@@ -251,24 +285,33 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return None
+        sent = Sent(self.path, start, end)
+        with self.hub.lock:
+            self.hub.sent.append(sent)
+            self.hub.active += 1
+            self.hub.most_active = max(self.hub.most_active, self.hub.active)
         try:
-            self.send_body(body if fault.drop_after is None else body[:fault.drop_after])
-        except OSError:  # the client was killed
+            if self.hub.together:
+                self.hub.together.wait(10)
+            self.send_body(body if fault.drop_after is None else body[:fault.drop_after], sent, fault)
+        except (OSError, threading.BrokenBarrierError):  # the client was killed, or waited for
             self.close_connection = True
+        with self.hub.lock:
+            self.hub.active -= 1
         if fault.drop_after is not None:
             time.sleep(fault.linger_s)
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
         return None
 
-    def send_body(self, body: bytes) -> None:
-        if not self.hub.bytes_per_second:
-            self.wfile.write(body)
-            return
-        step = max(1, int(self.hub.bytes_per_second / 20))
+    def send_body(self, body: memoryview, sent: Sent, fault: Fault) -> None:
+        rate = fault.bytes_per_second or self.hub.bytes_per_second
+        step = max(1, int(rate / 20)) if rate else 1 << 20
         for at in range(0, len(body), step):
             self.wfile.write(body[at:at + step])
-            time.sleep(0.05)
+            sent.count += len(body[at:at + step])
+            if rate:
+                time.sleep(0.05)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name that http.server uses
         """Stay quiet."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import verification
-from jobs.core import artifacts, seals
+from jobs.core import artifacts, files, seals
 
 
 def test_only_the_sealed_way_reads_no_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,8 +15,12 @@ def test_only_the_sealed_way_reads_no_bytes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(seals, "RESOLUTION_NS", 20 * 10**6)
     artifact = verification.publish(tmp_path, 2, 1)
     read: list[str] = []
-    real = artifacts.sha256_of
-    monkeypatch.setattr(artifacts, "sha256_of", lambda file: read.append(file.name) or real(file))
+
+    def sha256_of(file: Path) -> str:
+        read.append(file.name)
+        return files.sha256_of(file)
+
+    monkeypatch.setattr(artifacts, "sha256_of", sha256_of)
     found = verification.measure(tmp_path, artifact, 3)
     assert [len(values) for values in found.values()] == [3, 3, 3]
     assert len(read) == 2 * 2 * 3

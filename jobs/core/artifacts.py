@@ -1,4 +1,4 @@
-"""Artifacts: every stage's result, immutable, named by the digest of what made it, verified on every read.
+"""Artifacts: every stage's result, immutable, named by the digest of what made it, verified before it is used.
 
 An artifact is a folder `<volume>/<kind>/<digest>/` with an `artifact.json` that lists every file with size and sha256.
 It is written beside its place (`.draft-<digest>`), synced to disk, and renamed: a reader never sees half of one, and a
@@ -92,17 +92,22 @@ def digest_of(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> 
     return hashlib.sha256(canonical({"kind": kind, "spec": dict(spec), "inputs": dict(inputs)})).hexdigest()[:16]
 
 
-def listing(folder: Path) -> list[dict[str, Any]]:
+def listing(folder: Path, progress: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
     """Every file below `folder` but the manifest and its signature: path, size in bytes, sha256; sorted by path.
 
+    Args:
+        progress: is called with the size of each file that was read.
     Raises:
         UserError: for a link or a special file, which could point outside the artifact.
     """
     files = files_of(folder)
+    found = []
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
-        sums = list(pool.map(sha256_of, files))
-    return [{"path": f.relative_to(folder).as_posix(), "size": f.stat().st_size, "sha256": s}
-            for f, s in zip(files, sums, strict=True)]
+        for file, sha256 in zip(files, pool.map(sha256_of, files), strict=True):
+            found.append({"path": file.relative_to(folder).as_posix(), "size": file.stat().st_size, "sha256": sha256})
+            if progress:
+                progress(found[-1]["size"])
+    return found
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -145,7 +150,8 @@ def _read_input(path: Path, keys: Sequence[str]) -> Artifact:
 
 
 def read(path: Path, keys: Sequence[str] = (), advice: str | None = None, *,
-         by: Literal["bytes", "seal", "sealing"] = "bytes") -> Artifact:
+         by: Literal["bytes", "seal", "sealing"] = "bytes",
+         progress: Callable[[int], None] | None = None) -> Artifact:
     """Read and verify the artifact at `path`: manifest, name, and every file's presence, size and sha256.
 
     Args:
@@ -153,6 +159,7 @@ def read(path: Path, keys: Sequence[str] = (), advice: str | None = None, *,
         advice: what to do about one that is damaged; by default, how to have it made again.
         by: `bytes` reads every file. `seal` does not where a valid seal shows that they were verified already
             (seals.py); otherwise it reads them and seals the artifact. `sealing` does that whatever the seal shows.
+        progress: as for `listing`.
     Raises:
         UserError: naming the first file that is missing, extra or changed, and both digests.
         NotSigned: it is whole, and its signature does not verify.
@@ -175,7 +182,7 @@ def read(path: Path, keys: Sequence[str] = (), advice: str | None = None, *,
             log.info("%s/%s: verified by its seal (%s)", path.parent.name, path.name, size)
             return Artifact(path, manifest)
         sealing = seals.begin(path, content, before)
-    found = {f["path"]: (f["size"], f["sha256"]) for f in listing(path)}
+    found = {f["path"]: (f["size"], f["sha256"]) for f in listing(path, progress)}
     for name in sorted(recorded.keys() | found.keys()):
         if name not in found:
             raise UserError(f"{path}: {name} is missing. {hint}")

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.core import artifacts, pipeline, promotion
+from jobs.core import artifacts, imported, promotion
 from jobs.core.artifacts import Artifact
 from jobs.core.environment import SERVABLE_RANKS
 from jobs.core.errors import UserError
 from jobs.core.files import write_atomically
+from jobs.core.imported import ImportedAdapter
 from jobs.core.plan import FINE_TUNED_VOLUME, plan
 from jobs.core.published import EVALUATION
 from jobs.publication import bom, layout
@@ -93,8 +94,10 @@ def _desired(target: str) -> tuple[str, str | None, Sequence[str]]:
     """The adapter's name, the digest that git desires, if a folder in git is named, and the keys that it trusts."""
     if "/" not in target and not Path(target).exists():
         return target, None, ()
-    loaded = pipeline.load(Path(target)).pipeline
-    return loaded.adapter, plan(loaded).adapter.digest, loaded.environment.trusted_keys
+    loaded = imported.load_any(Path(target)).pipeline
+    # Which adapter an imported one is, only the volume says.
+    desired = None if isinstance(loaded, ImportedAdapter) else plan(loaded).adapter.digest
+    return loaded.adapter, desired, loaded.environment.trusted_keys
 
 
 def write(folder: Path, name: str, adapter: Artifact, evaluation: Artifact, verdict: Mapping[str, Any]) -> None:

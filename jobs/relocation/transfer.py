@@ -19,9 +19,9 @@ from typing import Any
 from jobs.core.errors import UserError
 from jobs.core.files import human_bytes, require_space
 from jobs.core.progress import Progress
-from jobs.relocation import sources
+from jobs.relocation import sources, unfinished
 from jobs.relocation.connection import CHUNK, Interrupted, Stream, log, shown
-from jobs.relocation.unfinished import SMALLEST, Lease, Unfinished
+from jobs.relocation.unfinished import Lease, Unfinished
 
 DIGESTS = 4  # files whose digests are made at the same time
 DIGEST_STEP = 4 << 20  # a digest goes on when so many bytes are there
@@ -66,8 +66,7 @@ class Transfer:
             RetryableError: a source does not recover.
             OSError: the disk fails.
         """
-        fetching = min(self.connections, sum(1 + (file.total or 0) // SMALLEST if file.size_given else self.connections
-                                             for file in self.files))
+        fetching = min(self.connections, sum(file.most_leases(self.connections) for file in self.files))
         threads = [threading.Thread(target=self._guarded, args=(work,), daemon=True)
                    for work in [self._fetch] * fetching + [self._digest] * min(DIGESTS, len(self.files))]
         with self._lock:
@@ -128,10 +127,14 @@ class Transfer:
                 with self._lock:
                     if not self._stopped and not (lease.revoked and lease.stream):  # then its range is with others
                         pause = file.failed(lease, interruption, failures)
+                        file.pausing += pause > 0
             finally:
                 self._release(file, lease)
             if pause:
                 time.sleep(pause)
+                with self._lock:
+                    file.pausing -= 1
+                    self._work.notify_all()
 
     def _next_lease(self) -> tuple[Unfinished, Lease] | tuple[None, None]:
         """The next range to fetch; waits while others have them all."""
@@ -191,7 +194,7 @@ class Transfer:
             file.release(lease)
             self._marks.pop(lease, None)
             seconds = time.monotonic() - lease.started
-            if lease.received >= SMALLEST and seconds:
+            if lease.received >= unfinished.SMALLEST and seconds:
                 self._rates.append(lease.received / seconds)
             self._work.notify_all()
 

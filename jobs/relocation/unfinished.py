@@ -28,6 +28,8 @@ JOURNAL = ".ranges"  # after PARTIAL
 # behind, which is made in the file's order. The last requests of a file are the smallest, so that all end together.
 SMALLEST = 8 << 20
 LARGEST = 128 << 20
+RECORD = 1 << 20  # bytes of one connection after which the journal gets a line: at most so many are fetched again
+PAGE = 4096
 
 
 def leftovers(name: str) -> tuple[str, str]:
@@ -72,6 +74,7 @@ class Unfinished:
         self.size_given = False  # by the item or an answer
         self.restarted = False  # it did not match its digest, and is fetched once more
         self.generation = 0  # counts how often it was begun
+        self.pausing = 0  # connections that wait before they try again
         self.not_before = 0.0  # a pause that the source requests (time.monotonic)
         self.digest: Any = None  # of the first `hashed` bytes
         self.hashed = 0
@@ -125,6 +128,10 @@ class Unfinished:
         """How many bytes are to come, as far as is known."""
         return 0 if self.total is None else max(0, self.total - self.present.size)
 
+    def most_leases(self, connections: int) -> int:
+        """For how many of the connections it may have a range at the same time."""
+        return min(connections, 1 + (self.total or 0) // SMALLEST) if self.size_given else connections
+
     # --- ranges ------------------------------------------------------------------------------------------------------
 
     def lease(self, connections: int) -> Lease | None:
@@ -132,6 +139,8 @@ class Unfinished:
         if self.whole or self._resetting or time.monotonic() < self.not_before:
             return None
         active = [each for each in self.leases if not each.revoked]
+        if self.pausing and not any(each.stream for each in active):
+            return None  # the source is in trouble: others do not take the place of a connection that waits
         if active and (self._one_stream or not self._opened):
             return None
         taken = Ranges([*self.present, *((each.at, self._end_of(each)) for each in active)])
@@ -164,7 +173,7 @@ class Unfinished:
     def _shared(start: int, end: int, left: int, connections: int) -> int:
         """Where a request that starts at `start` in a gap that ends at `end` should end."""
         share = min(max(left // (2 * connections), SMALLEST), LARGEST)
-        after = start + share // CHUNK * CHUNK
+        after = start + share // PAGE * PAGE
         return end if end - after < SMALLEST else after
 
     def headers(self, lease: Lease) -> dict[str, str]:
@@ -227,7 +236,7 @@ class Unfinished:
         if now > self._furthest:
             self._furthest = now
             self._patience.reset()
-        if lease.at - lease.recorded >= CHUNK:
+        if lease.at - lease.recorded >= RECORD:
             self._record(lease)
         if self.total is not None and lease.at > self.total:  # more than there should be: the digest will not match
             self.total = lease.at
@@ -274,15 +283,19 @@ class Unfinished:
         Raises:
             RetryableError: there were too many in a row, or the source requests a pause that is too long.
         """
-        log_it = log.warning if lease.started >= self._last_failure else log.debug
-        if lease.started < self._last_failure and interruption.after_s is None:
-            pause = self._patience.pause(max(failures, 1))  # many connections broke at once: that is one failure
-        else:
+        # Where other connections get on, the source works, and perhaps allows no more of them. And when many connections
+        # break at once, that is one failure.
+        counts = lease.started >= self._last_failure and not any(
+            each.stream and not each.revoked for each in self.leases if each is not lease)
+        if counts or interruption.after_s is not None:
             self._last_failure = time.monotonic()
             pause = self._patience.pause_after(interruption, failures)
+        else:
+            pause = self._patience.pause(failures)
         if lease.received >= CHUNK and interruption.after_s is None:
-            pause = 0.0  # the source works
-        log_it("%s: %s; trying again in %.1f s", shown(self.item.url), interruption, pause)
+            pause = 0.0
+        log.log(logging.WARNING if counts or failures == 1 else logging.DEBUG, "%s: %s; trying again in %.1f s",
+                shown(self.item.url), interruption, pause)
         if interruption.after_s is None:
             return pause
         self.not_before = max(self.not_before, time.monotonic() + pause)  # for all connections

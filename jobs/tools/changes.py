@@ -190,7 +190,23 @@ def compare(before: Side | None, after: Side, volumes: Path | None = None) -> Ch
     if before and _moves(before, after):
         notes.append(f"the namespace changes from {_namespace(before)} to {_namespace(after)}, which has volumes of "
                      "its own; new ones are empty")
+    if before:
+        notes += _imports_of_another_base(before, after)
     return Changes(environment, adapters, runs, removed, restarts, _server(before, after), rollouts, notes)
+
+
+def _imports_of_another_base(before: Side, after: Side) -> Iterator[str]:
+    """A note for each imported adapter that stays, in an environment with another base: what it was trained with, only
+    its relocation finds out."""
+    was, now = environment_specs(before.environment, before.recipes), environment_specs(after.environment)
+    changed = [key for key in ("base_model", "tokenizer") if was[key].digest != now[key].digest]
+    changed += ["chat_template"] if before.environment.chat_template != after.environment.chat_template else []
+    for name, adapter in after.adapters.items() if changed else ():
+        old = before.adapters.get(name)
+        if isinstance(adapter, ImportedAdapter) and isinstance(old, ImportedAdapter) and (
+                plan_import(adapter).imported_adapter == plan_import(old).imported_adapter):
+            yield (f"{name} is imported and stays the same, and {' and '.join(changed)} of the environment changes: "
+                   "its relocation fails if it was trained with what was there before")
 
 
 # --- artifacts --------------------------------------------------------------------------------------------------------

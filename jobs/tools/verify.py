@@ -15,6 +15,7 @@ from jobs.core import artifacts
 from jobs.core.errors import UserError
 from jobs.core.files import human_bytes
 from jobs.core.layout import CHECKPOINTS, TENSORBOARD
+from jobs.core.progress import Progress
 from jobs.core.promotion import DIGEST
 
 log = logging.getLogger("jobs")
@@ -34,16 +35,19 @@ def run(volumes: Path, chosen: Sequence[str]) -> None:
     Raises:
         UserError: with a line for each artifact that is damaged; or what was chosen is not there.
     """
+    if not any(path.is_dir() for path in volumes.glob("*")):
+        raise UserError(f"{volumes}: holds no volumes. Name the folder in which they are mounted: --volumes DIR")
     found = list(find(volumes))
     for name in chosen:
         if not any(_is(folder, name) for folder in found):
             raise UserError(f"{name}: no such artifact below {volumes}. Name KIND/DIGEST, KIND, or an artifact's path")
     wanted = [folder for folder in found if not chosen or any(_is(folder, name) for name in chosen)]
     damaged, verified, read = [], 0, 0
+    progress = Progress("read", sum(map(_size, wanted)), human_bytes)
     for number, folder in enumerate(wanted, 1):
         inode = folder.stat().st_ino if folder.exists() else None
         try:
-            size = _verify(folder)
+            size = _verify(folder, progress)
         except UserError as error:
             if not folder.exists() or folder.stat().st_ino != inode:
                 continue  # retention removed it meanwhile, or a stage replaced it, which verified the new one
@@ -53,6 +57,7 @@ def run(volumes: Path, chosen: Sequence[str]) -> None:
             verified, read = verified + 1, read + size
             log.info("%d/%d %s/%s: verified (%s)", number, len(wanted), folder.parent.name, folder.name,
                      human_bytes(size))
+    progress.finish()
     log.info("%d of %d artifacts verified (%s read), %d damaged", verified, len(wanted), human_bytes(read),
              len(damaged))
     if damaged:
@@ -71,11 +76,20 @@ def _is(folder: Path, name: str) -> bool:
     return name in (kind, f"{kind}/{folder.name}") or Path(name).absolute() == folder.absolute()
 
 
-def _verify(folder: Path) -> int:
+def _size(folder: Path) -> int:
+    """Bytes of everything in a folder, as far as it can be seen."""
+    try:
+        return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    except OSError:
+        return 0
+
+
+def _verify(folder: Path, progress: Progress) -> int:
     """Verify one artifact; returns its bytes."""
     for file in artifacts.files_of(folder):
         forget(file)
-    return sum(file["size"] for file in artifacts.read(folder, by="sealing").manifest["files"])
+    artifact = artifacts.read(folder, by="sealing", progress=progress.add)
+    return sum(file["size"] for file in artifact.manifest["files"])
 
 
 def forget(file: Path) -> None:

@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.core import artifacts, retention, seals
+from jobs.core import artifacts, files, retention, seals
 from jobs.core.artifacts import Spec
 from jobs.core.errors import UserError
 from tests import build_signing
@@ -38,9 +37,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files whose bytes are read to verify them."""
     names: list[str] = []
 
-    def sha256_of(file: Path, real: Callable[[Path], str] = artifacts.sha256_of) -> str:
+    def sha256_of(file: Path) -> str:
         names.append(file.name)
-        return real(file)
+        return files.sha256_of(file)
 
     monkeypatch.setattr(artifacts, "sha256_of", sha256_of)
     return names
@@ -242,8 +241,8 @@ def test_a_change_while_the_files_are_read_is_not_sealed(tmp_path: Path, monkeyp
     time.sleep(0.03)
     real = artifacts.listing
 
-    def listing(folder: Path) -> Any:
-        found = real(folder)
+    def listing(folder: Path, *arguments: Any) -> Any:
+        found = real(folder, *arguments)
         overwrite(folder / "weights-1", 7, (folder / "weights-1").stat())
         return found
 

@@ -16,8 +16,10 @@ from jobs.core import promotion
 from jobs.core.errors import UserError
 from jobs.core.plan import FINE_TUNED_VOLUME, plan
 from jobs.publication import bom, export
+from jobs.publication.push import Published
 from tests import build_adapter, build_signing
 from tests.build_pipeline import COMMIT, SHA256
+from tests.build_published import declare
 from tests.publication.conftest import TEXT, Made, make
 
 NAME = "seville-hotels"
@@ -75,6 +77,12 @@ def test_it_is_exported_by_its_folder_where_git_desires_it(made: Made, tmp_path:
     other = make(tmp_path / "made", promoted=False, training__seed=7)  # git moved on
     with pytest.raises(UserError, match=rf"desires {NAME}@{other.adapter.digest}, but {NAME}@{made.adapter.digest} is"):
         export.run(str(other.loaded.path.parent), made.volumes, tmp_path / "other")
+
+
+def test_an_imported_adapter_is_exported_too(made: Made, tmp_path: Path) -> None:
+    declare(tmp_path / "imports", Published("oci://registry.example.com/x", "0" * 64, pushed=True))
+    export.run(str(tmp_path / "imports"), made.volumes, tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def test_the_volumes_may_be_those_of_a_local_run(made: Made, tmp_path: Path) -> None:

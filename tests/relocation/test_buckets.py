@@ -23,6 +23,10 @@ def test_a_star_does_not_cross_a_folder_and_two_do(pattern: str, chosen: str) ->
     assert [name for name in names if matches(name, pattern)] == chosen.split()
 
 
+def test_a_list_may_have_the_line_ends_of_another_system_and_names_what_it_will() -> None:
+    assert parse_sums(f"{A}  a\r\n\r\n{B} *b\u2028c\r\n".encode(), "SHA256SUMS") == {"a": A, "b\u2028c": B}
+
+
 def test_a_list_is_read_as_sha256sum_writes_it(tmp_path: Path) -> None:
     for name in ("a.json", "with space", "ünïcode"):
         (tmp_path / name).write_text(name)

@@ -179,7 +179,7 @@ def lines(records: list[dict[str, str]]) -> bytes:
 def folder(s3: S3) -> Iterator[dict[str, bytes]]:
     """What is below s3://data/set/."""
     content = {"a.jsonl": lines(RECORDS[:20]), "deep/b.jsonl": lines(RECORDS[20:]), "README.md": b"# About",
-               ".hidden.jsonl": b"no record"}
+               "_SUCCESS": b"", ".hidden.jsonl": b"no record"}
     for name, each in content.items():
         s3.put(f"set/{name}", each)
     s3.put("set/empty/", b"")  # as consoles make folders
@@ -272,6 +272,15 @@ def test_a_folder_with_a_list_of_digests_is_pinned_by_it_and_needs_no_right_to_l
     assert loaded.pipeline.dataset.sha256 == hashlib.sha256(sums).hexdigest()
     relocate.run_dataset(loaded, tmp_path / "v")
     assert len(records(loaded, tmp_path / "v")) == 20, "what it does not list is not taken"
+
+
+@pytest.mark.parametrize("name", ["../a.jsonl", "/etc/passwd", "deep/../../a.jsonl"])
+def test_a_list_of_digests_cannot_lead_out_of_its_folder(s3: S3, folder: dict[str, bytes], here: Loaded, name: str
+                                                         ) -> None:
+    sums = sha256sums({"a.jsonl": folder["a.jsonl"], name: b"x"})
+    s3.put("set/SHA256SUMS", sums)
+    with pytest.raises(UserError, match=f"s3://data/set/: '{name}' cannot be the name of a file"):
+        sources.listing(here, source("set/", hashlib.sha256(sums).hexdigest()))
 
 
 @pytest.mark.parametrize("key", ["set/", "set/*.jsonl"])

@@ -52,7 +52,6 @@ def test_a_new_import_is_pinned_by_its_tag_and_passes_check(
     pin.run(folder)
     assert (folder / "pipeline.yaml").read_text() == f"{before}sha256: {published.sha256}\n"
     check.run(folder)
-    check.run(serving)
 
 
 def test_pin_moves_to_what_the_tag_names_now(registry: registry_server.Registry, serving: Path) -> None:
@@ -136,6 +135,13 @@ def test_a_promotion_is_one_digest_and_the_plan_shows_it() -> None:
     assert artifact.reasons == (f"sha256: {SHA256[:12]}… -> {'0' * 12}…",) or "sha256: " in artifact.reasons[0]
     assert "1 adapter imported; " in table(found)
     assert "the promoted adapter is served until the new one is fetched and verified" in table(found)
+
+
+def test_an_import_that_stays_while_the_base_model_changes_is_noted() -> None:
+    assert compared(load(), load()).notes == []
+    (note,) = compared(load(), load(base_model={"source": "builtin:tiny"})).notes
+    assert "seville-hotels is imported and stays the same, and base_model and tokenizer of the environment" in note
+    assert not compared(load(), load(base_model={"source": "builtin:tiny"}, sha256="0" * 64)).notes
 
 
 def test_a_mirror_changes_nothing() -> None:

@@ -6,11 +6,12 @@ import logging
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.__main__ import main
-from jobs.core import artifacts, seals
+from jobs.core import artifacts, files, seals
 from jobs.core.artifacts import Spec
 from jobs.core.errors import UserError
 from jobs.tools import verify
@@ -30,8 +31,10 @@ def volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def publish(volumes: Path, volume: str, kind: str, number: int) -> Path:
-    return artifacts.publish(Spec(volume, kind, {"n": number}), volumes,
-                             lambda draft: (draft / "weights").write_text(f"weights of {number}") and None, keep=5).path
+    def write(draft: Path) -> None:
+        (draft / "weights").write_text(f"weights of {number}")
+
+    return artifacts.publish(Spec(volume, kind, {"n": number}), volumes, write, keep=5).path
 
 
 def folders(volumes: Path) -> list[Path]:
@@ -65,9 +68,8 @@ def test_bytes_that_a_disk_lost_are_found_although_the_seal_is_valid(volumes: Pa
                                                                      ) -> None:
     """Nothing that a file system knows of changes."""
     dataset, *_ = folders(volumes)
-    real = artifacts.sha256_of
     monkeypatch.setattr(artifacts, "sha256_of",
-                        lambda file: "0" * 64 if file == dataset / "weights" else real(file))
+                        lambda file: "0" * 64 if file == dataset / "weights" else files.sha256_of(file))
     assert artifacts.read(dataset, by="seal")
     with pytest.raises(UserError, match=f"{dataset}: weights was changed"):
         verify.run(volumes, [])
@@ -95,16 +97,24 @@ def test_a_part_can_be_chosen(volumes: Path, caplog: pytest.LogCaptureFixture, c
     assert caplog.messages[-1].startswith(f"{count} of {count} artifacts verified")
 
 
+def test_a_folder_without_volumes_is_an_error(tmp_path: Path) -> None:
+    """A scheduled verification of the wrong folder must not succeed for ever."""
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="holds no volumes"):
+            verify.run(folder, [])
+
+
 def test_what_is_not_there_is_an_error(volumes: Path) -> None:
     with pytest.raises(UserError, match="adaptor: no such artifact below .*KIND/DIGEST"):
         verify.run(volumes, ["adapter", "adaptor"])
 
 
 def test_what_retention_removes_meanwhile_is_no_damage(volumes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def listing(folder: Path) -> list[dict[str, object]]:
+    def listing(folder: Path, *arguments: Any) -> list[dict[str, Any]]:
         if folder.parent.name == "adapter":
             shutil.rmtree(folder)
-        return real(folder)
+        return real(folder, *arguments)
 
     real = artifacts.listing
     monkeypatch.setattr(artifacts, "listing", listing)

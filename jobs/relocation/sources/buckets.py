@@ -15,6 +15,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import hashlib
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -25,9 +26,12 @@ from typing import Any
 from jobs.core.declarations import Loaded, Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
+from jobs.core.files import human_bytes
 from jobs.relocation import connection
 from jobs.relocation.connection import Stream, classified, mismatch, patiently, shown
 from jobs.relocation.sources.interface import SUMS, Item, check_names, content_sha256, folder_pin
+
+log = logging.getLogger("jobs")
 
 SUMS_BYTES = 16 * 2**20  # 150,000 files
 LINE = re.compile(r"(?P<sha256>[0-9a-fA-F]{64}) [ *](?P<name>.+)")
@@ -114,6 +118,8 @@ class Buckets(ABC):
                 parse_sums(sums, f"{source.scheme}://{bucket}/{folder}{SUMS}")
                 return hashlib.sha256(sums).hexdigest()
         items = self.files(loaded, source)
+        size = human_bytes(sum(item.size or 0 for item in items))
+        log.info("%s: reading %d objects (%s) for its pin", shown(source.source), len(items), size)
         with ThreadPoolExecutor(max_workers=connection.CONNECTIONS) as pool:
             digests = list(pool.map(
                 lambda item: content_sha256(item.url, self.open_range, self.ADVICE, item.headers), items))
@@ -203,13 +209,13 @@ def parse_sums(content: bytes, where: str) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     try:
-        lines = content.decode().splitlines()
+        lines = content.decode().split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{where}: is not UTF-8. Make it with: sha256sum * > {SUMS}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        match = LINE.fullmatch(line)
+        match = LINE.fullmatch(line.removesuffix("\r"))
         if not match:
             raise UserError(f"{where}: line {number} is not a digest and a name. Make it with: sha256sum * > {SUMS}")
         name = match["name"].removeprefix("./")

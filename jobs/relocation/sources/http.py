@@ -195,7 +195,8 @@ _exact_target: ContextVar[str] = ContextVar("_exact_target")
 
 
 def _exact(target: str) -> str:
-    return _exact_target.get(target) if target.startswith("/") else target  # else of a proxy: a whole URL
+    before = "" if target.startswith("/") else "{0}://{1}".format(*urlsplit(target)[:2])  # a proxy gets a whole URL
+    return before + _exact_target.get()
 
 
 class _ExactConnection(HTTPConnection):
