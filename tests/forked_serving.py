@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,12 +29,19 @@ PRELOADED = ["vllm.entrypoints.openai.api_server", "vllm.v1.engine.core", "vllm.
              "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.model_executor.models.llama"]
 
 
-class Process:
-    """A running `python -m serving ARGUMENTS`; as far as the tests need it, it is used like `subprocess.Popen`."""
+SERVING = "import sys; from serving.__main__ import main; sys.exit(main(sys.argv[1:]))"
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+
+class Process:
+    """A running `python -m serving ARGUMENTS`, or another program with vLLM; as far as the tests need it, it is used
+    like `subprocess.Popen`. It writes all its output to `log`."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path,
+                 program: str = SERVING) -> None:
+        log.touch()
         self._code: int | None = None
-        self.pid: int = _ask({"arguments": [*arguments], "environment": {**environment}, "log": str(log)})
+        self.pid: int = _ask({"program": program, "arguments": [*arguments], "environment": {**environment},
+                              "log": str(log)})
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""
@@ -97,24 +105,30 @@ def main() -> None:
         else:
             reply = os.fork()
             if not reply:
-                _serve(**what)
+                _run(**what)
         print(json.dumps(reply), file=replies, flush=True)
 
 
-def _serve(arguments: list[str], environment: dict[str, str], log: str) -> None:
+def _run(program: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
     """What the forked process does."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(log, os.O_WRONLY), 1)
     os.dup2(1, 2)
+    sys.stdout = os.fdopen(1, "w")
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # TMPDIR is another
-    from serving.__main__ import main
-
+    sys.argv = ["-c", *arguments]
     code = 1
     try:
-        code = main(arguments)
+        exec(program, {"__name__": "__main__"})
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
         os._exit(code)
 
 

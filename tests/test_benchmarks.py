@@ -151,8 +151,8 @@ def test_a_connection_that_is_lost_is_a_failed_request() -> None:
     assert asyncio.run(lost()) == 0
 
 
-def quick(*flags: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-m", "benchmarks.serving", "--quick", *flags], stdout=subprocess.PIPE,
+def benchmark(*flags: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "benchmarks.serving", *flags], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -169,10 +169,10 @@ def servers_of(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_quick_run_measures_both_sides_and_every_request_succeeds(tmp_path: Path) -> None:
+def test_a_short_run_measures_both_sides_and_every_request_succeeds(tmp_path: Path) -> None:
     file = tmp_path / "benchmarks.md"
     file.write_text(f"{serving.BEGIN}\n{serving.END}\n")
-    process = quick("--write", str(file))
+    process = benchmark("--rounds", "1", "--seconds", "0.1", "--swaps", "1", "--write", str(file))
     printed, errors = process.communicate()
     assert process.returncode == 0, errors[-5000:]
     assert printed.strip() in file.read_text()
@@ -190,7 +190,7 @@ def test_a_quick_run_measures_both_sides_and_every_request_succeeds(tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_leaves_no_server_and_no_files() -> None:
-    process = quick()
+    process = benchmark("--quick")
     try:
         check_stopped(process)
     finally:

@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +24,7 @@ from jobs.publication import layout
 from jobs.relocation import adapters
 from jobs.training import merge
 from serving.guard import ALLOWED
-from tests import build_adapter, build_models, build_published, registry_server
+from tests import build_adapter, build_models, build_published, forked_serving, registry_server
 from tests.build_server import raw_request
 from tests.build_vllm import BASE, NAME, OPENED, OTHER, Server
 
@@ -218,9 +216,9 @@ def test_the_openai_client_waits_by_itself_for_an_adapter_that_is_not_ready(serv
 
 
 @pytest.mark.slow
-def test_every_route_that_vllm_registers_is_allowed_or_404(server: Server) -> None:
-    found = subprocess.run([sys.executable, "-c", ENUMERATE], capture_output=True, text=True, check=True,
-                           env={**os.environ, **OPENED}).stdout
+def test_every_route_that_vllm_registers_is_allowed_or_404(server: Server, tmp_path: Path) -> None:
+    assert forked_serving.Process([], {**os.environ, **OPENED}, tmp_path / "log", ENUMERATE).wait(120) == 0
+    found = (tmp_path / "log").read_text()
     routes = json.loads(next(line for line in found.splitlines() if line.startswith("ROUTES")).removeprefix("ROUTES"))
     assert len(routes) > 50
     assert {path for path, _ in routes} >= set(ALLOWED) - {"/ready"}  # the enumeration sees what there is
