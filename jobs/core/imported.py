@@ -14,6 +14,7 @@ of the work it is like an adapter that is trained here: `ImportedAdapter.evaluat
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
