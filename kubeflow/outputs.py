@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.core import artifacts, pipeline, promotion, settings
+from jobs.core import artifacts, imported, promotion, settings
 from jobs.core.command import run_command
 from jobs.core.layout import MANIFEST
-from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
-from jobs.evaluation import content, report
+from jobs.core.pipeline import LoadedPipeline
+from jobs.core.plan import FINE_TUNED_VOLUME, Plan
+from jobs.evaluation import content, evaluate, report
 
 
 def main(arguments: list[str]) -> None:
@@ -39,8 +40,9 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
 
     volumes = Path(os.environ["VOLUMES"])
-    loaded = pipeline.load(Path(os.environ["PIPELINE"]), Path(os.environ["ENVIRONMENT_FILE"]), changes=args.changes)
-    wanted = plan(loaded.pipeline)
+    loaded = imported.load_any(Path(os.environ["PIPELINE"]), Path(os.environ["ENVIRONMENT_FILE"]),
+                               changes=args.changes)
+    _, wanted = evaluate.planned(loaded, volumes, wait_seconds=0)
     folder = artifacts.read(wanted.evaluation.path(volumes)).path
     evaluation = content.read_evaluation(folder)
     current = promotion.current(volumes / FINE_TUNED_VOLUME, loaded.pipeline.adapter)
@@ -52,7 +54,7 @@ def main(arguments: list[str]) -> None:
     outputs = args.executor_input["outputs"]
     metadata = {"adapter": model(evaluation, wanted, args.claim, promoted=promoted)} | {
         f"{role}_scores": scores(evaluation, role) for role in evaluation["scores"]}
-    text = summary(evaluation, loaded.changed)
+    text = summary(evaluation, loaded.changed if isinstance(loaded, LoadedPipeline) else {})
     write(outputs["parameters"]["verdict"]["outputFile"], content.outcome(evaluation))
     write(outputs["parameters"]["summary"]["outputFile"], text)
     write(outputs["outputFile"], json.dumps({"artifacts": {

@@ -11,7 +11,8 @@ from jobs.core import environment, pipeline
 from jobs.core.artifacts import Spec
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
-from jobs.core.pipeline import LoadedPipeline, Pipeline
+from jobs.core.imported import LoadedAdapter
+from jobs.core.pipeline import Pipeline
 from jobs.core.plan import plan_environment
 from jobs.tools import overlay, pods
 from jobs.tools.changes import COMMANDS, STAGES, Specs, adapter_specs
@@ -141,7 +142,7 @@ def _plans(manifests: list[Manifest], steps: list[Step]) -> tuple[dict[str | Non
     return plans, pipelines
 
 
-def _files(step: Step, config_maps: dict[str, Manifest]) -> tuple[LoadedEnvironment, list[LoadedPipeline]]:
+def _files(step: Step, config_maps: dict[str, Manifest]) -> tuple[LoadedEnvironment, list[LoadedAdapter]]:
     """The environment file that a Job mounts, and its pipeline file if it mounts one."""
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, Path] = {}
