@@ -196,7 +196,8 @@ print(json.dumps({**{mount["Target"]: mount["Source"] for mount in arguments["mo
     mounts = json.loads(done.stdout)
     assert mounts.pop("/etc/pipeline").startswith(f"/state/configmaps/pipeline-{ADAPTER}-")
     assert mounts.pop("/etc/lora-gitops").startswith("/state/configmaps/environment-")
-    assert mounts == {"/tmp": ""} | {f"/volumes/{name}": f"/state/volumes/{name}-pvc" for name in (
+    assert mounts == {"/tmp": "", "/var/run/registry": "/state/secrets/relocation-registry"} | {
+        f"/volumes/{name}": f"/state/volumes/{name}-pvc" for name in (
         "dataset", "base-model", "base-tokenizer", "reference-model", "fine-tuned-model")}
     refused = run("-c", code, OVERLAY)
     assert refused.stdout.splitlines()[-1].endswith(
