@@ -16,6 +16,7 @@ from typing import Any
 
 from jobs.core.files import human_bytes, note_sha256
 from jobs.core.progress import Progress
+from jobs.relocation import connection
 from jobs.relocation.connection import Interrupted, Patience, Stream, mismatch, shown
 from jobs.relocation.ranges import Journal, Ranges, read_journal
 from jobs.relocation.sources.interface import Item
@@ -77,7 +78,9 @@ class Unfinished:
         self.restarted = False  # it did not match its digest, and is fetched once more
         self.generation = 0  # counts how often it was begun
         self.pausing = 0  # connections that wait before they try again
-        self.not_before = 0.0  # a pause that the source requests (time.monotonic)
+        self.not_before = 0.0  # until then (time.monotonic) the source requests a pause, and there are no more
+        self._limit = 0  # connections than so many
+        self._paused: list[tuple[int, int, float]] = []  # the ranges for which it does: start, end and until when
         self.digest: Any = None  # of the first `hashed` bytes
         self.hashed = 0
         self._patience = Patience(shown(item.url))
@@ -138,14 +141,16 @@ class Unfinished:
 
     def lease(self, connections: int) -> Lease | None:
         """A range for a connection to fetch, if there is one right now. `connections` share what is left."""
-        if self.whole or self._resetting or time.monotonic() < self.not_before:
+        now, active = time.monotonic(), self._active()
+        if self.whole or self._resetting or (now < self.not_before and len(active) >= self._limit):
             return None
-        active = [each for each in self.leases if not each.revoked]
         if self.pausing and not any(each.stream for each in active):
             return None  # the source is in trouble: others do not take the place of a connection that waits
         if active and (self._one_stream or not self._opened):
             return None
-        taken = Ranges([*self.present, *((each.at, self._end_of(each)) for each in active)])
+        self._paused = [each for each in self._paused if each[2] > now]
+        taken = Ranges([*self.present, *((each.at, self._end_of(each)) for each in active),
+                        *((start, end) for start, end, _ in self._paused)])
         gap = taken.first_gap(self.total)
         if gap is None:
             return None
@@ -289,19 +294,24 @@ class Unfinished:
         # once, that is one failure.
         counts = lease.started >= self._last_failure and not any(
             each.stream and not each.revoked for each in self.leases if each is not lease)
-        if counts or interruption.after_s is not None:
+        if counts:
             self._last_failure = time.monotonic()
-            pause = self._patience.pause_after(interruption, failures)
-        else:
-            pause = self._patience.pause(failures)
+        pause = self._patience.pause_after(interruption, failures, counts=counts)
         if lease.received >= ENOUGH and interruption.after_s is None:
             pause = 0.0
         log.log(logging.WARNING if counts or failures == 1 else logging.DEBUG, "%s: %s; trying again in %.1f s",
                 shown(self.item.url), interruption, pause)
         if interruption.after_s is None:
             return pause
-        self.not_before = max(self.not_before, time.monotonic() + pause)  # for all connections
+        # The pause is for this range, and for more connections than those that get on.
+        until = time.monotonic() + max(pause, connection.FIRST_PAUSE_S)
+        self.not_before, self._limit = max(self.not_before, until), len(self._active()) - 1
+        if self.total is not None:
+            self._paused.append((lease.at, self._end_of(lease), until))
         return 0.0
+
+    def _active(self) -> list[Lease]:
+        return [each for each in self.leases if not each.revoked]
 
     # --- bytes -------------------------------------------------------------------------------------------------------
 
@@ -342,7 +352,7 @@ class Unfinished:
         self.present = Ranges()
         self.total, self.version, self.size_given = self.item.size, None, self.item.size is not None
         self.whole = self.resumed = self._opened = self._resetting = False
-        self.answers = 0
+        self.answers, self._paused = 0, []
         self.generation += 1
         self.digest, self.hashed = None, 0
 

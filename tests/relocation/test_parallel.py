@@ -217,13 +217,25 @@ def test_a_pause_that_the_server_requests_holds_for_that_range(hub: Hub, large: 
     assert sent(hub) == len(LARGE)
 
 
-def test_a_server_that_allows_few_connections_gives_the_file_through_those(hub: Hub, large: Item, draft: Path,
-                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_that_a_pause_is_not_for_go_on(hub: Hub, large: Item, draft: Path) -> None:
+    """The server allows two connections, and requests a pause of two seconds from more."""
+    hub.bytes_per_second = 2_000_000
+    hub.most_connections, hub.retry_after = 2, "2"
+    started = time.monotonic()
+    download.fetch([large], draft)
+    assert (draft / "large.bin").read_bytes() == LARGE
+    within = [seen for seen in hub.seen if seen.at < started + 1.9]
+    assert len(within) > 6, "further ranges were requested before the pause was over"
+
+
+@pytest.mark.parametrize("retry_after", [None, "0"])
+def test_a_server_that_allows_few_connections_gives_the_file_through_those(
+        hub: Hub, large: Item, draft: Path, monkeypatch: pytest.MonkeyPatch, retry_after: str | None) -> None:
     """Two of four are refused, far more often in all than a server may fail in a row."""
     monkeypatch.setattr(connection, "ATTEMPTS", 10)
     monkeypatch.setattr(connection, "LONGEST_PAUSE_S", 0.02)
     hub.bytes_per_second = 2_000_000
-    hub.most_connections = 2
+    hub.most_connections, hub.retry_after = 2, retry_after
     download.fetch([large], draft)
     assert (draft / "large.bin").read_bytes() == LARGE
     assert sum(seen.range is not None for seen in hub.seen) > len(hub.sent) + 8
