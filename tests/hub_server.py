@@ -93,6 +93,7 @@ class Hub:
     versions: dict[str, str] = field(default_factory=dict)  # ETags of `files`
     encodings: dict[str, str] = field(default_factory=dict)  # their Content-Encoding
     most_connections: int | None = None  # requests for `files` beyond so many at a time get a 429
+    retry_after: str | None = None  # with this
     bytes_per_second: float | None = None  # of each connection
     together: threading.Barrier | None = None  # no request for bytes is answered before so many are there
     sent: list[Sent] = field(default_factory=list)
@@ -184,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
             name = "/".join(parts[1:])
             headers = {"ETag": self.hub.versions.get(name), "Content-Encoding": self.hub.encodings.get(name)}
             if self.hub.most_connections and self.hub.active >= self.hub.most_connections:
-                return self.respond(429, b"no")
+                return self.respond(429, b"no", {"Retry-After": self.hub.retry_after} if self.hub.retry_after else {})
             return self.respond(404, b"") if content is None else self.send_file(
                 content, fault, {name: value for name, value in headers.items() if value})
         if parts[0] == "cdn":

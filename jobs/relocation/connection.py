@@ -68,29 +68,25 @@ class Patience:
     def reset(self) -> None:
         self.failures = 0
 
-    def pause_after(self, interruption: Interrupted, failures: int = 0) -> float:
+    def pause_after(self, interruption: Interrupted, failures: int = 0, *, counts: bool = True) -> float:
         """Count a failed attempt, and return for how many seconds to wait before the next one.
 
         Args:
             failures: how many in a row one connection had, of several that share this patience.
+            counts: whether the attempt is one of those that may not be too many.
         Raises:
             RetryableError: there were too many in a row, or the server requests a pause that is too long.
         """
-        self.failures += 1
-        if self.failures >= ATTEMPTS:
+        self.failures += counts
+        if counts and self.failures >= ATTEMPTS:
             raise RetryableError(f"{self.what}: gave up after {self.failures} attempts in a row. The last "
                                  f"error: {interruption}")
-        pause = self.pause(max(failures, self.failures))
+        pause = min(FIRST_PAUSE_S * 2.0 ** (max(failures, self.failures, 1) - 1), LONGEST_PAUSE_S)
         if interruption.after_s is not None:
             pause = interruption.after_s
         if pause > LONGEST_RETRY_AFTER_S:
             raise RetryableError(f"{self.what}: the server requests a pause of {pause:.0f} s: {interruption}")
         return pause
-
-    @staticmethod
-    def pause(failures: int) -> float:
-        """The seconds to wait after so many failures in a row."""
-        return min(FIRST_PAUSE_S * 2.0 ** (failures - 1), LONGEST_PAUSE_S)
 
     def wait(self, interruption: Interrupted) -> None:
         """Count a failed attempt, and sleep before the next one. Raises like `pause_after`."""

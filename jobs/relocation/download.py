@@ -15,9 +15,10 @@ from pathlib import Path
 from jobs.core.files import human_bytes, require_space
 from jobs.core.progress import Progress
 from jobs.relocation import connection
+from jobs.relocation.partial import leftovers
 from jobs.relocation.sources.interface import Item
 from jobs.relocation.transfer import Transfer
-from jobs.relocation.unfinished import Unfinished, leftovers
+from jobs.relocation.unfinished import Unfinished
 
 
 def fetch(items: Iterable[Item], folder: Path) -> None:

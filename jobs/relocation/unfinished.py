@@ -1,29 +1,24 @@
-"""One file on its way: what is there of it, which connection fetches which range, and what its source's answers change.
+"""A file on its way: which connection fetches which range, and what its source's answers and failures change.
 
-It is written as `NAME.partial`. Fetched through one connection, it grows at its end, and its size says what is there.
-Fetched through several, a journal beside it does (ranges.py). No method blocks; the transfer's lock guards all of them.
+No method blocks; the transfer's lock guards all of them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from jobs.core.files import human_bytes, note_sha256
 from jobs.core.progress import Progress
-from jobs.relocation.connection import Interrupted, Patience, Stream, mismatch, shown
-from jobs.relocation.ranges import Journal, Ranges, read_journal
+from jobs.relocation import connection
+from jobs.relocation.connection import Interrupted, Patience, Stream, shown
+from jobs.relocation.partial import Partial
+from jobs.relocation.ranges import Ranges
 from jobs.relocation.sources.interface import Item
 
 log = logging.getLogger("jobs")
 
-PARTIAL = ".partial"
-JOURNAL = ".ranges"  # after PARTIAL
 # Bytes of one request. Smaller ones would spend their time waiting for the first byte; larger ones leave the digest far
 # behind, which is made in the file's order. The last requests of a file are the smallest, so that all end together.
 SMALLEST = 8 << 20
@@ -31,11 +26,6 @@ LARGEST = 128 << 20
 RECORD = 1 << 20  # bytes of one connection after which the journal gets a line: at most so many are fetched again
 ENOUGH = 1 << 16  # bytes that a connection brought before it broke, after which the next one need not wait
 PAGE = 4096
-
-
-def leftovers(name: str) -> tuple[str, str]:
-    """The names under which an interrupted run leaves the item `name`."""
-    return name + PARTIAL, name + PARTIAL + JOURNAL
 
 
 @dataclass(eq=False)
@@ -59,76 +49,31 @@ class Lease:
             self.stream.abort()
 
 
-class Unfinished:
-    """See above. `whole` means that all bytes are there, not yet that they are the right ones."""
+class Unfinished(Partial):
+    """A file that is fetched, or verified, or both."""
 
     def __init__(self, item: Item, file: Path, progress: Progress) -> None:
-        self.item, self.file, self.progress = item, file, progress
-        self.partial, self.journal_path = (file.with_name(each) for each in leftovers(file.name))
-        self.path = self.partial  # where its bytes are
-        self.total = item.size
-        self.version: str | None = None  # of the content, as its source names it
-        self.present = Ranges()
+        super().__init__(item, file)
+        self.progress = progress
         self.leases: list[Lease] = []
-        self.whole = False
-        self.resumed = False  # some bytes are of an earlier run
+        self.resumed = self.path == self.file or self.present.size > 0  # some bytes are of an earlier run
         self.answers = 0  # from how many answers of the source its bytes are
-        self.size_given = False  # by the item or an answer
+        self.size_given = self.total is not None  # by the item or an answer
         self.restarted = False  # it did not match its digest, and is fetched once more
         self.generation = 0  # counts how often it was begun
         self.pausing = 0  # connections that wait before they try again
-        self.not_before = 0.0  # a pause that the source requests (time.monotonic)
-        self.digest: Any = None  # of the first `hashed` bytes
-        self.hashed = 0
+        self.not_before = 0.0  # until then (time.monotonic) the source requests a pause, and there are no more
+        self._limit = 0  # connections than so many
+        self._paused: list[tuple[int, int, float]] = []  # the ranges for which it does: start, end and until when
         self._patience = Patience(shown(item.url))
         self._last_failure = 0.0
-        self._furthest = 0  # the most bytes that were ever there
+        self._furthest = self.present.size  # the most bytes that were ever there
         self._opened = False  # the source has answered, so that it is known whether it gives ranges
         self._one_stream = False  # it does not, or its ranges do not fit together
         self._any_version = False  # versions differ, perhaps because each of several servers has its own
         self._resetting = False
         self._abandoned = False
-        self._handle: int | None = None
-        self._journal: Journal | None = None
-        self._load()
-
-    # --- what is there -----------------------------------------------------------------------------------------------
-
-    def _load(self) -> None:
-        """Find what an earlier run left."""
-        self.partial.parent.mkdir(parents=True, exist_ok=True)
-        if self.file.exists():  # its bytes are verified again, since a power cut can lose them
-            self.path = self.file
-            self.total = self.file.stat().st_size
-            self.present.add(0, self.total)
-        else:
-            self.partial.touch()
-            self._load_partial(self.partial.stat().st_size)
-        self.resumed = self.path == self.file or self.present.size > 0
-        self.whole = self.path == self.file or (self.total is not None and self.present.prefix >= self.total)
-        self.size_given = self.total is not None
-        self._furthest = self.present.size
-        self.progress.skip(self.present.size)
-
-    def _load_partial(self, size: int) -> None:
-        if self.journal_path.exists() and self.journal_path.stat().st_size:
-            recorded = read_journal(self.journal_path, size)
-            if recorded and self.item.size in (None, recorded.total):
-                self.total, self.version, self.present = recorded.total, recorded.version, recorded.present
-                self._journal = Journal(self.journal_path, recorded.length)
-            else:
-                self._empty()
-        elif self.item.size is None or size <= self.item.size:
-            self.present.add(0, size)
-        else:
-            self._empty()
-        if self.present.size:
-            log.info("%s: continuing after %s", self.item.name, human_bytes(self.present.size))
-
-    @property
-    def missing(self) -> int:
-        """How many bytes are to come, as far as is known."""
-        return 0 if self.total is None else max(0, self.total - self.present.size)
+        progress.skip(self.present.size)
 
     def most_leases(self, connections: int) -> int:
         """For how many of the connections it may have a range at the same time."""
@@ -138,14 +83,16 @@ class Unfinished:
 
     def lease(self, connections: int) -> Lease | None:
         """A range for a connection to fetch, if there is one right now. `connections` share what is left."""
-        if self.whole or self._resetting or time.monotonic() < self.not_before:
+        now, active = time.monotonic(), self._active()
+        if self.whole or self._resetting or (now < self.not_before and len(active) >= self._limit):
             return None
-        active = [each for each in self.leases if not each.revoked]
         if self.pausing and not any(each.stream for each in active):
             return None  # the source is in trouble: others do not take the place of a connection that waits
         if active and (self._one_stream or not self._opened):
             return None
-        taken = Ranges([*self.present, *((each.at, self._end_of(each)) for each in active)])
+        self._paused = [each for each in self._paused if each[2] > now]
+        taken = Ranges([*self.present, *((each.at, self._end_of(each)) for each in active),
+                        *((start, end) for start, end, _ in self._paused)])
         gap = taken.first_gap(self.total)
         if gap is None:
             return None
@@ -154,9 +101,8 @@ class Unfinished:
             end = None
         elif end is not None and self.total >= 2 * SMALLEST:
             end = self._shared(start, end, self.total - taken.size, connections)
-        if start > self.present.prefix and self._journal is None:
-            assert self.total is not None
-            self._journal = Journal.create(self.journal_path, self.total, self.version, self.present)
+        if start > self.present.prefix and not self.has_journal:
+            self.begin_journal()
             for each in active:
                 each.recorded = each.at
         to_the_end = end is None or end == self.total
@@ -275,8 +221,7 @@ class Unfinished:
         lease.revoke()
 
     def _record(self, lease: Lease) -> None:
-        if self._journal is not None and lease.at > lease.recorded:
-            self._journal.append(lease.recorded, lease.at)
+        self.record(lease.recorded, lease.at)
         lease.recorded = lease.at
 
     def failed(self, lease: Lease, interruption: Interrupted, failures: int) -> float:
@@ -289,38 +234,29 @@ class Unfinished:
         # once, that is one failure.
         counts = lease.started >= self._last_failure and not any(
             each.stream and not each.revoked for each in self.leases if each is not lease)
-        if counts or interruption.after_s is not None:
+        if counts:
             self._last_failure = time.monotonic()
-            pause = self._patience.pause_after(interruption, failures)
-        else:
-            pause = self._patience.pause(failures)
+        pause = self._patience.pause_after(interruption, failures, counts=counts)
         if lease.received >= ENOUGH and interruption.after_s is None:
             pause = 0.0
         log.log(logging.WARNING if counts or failures == 1 else logging.DEBUG, "%s: %s; trying again in %.1f s",
                 shown(self.item.url), interruption, pause)
         if interruption.after_s is None:
             return pause
-        self.not_before = max(self.not_before, time.monotonic() + pause)  # for all connections
+        # The pause is for this range, and for more connections than those that get on.
+        until = time.monotonic() + max(pause, connection.FIRST_PAUSE_S)
+        self.not_before, self._limit = max(self.not_before, until), len(self._active()) - 1
+        if self.total is not None:
+            self._paused.append((lease.at, self._end_of(lease), until))
         return 0.0
 
-    # --- bytes -------------------------------------------------------------------------------------------------------
-
-    def handle(self) -> int:
-        """The open file, for writing."""
-        if self._handle is None:
-            self._handle = os.open(self.path, os.O_RDWR)
-        return self._handle
+    def _active(self) -> list[Lease]:
+        return [each for each in self.leases if not each.revoked]
 
     def close(self) -> None:
         """Close the file, unless a connection that was given up may still write to it."""
-        if self.leases:
-            return
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        if not self.leases:
+            self.close_handles()
 
     def abandon(self) -> None:
         """Change nothing more: the run has ended. What is there stays for the next one."""
@@ -338,57 +274,16 @@ class Unfinished:
 
     def _clear(self) -> None:
         self.progress.skip(-self.present.size)
-        self._empty()
-        self.present = Ranges()
-        self.total, self.version, self.size_given = self.item.size, None, self.item.size is not None
+        self.empty()
+        self.size_given = self.item.size is not None
         self.whole = self.resumed = self._opened = self._resetting = False
-        self.answers = 0
+        self.answers, self._paused = 0, []
         self.generation += 1
-        self.digest, self.hashed = None, 0
-
-    def _empty(self) -> None:
-        """Empty the file. Its journal goes last: until then it names bytes that are not there, and is not believed."""
-        if self.path == self.file:
-            self.file.rename(self.partial)
-            self.path = self.partial
-        os.truncate(self.path, 0)
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
-        self.journal_path.unlink(missing_ok=True)
-
-    # --- the digest --------------------------------------------------------------------------------------------------
-
-    @property
-    def hashable(self) -> int:
-        """How many bytes can be added to the digest now."""
-        return 0 if self._by_git and self.total is None else self.present.prefix - self.hashed
-
-    @property
-    def _by_git(self) -> bool:
-        return self.item.git_sha1 is not None and self.item.sha256 is None
 
     @property
     def verifiable(self) -> bool:
         """Whether all bytes are there and in the digest."""
         return self.whole and not self._resetting and not self.hashable
-
-    def new_digest(self) -> Any:
-        """The digest of no bytes, of the kind that the item has; sha256 if it has none."""
-        if self._by_git:
-            return hashlib.sha1(b"blob %d\0" % (self.total or 0))  # noqa: S324 - git's
-        return hashlib.sha256()
-
-    def wrong(self) -> str | None:
-        """Why the bytes are not the item's, naming both digests; None when they are."""
-        expected = self.item.sha256 or self.item.git_sha1
-        if expected:
-            found = (self.digest or self.new_digest()).hexdigest()
-        elif self.item.size is not None:
-            expected, found = f"{self.item.size} bytes", f"{self.total} bytes"
-        else:
-            return None
-        return None if found == expected else mismatch(shown(self.item.url), self.item.pinned_in, expected, found)
 
     @property
     def uncertain(self) -> bool:
@@ -402,17 +297,3 @@ class Unfinished:
         self.restarted = True
         self._furthest = 0
         self.start_over(one_stream=True)
-
-    def finish(self) -> None:
-        """Give the file its name."""
-        self.close()
-        self.journal_path.unlink(missing_ok=True)  # first: without it, a whole file is one
-        if self.path != self.file:
-            self.path.rename(self.file)
-        if not self._by_git:
-            note_sha256(self.file, (self.digest or self.new_digest()).hexdigest())
-
-    def remove(self) -> None:
-        """Leave nothing."""
-        self.path.unlink(missing_ok=True)
-        self.journal_path.unlink(missing_ok=True)

@@ -14,12 +14,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from jobs.core import artifacts, files
 from jobs.core.errors import RetryableError, UserError
-from jobs.relocation import connection, download, ranges, transfer, unfinished
+from jobs.relocation import connection, download, partial, ranges, transfer, unfinished
 from jobs.relocation.sources.interface import Item
 from tests.hub_server import Fault, Hub
 from tests.relocation.conftest import names
@@ -28,7 +30,7 @@ SMALLEST = 1 << 16
 LARGE = random.Random(2).randbytes(32 * SMALLEST + 1234)
 SECOND = len(LARGE) // 8 // 4096 * 4096  # where the second range starts, with four connections
 SHA256 = hashlib.sha256(LARGE).hexdigest()
-PARTIAL, JOURNAL = unfinished.leftovers("large.bin")
+PARTIAL, JOURNAL = partial.leftovers("large.bin")
 # In a process of its own, as `small_ranges` does here.
 FETCH = """
 import json, sys
@@ -126,12 +128,16 @@ def test_git_digests_are_made_while_the_bytes_come(hub: Hub, large: Item, draft:
 def test_bytes_are_read_back_once(hub: Hub, large: Item, draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the manifest of an artifact says about them comes from the same reading."""
     hub.files["small.bin"] = b"small"
-    read: list[tuple[int, int]] = []
+    read: list[int] = []
     preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda handle, buffers, at: (
-        read.append((at, count := preadv(handle, buffers, at))), count)[1])
+
+    def read_and_count(handle: int, buffers: Any, at: int) -> int:
+        read.append(preadv(handle, buffers, at))
+        return read[-1]
+
+    monkeypatch.setattr(os, "preadv", read_and_count)
     download.fetch([large, Item("small.bin", f"{hub.url}/files/small.bin")], draft)
-    assert sum(count for _, count in read) == len(LARGE) + 5
+    assert sum(read) == len(LARGE) + 5
     monkeypatch.setattr(files, "sha256_of", lambda file: pytest.fail(f"{file} is read again"))
     (draft / "large.bin").chmod(0o600)
     listed = {each["path"]: each["sha256"] for each in artifacts.listing(draft, digest=files.noted_sha256)}
@@ -217,13 +223,25 @@ def test_a_pause_that_the_server_requests_holds_for_that_range(hub: Hub, large: 
     assert sent(hub) == len(LARGE)
 
 
-def test_a_server_that_allows_few_connections_gives_the_file_through_those(hub: Hub, large: Item, draft: Path,
-                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_that_a_pause_is_not_for_go_on(hub: Hub, large: Item, draft: Path) -> None:
+    """The server allows two connections, and requests a pause of two seconds from more."""
+    hub.bytes_per_second = 2_000_000
+    hub.most_connections, hub.retry_after = 2, "2"
+    started = time.monotonic()
+    download.fetch([large], draft)
+    assert (draft / "large.bin").read_bytes() == LARGE
+    within = [seen for seen in hub.seen if seen.at < started + 1.9]
+    assert len(within) > 6, "further ranges were requested before the pause was over"
+
+
+@pytest.mark.parametrize("retry_after", [None, "0"])
+def test_a_server_that_allows_few_connections_gives_the_file_through_those(
+        hub: Hub, large: Item, draft: Path, monkeypatch: pytest.MonkeyPatch, retry_after: str | None) -> None:
     """Two of four are refused, far more often in all than a server may fail in a row."""
     monkeypatch.setattr(connection, "ATTEMPTS", 10)
     monkeypatch.setattr(connection, "LONGEST_PAUSE_S", 0.02)
     hub.bytes_per_second = 2_000_000
-    hub.most_connections = 2
+    hub.most_connections, hub.retry_after = 2, retry_after
     download.fetch([large], draft)
     assert (draft / "large.bin").read_bytes() == LARGE
     assert sum(seen.range is not None for seen in hub.seen) > len(hub.sent) + 8
@@ -303,11 +321,13 @@ def test_an_empty_file_is_a_file(hub: Hub, draft: Path) -> None:
 # --- interruptions ---------------------------------------------------------------------------------------------------
 
 
-def test_killed_at_any_moment_it_fetches_again_only_what_was_on_its_way(hub: Hub, large: Item, draft: Path) -> None:
-    moments = random.Random(4)
+def test_killed_at_any_moment_it_fetches_again_only_what_was_on_its_way(hub: Hub, large: Item, draft: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELOCATION_CONNECTIONS", "8")
+    moments, record = random.Random(4), SMALLEST // 4
     items = json.dumps([{"name": "large.bin", "url": large.url, "size": len(LARGE), "sha256": SHA256}])
-    command = [sys.executable, "-c", FETCH, str(SMALLEST // 4), str(draft), items]
-    on_its_way = 0
+    command = [sys.executable, "-c", FETCH, str(record), str(draft), items]
+    here = 0
     for _ in range(3):
         hub.bytes_per_second = 200_000  # of each connection
         before = sent(hub)
@@ -317,15 +337,19 @@ def test_killed_at_any_moment_it_fetches_again_only_what_was_on_its_way(hub: Hub
         time.sleep(moments.uniform(0, 0.3))
         process.kill()
         process.wait()
-        # A piece that the journal has not yet, and what the operating system had not yet handed over.
-        on_its_way += hub.active * (SMALLEST // 4 + 20_000)
         while hub.active:
             time.sleep(0.01)
+        content = np.frombuffer((draft / PARTIAL).read_bytes(), np.uint8)
+        written = int((content == np.frombuffer(LARGE, np.uint8)[:len(content)]).sum())
+        recorded = ranges.read_journal(draft / JOURNAL, len(content)) if (draft / JOURNAL).exists() else None
+        here = recorded.present.size if recorded else len(content)
+        assert written - here <= 8 * record + len(LARGE) // 200, "a piece of each connection, and bytes that are 0"
     hub.bytes_per_second = None
+    hub.sent.clear()
     assert subprocess.run(command, check=False).returncode == 0
     assert (draft / "large.bin").read_bytes() == LARGE
     assert names(draft) == ["large.bin"]
-    assert sent(hub) - len(LARGE) <= on_its_way
+    assert sent(hub) == len(LARGE) - here
 
 
 def interrupted(draft: Path, journal: bytes | None, partial: bytes) -> None:
