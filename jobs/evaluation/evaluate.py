@@ -164,16 +164,18 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
 
 
 def check_unchanged(inputs: Sequence[Artifact]) -> None:
-    """The inputs are what a signed adapter among them was trained on: no signature protects them themselves.
+    """The inputs are still what a signed adapter among them was trained on: no signature protects them themselves. An
+    adapter from another environment may be evaluated on other data.
 
     Raises:
         UserError: one was changed since.
     """
-    read = {name: digest for each in inputs if each.manifest["kind"] == "adapter"
-            for name, digest in each.manifest["about"].get(artifacts.READ, {}).items()}
+    read = {(name, adapter.manifest["inputs"].get(name)): digest
+            for adapter in inputs if adapter.manifest["kind"] == "adapter"
+            for name, digest in adapter.manifest["about"].get(artifacts.READ, {}).items()}
     for each in inputs:
         name = each.manifest["kind"].replace("-", "_")
-        if name in read and read[name] != artifacts.content_digest(each.manifest):
+        if read.get((name, each.digest)) not in (None, artifacts.content_digest(each.manifest)):
             raise UserError(f"{each.path}: is not what the adapter was trained on: its content was changed since, with "
                             f"its {artifacts.MANIFEST}. Find out who can write to this volume, and move it away to "
                             "have it made again. Nothing is promoted")
