@@ -608,6 +608,7 @@ def test_all_pods_together_fit_a_small_node() -> None:
 WAITS = {"dataset-encoding": {"dataset-relocation", "tokenizer-relocation"},
          "model-training": {"dataset-encoding", "model-relocation", "tokenizer-relocation"},
          "model-evaluation": {*STAGES} - {"model-evaluation"},
+         "adapter-publication": {"model-evaluation"},
          **{name: set() for name in STAGES if name.endswith("-relocation")}}
 
 
@@ -667,7 +668,7 @@ def test_serving_goes_before_jobs_where_the_cluster_has_the_classes() -> None:
         role = template["metadata"]["labels"]["app.kubernetes.io/component"]
         used.setdefault(template["spec"].get("priorityClassName", ""), set()).add(role)
     assert used == {"lora-gitops-serving": {"inference"}, "lora-gitops-jobs": {"relocation", "encoding", "training",
-                                                                                 "evaluation"},
+                                                                                 "evaluation", "publication"},
                     "": {"tensorboard"}}
     assert classes["lora-gitops-serving"]["value"] > classes["lora-gitops-jobs"]["value"] > 0
     assert classes["lora-gitops-jobs"]["preemptionPolicy"] == "Never"

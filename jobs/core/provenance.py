@@ -23,21 +23,19 @@ FILE = "provenance.json"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:lora-gitops:adapter:1"
 BUILDER = "urn:lora-gitops:jobs"
-VARIABLE = "GIT_COMMIT"  # of the environment's repository; without it, the statement has no commit
+VARIABLE = "GIT_COMMIT"  # of the environment's repository; training records it, where it is set
 
 
 def sign(pipeline: Pipeline, adapter: bytes, evaluation: bytes, evaluation_path: str, signer: Signer) -> bytes:
-    """The content of `provenance.json`; the same for the same manifests, commit and key.
+    """The content of `provenance.json`; the same for the same manifests, sources and key.
 
     Args:
         adapter: the content of the adapter's `artifact.json`.
         evaluation: that of the `artifact.json` of the evaluation that proved it, as it is published.
         evaluation_path: where that is in what is published.
-    Raises:
-        UserError: GIT_COMMIT is no commit.
     """
     return signer.sign_statement({MANIFEST: _sha256(adapter)}, PREDICATE, predicate(
-        pipeline, json.loads(adapter), json.loads(evaluation), evaluation_path, _sha256(evaluation), commit())).encode()
+        pipeline, json.loads(adapter), json.loads(evaluation), evaluation_path, _sha256(evaluation))).encode()
 
 
 def commit() -> str | None:
@@ -53,12 +51,12 @@ def commit() -> str | None:
 
 
 def predicate(pipeline: Pipeline, adapter: Mapping[str, Any], evaluation: Mapping[str, Any], evaluation_path: str,
-              evaluation_sha256: str, commit: str | None) -> dict[str, Any]:
+              evaluation_sha256: str) -> dict[str, Any]:
     """SLSA's predicate about an adapter, from the manifests of adapter and evaluation. Has no numbers (`signing`)."""
     sources = pipeline.environment.sources() | pipeline.sources()
     made_from = [_dependency(key, source) for key, source in sources.items()]
-    if commit:
-        made_from.append({"name": "repository", "digest": {"gitCommit": commit}})
+    if trained_by := adapter["about"].get("commit"):
+        made_from.append({"name": "repository", "digest": {"gitCommit": trained_by}})
     return {
         "buildDefinition": {
             "buildType": BUILD_TYPE,

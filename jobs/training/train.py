@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.core import artifacts, attention, models, signing
+from jobs.core import artifacts, attention, models, provenance, signing
 from jobs.core.errors import Terminated, UserError
 from jobs.core.imports import fast_imports
 from jobs.core.layout import CHECKPOINTS, TENSORBOARD
@@ -87,12 +87,13 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
     """
     pipeline = loaded.pipeline
     wanted = plan(pipeline)
-    signer = signing.signer(pipeline.environment)  # raises now, instead of after hours of training
+    # These raise now, instead of after hours of training.
+    signer, commit = signing.signer(pipeline.environment), provenance.commit()
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     if distributed.is_worker():
         if not distributed.is_main():
             log.setLevel(logging.WARNING)
-        publish_adapter(pipeline, wanted, volumes, wait_seconds, signer)
+        publish_adapter(pipeline, wanted, volumes, wait_seconds, signer, commit)
     elif not artifacts.done(wanted.adapter, volumes, signer):
         artifacts.wait_until_there([wanted.encoded_dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
         models.check_gpu()
@@ -100,7 +101,7 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
         if launch is None:
             # If it sees more GPUs, Trainer divides the batch by rows, but this batch is one row of tokens.
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-            publish_adapter(pipeline, wanted, volumes, wait_seconds, signer)
+            publish_adapter(pipeline, wanted, volumes, wait_seconds, signer, commit)
         else:
             distributed.launch(launch, ["--pipeline", str(loaded.path), "--volumes", str(volumes),
                                         "--wait-seconds", str(wait_seconds), "train"], wait_seconds)
@@ -112,7 +113,7 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
 
 
 def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float,
-                    signer: Signer | None = None) -> None:
+                    signer: Signer | None = None, commit: str | None = None) -> None:
     """Wait for the inputs, reject what could not be served, train the adapter and publish it."""
     encoded_dataset, base_model, tokenizer_files = artifacts.wait(
         [wanted.encoded_dataset, wanted.base_model, wanted.tokenizer], volumes, wait_seconds)
@@ -126,6 +127,11 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
     if pipeline.environment.serving.mode == "merged":
         merge.stored_dtype(base_model.path)  # raises now, instead of after hours of training
     check_length(models.read_config(base_model.path), pipeline.training)
+
+    inputs = {"base_model": base_model, "tokenizer": tokenizer_files, "encoded_dataset": encoded_dataset,
+              # Training reads its tokens only. The evaluation will read its records.
+              "dataset": artifacts.find(wanted.dataset, volumes) if signer else None}
+    read = {name: artifacts.content_digest(each.manifest) for name, each in inputs.items() if each}
 
     runs = volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest
     own = Folders(volumes / FINE_TUNED_VOLUME / CHECKPOINTS / wanted.adapter.digest, runs / "train")
@@ -163,7 +169,8 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
             done = train_adapter(draft)
         finish_adapter(draft, pipeline.model_copy(update={"training": done.training}), done.splits, done.history,
                        layers(done.training), wanted.dataset.digest, done.search)
-        return {"base_model": pipeline.environment.base_model.name, "dataset": wanted.dataset.digest}
+        return {"base_model": pipeline.environment.base_model.name, "dataset": wanted.dataset.digest,
+                **({"commit": commit} if commit else {}), **({artifacts.READ: read} if signer else {})}
 
     if team.main:
         adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.environment.retention.keep,

@@ -18,7 +18,8 @@ from tests.build_pipeline import COMMIT, SHA256
 from tests.build_signing import pair
 
 ADAPTER = json.dumps({"digest": "0123456789abcdef", "versions": {"python": "3.11.15", "torch": "2.13.0"},
-                      "started": "2026-11-26T09:00:00+00:00", "finished": "2026-11-26T09:30:00+00:00"}).encode()
+                      "started": "2026-11-26T09:00:00+00:00", "finished": "2026-11-26T09:30:00+00:00",
+                      "about": {}}).encode()
 EVALUATION = json.dumps({"digest": "fedcba9876543210", "about": {"passed": True}}).encode()
 
 
@@ -55,15 +56,28 @@ def test_it_is_about_the_manifest_and_names_sources_by_pin_versions_and_verdict(
         "annotations": {"digest": "fedcba9876543210", "passed": True}}]
 
 
-def test_the_commit_is_there_where_the_stage_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_there_where_training_knew_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "repository" not in json.dumps(statement(made()))
+    manifest = json.dumps(json.loads(ADAPTER) | {"about": {"commit": COMMIT}}).encode()
+    found = statement(provenance.sign(build_pipeline.build(), manifest, EVALUATION, "evaluation/artifact.json",
+                                      build_signing.signer(pair())))
+    assert {"name": "repository", "digest": {"gitCommit": COMMIT}} in (
+        found["predicate"]["buildDefinition"]["resolvedDependencies"])
+
+
+@pytest.mark.parametrize(("text", "commit"), [(None, None), ("", None), (f"{COMMIT}\n", COMMIT)])
+def test_the_commit_comes_from_a_variable(monkeypatch: pytest.MonkeyPatch, text: str | None,
+                                          commit: str | None) -> None:
     monkeypatch.delenv(provenance.VARIABLE, raising=False)
-    assert "repository" not in made().decode()
-    monkeypatch.setenv(provenance.VARIABLE, COMMIT)
-    dependencies = statement(made())["predicate"]["buildDefinition"]["resolvedDependencies"]
-    assert {"name": "repository", "digest": {"gitCommit": COMMIT}} in dependencies
+    if text is not None:
+        monkeypatch.setenv(provenance.VARIABLE, text)
+    assert provenance.commit() == commit
+
+
+def test_a_variable_that_is_no_commit_is_an_error_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(provenance.VARIABLE, "main")
     with pytest.raises(UserError, match="GIT_COMMIT is 'main', but must be a commit"):
-        made()
+        provenance.commit()
 
 
 @pytest.mark.parametrize(("source", "uri"), [

@@ -351,9 +351,10 @@ def test_the_documented_commands_make_a_key_that_signs_and_verify_what_it_signed
     monkeypatch.setenv(signing.VARIABLE, str(tmp_path / "signing.key"))
     signer = signing.signer(environment_with((tmp_path / "signing.pub").read_text()))
 
-    spec = artifacts.Spec("volume", "adapter", {})
-    folder = artifacts.publish(spec, tmp_path, lambda draft: (draft / "weights").write_text("w") and None, keep=1,
-                               signer=signer).path
+    def write(draft: Path) -> None:
+        (draft / "weights").write_text("w")
+
+    folder = artifacts.publish(artifacts.Spec("volume", "adapter", {}), tmp_path, write, keep=1, signer=signer).path
     shutil.copyfile(tmp_path / "signing.pub", folder / "signing.pub")
     by_hand = run_shell(commands("Verify by hand"), folder)
     assert by_hand.returncode == 0, by_hand.stderr

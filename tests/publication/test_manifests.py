@@ -63,11 +63,13 @@ def test_nothing_else_changes() -> None:
     assert others(rendered("kind")) == render(CHECKOUT / "overlays" / "kind")
 
 
-def test_only_publication_sees_the_registrys_credentials() -> None:
+def test_only_publication_sees_the_credentials_with_which_it_writes() -> None:
+    """Relocation has others, which need only read; the other stages have none."""
     for name, job in by_name(rendered("kind"), "Job").items():
-        secrets = [volume["secret"]["secretName"] for volume in job["spec"]["template"]["spec"]["volumes"]
-                   if "secret" in volume]
-        assert secrets == (["publication-registry"] if name in jobs(rendered("kind")) else []), name
+        template = job["spec"]["template"]
+        role = template["metadata"]["labels"]["app.kubernetes.io/component"]
+        secrets = [volume["secret"]["secretName"] for volume in template["spec"]["volumes"] if "secret" in volume]
+        assert secrets == ([f"{role}-registry"] if role in ("publication", "relocation") else []), name
 
 
 @pytest.mark.parametrize(("components", "reached"), [((), []), (("publication/public",), PUBLIC)])
