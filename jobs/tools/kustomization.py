@@ -50,6 +50,8 @@ COPIED_BYTES = 2**21  # of a larger file beside a kustomization no ConfigMap can
 NAME_CHARACTERS = 63  # of a Job, which becomes a label of its pods; of a pod, which becomes its host name
 POD_SUFFIX = 6  # characters that the Job controller adds to the name of a pod: -x7k2p
 NAME = "app.kubernetes.io/name"
+PUBLICATION = "adapter-publication"
+NOWHERE = "192.0.2.1/32"  # in base/publication/network-policy.yaml, to be replaced
 SIGNING_STAGES = frozenset({"model-training", "model-evaluation", "adapter-publication"})
 INSTANCE = "app.kubernetes.io/instance"  # the label that has an adapter's name
 THREADS = 4
@@ -124,6 +126,7 @@ def check(overlay: Path, environment: LoadedEnvironment | None = None,
     problems += [*jobs_of_another_kind(overlay, whole, adapters or {}),
                  *sources_out_of_reach(overlay, whole, environment, adapters or {}),
                  *stages_without_key(overlay, whole, environment, adapters or {}),
+                 *publication_without_place(overlay, whole, environment, adapters or {}),
                  *names_too_long(overlay, whole, only)]
     if scope:
         problems += [*patches_without_effect(scope), *names_that_do_not_follow(scope)]
@@ -354,6 +357,31 @@ def stages_without_key(overlay: Path, whole: list[pods.Manifest], environment: L
     if not asks.environment.signing and any(has_key for _, has_key in signs):
         log.warning("%s: the signing key is mounted, but %s names no public key (signing.public_keys), so nothing is "
                     "signed", overlay, asks.path)
+
+
+def publication_without_place(overlay: Path, whole: list[pods.Manifest], environment: LoadedEnvironment | None,
+                              adapters: Mapping[str, LoadedAdapter]) -> Iterator[str]:
+    """What keeps the publication of adapters from its place: no place, no component, or no address."""
+    asks = environment or next(iter(adapters.values())).environment if environment or adapters else None
+    if asks is None:
+        return
+    publishes = [template for template in pods.pod_templates(whole).values()
+                 if (template["metadata"].get("labels") or {}).get(NAME) == PUBLICATION]
+    place = asks.environment.publication
+    if not publishes:
+        if place and environment:
+            log.warning("%s: says where adapters are published, but no adapter is: list base/publication/adapter in "
+                        "the kustomization.yaml of those that are (docs/publication.md)", asks.path)
+        return
+    if place is None:
+        yield (f"{overlay}: has the Job {PUBLICATION}, but {asks.path} does not say where to publish. Add "
+               "`publication: {to: oci://REGISTRY/PREFIX}` to it")
+    if not any(m["kind"] == "ServiceAccount" and m["metadata"]["name"] == "publication" for m in whole):
+        yield (f"{overlay}: has the Job {PUBLICATION}, but not its service account and network policy. List the "
+               "component base/publication in its kustomization.yaml")
+    if any(NOWHERE in str(m.get("spec")) for m in whole if m["kind"] == "NetworkPolicy"):
+        yield (f"{overlay}: the network policy `publication` lets {PUBLICATION} reach nothing. Patch in the address of "
+               "the registry or the bucket, or list base/publication/public (docs/publication.md)")
 
 
 def selects(selector: pods.Manifest, labels: dict[str, str]) -> bool:
