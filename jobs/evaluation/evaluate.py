@@ -169,11 +169,12 @@ def check_unchanged(inputs: Sequence[Artifact]) -> None:
     Raises:
         UserError: one was changed since.
     """
-    read = {name: digest for each in inputs if each.manifest["kind"] == "adapter"
-            for name, digest in each.manifest["about"].get(artifacts.READ, {}).items()}
+    # By their digests too: an imported adapter is evaluated on other data than it was trained on.
+    read = {(name, each.manifest["inputs"].get(name)): content for each in inputs if each.manifest["kind"] == "adapter"
+            for name, content in each.manifest["about"].get(artifacts.READ, {}).items()}
     for each in inputs:
-        name = each.manifest["kind"].replace("-", "_")
-        if name in read and read[name] != artifacts.content_digest(each.manifest):
+        named = each.manifest["kind"].replace("-", "_"), each.digest
+        if named in read and read[named] != artifacts.content_digest(each.manifest):
             raise UserError(f"{each.path}: is not what the adapter was trained on: its content was changed since, with "
                             f"its {artifacts.MANIFEST}. Find out who can write to this volume, and move it away to "
                             "have it made again. Nothing is promoted")
