@@ -164,18 +164,17 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
 
 
 def check_unchanged(inputs: Sequence[Artifact]) -> None:
-    """The inputs are still what a signed adapter among them was trained on: no signature protects them themselves. An
-    adapter from another environment may be evaluated on other data.
+    """The inputs are what a signed adapter among them was trained on: no signature protects them themselves.
 
     Raises:
         UserError: one was changed since.
     """
-    read = {(name, adapter.manifest["inputs"].get(name)): digest
-            for adapter in inputs if adapter.manifest["kind"] == "adapter"
-            for name, digest in adapter.manifest["about"].get(artifacts.READ, {}).items()}
+    # By their digests too: an imported adapter is evaluated on other data than it was trained on.
+    read = {(name, each.manifest["inputs"].get(name)): content for each in inputs if each.manifest["kind"] == "adapter"
+            for name, content in each.manifest["about"].get(artifacts.READ, {}).items()}
     for each in inputs:
-        name = each.manifest["kind"].replace("-", "_")
-        if read.get((name, each.digest)) not in (None, artifacts.content_digest(each.manifest)):
+        named = each.manifest["kind"].replace("-", "_"), each.digest
+        if named in read and read[named] != artifacts.content_digest(each.manifest):
             raise UserError(f"{each.path}: is not what the adapter was trained on: its content was changed since, with "
                             f"its {artifacts.MANIFEST}. Find out who can write to this volume, and move it away to "
                             "have it made again. Nothing is promoted")

@@ -90,11 +90,12 @@ def _licences(package: str, version: str) -> list[dict[str, Any]]:
         return []
     if installed["Version"] != version:
         return []
-    if expression := installed.get("License-Expression"):
-        return [{"expression": expression}]
+    if "License-Expression" in installed:
+        return [{"expression": installed["License-Expression"]}]
     names = [classifier.rpartition(" :: ")[2] for classifier in installed.get_all("Classifier") or []
              if classifier.startswith("License :: ") and classifier.count(" :: ") > 1]
-    if not names and len(named := (installed.get("License") or "").strip()) in range(1, SHORT + 1):
+    named = installed["License"].strip() if "License" in installed else ""
+    if not names and 0 < len(named) <= SHORT:
         names = [named]
     return [{"license": {"name": name}} for name in names]
 

@@ -67,9 +67,10 @@ STAGES = {
     "encode": ("encoded_dataset",),
     "train": ("adapter", "merged_model"),
     "evaluate": ("base_scores", "adapter_scores", "reference_scores", "evaluation"),
+    "publish": (),  # what it makes is elsewhere
 }
 SHARED = tuple(each.name for each in dataclasses.fields(EnvironmentPlan))
-COMMANDS = {command: not set(made) <= set(SHARED) for command, made in STAGES.items()}
+COMMANDS = {command: not made or not set(made) <= set(SHARED) for command, made in STAGES.items()}
 VOLUMES = (DATASET_VOLUME, BASE_MODEL_VOLUME, TOKENIZER_VOLUME, REFERENCE_VOLUME, FINE_TUNED_VOLUME)
 Specs = dict[str, Spec]
 
@@ -427,6 +428,8 @@ def _runs(before: Side | None, after: Side, made: Mapping[tuple[str | None, str]
         makes = tuple(f"{adapter}/{change.name}" if adapter else change.name
                       for command, adapter in each.stages for (of, _), change in made.items()
                       if of == adapter and change.stage == command and is_made(change, made.get((of, "evaluation"))))
+        makes += tuple(f"{adapter}/publication" for command, adapter in each.stages if command == "publish"
+                       and (evaluation := made.get((adapter, "evaluation"))) and is_made(evaluation, evaluation))
         runs.append(Run(each, predecessors.pop((each.kind, each.title), None), each.name not in names, makes))
     return runs, sorted(predecessors.values())
 

@@ -2,6 +2,7 @@
 
 - An adapter's folder that does not render. kustomize then renders nothing at all: the others are checked without it.
 - A source out of reach: a Job has a source to fetch, but the network policies let it reach nothing.
+- An adapter whose Jobs are those of another kind: it is imported, and they train it, or none evaluates it.
 - A name that is too long for what Kubernetes derives from it.
 - A patch without effect. kustomize ignores a patch whose target matches nothing, so a mirror or a limit that applies to
   no Job would go unnoticed. Each patch is left out once: the overlay must render differently.
@@ -34,7 +35,7 @@ from jobs.core import signing
 from jobs.core.declarations import Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
-from jobs.core.imported import LoadedAdapter
+from jobs.core.imported import LoadedAdapter, LoadedImport
 from jobs.core.pipeline import ADAPTERS
 from jobs.tools import pods
 
@@ -49,6 +50,8 @@ COPIED_BYTES = 2**21  # of a larger file beside a kustomization no ConfigMap can
 NAME_CHARACTERS = 63  # of a Job, which becomes a label of its pods; of a pod, which becomes its host name
 POD_SUFFIX = 6  # characters that the Job controller adds to the name of a pod: -x7k2p
 NAME = "app.kubernetes.io/name"
+PUBLICATION = "adapter-publication"
+NOWHERE = "192.0.2.1/32"  # in base/publication/network-policy.yaml, to be replaced
 SIGNING_STAGES = frozenset({"model-training", "model-evaluation", "adapter-publication"})
 INSTANCE = "app.kubernetes.io/instance"  # the label that has an adapter's name
 THREADS = 4
@@ -120,8 +123,10 @@ def check(overlay: Path, environment: LoadedEnvironment | None = None,
         except UserError:
             raise UserError("\n".join([*problems, str(error)])) from None
     scope = narrowed(overlay, whole, present, only)
-    problems += [*sources_out_of_reach(overlay, whole, environment, adapters or {}),
+    problems += [*jobs_of_another_kind(overlay, whole, adapters or {}),
+                 *sources_out_of_reach(overlay, whole, environment, adapters or {}),
                  *stages_without_key(overlay, whole, environment, adapters or {}),
+                 *publication_without_place(overlay, whole, environment, adapters or {}),
                  *names_too_long(overlay, whole, only)]
     if scope:
         problems += [*patches_without_effect(scope), *names_that_do_not_follow(scope)]
@@ -304,6 +309,36 @@ def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest], environment:
                     "base/egress/models-only in its kustomization.yaml", overlay)
 
 
+def jobs_of_another_kind(overlay: Path, whole: list[pods.Manifest], adapters: Mapping[str, LoadedAdapter]
+                         ) -> Iterator[str]:
+    """The adapters whose Jobs do not do what their pipeline.yaml says: train, import, or import and evaluate."""
+    claims = {m["metadata"]["name"] for m in whole if m["kind"] == "PersistentVolumeClaim"}
+    labels = [template["metadata"].get("labels") or {} for template in pods.pod_templates(whole).values()]
+    for name, loaded in adapters.items():
+        jobs = {each[NAME] for each in labels if each.get(INSTANCE) == name and NAME in each}
+        if jobs and (problem := _wrong_jobs(loaded, jobs, claims)):
+            yield f"{overlay / ADAPTERS / name}: {problem}"
+
+
+def _wrong_jobs(loaded: LoadedAdapter, jobs: Collection[str], claims: Collection[str]) -> str | None:
+    """What is wrong with the Jobs of an adapter, by their names without suffix; None if nothing is."""
+    evaluates, component = "model-evaluation" in jobs, "the component base/imported-adapter/evaluated"
+    if not isinstance(loaded, LoadedImport):
+        return ("pipeline.yaml has no `source`, and its kustomization.yaml makes the Job of an imported adapter. List "
+                "base/adapter under `resources`") if "adapter-relocation" in jobs else None
+    if "adapter-relocation" not in jobs or "model-training" in jobs:
+        return ("pipeline.yaml has a `source`, and its kustomization.yaml makes the Jobs of an adapter that is trained "
+                "here. List base/imported-adapter under `resources` instead")
+    if loaded.pipeline.evaluation is None:
+        return (f"its kustomization.yaml lists {component}, and pipeline.yaml has no `dataset` and `evaluation`. "
+                "Remove the one or add the others") if evaluates else None
+    if not evaluates:
+        return ("pipeline.yaml has `evaluation`, and no Job evaluates the adapter, so it would never be promoted. List "
+                f"{component} in its kustomization.yaml, before base/adapter/names")
+    return ("it is evaluated here, and the component base/serving-only removes the volumes for that: leave it out of "
+            "the overlay's kustomization.yaml") if "dataset-pvc" not in claims else None
+
+
 def stages_without_key(overlay: Path, whole: list[pods.Manifest], environment: LoadedEnvironment | None,
                        adapters: Mapping[str, LoadedAdapter]) -> Iterator[str]:
     """The stages that are to sign what they publish, and have no key; without the key they fail."""
@@ -322,6 +357,31 @@ def stages_without_key(overlay: Path, whole: list[pods.Manifest], environment: L
     if not asks.environment.signing and any(has_key for _, has_key in signs):
         log.warning("%s: the signing key is mounted, but %s names no public key (signing.public_keys), so nothing is "
                     "signed", overlay, asks.path)
+
+
+def publication_without_place(overlay: Path, whole: list[pods.Manifest], environment: LoadedEnvironment | None,
+                              adapters: Mapping[str, LoadedAdapter]) -> Iterator[str]:
+    """What keeps the publication of adapters from its place: no place, no component, or no address."""
+    asks = environment or next(iter(adapters.values())).environment if environment or adapters else None
+    if asks is None:
+        return
+    publishes = [template for template in pods.pod_templates(whole).values()
+                 if (template["metadata"].get("labels") or {}).get(NAME) == PUBLICATION]
+    place = asks.environment.publication
+    if not publishes:
+        if place and environment:
+            log.warning("%s: says where adapters are published, but no adapter is: list base/publication/adapter in "
+                        "the kustomization.yaml of those that are (docs/publication.md)", asks.path)
+        return
+    if place is None:
+        yield (f"{overlay}: has the Job {PUBLICATION}, but {asks.path} does not say where to publish. Add "
+               "`publication: {to: oci://REGISTRY/PREFIX}` to it")
+    if not any(m["kind"] == "ServiceAccount" and m["metadata"]["name"] == "publication" for m in whole):
+        yield (f"{overlay}: has the Job {PUBLICATION}, but not its service account and network policy. List the "
+               "component base/publication in its kustomization.yaml")
+    if any(NOWHERE in str(m.get("spec")) for m in whole if m["kind"] == "NetworkPolicy"):
+        yield (f"{overlay}: the network policy `publication` lets {PUBLICATION} reach nothing. Patch in the address of "
+               "the registry or the bucket, or list base/publication/public (docs/publication.md)")
 
 
 def selects(selector: pods.Manifest, labels: dict[str, str]) -> bool:

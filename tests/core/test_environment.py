@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from jobs.core import environment
 from jobs.core.declarations import Source
-from jobs.core.environment import SERVABLE_RANKS, Environment
+from jobs.core.environment import SERVABLE_RANKS, Environment, Publication
 from jobs.core.errors import UserError
 from jobs.core.plan import plan, plan_environment
 from tests import build_pipeline
@@ -118,7 +118,7 @@ def test_arguments_of_the_chat_template_keep_their_types(tmp_path: Path) -> None
                                 "s3://bucket/team/adapters"])
 def test_publication_names_a_place_and_changes_no_digest(to: str) -> None:
     values = build_pipeline.environment()
-    found = Environment(**values, publication={"to": to})
+    found = Environment(**values, publication=Publication(to=to))
     assert found.publication and (found.publication.to, found.publication.answers) == (to, False)
     assert plan_environment(found) == plan_environment(Environment(**values))
 
@@ -128,7 +128,7 @@ def test_publication_names_a_place_and_changes_no_digest(to: str) -> None:
                                 "oci://registry.example.com/Team", f"oci://r.example.com/a@sha256:{'0' * 64}"])
 def test_publication_to_what_is_no_place_is_refused(to: str) -> None:
     with pytest.raises(ValidationError, match="must be oci://REGISTRY/PREFIX"):
-        Environment(**build_pipeline.environment(), publication={"to": to})
+        Publication(to=to)
 
 
 # --- signing ----------------------------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def test_plain_http_is_for_this_machine_and_for_hosts_that_are_named(monkeypatch
 def test_a_busy_registry_gets_the_pause_that_it_requests(server: registry_server.Registry,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(registry.time, "sleep", pauses.append)
+    monkeypatch.setattr("jobs.core.registry.time.sleep", pauses.append)
     server.push("team/adapters/seville", {"a": b"1"}, "v1")
     server.faults += [Fault("manifests", status=429, retry_after="7"), Fault("manifests", status=503)]
     assert client(server.host).manifest("v1").layers()
@@ -255,7 +255,11 @@ def test_a_small_blob_is_verified_and_limited(server: registry_server.Registry) 
     ({"layers": []}, "lists no files"),
     ({"layers": "none"}, "cannot be used"),
     ({"layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": ZEROS, "size": 1}]},
+     "is an archive.*oras push"),
+    ({"layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": ZEROS, "size": 1}]},
      "not a file.*oras push"),
+    ({"layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": ZEROS, "size": 1,
+                  "annotations": {registry.TITLE: "folder"}}]}, "is an archive.*oras push"),  # oras-py
     ({"layers": [{"mediaType": "x", "digest": ZEROS, "size": 1, "annotations": {
         registry.TITLE: "folder", "io.deis.oras.content.unpack": "true"}}]}, "is an archive.*oras push"),
     ({"layers": [{"mediaType": "application/vnd.cncf.model.weight.v1.tar", "digest": ZEROS, "size": 1, "annotations": {

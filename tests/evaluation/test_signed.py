@@ -11,7 +11,6 @@ import pytest
 
 from jobs.__main__ import main
 from jobs.core import artifacts, promotion, signing
-from jobs.core.errors import UserError
 from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import FINE_TUNED_VOLUME, plan
 from jobs.evaluation import evaluate, scoring
@@ -169,17 +168,3 @@ def test_what_was_changed_since_the_training_is_found_although_it_is_not_signed(
     assert run(loaded, volumes) == 2
     assert f"{folder}: is not what the adapter was trained on" in capsys.readouterr().err
     assert not list((volumes / FINE_TUNED_VOLUME).glob("scores/*"))
-
-
-def test_an_adapter_that_was_trained_on_other_data_may_be_evaluated_on_this(tmp_path: Path) -> None:
-    """An imported one, on data of this environment."""
-    def artifact(kind: str, digest: str, **manifest: Any) -> artifacts.Artifact:
-        return artifacts.Artifact(tmp_path, {"kind": kind, "digest": digest, "files": [], "inputs": {}, "about": {},
-                                             **manifest})
-
-    theirs, ours = artifact("dataset", "theirs"), artifact("dataset", "ours")
-    adapter = artifact("adapter", "adapter", inputs={"dataset": "theirs"},
-                       about={artifacts.READ: {"dataset": artifacts.content_digest(theirs.manifest)}})
-    evaluate.check_unchanged([adapter, theirs, ours])
-    with pytest.raises(UserError, match="is not what the adapter was trained on"):
-        evaluate.check_unchanged([adapter, artifact("dataset", "theirs", files=["changed"])])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.core import environment
+from jobs.tools import changes, kustomization, overlay
 from tests.manifests import CHECKOUT, Manifest, by_name, containers, copy, of_kind, render, restricted_violations
 from tests.test_manifests import PRIVATE, PUBLIC, env, mounts, policies, reaches, replace
 from tests.validation import problems
@@ -99,3 +101,39 @@ def test_the_overlay_chooses_the_address(tmp_path: Path) -> None:
     assert reaches(manifests, job["spec"]["template"], "203.0.113.7", 443)
     assert not reaches(manifests, job["spec"]["template"], PUBLIC[0], 443)
     assert len(of_kind(manifests, "NetworkPolicy")) == len(of_kind(rendered("kind"), "NetworkPolicy"))
+
+
+def test_a_plan_says_when_an_adapter_is_published() -> None:
+    loaded = overlay.load(CHECKOUT / "overlays" / "kind")
+    adapters = {name: each.pipeline for name, each in loaded.adapters.items()}
+    side = changes.Side(loaded.environment.environment, adapters, rendered("kind"))
+
+    def makes(before: changes.Side | None) -> dict[str, tuple[str, ...]]:
+        return {run.workload.title: run.makes for run in changes.compare(before, side).runs
+                if run.workload.title.startswith("adapter-publication")}
+
+    assert makes(None) == {f"adapter-publication-{name}": (f"{name}/publication",) for name in adapters}
+    assert makes(side) == {f"adapter-publication-{name}": () for name in adapters}
+
+
+def test_check_finds_what_keeps_publication_from_its_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = copy(tmp_path)
+    adapter = folder / "adapters/hostel-guide/kustomization.yaml"
+
+    def problems() -> list[str]:
+        caplog.clear()
+        return list(kustomization.publication_without_place(folder, render(folder), environment.load(folder), {}))
+
+    assert problems() == [] and not caplog.text
+    replace(adapter, f"# {ADAPTER} ", f"{ADAPTER} ")
+    nowhere, no_component = problems()
+    assert "environment.yaml does not say where to publish" in nowhere and "component base/publication" in no_component
+    with (folder / "environment.yaml").open("a") as file:
+        file.write("\npublication: {to: oci://registry.example.com/team}\n")
+    replace(folder / "kustomization.yaml", "# - ../../base/publication ", "- ../../base/publication ")
+    (no_address,) = problems()
+    assert "reach nothing. Patch in the address" in no_address
+    replace(folder / "kustomization.yaml", "# - ../../base/publication/public ", "- ../../base/publication/public ")
+    assert problems() == [] and not caplog.text
+    replace(adapter, f"{ADAPTER} ", f"# {ADAPTER} ")
+    assert problems() == [] and "no adapter is: list base/publication/adapter" in caplog.text
