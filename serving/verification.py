@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.core import proof
-from jobs.core.artifacts import SIGNATURE, canonical
+from jobs.core.artifacts import MANIFEST, READ, SIGNATURE, canonical, content_digest
 from jobs.core.errors import UserError
 from jobs.core.files import human_bytes
 from jobs.core.proof import Proof
@@ -157,6 +157,8 @@ def verify(folder: Path, served: Served, modules: Callable[[], Modules], keys: S
     for key, digest in (("base_model", served.base_model), ("tokenizer", served.tokenizer)):
         if manifest["inputs"].get(key) != digest:
             raise Refused("base", f"it was trained on {key} {manifest['inputs'].get(key)}; this server serves {digest}")
+    if keys:
+        check_base_unchanged(manifest, served)
     check_template(manifest, served)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -164,6 +166,27 @@ def verify(folder: Path, served: Served, modules: Callable[[], Modules], keys: S
     config, known = lora.check_config(folder / CONFIG, served.max_lora_rank), modules()
     lora.check_weights(folder / WEIGHTS, config, known)
     lora.check_desired(config, manifest["spec"].get("lora"), known)
+
+
+def check_base_unchanged(manifest: Mapping[str, Any], served: Served) -> None:
+    """Return if the base model on the volume is still what a signed adapter was trained on: it is not signed itself.
+
+    Raises:
+        Refused: with reason `base`.
+    """
+    about = manifest.get("about")
+    read = about.get(READ) if isinstance(about, dict) else None
+    expected = read.get("base_model") if isinstance(read, dict) else None
+    if expected is None:
+        return
+    try:
+        found = content_digest(read_json(Path(served.base_folder) / MANIFEST, "base", "cannot be read"))
+    except (LookupError, ValueError) as error:
+        raise Refused("base", one_line(f"the manifest of base model {served.base_model} is damaged ({error!r})")) \
+            from None
+    if found != expected:
+        raise Refused("base", f"base model {served.base_model} is not what it was trained on: its content was changed "
+                              "since")
 
 
 def check_template(manifest: Mapping[str, Any], served: Served) -> None:

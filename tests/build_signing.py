@@ -71,7 +71,8 @@ def sign_all(volumes: Path, keys: Pair) -> None:
 
 def tamper(artifact: Path, name: str) -> None:
     """Change a file as one who can write to the volume would: the manifest lists it as it is then."""
-    (artifact / name).write_bytes((artifact / name).read_bytes() + b" ")
+    content = (artifact / name).read_bytes()
+    (artifact / name).write_bytes(content + (content.splitlines(keepends=True)[0] if name.endswith(".jsonl") else b" "))
     manifest = json.loads((artifact / artifacts.MANIFEST).read_text())
     manifest["files"] = artifacts.listing(artifact)
     (artifact / artifacts.MANIFEST).write_text(json.dumps(manifest, indent=2))

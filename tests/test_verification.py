@@ -1033,3 +1033,20 @@ def test_what_stands_in_the_place_of_a_signature_is_refused_at_once(world: World
     file.unlink()
     put(file)
     assert refused_look(world, kind) == reason
+
+
+def test_a_base_model_that_was_changed_since_the_training_is_refused(world: World) -> None:
+    """It is not signed itself; the signed adapter says what it was trained on."""
+    build_adapter.base(world.volumes, world.plan)
+    base = world.plan.base_model.path(world.volumes)
+    world.served = replace(world.served, base_folder=str(base))
+    folder = signed_folder(world, "adapter")
+    manifest = json.loads((folder / "artifact.json").read_text())
+    manifest["about"]["read"] = {"base_model": artifacts.content_digest(artifacts.read(base).manifest)}
+    (folder / "artifact.json").write_text(json.dumps(manifest))
+    build_signing.sign_all(world.volumes, pair())
+    assert refused_look(world, "adapter") == ""
+    build_signing.tamper(base, "config.json")
+    assert refused_look(world, "adapter") == "base"
+    (base / "artifact.json").write_text("{}")
+    assert refused_look(world, "adapter") == "base"

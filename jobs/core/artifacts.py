@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("jobs")
 
+# In `about` of a signed adapter: `content_digest` of the inputs of its training, by their names in `inputs`. They are
+# not signed themselves; this is how evaluation and server find out that one was changed since.
+READ = "read"
+
 # Made by the stages that have the signing key, where the environment asks for signatures. Of what is relocated or
 # encoded, the pins in git are known, but not the key: relocation connects to the outside (docs/signing.md).
 SIGNED = frozenset({"adapter", "merged-model", "scores", "evaluation"})
@@ -90,6 +94,12 @@ def canonical(value: Any) -> bytes:
 
 def digest_of(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     return hashlib.sha256(canonical({"kind": kind, "spec": dict(spec), "inputs": dict(inputs)})).hexdigest()[:16]
+
+
+def content_digest(manifest: Mapping[str, Any]) -> str:
+    """A digest of an artifact's name and of the content of its files, by its manifest: the same for one that is made
+    again with the same bytes."""
+    return hashlib.sha256(canonical({"digest": manifest["digest"], "files": manifest["files"]})).hexdigest()
 
 
 def listing(folder: Path, progress: Callable[[int], None] | None = None,

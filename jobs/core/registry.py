@@ -42,7 +42,8 @@ RETRIED = (408, 425, 429, 500, 502, 503, 504)
 FILE_PATH = "org.cncf.model.filepath"
 TITLE = "org.opencontainers.image.title"
 UNPACK = "io.deis.oras.content.unpack"
-ARCHIVE = r"application/vnd\.cn(cf|ai)\.model\..*\.tar"
+# Media types of archives: ModelPack's, and those of packed folders and of images' layers.
+ARCHIVE = r"application/vnd\.cn(cf|ai)\.model\..*\.tar|.*\.tar[+.](gzip|zstd)"
 ADVICE = "docs/publication.md, Credentials, says how to give a Job credentials"
 
 _HOST = r"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
@@ -124,7 +125,7 @@ class Manifest:
 def _layer(layer: Mapping[str, Any]) -> Layer:
     notes = layer.get("annotations") or {}
     path, size, digest = notes.get(FILE_PATH) or notes.get(TITLE), layer["size"], layer["digest"]
-    # oras gives plain files, too, the media type of an archive; only this annotation distinguishes folders.
+    # oras gives plain files, too, the media type `…layer.v1.tar`; that of a packed folder has this annotation.
     archive = notes.get(UNPACK) == "true" or re.match(ARCHIVE, str(layer["mediaType"]))
     if not isinstance(path, str) or archive:
         raise ValueError(f"the layer {digest} ({layer['mediaType']}) is {'an archive' if archive else 'not a file'}. "

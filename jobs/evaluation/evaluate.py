@@ -157,11 +157,29 @@ def measure(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float
         read_privacy = functools.partial(privacy.Subjects.read, pipeline.evaluation.privacy, dataset.path,
                                          dataset.digest, encoded.path, template=pipeline.environment.chat_template)
     inputs = {spec.digest: spec for spec in (*_served(pipeline, wanted), *(i for each in missing for i in each.inputs))}
-    artifacts.wait(list(inputs.values()), volumes, wait_seconds, keys=pipeline.environment.trusted_keys)
+    found = artifacts.wait(list(inputs.values()), volumes, wait_seconds, keys=pipeline.environment.trusted_keys)
+    check_unchanged([*found, dataset])
     with models.gpu_memory("Take a GPU with more, a smaller reference model, or a lower training.max_length"):
         # All models share the scores' folder: with `keep: 1`, the last one's must not push out the first one's.
         scores.measure(missing, material, volumes, keep=len(everyone) * pipeline.environment.retention.keep,
                        adapter_name=pipeline.adapter, privacy=read_privacy, signer=signer)
+
+
+def check_unchanged(inputs: Sequence[Artifact]) -> None:
+    """The inputs are what a signed adapter among them was trained on: no signature protects them themselves.
+
+    Raises:
+        UserError: one was changed since.
+    """
+    # By their digests too: an imported adapter is evaluated on other data than it was trained on.
+    read = {(name, each.manifest["inputs"].get(name)): content for each in inputs if each.manifest["kind"] == "adapter"
+            for name, content in each.manifest["about"].get(artifacts.READ, {}).items()}
+    for each in inputs:
+        named = each.manifest["kind"].replace("-", "_"), each.digest
+        if named in read and read[named] != artifacts.content_digest(each.manifest):
+            raise UserError(f"{each.path}: is not what the adapter was trained on: its content was changed since, with "
+                            f"its {artifacts.MANIFEST}. Find out who can write to this volume, and move it away to "
+                            "have it made again. Nothing is promoted")
 
 
 def scored_models(pipeline: Pipeline, wanted: Plan, volumes: Path, other: Promoted | None) -> dict[str, ScoredModel]:

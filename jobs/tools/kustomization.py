@@ -2,6 +2,7 @@
 
 - An adapter's folder that does not render. kustomize then renders nothing at all: the others are checked without it.
 - A source out of reach: a Job has a source to fetch, but the network policies let it reach nothing.
+- An adapter whose Jobs are those of another kind: it is imported, and they train it, or none evaluates it.
 - A name that is too long for what Kubernetes derives from it.
 - A patch without effect. kustomize ignores a patch whose target matches nothing, so a mirror or a limit that applies to
   no Job would go unnoticed. Each patch is left out once: the overlay must render differently.
@@ -34,7 +35,7 @@ from jobs.core import signing
 from jobs.core.declarations import Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
-from jobs.core.imported import LoadedAdapter
+from jobs.core.imported import LoadedAdapter, LoadedImport
 from jobs.core.pipeline import ADAPTERS
 from jobs.tools import pods
 
@@ -122,7 +123,8 @@ def check(overlay: Path, environment: LoadedEnvironment | None = None,
         except UserError:
             raise UserError("\n".join([*problems, str(error)])) from None
     scope = narrowed(overlay, whole, present, only)
-    problems += [*sources_out_of_reach(overlay, whole, environment, adapters or {}),
+    problems += [*jobs_of_another_kind(overlay, whole, adapters or {}),
+                 *sources_out_of_reach(overlay, whole, environment, adapters or {}),
                  *stages_without_key(overlay, whole, environment, adapters or {}),
                  *publication_without_place(overlay, whole, environment, adapters or {}),
                  *names_too_long(overlay, whole, only)]
@@ -305,6 +307,36 @@ def sources_out_of_reach(overlay: Path, whole: list[pods.Manifest], environment:
     if open_without_need:
         log.warning("%s: the data is in git, but dataset-relocation may reach the network. List the component "
                     "base/egress/models-only in its kustomization.yaml", overlay)
+
+
+def jobs_of_another_kind(overlay: Path, whole: list[pods.Manifest], adapters: Mapping[str, LoadedAdapter]
+                         ) -> Iterator[str]:
+    """The adapters whose Jobs do not do what their pipeline.yaml says: train, import, or import and evaluate."""
+    claims = {m["metadata"]["name"] for m in whole if m["kind"] == "PersistentVolumeClaim"}
+    labels = [template["metadata"].get("labels") or {} for template in pods.pod_templates(whole).values()]
+    for name, loaded in adapters.items():
+        jobs = {each[NAME] for each in labels if each.get(INSTANCE) == name and NAME in each}
+        if jobs and (problem := _wrong_jobs(loaded, jobs, claims)):
+            yield f"{overlay / ADAPTERS / name}: {problem}"
+
+
+def _wrong_jobs(loaded: LoadedAdapter, jobs: Collection[str], claims: Collection[str]) -> str | None:
+    """What is wrong with the Jobs of an adapter, by their names without suffix; None if nothing is."""
+    evaluates, component = "model-evaluation" in jobs, "the component base/imported-adapter/evaluated"
+    if not isinstance(loaded, LoadedImport):
+        return ("pipeline.yaml has no `source`, and its kustomization.yaml makes the Job of an imported adapter. List "
+                "base/adapter under `resources`") if "adapter-relocation" in jobs else None
+    if "adapter-relocation" not in jobs or "model-training" in jobs:
+        return ("pipeline.yaml has a `source`, and its kustomization.yaml makes the Jobs of an adapter that is trained "
+                "here. List base/imported-adapter under `resources` instead")
+    if loaded.pipeline.evaluation is None:
+        return (f"its kustomization.yaml lists {component}, and pipeline.yaml has no `dataset` and `evaluation`. "
+                "Remove the one or add the others") if evaluates else None
+    if not evaluates:
+        return ("pipeline.yaml has `evaluation`, and no Job evaluates the adapter, so it would never be promoted. List "
+                f"{component} in its kustomization.yaml, before base/adapter/names")
+    return ("it is evaluated here, and the component base/serving-only removes the volumes for that: leave it out of "
+            "the overlay's kustomization.yaml") if "dataset-pvc" not in claims else None
 
 
 def stages_without_key(overlay: Path, whole: list[pods.Manifest], environment: LoadedEnvironment | None,

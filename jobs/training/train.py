@@ -128,6 +128,11 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         merge.stored_dtype(base_model.path)  # raises now, instead of after hours of training
     check_length(models.read_config(base_model.path), pipeline.training)
 
+    inputs = {"base_model": base_model, "tokenizer": tokenizer_files, "encoded_dataset": encoded_dataset,
+              # Training reads its tokens only. The evaluation will read its records.
+              "dataset": artifacts.find(wanted.dataset, volumes) if signer else None}
+    read = {name: artifacts.content_digest(each.manifest) for name, each in inputs.items() if each}
+
     runs = volumes / FINE_TUNED_VOLUME / TENSORBOARD / pipeline.adapter / wanted.adapter.digest
     own = Folders(volumes / FINE_TUNED_VOLUME / CHECKPOINTS / wanted.adapter.digest, runs / "train")
     team = Team(wait_seconds)
@@ -165,7 +170,7 @@ def publish_adapter(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_second
         finish_adapter(draft, pipeline.model_copy(update={"training": done.training}), done.splits, done.history,
                        layers(done.training), wanted.dataset.digest, done.search)
         return {"base_model": pipeline.environment.base_model.name, "dataset": wanted.dataset.digest,
-                **({"commit": commit} if commit else {})}
+                **({"commit": commit} if commit else {}), **({artifacts.READ: read} if signer else {})}
 
     if team.main:
         adapter = artifacts.publish(wanted.adapter, volumes, write, keep=pipeline.environment.retention.keep,

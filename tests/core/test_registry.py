@@ -255,7 +255,11 @@ def test_a_small_blob_is_verified_and_limited(server: registry_server.Registry) 
     ({"layers": []}, "lists no files"),
     ({"layers": "none"}, "cannot be used"),
     ({"layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": ZEROS, "size": 1}]},
+     "is an archive.*oras push"),
+    ({"layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": ZEROS, "size": 1}]},
      "not a file.*oras push"),
+    ({"layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": ZEROS, "size": 1,
+                  "annotations": {registry.TITLE: "folder"}}]}, "is an archive.*oras push"),  # oras-py
     ({"layers": [{"mediaType": "x", "digest": ZEROS, "size": 1, "annotations": {
         registry.TITLE: "folder", "io.deis.oras.content.unpack": "true"}}]}, "is an archive.*oras push"),
     ({"layers": [{"mediaType": "application/vnd.cncf.model.weight.v1.tar", "digest": ZEROS, "size": 1, "annotations": {

@@ -14,6 +14,8 @@ import yaml
 
 from jobs.__main__ import main
 from jobs.core import artifacts, imported, pipeline, promotion
+from jobs.core.artifacts import Artifact
+from jobs.core.errors import UserError
 from jobs.core.plan import deciding_evaluation, plan, plan_import
 from jobs.evaluation import content, evaluate, scoring
 from tests import registry_server
@@ -80,3 +82,18 @@ def test_it_is_measured_on_the_data_here_and_gets_its_name_by_the_gate_here(
     assert promotion.current(volumes / VOLUME, NAME) == current
     rejected = deciding_evaluation(imported.load(here).pipeline, arrived)
     assert json.loads((rejected.path(volumes) / "evaluation.json").read_text())["passed"] is False
+
+
+def test_a_signed_adapter_is_evaluated_on_other_data_than_it_was_trained_on_and_never_on_changed_inputs() -> None:
+    def artifact(kind: str, digest: str, content: str, **more: Any) -> Artifact:
+        return Artifact(Path(kind), {"kind": kind, "digest": digest, "inputs": {}, "about": {}, "files": [
+            {"path": "x", "size": 1, "sha256": content}], **more})
+
+    base, data = artifact("base-model", "b", "1"), artifact("dataset", "d", "2")
+    read = {"base_model": artifacts.content_digest(base.manifest), "dataset": artifacts.content_digest(data.manifest)}
+    adapter = artifact("adapter", "a", "3", inputs={"base_model": "b", "dataset": "d"}, about={artifacts.READ: read})
+    evaluate.check_unchanged([adapter, base, data])
+    evaluate.check_unchanged([adapter, base, artifact("dataset", "of another environment", "4")])
+    for changed in (artifact("dataset", "d", "5"), artifact("base-model", "b", "5")):
+        with pytest.raises(UserError, match="is not what the adapter was trained on"):
+            evaluate.check_unchanged([adapter, changed])

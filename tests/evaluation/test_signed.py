@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -141,5 +142,29 @@ def test_training_signs_its_adapter_and_trains_again_where_it_finds_one_that_is_
     assert run(loaded, volumes, "train") == 0
     trained = artifacts.read(adapter, [pair().public])
     assert trained.manifest["files"] != found.manifest["files"]
+    assert trained.manifest["about"][artifacts.READ] == {
+        name: artifacts.content_digest(artifacts.read(getattr(plan(loaded.pipeline), name).path(volumes)).manifest)
+        for name in ("base_model", "tokenizer", "encoded_dataset", "dataset")}
     assert run(loaded, volumes, "train") == 0
     assert artifacts.read(adapter, [pair().public]).manifest == trained.manifest, "not again"
+
+
+@pytest.mark.parametrize(("changed", "name"), [("dataset", "holdout.jsonl"), ("base_model", "config.json")])
+def test_what_was_changed_since_the_training_is_found_although_it_is_not_signed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changed: str,
+        name: str) -> None:
+    """The records by which an adapter is measured, or the base model, with a manifest that lists them as they are."""
+    loaded, volumes = pipeline(tmp_path, monkeypatch)
+    wanted = plan(loaded.pipeline)
+    adapter = wanted.adapter.path(volumes)
+    manifest = json.loads((adapter / "artifact.json").read_text())
+    manifest["about"][artifacts.READ] = {
+        each: artifacts.content_digest(artifacts.read(getattr(wanted, each).path(volumes)).manifest)
+        for each in ("dataset", "encoded_dataset", "base_model", "tokenizer")}
+    (adapter / "artifact.json").write_text(json.dumps(manifest))
+    build_signing.sign(adapter, pair())
+    folder = getattr(wanted, changed).path(volumes)
+    build_signing.tamper(folder, name)
+    assert run(loaded, volumes) == 2
+    assert f"{folder}: is not what the adapter was trained on" in capsys.readouterr().err
+    assert not list((volumes / FINE_TUNED_VOLUME).glob("scores/*"))

@@ -163,6 +163,21 @@ def test_wrong_content_is_not_taken(server: registry_server.Registry, here: Load
     assert "data/train.bin" not in names(draft)
 
 
+def test_a_blob_that_ends_early_at_any_byte_is_not_taken(server: registry_server.Registry, here: Loaded,
+                                                         draft: Path) -> None:
+    small = b'{"a": 1}'
+    server.push("team/model", {"small.json": small}, "v1")
+    items = sources.listing(here, pinned(server, here))
+    for end in range(len(small)):
+        server.blobs[digest_of(small)] = small[:end]
+        with pytest.raises((UserError, RetryableError)):
+            download.fetch(items, draft)
+        assert "small.json" not in names(draft)
+    server.blobs[digest_of(small)] = small
+    download.fetch(items, draft)
+    assert (draft / "small.json").read_bytes() == small
+
+
 def test_a_blob_that_the_registry_lost_is_named(server: registry_server.Registry, here: Loaded, draft: Path) -> None:
     source = pinned(server, here)
     del server.blobs[digest_of(CONTENT)]

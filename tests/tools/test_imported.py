@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from jobs.core.errors import UserError
 from jobs.core.imported import ImportedAdapter
 from jobs.core.plan import plan_import
 from jobs.relocation.sources import oci
-from jobs.tools import changes, changes_report, check, new, overlay, pin
+from jobs.tools import changes, changes_report, check, kustomization, new, overlay, pin
 from jobs.tools.changes import Changes, Side
 from tests import build_published, registry_server
 from tests.build_pipeline import SHA256, build, environment
-from tests.manifests import copy
+from tests.manifests import copy, render
 
 NAME = "seville-hotels"
 SOURCE = "oci://registry.example.com/team/adapters/seville-hotels"
@@ -106,6 +107,53 @@ def test_check_looks_at_the_data_of_an_import_that_is_evaluated_here(serving: Pa
                    "evaluation: {gate: {perplexity: {max_ratio: 0.9}}}\n")
     with pytest.raises(UserError, match="dataset.jsonl: has sha256"):
         check.run(folder)
+
+
+EVALUATED = ("# - ../../../../base/imported-adapter/evaluated", "- ../../../../base/imported-adapter/evaluated")
+DATA = f"dataset: {{source: 'https://example.com/x.jsonl', sha256: {SHA256}}}\nevaluation: {json.dumps(GATE)}\n"
+
+
+@pytest.mark.parametrize(("edits", "more", "message"), [
+    ([("base/imported-adapter\n", "base/adapter\n")], "", "makes the Jobs of an adapter that is trained here"),
+    ([EVALUATED], "", "has no `dataset` and `evaluation`"),
+    ([], DATA, "no Job evaluates the adapter, so it would never be promoted"),
+    ([EVALUATED], DATA, "the component base/serving-only removes the volumes for that"),
+], ids=["trains", "evaluates for nothing", "does not evaluate", "no volumes"])
+def test_check_finds_jobs_that_do_not_do_what_the_file_says(
+        serving: Path, edits: list[tuple[str, str]], more: str, message: str) -> None:
+    folder = serving / "adapters" / NAME
+    text = (folder / "kustomization.yaml").read_text()
+    for before, after in edits:
+        assert before in text
+        text = text.replace(before, after)
+    (folder / "kustomization.yaml").write_text(text)
+    with (folder / "pipeline.yaml").open("a") as file:
+        file.write(more)
+    (problem,) = wrong_jobs(serving)
+    assert problem.startswith(f"{folder}: ")
+    assert message in problem
+
+
+def wrong_jobs(serving: Path) -> list[str]:
+    return [*kustomization.jobs_of_another_kind(serving, render(serving), overlay.load(serving).adapters)]
+
+
+def test_check_takes_an_import_that_is_evaluated_here(serving: Path) -> None:
+    folder = serving / "adapters" / NAME
+    for file, (before, after) in ((folder / "kustomization.yaml", EVALUATED),
+                                  (serving / "kustomization.yaml", ("- ../../base/serving-only\n", ""))):
+        file.write_text(file.read_text().replace(before, after))
+    with (folder / "pipeline.yaml").open("a") as pipeline:
+        pipeline.write(DATA)
+    assert wrong_jobs(serving) == []
+
+
+def test_check_finds_a_trained_adapter_with_the_job_of_an_imported_one(serving: Path) -> None:
+    new.run(serving, "reviews")
+    file = serving / "adapters" / "reviews" / "kustomization.yaml"
+    file.write_text(file.read_text().replace("base/adapter\n", "base/imported-adapter\n"))
+    with pytest.raises(UserError, match="pipeline.yaml has no `source`"):
+        check.run(file.parent)
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------
