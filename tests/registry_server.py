@@ -147,7 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.fault.times -= 1
             registry.uploads[url.path] = self.rfile.read(self.fault.drop_upload_after)
             self.close_connection = True
-            return self.connection.shutdown(socket.SHUT_RDWR)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return None
         self.body = self.rfile.read(length)
         if self.fault:
             self.fault.times -= 1
