@@ -17,12 +17,14 @@ LOG = "log"  # what the commands wrote
 
 
 def make(folder: Path) -> None:
-    """Relocate base model, tokenizer and reference model into `folder`, as the Jobs of the environment do."""
+    """Relocate base model, tokenizer and reference model into `folder`, side by side as the Jobs of the environment."""
     with (folder / LOG).open("w") as log:
-        for what in ("base-model", "tokenizer", "reference-model"):
-            subprocess.run([sys.executable, "-m", "jobs", "--environment", str(ENVIRONMENT), "--volumes", str(folder),
-                            "relocate", what], check=True, cwd=CHECKOUT, stdout=log, stderr=log,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+        jobs = [subprocess.Popen([sys.executable, "-m", "jobs", "--environment", str(ENVIRONMENT), "--volumes",
+                                  str(folder), "relocate", what], cwd=CHECKOUT, stdout=log, stderr=log,
+                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
+                for what in ("base-model", "tokenizer", "reference-model")]
+        codes = [job.wait() for job in jobs]
+    assert codes == [0, 0, 0], (folder / LOG).read_text()
 
 
 @pytest.fixture(scope="session")
