@@ -11,6 +11,7 @@
 # make bench-many       what many adapters on one server cost: ten minutes on an idle machine (ARGS=--quick: three)
 # make bench-training   what training costs, beside TRL and others: half an hour on an idle machine (ARGS=--quick: two minutes)
 # make bench-evaluation    what measuring costs, beside one record at a time: fifteen minutes (ARGS=--quick: a minute)
+# make bench-relocation  how fast a model is fetched, beside what is used instead: half an hour (ARGS=--quick: a minute)
 # make bench-encoding    how fast a large dataset is encoded, and in how much memory: an hour (ARGS=--quick: a minute)
 # Everything is installed into .venv by the first of them (about 3 GB, once).
 
@@ -35,7 +36,7 @@ TAG ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)$(if $(filter-
 # tests start hundreds of processes that would compile torch, transformers and vLLM again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test e2e kind kind-argocd scan mutants images push engine bench-serving bench-many bench-training bench-encoding bench-evaluation setup clean
+.PHONY: demo test e2e kind kind-argocd scan mutants images push engine bench-serving bench-many bench-relocation bench-training bench-encoding bench-evaluation setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -102,6 +103,9 @@ bench-serving: setup
 
 bench-many: setup
 	$(BIN)/python -m benchmarks.many $(ARGS)
+
+bench-relocation: setup
+	$(BIN)/python -m benchmarks.relocation $(ARGS)
 
 bench-training: setup
 	$(BIN)/python -m benchmarks.training $(ARGS)

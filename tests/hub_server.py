@@ -237,7 +237,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.respond(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         headers = {"X-Repo-Commit": commit}
         if path.endswith(LFS):
-            headers |= {"X-Linked-Etag": f'"{_sha256(content)}"', "X-Linked-Size": str(len(content)),
+            headers |= {"X-Xet-Hash": _sha256(content), "X-Xet-Refresh-Route": f"/api/{kind}/{repo}/xet-read-token",
+                     "X-Linked-Etag": f'"{_sha256(content)}"', "X-Linked-Size": str(len(content)),
                      "Location": f"{self.hub.cdn}/cdn/{kind}/{repo}/{commit}/{path}?{SIGNATURE}"}
             return self.respond(302, b"", headers)
         return self.send_file(content, fault, {**headers, "ETag": f'"{_git_sha1(content)}"'})

@@ -50,6 +50,7 @@ class Fault:
     cut_after: int | None = None  # end the connection after so many bytes of the body
     wrong_bytes: bool = False  # flip the first byte of the body
     expire: bool = False  # forget all tokens first
+    drop_upload_after: int | None = None  # close the connection after so many bytes of what is uploaded
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Registry:
     tokens: dict[str, str] = field(default_factory=dict)  # token, user
     faults: list[Fault] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
-    uploads: set[str] = field(default_factory=set)
+    uploads: dict[str, bytes] = field(default_factory=dict)  # what has arrived in each session
 
     def push(self, name: str, files: Mapping[str, bytes], tag: str, **changes: object) -> str:
         """Write an artifact as `oras push` makes it, with `changes` of the manifest. Returns its digest."""
@@ -138,10 +139,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         registry, url = self.registry, urlsplit(self.path)
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        registry.seen.append(Seen(self.command, self.path, dict(self.headers), self.role))
         self.fault = next((fault for fault in registry.faults if fault.path in self.path and fault.times
                            and fault.method in (None, self.command)), None)
+        length = int(self.headers.get("Content-Length") or 0)
+        registry.seen.append(Seen(self.command, self.path, dict(self.headers), self.role))
+        if self.fault and self.fault.drop_upload_after is not None:
+            self.fault.times -= 1
+            registry.uploads[url.path] = self.rfile.read(self.fault.drop_upload_after)
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return None
+        self.body = self.rfile.read(length)
         if self.fault:
             self.fault.times -= 1
             if self.fault.expire:
@@ -214,15 +222,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _upload(self, name: str, query: Mapping[str, list[str]]) -> None:
         if self.command == "POST":
             place = f"/v2/{name}/blobs/uploads/{uuid.uuid4().hex}?state=a%2Fb"
-            self.registry.uploads.add(urlsplit(place).path)
+            self.registry.uploads[urlsplit(place).path] = b""
             return self._answer(202, b"", {"Location": place})
         path = urlsplit(self.path).path
         if path not in self.registry.uploads or query.get("state") != ["a/b"]:
             return self._error(404, "BLOB_UPLOAD_UNKNOWN")
-        if _digest(self.body) != query["digest"][0]:
+        content = self.registry.uploads.pop(path) + self.body  # as Debian's docker-registry does
+        if _digest(content) != query["digest"][0]:
             return self._error(400, "DIGEST_INVALID")
-        self.registry.uploads.discard(path)
-        self.registry.blob(self.body)
+        self.registry.blob(content)
         return self._answer(201, b"")
 
     def _content(self, content: bytes) -> None:

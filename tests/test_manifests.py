@@ -667,9 +667,8 @@ def test_serving_goes_before_jobs_where_the_cluster_has_the_classes() -> None:
     for template in pod_templates(renderings.rendered("overlays/gpu with options")).values():
         role = template["metadata"]["labels"]["app.kubernetes.io/component"]
         used.setdefault(template["spec"].get("priorityClassName", ""), set()).add(role)
-    assert used == {"lora-gitops-serving": {"inference"}, "lora-gitops-jobs": {"relocation", "encoding", "training",
-                                                                                 "evaluation", "publication"},
-                    "": {"tensorboard"}}
+    jobs = {"relocation", "encoding", "training", "evaluation", "publication", "verification"}
+    assert used == {"lora-gitops-serving": {"inference"}, "lora-gitops-jobs": jobs, "": {"tensorboard"}}
     assert classes["lora-gitops-serving"]["value"] > classes["lora-gitops-jobs"]["value"] > 0
     assert classes["lora-gitops-jobs"]["preemptionPolicy"] == "Never"
 

@@ -111,7 +111,7 @@ def listing(folder: Path, progress: Callable[[int], None] | None = None) -> list
         UserError: for a link or a special file, which could point outside the artifact.
     """
     files = files_of(folder)
-    found = []
+    found: list[dict[str, Any]] = []
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
         for file, sha256 in zip(files, pool.map(sha256_of, files), strict=True):
             found.append({"path": file.relative_to(folder).as_posix(), "size": file.stat().st_size, "sha256": sha256})

@@ -141,6 +141,14 @@ def digest_of(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
+class Busy(Exception):
+    """The registry cannot answer now, or the connection broke: another attempt may succeed."""
+
+    def __init__(self, problem: str, after_s: float | None = None) -> None:
+        super().__init__(problem)
+        self.after_s = after_s  # the pause that the registry requests
+
+
 class Registry:
     """One repository of a registry. Its methods may be called from several threads.
 
@@ -230,18 +238,21 @@ class Registry:
         if self.has_blob(digest):
             return False
         what = f"{self.where}: {content.name if isinstance(content, Path) else digest}"
-        started = self._send("POST", self._api + "blobs/uploads/", what)
-        self._finish(started, what, 202)
-        place = urljoin(started.url, started.headers.get("Location", ""))
-        place += ("&" if urlsplit(place).query else "?") + f"digest={digest}"
-        headers = {"Content-Type": "application/octet-stream"}
-        if isinstance(content, Path) and size:  # of an empty file, requests would send chunks instead of a length
-            with content.open("rb") as stream:
-                answer = self._send("PUT", place, what, headers=headers, data=stream)
-        else:
-            answer = self._send("PUT", place, what, headers=headers,
-                                data=content if isinstance(content, bytes) else b"")
-        self._finish(answer, what, 201)
+
+        def upload() -> Any:
+            # A new session each time: one that broke off has a part already, to which registries would append.
+            started = self._authorized("POST", self._api + "blobs/uploads/", what)
+            self._finish(started, what, 202)
+            place = urljoin(started.url, started.headers.get("Location", ""))
+            place += ("&" if urlsplit(place).query else "?") + f"digest={digest}"
+            headers = {"Content-Type": "application/octet-stream"}
+            if isinstance(content, Path) and size:  # of an empty file, requests would send chunks instead of a length
+                with content.open("rb") as stream:
+                    return self._authorized("PUT", place, what, headers=headers, data=stream)
+            return self._authorized("PUT", place, what, headers=headers,
+                                    data=content if isinstance(content, bytes) else b"")
+
+        self._finish(self._patiently(upload, what), what, 201)
         return True
 
     def push_manifest(self, content: bytes, tag: str, media_type: str = OCI_MANIFEST) -> str:
@@ -258,53 +269,66 @@ class Registry:
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def _send(self, method: str, url: str, what: str, *, headers: Mapping[str, str] | None = None,
-              data: bytes | IO[bytes] | None = None) -> Any:
-        """One request, repeated while the registry is busy, and once more with new credentials where it requests them.
+              data: bytes | None = None) -> Any:
+        """One request, repeated while the registry is busy. Returns the answer, as `_authorized`."""
+        return self._patiently(lambda: self._authorized(method, url, what, headers=headers, data=data), what)
+
+    def _authorized(self, method: str, url: str, what: str, *, headers: Mapping[str, str] | None = None,
+                    data: bytes | IO[bytes] | None = None) -> Any:
+        """One request, and once more with new credentials where the registry requests them.
 
         Returns:
-            the answer, whatever its status but those that are repeated; its body is not read yet.
+            the answer, whatever its status but those for which another attempt may help; its body is not read yet.
+        Raises:
+            Busy: another attempt may help.
         """
         own = self._own(url)
-        answer = self._patiently(method, url, what, headers, data, self._authorize if own else _no_authorization)
+        answer = self._request(method, url, what, headers, data, self._authorize if own else _no_authorization)
         if answer.status_code == 401 and own:
             self._authenticate(answer, what)
-            answer = self._patiently(method, url, what, headers, data, self._authorize)
+            answer = self._request(method, url, what, headers, data, self._authorize)
         self._admitted = self._admitted or (own and answer.status_code not in (401, 403))
         return answer
 
-    def _patiently(self, method: str, url: str, what: str, headers: Mapping[str, str] | None,
-                   data: bytes | IO[bytes] | None, authorize: Any) -> Any:
+    def _request(self, method: str, url: str, what: str, headers: Mapping[str, str] | None,
+                 data: bytes | IO[bytes] | None, authorize: Callable[[Any], Any]) -> Any:
         import requests
 
+        if data is not None and not isinstance(data, bytes):
+            data.seek(0)
+        try:
+            answer = self._client().request(method, url, data=data, headers=headers, stream=True, auth=authorize,
+                                            timeout=SILENCE_S)
+        except requests.exceptions.SSLError as error:
+            raise UserError(f"{what}: the TLS certificate is not trusted ({_reason(error)}). Set SSL_CERT_FILE to the "
+                            "authority's; if the registry has no TLS, name its host in REGISTRY_PLAIN_HTTP") from None
+        except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema,
+                requests.exceptions.InvalidSchema, requests.exceptions.TooManyRedirects) as error:
+            raise UserError(f"{what}: cannot be requested: {_reason(error)}") from None
+        except requests.exceptions.RequestException as error:
+            raise Busy(_reason(error)) from None
+        if answer.status_code in RETRIED:
+            raise Busy(f"{urlsplit(url).netloc} answers {_described(answer)}", _retry_after(answer.headers))
+        return answer
+
+    def _patiently(self, work: Callable[[], Any], what: str) -> Any:
+        """What `work` returns, called again while the registry is busy."""
         failures = 0
         while True:
-            if data is not None and not isinstance(data, bytes):
-                data.seek(0)
-            after = None
             try:
-                answer = self._client().request(method, url, data=data, headers=headers, stream=True, auth=authorize,
-                                                timeout=SILENCE_S)
-                if answer.status_code not in RETRIED:
-                    return answer
-                after = _retry_after(answer.headers)
-                problem = f"{urlsplit(url).netloc} answers {_described(answer)}"
-            except requests.exceptions.SSLError as error:
-                raise UserError(f"{what}: the TLS certificate is not trusted ({_reason(error)}). Set SSL_CERT_FILE to "
-                                "the authority's; if the registry has no TLS, name its host in REGISTRY_PLAIN_HTTP"
-                                ) from None
-            except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema,
-                    requests.exceptions.InvalidSchema, requests.exceptions.TooManyRedirects) as error:
-                raise UserError(f"{what}: cannot be requested: {_reason(error)}") from None
-            except requests.exceptions.RequestException as error:
-                problem = _reason(error)
-            failures += 1
-            if failures >= ATTEMPTS:
-                raise RetryableError(f"{what}: gave up after {failures} attempts in a row. The last error: {problem}")
-            pause = min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S) if after is None else after
-            if pause > LONGEST_RETRY_AFTER_S:
-                raise RetryableError(f"{what}: the registry requests a pause of {pause:.0f} s: {problem}")
-            log.warning("%s: %s; trying again in %.1f s", what, problem, pause)
-            time.sleep(pause)
+                return work()
+            except Busy as busy:
+                failures += 1
+                if failures >= ATTEMPTS:
+                    raise RetryableError(f"{what}: gave up after {failures} attempts in a row. The last error: {busy}"
+                                         ) from None
+                pause = min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S)
+                if busy.after_s is not None:
+                    pause = busy.after_s
+                if pause > LONGEST_RETRY_AFTER_S:
+                    raise RetryableError(f"{what}: the registry requests a pause of {pause:.0f} s: {busy}") from None
+                log.warning("%s: %s; trying again in %.1f s", what, busy, pause)
+                time.sleep(pause)
 
     def _client(self) -> Any:
         with self._lock:
@@ -381,11 +405,11 @@ class Registry:
         if user and user.identity_token:
             body = urlencode(parameters | {"grant_type": "refresh_token", "client_id": "lora-gitops",
                                            "refresh_token": user.identity_token}).encode()
-            answer = self._patiently("POST", realm, what, {"Content-Type": "application/x-www-form-urlencoded"}, body,
-                                     _no_authorization)
+            form = {"Content-Type": "application/x-www-form-urlencoded"}
+            answer = self._request("POST", realm, what, form, body, _no_authorization)
         else:
             url = realm + ("&" if urlsplit(realm).query else "?") + urlencode(parameters)
-            answer = self._patiently("GET", url, what, None, None, _basic(user) if user else _no_authorization)
+            answer = self._request("GET", url, what, None, None, _basic(user) if user else _no_authorization)
         if answer.status_code in (400, 401, 403):
             raise UserError(f"{what}: not allowed: {urlsplit(realm).netloc} gives no token ({answer.status_code}): "
                             f"{self._blame()}. {ADVICE}")

@@ -65,14 +65,16 @@ def run(target: str, volumes: Path, output: Path) -> None:
                         f"that one: python -m jobs export {name}")
     adapter = artifacts.read(volume / "adapter" / promoted.adapter, keys)
     evaluation = artifacts.read(volume / "evaluation" / promoted.evaluation, keys)
-    verdict = json.loads((evaluation.path / layout.EVALUATED).read_bytes())
     draft = output.with_name(f".{output.name}.{secrets.token_hex(8)}")
     try:
         draft.mkdir(parents=True)
-        write(draft, name, adapter, evaluation, verdict)
+        write(draft, name, adapter, evaluation, json.loads((evaluation.path / layout.EVALUATED).read_bytes()))
         draft.rename(output)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written: {error.strerror}") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{evaluation.path}: was made by an earlier version, or is not complete ({error!r}). Evaluate "
+                        "the adapter again, then export it") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     log.info("exported %s@%s to %s: %s tells how to load it", name, adapter.digest, output, output / CARD)

@@ -19,9 +19,9 @@ from jobs.core.errors import RetryableError, UserError
 log = logging.getLogger("jobs")
 T = TypeVar("T")
 
-# Ten attempts in a row without a single new byte take about four minutes; then Kubernetes starts the pod again.
 # How many connections all files of a fetch share; a large file has many.
 CONNECTIONS = variables.whole_number("RELOCATION_CONNECTIONS", 16, least=1)
+# Ten attempts in a row without a single new byte take about four minutes; then Kubernetes starts the pod again.
 ATTEMPTS = variables.whole_number("RETRY_ATTEMPTS", 10, least=1)
 FIRST_PAUSE_S = variables.number("RETRY_FIRST_PAUSE_SECONDS", 1)  # doubles with every attempt, up to:
 LONGEST_PAUSE_S = 60.0
@@ -90,7 +90,7 @@ class Patience:
     @staticmethod
     def pause(failures: int) -> float:
         """The seconds to wait after so many failures in a row."""
-        return min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S)
+        return min(FIRST_PAUSE_S * 2.0 ** (failures - 1), LONGEST_PAUSE_S)
 
     def wait(self, interruption: Interrupted) -> None:
         """Count a failed attempt, and sleep before the next one. Raises like `pause_after`."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from jobs.core.files import human_bytes
 from jobs.core.progress import Progress
-from jobs.relocation.connection import CHUNK, Interrupted, Patience, Stream, mismatch, shown
+from jobs.relocation.connection import Interrupted, Patience, Stream, mismatch, shown
 from jobs.relocation.ranges import Journal, Ranges, read_journal
 from jobs.relocation.sources.interface import Item
 
@@ -29,6 +29,7 @@ JOURNAL = ".ranges"  # after PARTIAL
 SMALLEST = 8 << 20
 LARGEST = 128 << 20
 RECORD = 1 << 20  # bytes of one connection after which the journal gets a line: at most so many are fetched again
+ENOUGH = 1 << 16  # bytes that a connection brought before it broke, after which the next one need not wait
 PAGE = 4096
 
 
@@ -283,8 +284,8 @@ class Unfinished:
         Raises:
             RetryableError: there were too many in a row, or the source requests a pause that is too long.
         """
-        # Where other connections get on, the source works, and perhaps allows no more of them. And when many connections
-        # break at once, that is one failure.
+        # Where other connections get on, the source works, and perhaps allows no more of them. And when many break at
+        # once, that is one failure.
         counts = lease.started >= self._last_failure and not any(
             each.stream and not each.revoked for each in self.leases if each is not lease)
         if counts or interruption.after_s is not None:
@@ -292,7 +293,7 @@ class Unfinished:
             pause = self._patience.pause_after(interruption, failures)
         else:
             pause = self._patience.pause(failures)
-        if lease.received >= CHUNK and interruption.after_s is None:
+        if lease.received >= ENOUGH and interruption.after_s is None:
             pause = 0.0
         log.log(logging.WARNING if counts or failures == 1 else logging.DEBUG, "%s: %s; trying again in %.1f s",
                 shown(self.item.url), interruption, pause)

@@ -67,10 +67,10 @@ STAGES = {
     "encode": ("encoded_dataset",),
     "train": ("adapter", "merged_model"),
     "evaluate": ("base_scores", "adapter_scores", "reference_scores", "evaluation"),
-    "publish": (),  # what it makes is elsewhere
 }
 SHARED = tuple(each.name for each in dataclasses.fields(EnvironmentPlan))
-COMMANDS = {command: not made or not set(made) <= set(SHARED) for command, made in STAGES.items()}
+COMMANDS = {command: not set(made) <= set(SHARED) for command, made in STAGES.items()}
+PUBLISH = "publish"  # of an adapter; makes no artifact: what it makes is in a registry or a bucket
 VOLUMES = (DATASET_VOLUME, BASE_MODEL_VOLUME, TOKENIZER_VOLUME, REFERENCE_VOLUME, FINE_TUNED_VOLUME)
 Specs = dict[str, Spec]
 
@@ -420,15 +420,15 @@ def _passed(evaluation: Path) -> bool:
 def _runs(before: Side | None, after: Side, made: Mapping[tuple[str | None, str], Change]) \
         -> tuple[list[Run], list[str]]:
     """The Jobs and JobSets after the push, and the names of those that are no more."""
-    old = workloads.find(before.manifests or [], COMMANDS) if before else []
+    old = workloads.find(before.manifests or [], COMMANDS | {PUBLISH: True}) if before else []
     predecessors = {(each.kind, each.title): each.name for each in old}
     names = {each.name for each in old}
     runs = []
-    for each in workloads.find(after.manifests or [], COMMANDS):
+    for each in workloads.find(after.manifests or [], COMMANDS | {PUBLISH: True}):
         makes = tuple(f"{adapter}/{change.name}" if adapter else change.name
                       for command, adapter in each.stages for (of, _), change in made.items()
                       if of == adapter and change.stage == command and is_made(change, made.get((of, "evaluation"))))
-        makes += tuple(f"{adapter}/publication" for command, adapter in each.stages if command == "publish"
+        makes += tuple(f"{adapter}/publication" for command, adapter in each.stages if command == PUBLISH
                        and (evaluation := made.get((adapter, "evaluation"))) and is_made(evaluation, evaluation))
         runs.append(Run(each, predecessors.pop((each.kind, each.title), None), each.name not in names, makes))
     return runs, sorted(predecessors.values())

@@ -221,7 +221,8 @@ def test_an_upload_that_breaks_off_begins_again(server: registry_server.Registry
     content = bytes(range(256)) * 1000
     file = tmp_path / "weights"
     file.write_bytes(content)
-    server.faults.append(Fault("uploads", method="PUT", status=502))
+    server.faults += [Fault("uploads", method="PUT", status=502),
+                      Fault("uploads", method="PUT", drop_upload_after=100_000)]
     assert client(server.host, push=True).push_blob(file, digest_of(content), len(content))
     assert server.blobs[digest_of(content)] == content
 

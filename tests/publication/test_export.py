@@ -163,6 +163,14 @@ def test_a_bill_without_measurements_is_valid(made: Made, tmp_path: Path) -> Non
     assert "quantitativeAnalysis" not in bill_of(tmp_path / "out")["metadata"]["component"]["modelCard"]
 
 
+@pytest.mark.parametrize("verdict", [{"passed": True}, [], {**VERDICT, "gate": 5}])
+def test_an_evaluation_that_lacks_what_the_card_needs_is_named(made: Made, tmp_path: Path, verdict: Any) -> None:
+    rewrite(made, verdict)
+    with pytest.raises(UserError, match="was made by an earlier version, or is not complete"):
+        export.run(NAME, made.volumes, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_peft_loads_the_folder_and_the_model_answers_as_the_one_on_the_volume(tmp_path: Path) -> None:
     import torch
     from peft import PeftModel

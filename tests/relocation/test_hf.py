@@ -33,9 +33,16 @@ def test_a_repository_is_fetched_at_its_pinned_commit_and_nothing_else_is_left(h
     assert not any("telemetry" in s.path or "harness" in s.path for s in hub.seen)
 
 
+def test_a_hub_that_speaks_xet_is_read_through_plain_urls(hub: Hub, here: Loaded, draft: Path) -> None:
+    """Its answers name a chunk store, and where to get a token for it."""
+    download.fetch(sources.listing(here, hub_source(hub)), draft)
+    assert (draft / "model.safetensors").read_bytes() == CONTENT
+    assert not [seen for seen in hub.seen if "xet" in seen.path]
+
+
 def test_a_large_file_is_resumed_at_the_other_host_that_stores_it(hub: Hub, here: Loaded, draft: Path) -> None:
     source = hub_source(hub)
-    hub.faults.append(Fault("/cdn/models/acme/tiny", drop_after=123_456))
+    hub.faults.append(Fault("model.safetensors?", drop_after=123_456))
     download.fetch(sources.listing(here, source), draft)
     assert (draft / "model.safetensors").read_bytes() == CONTENT
     assert ranges(hub, "model.safetensors") == [None, "bytes=123456-"]
@@ -85,7 +92,7 @@ def test_wrong_bytes_from_the_hub_name_both_digests(hub: Hub, here: Loaded, draf
 
 def test_a_body_that_ends_early_is_continued(hub: Hub, here: Loaded, draft: Path) -> None:
     """The hub said the size, so a short answer that looks whole is known to be cut off."""
-    hub.faults.append(Fault("/cdn/", cut_after=1000))
+    hub.faults.append(Fault("model.safetensors?", cut_after=1000))
     download.fetch(sources.listing(here, hub_source(hub)), draft)
     assert (draft / "model.safetensors").read_bytes() == CONTENT
     assert ranges(hub, "model.safetensors") == [None, "bytes=1000-"]

@@ -195,8 +195,10 @@ _exact_target: ContextVar[str] = ContextVar("_exact_target")
 
 
 def _exact(target: str) -> str:
-    before = "" if target.startswith("/") else "{0}://{1}".format(*urlsplit(target)[:2])  # a proxy gets a whole URL
-    return before + _exact_target.get()
+    if target.startswith("/"):
+        return _exact_target.get()
+    parts = urlsplit(target)  # a proxy gets a whole URL
+    return f"{parts.scheme}://{parts.netloc}{_exact_target.get()}"
 
 
 class _ExactConnection(HTTPConnection):
