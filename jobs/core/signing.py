@@ -102,8 +102,8 @@ def signer(environment: Environment) -> Signer | None:
     keys = environment.signing.keys
     if own not in keys:
         raise UserError(f"{VARIABLE}: the public key of {_shown(source)} ({signatures.fingerprint(own)[:12]}) is none "
-                        "of signing.public_keys in environment.yaml, so nobody would accept what it signs. Add it "
-                        f"there:\n{own}")
+                        "of signing.public_keys in environment.yaml, so nothing would accept what it signs. Add it "
+                        "there (openssl pkey -in KEY -pubout), or correct the Secret")
     return Signer(keys, own, made)
 
 
