@@ -120,7 +120,7 @@ class KubernetesYaml(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ig
 def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
     """Every pod template by its workload, e.g. `Deployment/tensorboard` or `JobSet/pipeline-HASH/model-training`."""
     return {f"{m['kind']}/{m['metadata']['name']}": m["spec"]["template"] for m in manifests
-            if "template" in m.get("spec", {})} | {
+            if "template" in (m.get("spec") or {})} | {
         f"CronJob/{m['metadata']['name']}": m["spec"]["jobTemplate"]["spec"]["template"]
         for m in manifests if m["kind"] == "CronJob"} | {
         f"JobSet/{m['metadata']['name']}/{job['name']}": job["template"]["spec"]["template"]

@@ -19,6 +19,7 @@ from jobs.core.metrics import METRICS
 from jobs.core.plan import RECIPES, Plan, merged_model, plan, scores_of_adapter
 from jobs.core.tasks import CHECKS
 from tests import build_pipeline
+from tests.build_signing import pair
 
 EVALUATIONS = {"adapter_scores", "evaluation"}
 ADAPTER = {"adapter", "merged_model"} | EVALUATIONS
@@ -334,6 +335,9 @@ KEYS = {
     "serving.slots": Key(set(), st.integers(1, 1024)),
     "serving.when_base_changes": Key(set(), st.sampled_from(["wait-for-adapters", "at-once"])),
     "retention.keep": Key(set(), st.integers(1, 100)),
+    "publication.to": Key(set(), st.sampled_from(["oci://registry.example.com/a", "s3://bucket/a"])),
+    "publication.answers": Key(set(), st.booleans(), {"publication": {"to": "oci://registry.example.com/a"}}),
+    "signing.public_keys": Key(set(), st.sampled_from([[pair("one").public], [pair("two").public]])),
 }
 
 
