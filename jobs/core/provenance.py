@@ -11,13 +11,13 @@ import json
 import os
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from jobs.core.declarations import COMMIT, Source
 from jobs.core.errors import UserError
 from jobs.core.layout import MANIFEST
 from jobs.core.pipeline import Pipeline
 from jobs.core.signing import Signer
+from jobs.core.sources import shown
 
 FILE = "provenance.json"
 PREDICATE = "https://slsa.dev/provenance/v1"
@@ -71,12 +71,9 @@ def predicate(pipeline: Pipeline, adapter: Mapping[str, Any], evaluation: Mappin
 
 
 def _dependency(key: str, source: Source) -> dict[str, Any]:
-    """A source with its pin. Without what may be secret in a URL: a password, or the signature in a query."""
-    parts = urlsplit(source.source)
-    plain = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-    uri = plain if "://" in source.source else source.source
+    """A source with its pin."""
     pin = {"gitCommit": source.revision} if source.revision else {"sha256": source.sha256} if source.sha256 else None
-    return {"name": key, "uri": uri, **({"digest": pin} if pin else {})}
+    return {"name": key, "uri": shown(source.source), **({"digest": pin} if pin else {})}
 
 
 def _sha256(content: bytes) -> str:

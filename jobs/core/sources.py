@@ -83,6 +83,17 @@ def digest_in(source: str) -> str | None:
     return match["digest"].removeprefix("sha256:") if match and match["digest"] else None
 
 
+def shown(url: str) -> str:
+    """A source as it may be logged and published: a URL without user, password and query, which carry secrets."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url  # a path, which carries none
+    if scheme not in ("s3", "gs"):  # an object's name may hold a `?`, and a glob does
+        rest = rest.partition("?")[0]
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 def check(source: str, use: Use, revision: str | None, sha256: str | None) -> None:
     """A source must be one that `use` allows, and have no pin that its scheme does not know.
 

@@ -35,6 +35,7 @@ from jobs.core.proof import FILE as PROOF
 from jobs.core.published import WITHOUT_ANSWERS
 from jobs.core.search import FILE as SEARCH
 from jobs.core.signing import Signer
+from jobs.core.sources import shown
 from jobs.core.termination import write_termination_message
 from jobs.data import tasks
 from jobs.data.split import HOLDOUT
@@ -316,7 +317,7 @@ def summary(pipeline: Pipeline, wanted: Plan, scores: Mapping[str, Scores], chec
         "scores": dict(scores),
         "intervals": intervals,
         "gate": [check.to_json() for check in checks],
-        "sources": {key: {"source": source.source, "pin": source.pin} for key, source in sources.items()},
+        "sources": {key: {"source": shown(source.source), "pin": source.pin} for key, source in sources.items()},
         **({"tasks": {task.name: task.identity() for task in pipeline.evaluation.tasks}}
            if pipeline.evaluation.tasks else {}),
         **({} if isinstance(pipeline, EvaluatedImport) else

@@ -14,6 +14,7 @@ from typing import Any
 
 from jobs.core.artifacts import Artifact
 from jobs.core.metrics import metric_of
+from jobs.core.sources import shown
 
 SPEC_VERSION = "1.6"
 ROLE = "fine_tuned"
@@ -65,7 +66,7 @@ def base_model(verdict: Mapping[str, Any], sources: Mapping[str, Any]) -> dict[s
 def dataset(adapter: Artifact, sources: Mapping[str, Any]) -> dict[str, Any]:
     """The component of the data that the adapter was trained on: where it is, and its digest, but nothing of it."""
     source = sources.get("dataset", {})
-    return {"type": "data", "bom-ref": "dataset", "name": _shown(str(source.get("source", "dataset"))),
+    return {"type": "data", "bom-ref": "dataset", "name": shown(str(source.get("source", "dataset"))),
             **_identity(source), "data": [{"type": "dataset", "name": "training data", "classification": "private"}],
             "properties": _properties({"artifact": adapter.manifest["inputs"]["dataset"]})}
 
@@ -133,13 +134,6 @@ def _identity(source: Mapping[str, Any]) -> dict[str, Any]:
     if where.startswith("hf://") and len(parts) == 2 and all(parts):
         found["purl"] = f"pkg:huggingface/{parts[0]}/{parts[1]}@{pin}"
     return found
-
-
-def _shown(source: str) -> str:
-    """A source without user, password and query, which carry secrets in signed URLs."""
-    scheme, separator, rest = source.partition("?")[0].partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" if separator else source
 
 
 def _sha256(digest: str) -> dict[str, str]:

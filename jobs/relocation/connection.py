@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from jobs.core import variables
 from jobs.core.errors import RetryableError, UserError
+from jobs.core.sources import shown as shown
 
 log = logging.getLogger("jobs")
 T = TypeVar("T")
@@ -30,17 +31,6 @@ SILENCE_S = 60.0  # a connection on which nothing arrives for this long is dead
 CHUNK = 1 << 20
 # Of the buckets' libraries, where there is nothing to sign a request with; a failing metadata server has other names.
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError")
-
-
-def shown(url: str) -> str:
-    """A URL that may be logged: without user, password and query, which carry secrets in signed URLs."""
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return url  # a path, which carries none
-    if scheme not in ("s3", "gs"):  # an object's name may hold a `?`, and a glob does
-        rest = rest.partition("?")[0]
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def mismatch(where: str, pinned_in: str, expected: str, found: str) -> str:

@@ -288,6 +288,20 @@ def test_keeping_one_artifact_of_a_kind_keeps_the_scores_of_all_three_models(tmp
     assert promoted(volumes) == plan(loaded.pipeline).adapter.digest
 
 
+def test_a_verdict_names_its_sources_without_what_is_secret_in_a_url(tmp_path: Path) -> None:
+    """It is published and exported; the file in git, where the URL stands, is not."""
+    loaded, volumes = published_pipeline(tmp_path)
+    dataset = loaded.pipeline.dataset
+    signed = dataset.model_copy(update={"source": "https://me:PASSWORD@host/data.jsonl?signature=SECRET"})
+    loaded = dataclasses.replace(loaded, pipeline=loaded.pipeline.model_copy(update={"dataset": signed}))
+    evaluate.run(loaded, volumes, 0)
+    folder = plan(loaded.pipeline).evaluation.path(volumes)
+    assert read(folder / "evaluation.json")["sources"]["dataset"] == {"source": "https://host/data.jsonl",
+                                                                      "pin": dataset.sha256}
+    assert not [file for file in folder.rglob("*") if file.is_file()
+                and any(secret in file.read_bytes() for secret in (b"PASSWORD", b"SECRET"))]
+
+
 def test_gpt2_is_measured_against_a_larger_one_with_no_chat_template(tmp_path: Path) -> None:
     def larger(folder: Path) -> None:
         tiny_tokenizer(folder, chat=False)
