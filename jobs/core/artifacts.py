@@ -258,7 +258,7 @@ def _wait_for_signature(spec: Spec, volumes: Path, deadline: float, poll_s: floa
             if refused != str(error):
                 refused = str(error)
                 log.warning("%s. Waiting until the stage that makes it has made it again", error)
-        except UserError:
+        except (UserError, FileNotFoundError):
             if not refused or time.monotonic() > deadline:  # else its stage may be replacing it at this moment
                 raise
         time.sleep(poll_s)

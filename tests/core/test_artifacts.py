@@ -487,9 +487,30 @@ def test_a_reader_waits_until_the_stage_has_made_it_again(tmp_path: Path, caplog
         waiting = pool.submit(artifacts.wait, [ADAPTER], tmp_path, 30, 0.01, [ONE.public])
         while "Waiting until the stage that makes it" not in caplog.text:
             time.sleep(0.01)
+        time.sleep(0.1)
+        assert caplog.text.count("Waiting until the stage that makes it") == 1, "once, and not at every look"
         path = signed(tmp_path)
         assert waiting.result()[0].path == path
-    assert caplog.text.count("Waiting until the stage that makes it") == 1
+
+
+def test_a_reader_that_waits_is_not_disturbed_by_the_replacement(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a moment nothing is there, and what was read before is not what is there afterwards."""
+    publish(tmp_path, ADAPTER)
+    path, moments = ADAPTER.path(tmp_path), [UserError("damaged"), FileNotFoundError(2, "gone")]
+    read, looks = artifacts.read, []
+
+    def at_a_bad_moment(*arguments: Any, **options: Any) -> Any:
+        looks.append(1)
+        if len(looks) > 1 and moments:
+            raise moments.pop()
+        if not moments:
+            build_signing.sign(path, ONE)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(artifacts, "read", at_a_bad_moment)
+    assert artifacts.wait([ADAPTER], tmp_path, 30, 0.01, [ONE.public])[0].path == path
+    assert len(looks) == 4
 
 
 def test_a_reader_does_not_wait_for_ever(tmp_path: Path) -> None:
