@@ -93,19 +93,19 @@ def digest_of(kind: str, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> 
 
 
 def listing(folder: Path, progress: Callable[[int], None] | None = None,
-            digest: Callable[[Path], str] = sha256_of) -> list[dict[str, Any]]:
+            digest: Callable[[Path], str] | None = None) -> list[dict[str, Any]]:
     """Every file below `folder` but the manifest and its signature: path, size in bytes, sha256; sorted by path.
 
     Args:
         progress: is called with the size of each file that was read.
-        digest: gives the sha256 of a file.
+        digest: gives the sha256 of a file; by default from its bytes.
     Raises:
         UserError: for a link or a special file, which could point outside the artifact.
     """
     files = files_of(folder)
     found: list[dict[str, Any]] = []
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
-        for file, sha256 in zip(files, pool.map(digest, files), strict=True):
+        for file, sha256 in zip(files, pool.map(digest or sha256_of, files), strict=True):
             found.append({"path": file.relative_to(folder).as_posix(), "size": file.stat().st_size, "sha256": sha256})
             if progress:
                 progress(found[-1]["size"])
