@@ -116,7 +116,7 @@ class Unfinished(Partial):
     def _split(self, active: list[Lease]) -> tuple[int, int] | None:
         """The second half of the range that would take longest, if that is long; its connection keeps the first."""
         now, longest, found = time.monotonic(), LONG_S, None
-        for lease in active:
+        for lease in active if self.total is not None and self.total >= 2 * SMALLEST else []:
             left = self._end_of(lease) - lease.at
             if lease.stream and lease.received and left >= 2 * CHUNK:
                 seconds = left * (now - lease.started) / lease.received

@@ -109,8 +109,8 @@ def test_the_last_ranges_are_the_smallest(hub: Hub, large: Item, draft: Path) ->
 
 def test_a_range_that_takes_long_is_divided_when_a_connection_is_free(
         hub: Hub, large: Item, draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file is too small for several ranges at first, and the server is slow."""
-    monkeypatch.setattr(unfinished, "SMALLEST", len(LARGE))
+    """The file has two ranges at first, and the server is slow."""
+    monkeypatch.setattr(unfinished, "SMALLEST", len(LARGE) // 2)
     monkeypatch.setattr(unfinished, "CHUNK", 1 << 18)
     monkeypatch.setattr(connection, "CHUNK", 1 << 16)
     monkeypatch.setattr(unfinished, "LONG_S", 0.5)
