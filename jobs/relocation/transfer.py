@@ -29,7 +29,7 @@ DIGEST_TURN = 64 << 20  # after so many, other files have their turn
 # A connection is replaced if, for this long, it was slower than this share of what others have.
 SLOW_S = 10.0
 SLOW_SHARE = 0.1
-TICK_S = 1.0
+TICK_S = 0.5
 END_S = 5.0  # how long threads have to end after a failure
 
 
@@ -79,6 +79,7 @@ class Transfer:
                 while self._left and not self._stopped:
                     self._end.wait(TICK_S)
                     self._replace_slow()
+                    self._work.notify_all()  # a range may have turned out to take long
         finally:
             self._stop(threads)
         if self._error is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jobs.core.progress import Progress
 from jobs.relocation import connection
-from jobs.relocation.connection import Interrupted, Patience, Stream, shown
+from jobs.relocation.connection import CHUNK, Interrupted, Patience, Stream, shown
 from jobs.relocation.partial import Partial
 from jobs.relocation.ranges import Ranges
 from jobs.relocation.sources.interface import Item
@@ -26,6 +26,7 @@ LARGEST = 128 << 20
 RECORD = 1 << 20  # bytes of one connection after which the journal gets a line: at most so many are fetched again
 ENOUGH = 1 << 16  # bytes that a connection brought before it broke, after which the next one need not wait
 PAGE = 4096
+LONG_S = 1.0  # a range that takes longer is divided when a connection has nothing else to do
 
 
 @dataclass(eq=False)
@@ -93,7 +94,7 @@ class Unfinished(Partial):
         self._paused = [each for each in self._paused if each[2] > now]
         taken = Ranges([*self.present, *((each.at, self._end_of(each)) for each in active),
                         *((start, end) for start, end, _ in self._paused)])
-        gap = taken.first_gap(self.total)
+        gap = taken.first_gap(self.total) or self._split(active)
         if gap is None:
             return None
         start, end = gap
@@ -111,6 +112,21 @@ class Unfinished(Partial):
                       recorded=start)
         self.leases.append(lease)
         return lease
+
+    def _split(self, active: list[Lease]) -> tuple[int, int] | None:
+        """The second half of the range that would take longest, if that is long; its connection keeps the first."""
+        now, longest, found = time.monotonic(), LONG_S, None
+        for lease in active if self.total is not None and self.total >= 2 * SMALLEST else []:
+            left = self._end_of(lease) - lease.at
+            if lease.stream and lease.received and left >= 2 * CHUNK:
+                seconds = left * (now - lease.started) / lease.received
+                longest, found = max((longest, found), (seconds, lease), key=lambda each: each[0])
+        if found is None:
+            return None
+        end = self._end_of(found)
+        # Not less than a chunk from where it is: so many bytes it may just now be writing.
+        found.end = found.at + -(-(end - found.at) // 2 // PAGE) * PAGE
+        return found.end, end
 
     def _end_of(self, lease: Lease) -> int:
         end = self.total if lease.end is None else lease.end

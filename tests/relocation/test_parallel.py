@@ -107,6 +107,21 @@ def test_the_last_ranges_are_the_smallest(hub: Hub, large: Item, draft: Path) ->
     assert all(length < 2 * SMALLEST for length in lengths[-4:])
 
 
+def test_a_range_that_takes_long_is_divided_when_a_connection_is_free(
+        hub: Hub, large: Item, draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file has two ranges at first, and the server is slow."""
+    monkeypatch.setattr(unfinished, "SMALLEST", len(LARGE) // 2)
+    monkeypatch.setattr(unfinished, "CHUNK", 1 << 18)
+    monkeypatch.setattr(connection, "CHUNK", 1 << 16)
+    monkeypatch.setattr(unfinished, "LONG_S", 0.5)
+    monkeypatch.setattr(transfer, "TICK_S", 0.1)
+    hub.bytes_per_second = 500_000
+    hub.files["small.bin"] = b"small"
+    download.fetch([large, *(Item(f"{number}.bin", f"{hub.url}/files/small.bin", 5) for number in range(3))], draft)
+    assert (draft / "large.bin").read_bytes() == LARGE
+    assert len([each for each in hub.sent if "large" in each.path]) > 2
+
+
 def test_many_files_and_a_large_one_share_the_connections(hub: Hub, large: Item, draft: Path) -> None:
     hub.bytes_per_second = 2_000_000
     hub.files |= {f"{number}.bin": LARGE[number:SMALLEST] for number in range(20)}
