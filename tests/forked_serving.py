@@ -27,8 +27,6 @@ from typing import Any
 
 PRELOADED = ["vllm.entrypoints.openai.api_server", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor",
              "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner", "vllm.model_executor.models.llama"]
-
-
 SERVING = "import sys; from serving.__main__ import main; sys.exit(main(sys.argv[1:]))"
 
 

@@ -409,7 +409,7 @@ EPOCHS = 3  # instead of 20: starting each part then weighs more
 
 @pytest.mark.slow
 def test_the_search_of_overlays_kind_costs_the_steps_that_the_docs_state(tmp_path: Path, embedded_models: Path) -> None:
-    """Three ranks on the embedded model. It prints the processor time, too, which docs/search.md states."""
+    """Three ranks on the embedded model. It prints the processor time, too: docs/search.md states it for 6 epochs."""
     loaded = searching_kind(tmp_path)
     data = loaded.pipeline.dataset
     split.split(files_in(loaded.resolve(data)), data.holdout, tmp_path, data.validation)
