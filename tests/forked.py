@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import set_forkserver_preload
 from pathlib import Path
+from typing import IO, NoReturn
 
 from jobs.tools.pods import CHECKOUT
 
@@ -42,7 +46,7 @@ class Job:
         self.pid = self._process.pid
 
     def communicate(self, timeout: float | None = None) -> tuple[None, str]:
-        """Wait until it ended; returns what it wrote on stderr, as the second of two.
+        """Wait until it ended; returns what it wrote, as the second of two.
 
         Raises:
             subprocess.TimeoutExpired: it did not end within `timeout` seconds.
@@ -55,7 +59,7 @@ class Job:
         return None, text
 
     def written(self) -> str:
-        """What it wrote on stderr until now."""
+        """What it wrote until now, on stdout and stderr."""
         return self._output.read_text(encoding="utf-8") if self._output.exists() else ""
 
     @property
@@ -76,10 +80,9 @@ class Job:
         self._process.kill()
 
 
-def run(arguments: Sequence[str], environment: Mapping[str, str] | None = None, before: str = "",
-        ) -> subprocess.CompletedProcess[str]:
-    """Run one to its end, as `subprocess.run` does."""
-    job = Job(arguments, environment, before)
+def run(arguments: Sequence[str], before: str = "") -> subprocess.CompletedProcess[str]:
+    """Run one to its end, as `subprocess.run` does. All that it wrote is taken for its errors."""
+    job = Job(arguments, before=before)
     _, output = job.communicate()
     return subprocess.CompletedProcess([*arguments], job.returncode or 0, None, output)
 
@@ -100,38 +103,47 @@ def _run(arguments: list[str], environment: dict[str, str], output: str, before:
     """What the forked process does."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-    from jobs.__main__ import main
-    from jobs.training import distributed
-
     os.chdir(CHECKOUT)
+    os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    SubprocessHandler._popen = lambda _, command, variables: Python(command, variables, start_new_session=True)
     os.environ.clear()
     os.environ.update(environment)
-    os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), 2)
-    SubprocessHandler._popen = lambda _, command, variables: _Worker(command, variables)
     exec(before, {})
-    distributed.end(main(arguments))
+    _run_module("jobs", arguments)
 
 
-class _Worker:
-    """What torchrun starts as `PYTHON -m jobs ARGUMENTS`, forked from its launcher; used like `subprocess.Popen`."""
+class Python:
+    """A running `PYTHON -m MODULE ARGUMENTS` that is forked from this process; used like `subprocess.Popen`."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], stdin: int | IO[str] | None = None,
+                 stdout: int | IO[str] | None = None, stderr: int | IO[str] | None = None, text: bool = True,
+                 start_new_session: bool = False) -> None:
+        self.stdin: IO[str] | None = None
+        self.stdout: IO[str] | None = None
         self._code: int | None = None
+        ends = {number: given.fileno() for number, given in enumerate((stdin, stdout, stderr))
+                if given is not None and not isinstance(given, int)}
+        if stdin == subprocess.PIPE:
+            ends[0], ours = os.pipe()
+            self.stdin = os.fdopen(ours, "w")
+        if stdout == subprocess.PIPE:
+            ours, ends[1] = os.pipe()
+            self.stdout = os.fdopen(ours)
         self.pid = os.fork()
-        if self.pid:
-            return
-        from jobs.__main__ import main
-        from jobs.training import distributed
-
-        os.setsid()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the launcher's handlers
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.environ.clear()
-        os.environ.update(environment)
-        try:
-            distributed.end(main([*command[3:]]))
-        finally:
-            os._exit(1)  # an exception must not go on in the launcher's code
+        if not self.pid:
+            if start_new_session:
+                os.setsid()
+            for number, end in ends.items():
+                os.dup2(end, number)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the handlers of this process
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ.clear()
+            os.environ.update(env)
+            _run_module(command[2], command[3:])
+        for number, given in ((0, stdin), (1, stdout)):
+            if given == subprocess.PIPE:
+                os.close(ends[number])
 
     def poll(self) -> int | None:
         if self._code is None:
@@ -139,10 +151,33 @@ class _Worker:
             self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code
 
-    def wait(self, timeout: float) -> int:
-        deadline = time.monotonic() + timeout
+    def wait(self, timeout: float | None = None) -> int:
+        started = time.monotonic()
         while (code := self.poll()) is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("worker", timeout)
+            if timeout is not None and time.monotonic() > started + timeout:
+                raise subprocess.TimeoutExpired("python", timeout)
             time.sleep(0.02)
         return code
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def _run_module(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Do what `python -m MODULE ARGUMENTS` does, and end this process as it ends."""
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.argv = [module, *arguments]
+    code: object = 1
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
