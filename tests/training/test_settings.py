@@ -324,7 +324,7 @@ def test_the_stage_trains_with_the_settings_of_the_pipeline_file(
         return load_model(path)
 
     def steps(model: Any, splits: Any, training: Any, target_modules: Any, folders: Any, output: Path,
-              team: Any) -> Any:
+              team: Any, signer: Any) -> Any:
         calls.append((splits, training, target_modules, folders))
         train.add_adapter(model, training, target_modules).save_pretrained(str(output))
         return build_models.HISTORY
