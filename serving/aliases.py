@@ -69,9 +69,9 @@ class Alias:
 
 @dataclass(frozen=True)
 class KnownRefusal:
-    """What was refused for the files with this signature, and until when (monotonic) it is not checked again."""
+    """What was refused for the files in this state, and until when (monotonic) it is not checked again."""
 
-    signature: tuple[untrusted.Signature, ...]
+    state: tuple[untrusted.State, ...]
     refused: Refused
     until: float
 
@@ -426,17 +426,17 @@ class Aliases:
     async def _unless_refused(self, alias: str, what: str, folders: list[Path],
                               work: Callable[[], Awaitable[None]]) -> None:
         """Do the work, unless it was refused for the same files. A refusal is reported once."""
-        signature = await asyncio.to_thread(lambda: tuple(untrusted.signature(folder) for folder in folders))
+        state = await asyncio.to_thread(lambda: tuple(untrusted.state_of(folder) for folder in folders))
         known = self._refusals.get(what)
-        if known and known.signature == signature and time.monotonic() < known.until:
+        if known and known.state == state and time.monotonic() < known.until:
             raise known.refused
-        if known and known.signature != signature:  # other files: another refusal, even for the same reason
+        if known and known.state != state:  # other files: another refusal, even for the same reason
             self._logged.pop(what, None)
         try:
             await work()
         except Refused as refused:
             pause = RETRY_SECONDS if refused.reason == "load" else math.inf
-            self._refusals[what] = KnownRefusal(signature, refused, time.monotonic() + pause)
+            self._refusals[what] = KnownRefusal(state, refused, time.monotonic() + pause)
             self._report_refusal(alias, what, refused)
             raise
         self._refusals.pop(what, None)

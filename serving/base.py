@@ -198,15 +198,15 @@ def _bases(adapter: str, manifest: Mapping[str, Any], volumes: Path) -> Iterator
 def _is_proven(name: str, candidate: Candidate, volumes: Path, keys: tuple[str, ...]) -> bool:
     """Whether the adapter is whole and its evaluation passed. Cached until the files or the keys change."""
     try:
-        signatures = (untrusted.signature(candidates.adapter_folder(candidate.adapter, volumes)),
-                      untrusted.signature(candidates.evaluation_folder(candidate.evaluation, volumes)))
+        states = (untrusted.state_of(candidates.adapter_folder(candidate.adapter, volumes)),
+                  untrusted.state_of(candidates.evaluation_folder(candidate.evaluation, volumes)))
     except NotYet:
         return False
-    return _passes(name, candidate, volumes, signatures, keys)
+    return _passes(name, candidate, volumes, states, keys)
 
 
 @functools.lru_cache(maxsize=4096)
-def _passes(name: str, candidate: Candidate, volumes: Path, signatures: object, keys: tuple[str, ...]) -> bool:
+def _passes(name: str, candidate: Candidate, volumes: Path, states: object, keys: tuple[str, ...]) -> bool:
     try:
         untrusted.read_artifact(candidates.adapter_folder(candidate.adapter, volumes), "adapter", keys)
         verification.check_gate(candidate, name, volumes, keys)

@@ -48,7 +48,7 @@ def choose(declared: Declared, served: Served) -> Served:
             try:
                 evaluation = candidates.evaluation_folder(candidate.evaluation, volumes)
                 for folder in (evaluation, folder_of(candidate.adapter, served)):
-                    untrusted.signature(folder)  # raises NotYet if it is not there
+                    untrusted.state_of(folder)  # raises NotYet if it is not there
                 verification.check_gate(candidate, name, volumes, declared.trusted_keys)
                 verification.read_proof(evaluation, declared.trusted_keys)
                 verify(candidate.adapter, served, declared.trusted_keys)

@@ -20,10 +20,10 @@ LARGEST_JSON = 2**20
 LARGEST_REST = 64 * 2**20
 MOST_FILES = 100
 
-Signature = tuple[tuple[str, int, int, int, int], ...]
+State = tuple[tuple[str, int, int, int, int], ...]
 
 
-def signature(folder: Path) -> Signature:
+def state_of(folder: Path) -> State:
     """Name, size, times and inode of everything in an artifact's folder. Cheap to read; changes with the files.
 
     With the time of change, because the time of modification can be set.

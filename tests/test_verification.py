@@ -455,7 +455,7 @@ def test_an_adapter_that_was_tampered_with_is_refused_in_one_line_and_nothing_of
     reason, says, change = TAMPERED[case]
     folder = build_adapter.adapter(world.volumes, world.pipeline)
     change(folder)
-    untrusted.signature(folder)  # by which it is noticed when the folder changes
+    untrusted.state_of(folder)  # by which it is noticed when the folder changes
     with pytest.raises(Refused, match=f".*{says}") as caught:
         world.take()
     assert caught.value.reason == reason
@@ -924,15 +924,15 @@ def test_a_damaged_promotion_is_refused_and_neither_a_crash_nor_waited_for(world
 
 def test_a_folders_signature_changes_when_any_file_does_and_says_when_it_is_absent(world: World) -> None:
     with pytest.raises(NotYet, match=r"adapter [0-9a-f]{16} is not there yet"):
-        untrusted.signature(world.plan.adapter.path(world.volumes))
+        untrusted.state_of(world.plan.adapter.path(world.volumes))
     folder = build_adapter.adapter(world.volumes, world.pipeline)
-    before = untrusted.signature(folder)
-    assert untrusted.signature(folder) == before
+    before = untrusted.state_of(folder)
+    assert untrusted.state_of(folder) == before
     file = folder / "adapter_config.json"
     content = file.read_bytes()
     file.unlink()
     file.write_bytes(content)
-    assert untrusted.signature(folder) != before
+    assert untrusted.state_of(folder) != before
 
 
 def test_what_is_served_survives_the_environment(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
