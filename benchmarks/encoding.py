@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--counts", type=int, nargs="+", default=COUNTS, metavar="N",
                      help="numbers of records (default: 10000 100000 1000000)")
-    top.add_argument("--words", type=int, default=350, metavar="N", help="words of a record (default: %(default)s)")
+    top.add_argument("--words", type=int, default=470, metavar="N", help="words of a record (default: %(default)s)")
     top.add_argument("--earlier", type=int, default=100_000, metavar="N",
                      help="most records for the earlier way (default: %(default)s)")
     top.add_argument("--folder", type=Path, metavar="DIR", help="where to put the data (default: a temporary folder)")
