@@ -68,13 +68,13 @@ def parser() -> argparse.ArgumentParser:
     for stage, description in (
             ("encode", "encode the dataset to tokens; needs no GPU"),
             ("train", "train the LoRA adapter; resumes after a kill"),
-            ("evaluate", "measure the models, write the report, pass or reject the adapter")):
+            ("evaluate", "measure the models, write the report, pass or reject the adapter"),
+            ("publish", "bring the promoted adapter, with its evaluation, to where environment.yaml says; ends at once "
+                        "if it is there, or was rejected")):
         commands.add_parser(stage, description=description).add_argument(
             "--set", action="append", default=[], dest="changes", metavar="KEY=VALUE",
             help="for this run, take this value of the pipeline file's `training` instead of the file's; the adapter "
-                 "is evaluated and not promoted; can be repeated")
-    commands.add_parser("publish", description="bring the promoted adapter, with its evaluation, to where "
-                                                "environment.yaml says; ends at once if it is there, or was rejected")
+                 "is evaluated, but neither promoted nor published; can be repeated")
     wait = commands.add_parser("await", description="wait until artifacts are there; their readers verify them")
     wait.add_argument("artifacts", nargs="+", choices=AWAITABLE, metavar="ARTIFACT", help=", ".join(AWAITABLE))
 
@@ -189,7 +189,8 @@ def run(args: argparse.Namespace) -> None:
         case "publish":
             from jobs.publication import publish
 
-            publish.run(pipeline.load(args.pipeline, args.environment), args.volumes, wait_seconds)
+            loaded = pipeline.load(args.pipeline, args.environment, changes=args.changes)
+            publish.run(loaded, args.volumes, wait_seconds)
         case "await":
             from jobs.core import artifacts
             from jobs.core.plan import plan_adapter, plan_environment

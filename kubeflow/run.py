@@ -22,7 +22,7 @@ from kubeflow.steps import Step, Steps
 # The parameters of a run, by the key of `training` for which each stands. Of a pipeline for several adapters there are
 # none.
 PARAMETERS = {"epochs": ("epochs", int), "learning_rate": ("learning_rate", float), "lora_r": ("lora.r", int)}
-CHANGED = ("train", "evaluate")  # the stages for which these keys matter
+CHANGED = ("train", "evaluate", "publish")  # the stages for which these keys matter
 RESULTS, REFUSAL = "evaluation-results", "adapter-not-promoted"
 # What these two steps take: they compute nothing, so they leave the evaluation's GPU to others.
 RESOURCES = {"requests": {"cpu": "20m", "memory": "128Mi"}, "limits": {"memory": "1Gi"}}

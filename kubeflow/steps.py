@@ -15,7 +15,7 @@ from jobs.core.imported import LoadedAdapter
 from jobs.core.pipeline import Pipeline
 from jobs.core.plan import plan_environment
 from jobs.tools import overlay, pods
-from jobs.tools.changes import COMMANDS, STAGES, Specs, adapter_specs
+from jobs.tools.changes import COMMANDS, PUBLISH, STAGES, Specs, adapter_specs
 from jobs.tools.pods import ADAPTER_LABEL, HASH_SUFFIX, Manifest
 from kubeflow import translation
 from kubeflow.fields import Fields
@@ -116,7 +116,7 @@ def _line(job: Manifest) -> list[str]:
 
 def _stage(job: Manifest) -> str | None:
     line = _line(job)
-    return next((stage for stage in COMMANDS if line[-len(stage.split()):] == stage.split()), None)
+    return next((stage for stage in (*COMMANDS, PUBLISH) if line[-len(stage.split()):] == stage.split()), None)
 
 
 def _adapter(job: Manifest) -> str | None:
@@ -192,7 +192,7 @@ def _makers(step: Step, steps: list[Step], plans: dict[str | None, Specs]) -> It
     awaited = {name.replace("-", "_") for name in step.executor.awaits}
     read = {digest for spec in _made(step, artifacts) for digest in spec.inputs.values()} | {
         artifacts[name].digest for name in awaited if name in artifacts}
-    if step.stage is None and step.adapter and not awaited:
+    if step.stage in (None, PUBLISH) and step.adapter and not awaited:
         read = {spec.digest for spec in artifacts.values()}
     for other in steps:
         if other is not step and other.adapter in (None, step.adapter) and any(

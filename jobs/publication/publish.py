@@ -44,8 +44,11 @@ def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
         raise UserError(f"{loaded.environment.path}: has no key `publication`, so there is no place to publish "
                         f"{pipeline.adapter} at. Add `publication: {{to: oci://REGISTRY/PREFIX}}`, or remove the Job "
                         "adapter-publication (docs/publication.md)")
-    signer = signing.signer(pipeline.environment)  # raises now, instead of after hours of waiting
     name = f"{pipeline.adapter}@{wanted.adapter.digest}"
+    if loaded.changed:  # it will not be promoted, so there is nothing to wait for
+        announce(f"NOT PUBLISHED: this run took other values than the pipeline file, so {name} is not promoted.")
+        return
+    signer = signing.signer(pipeline.environment)  # raises now, instead of after hours of waiting
     if not wait_for_promotion(pipeline.adapter, wanted, volumes, wait_seconds):
         announce(f"NOT PUBLISHED: {name} did not pass its evaluation. Only promoted adapters are published.")
         return

@@ -17,6 +17,7 @@ import yaml
 from jobs.tools.pods import KubernetesYaml
 from tests.kubeflow.environment import compile_all, python
 from tests.manifests import CHECKOUT, Manifest, adapters, copy, of_kind, render
+from tests.publication.test_manifests import rendered
 
 FILES = Path("tests", "kubeflow")
 OVERLAY = CHECKOUT / "overlays" / "kind"
@@ -53,6 +54,18 @@ def compiled() -> dict[str, dict[str, Any]]:
 def test_a_pipeline_is_valid_for_kfp(compiled: dict[str, dict[str, Any]], overlay: str) -> None:
     done = python(FILES / "validate_pipeline.py", stdin=compiled[overlay]["text"])
     assert done.returncode == 0, done.stderr
+
+
+def test_a_publication_follows_the_evaluation_and_knows_with_which_values_the_run_is() -> None:
+    """With other values than git has, it must not wait for a promotion that will not come."""
+    manifests = [each for each in rendered("kind")
+                 if each["metadata"].get("labels", {}).get("app.kubernetes.io/instance") != "hostel-guide"]
+    (compiled,) = compile_all([manifests])
+    step = "adapter-publication-seville-hotels"
+    assert after(compiled["text"])[step] == {"model-evaluation-seville-hotels"}
+    pipeline, _ = yaml.load_all(compiled["text"], KubernetesYaml)
+    args = pipeline["deploymentSpec"]["executors"][f"exec-{step}"]["container"]["args"]
+    assert args[:2] == ["publish", "--set=training.epochs={{$.inputs.parameters['epochs']}}"]
 
 
 def test_the_order_of_the_steps_is_that_of_the_plan(compiled: dict[str, dict[str, Any]]) -> None:

@@ -37,8 +37,9 @@ def run(made: Made, *, promoted_s: float = 0) -> None:
     publish.run(made.loaded, made.volumes, promoted_s)
 
 
-def stage(made: Made) -> int:
-    return main(["--pipeline", str(made.loaded.path), "--volumes", str(made.volumes), "--wait-seconds", "0", "publish"])
+def stage(made: Made, *options: str) -> int:
+    return main(["--pipeline", str(made.loaded.path), "--volumes", str(made.volumes), "--wait-seconds", "0", "publish",
+                 *options])
 
 
 def pull(made: Made, lines: list[str], folder: Path) -> dict[str, bytes]:
@@ -76,6 +77,15 @@ def test_answers_are_published_where_they_are_asked_for(server: registry_server.
     made = make(tmp_path / "made", publication={"to": f"oci://{server.host}/team", "answers": True})
     run(made)
     assert any(TEXT.encode() in blob for blob in server.blobs.values())
+
+
+def test_a_run_with_other_values_than_git_has_publishes_nothing_and_waits_for_nothing(
+        server: registry_server.Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = make(tmp_path / "made", publication={"to": f"oci://{server.host}/team"})
+    with caplog.at_level("INFO", "jobs"):
+        assert stage(made, "--set", "training.epochs=29") == 0
+    assert "NOT PUBLISHED: this run took other values than the pipeline file" in caplog.text
+    assert not server.blobs
 
 
 def test_a_rejected_adapter_is_not_published_and_the_job_ends_well(server: registry_server.Registry, tmp_path: Path,
