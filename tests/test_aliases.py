@@ -1000,7 +1000,7 @@ def test_one_of_several_replicas_ends_in_its_turn_and_goes_on_if_git_changes_its
         world.write(serving={"max_lora_rank": 128})
         until(lambda: "in its turn" in caplog.text)
         world.write()
-        time.sleep(0.2)
+        until(lambda world=world: "base" not in world.vllm.guards[-1].aliases._turns)  # type: ignore[misc]
         assert httpx.get(world.url + "/health").status_code == 200
         turn[0] = time.time() + 1
         world.write(serving={"max_lora_rank": 128})

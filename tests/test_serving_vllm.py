@@ -295,10 +295,18 @@ def test_an_engine_that_hangs_fails_liveness_and_a_busy_one_does_not(server: Ser
         assert len(clients) == 300
 
 
-CLIENTS, REQUESTS, PROMOTIONS = 16, 900, 30
+CLIENTS, REQUESTS, PROMOTIONS = 16, 500, 10
+# A server reaches its working size in 15 to 40 swaps, later on a busy machine. One that kept something of each swap
+# would never have the same size for ten of them.
+STEADY, MOST_PROMOTIONS = 10, 120
 # Longer than one block of vLLM's prefix cache (128 tokens on a CPU), and alike until the end: a cache that took one
 # adapter's prefix for the other's would be noticed.
 PROMPTS = [f"{' '.join(map(str, range(55)))} Question {i}: what is the best hotel? Answer:" for i in range(4)]
+
+
+def steady(memory: list[int]) -> bool:
+    """Whether the memory after the last swap is what it was after the tenth before, but for a few hundred kB a swap."""
+    return len(memory) > STEADY and memory[-1] < memory[-1 - STEADY] * 1.002
 
 
 @pytest.mark.slow
@@ -357,7 +365,7 @@ def test_under_load_no_swap_fails_a_request_or_mixes_adapters_and_old_versions_g
         thread.start()
     try:
         done = 0
-        while done < PROMOTIONS or len(seen) < REQUESTS:
+        while done < PROMOTIONS or len(seen) < REQUESTS or not (steady(memory) or done == MOST_PROMOTIONS):
             server.write((11, 12)[done % 2])
             path = adapters[done % 2]
             server.until(lambda path=path: server.serves(path), 30)  # type: ignore[misc]
@@ -376,8 +384,7 @@ def test_under_load_no_swap_fails_a_request_or_mixes_adapters_and_old_versions_g
     label = f'{{alias="{NAME}"}}'
     assert server.metrics("serving_swaps_total")[label] - swaps[label] == done
     server.until(lambda: len(list((server.folder / f"serving-adapters-{server.port}" / NAME).iterdir())) == 1, 10)
-    # In the first half of the swaps the server reaches its working size: it takes about 15 until it grows no more.
-    assert memory[-1] < memory[len(memory) // 2] * 1.03, [f"{each / 1e6:.0f} MB" for each in memory]
+    assert steady(memory), " ".join(f"{each / 1e6:.0f}" for each in memory)
 
 
 @pytest.mark.slow
