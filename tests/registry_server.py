@@ -32,6 +32,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from jobs.core import retries
+from jobs.relocation.sources import oci
+
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 ROOT = Path(__file__).resolve().parents[1]
 CACHED = ROOT / ".venv" / "docker-registry"
@@ -318,3 +321,24 @@ def real(folder: Path) -> Iterator[str]:
             yield host
         finally:
             process.terminate()
+
+
+@contextmanager
+def either(kind: str, folder: Path) -> Iterator[str]:
+    """The registry of this module ("python") or `real`, until the block ends. Yields HOST:PORT."""
+    if kind == "python":
+        with serve() as server:
+            yield server.host
+    else:
+        with real(folder) as host:
+            yield host
+
+
+def isolate(monkeypatch: pytest.MonkeyPatch, folder: Path, attempts: int = 3) -> None:
+    """No credentials and no settings of this machine, and short pauses."""
+    for name in ("REGISTRY_AUTH_FILE", "REGISTRY_PLAIN_HTTP", "SSL_CERT_FILE", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DOCKER_CONFIG", str(folder))
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retries, "ATTEMPTS", attempts)
+    oci._repository.cache_clear()

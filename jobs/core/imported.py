@@ -22,13 +22,13 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from jobs.core import declarations, environment, pipeline, sources
+from jobs.core import declarations, pipeline, sources
 from jobs.core.artifacts import Spec
 from jobs.core.declarations import DatasetSource, Loaded, Source
 from jobs.core.environment import Environment, LoadedEnvironment
 from jobs.core.errors import UserError
 from jobs.core.files import read_plain_file
-from jobs.core.pipeline import AdapterFile, Evaluation, LoadedPipeline, Pipeline, Training, check_name, find_environment
+from jobs.core.pipeline import AdapterFile, Evaluation, LoadedPipeline, Pipeline, Training, check_name, load_environment
 
 RECORD = "imported.json"  # the file of an `imported-adapter` artifact
 RECORD_BYTES = 2**20  # it has about 1 kB
@@ -160,7 +160,7 @@ def load_any(path: Path, environment_file: Path | LoadedEnvironment | None = Non
     document = declarations.read(pipeline.find(path), "adapter")
     file = document.file
     if "source" not in document.values or changes:  # which are those of a training
-        if "sha256" in document.values:
+        if "sha256" in document.values and "source" not in document.values:
             raise UserError(f"{file}:{document.line_of(['sha256'])}: sha256: is the pin of an imported adapter, and "
                             "`source` is missing: add it, or remove `sha256` to train the adapter here")
         return pipeline.from_document(document, environment_file, pinned=pinned, changes=changes)
@@ -168,8 +168,7 @@ def load_any(path: Path, environment_file: Path | LoadedEnvironment | None = Non
         raise UserError(f"{file}:{document.line_of(['training'])}: training: beside `source`: an imported adapter is "
                         "not trained here. Remove `training`, or, to train the adapter here, `source` and `sha256`")
     declarations.validate(document, ImportedFile, document.values)
-    shared = environment_file if isinstance(environment_file, LoadedEnvironment) else environment.load(
-        environment_file or find_environment(file), pinned=pinned)
+    shared = load_environment(file, environment_file, pinned=pinned)
     found = declarations.validate(document, ImportedAdapter, document.values | {"environment": shared.environment})
     if pinned:
         declarations.require_pins(document, found.sources())
@@ -185,8 +184,13 @@ def load_data(path: Path, environment_file: Path | LoadedEnvironment | None = No
         return loaded
     if found := loaded.evaluated_here():
         return found
-    raise UserError(f"{loaded.path}: this adapter is imported and has no `dataset` and `evaluation`: nothing is "
-                    "evaluated here. Its only stage is: python -m jobs relocate adapter")
+    raise not_evaluated(loaded)
+
+
+def not_evaluated(loaded: LoadedImport) -> UserError:
+    """The error of the stages of evaluation and of its data, for an imported adapter that is not evaluated here."""
+    return UserError(f"{loaded.path}: this adapter is imported and has no `dataset` and `evaluation`: nothing is "
+                     "evaluated here. Its only stage is: python -m jobs relocate adapter")
 
 
 # --- what relocation found --------------------------------------------------------------------------------------------

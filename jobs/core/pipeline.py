@@ -404,6 +404,14 @@ def find_environment(file: Path) -> Path:
     return overlay / environment.FILE
 
 
+def load_environment(file: Path, environment_file: Path | LoadedEnvironment | None, *, pinned: bool
+                     ) -> LoadedEnvironment:
+    """The environment of a pipeline file; by default that of `find_environment`."""
+    if isinstance(environment_file, LoadedEnvironment):
+        return environment_file
+    return environment.load(environment_file or find_environment(file), pinned=pinned)
+
+
 def load(path: Path, environment_file: Path | LoadedEnvironment | None = None, *, pinned: bool = True,
          changes: Sequence[str] = ()) -> LoadedPipeline:
     """Read and validate a pipeline file and the environment file that it belongs to.
@@ -433,8 +441,7 @@ def from_document(document: Document, environment_file: Path | LoadedEnvironment
         raise UserError(f"{file}:{document.line_of(['source'])}: source: this adapter is imported, not trained here. "
                         "Its stage is: python -m jobs relocate adapter")
     declarations.validate(document, PipelineFile, document.values)
-    shared = environment_file if isinstance(environment_file, LoadedEnvironment) else environment.load(
-        environment_file or find_environment(file), pinned=pinned)
+    shared = load_environment(file, environment_file, pinned=pinned)
     pipeline = declarations.validate(document, Pipeline, document.values | {"environment": shared.environment})
     if pinned:
         declarations.require_pins(document, pipeline.sources())

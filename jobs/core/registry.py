@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import base64
 import binascii
-import email.utils
 import hashlib
 import json
 import logging
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlencode, urljoin, urlsplit
 
-from jobs.core import variables
 from jobs.core.errors import RetryableError, UserError
+from jobs.core.retries import Interrupted, Patience, retry_after
 
 log = logging.getLogger("jobs")
 
@@ -33,10 +31,6 @@ INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.di
 MANIFEST_BYTES = 4 * 2**20  # what registries accept at most
 ANSWER_BYTES = 2**20  # of an error or a token
 SILENCE_S = 60.0  # a connection on which nothing arrives for this long is dead
-ATTEMPTS = variables.whole_number("RETRY_ATTEMPTS", 10, least=1)
-FIRST_PAUSE_S = variables.number("RETRY_FIRST_PAUSE_SECONDS", 1)  # doubles with every attempt, up to:
-LONGEST_PAUSE_S = 60.0
-LONGEST_RETRY_AFTER_S = 3600.0  # for a longer pause, the pod ends instead of waiting
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
 # The layers' names: what ModelPack's clients read, and what oras, CRI-O and others do.
 FILE_PATH = "org.cncf.model.filepath"
@@ -139,14 +133,6 @@ def _layer(layer: Mapping[str, Any]) -> Layer:
 def digest_of(content: bytes) -> str:
     """The digest of a blob or manifest: `sha256:` and its sha256 in hex."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
-
-
-class Busy(Exception):
-    """The registry cannot answer now, or the connection broke: another attempt may succeed."""
-
-    def __init__(self, problem: str, after_s: float | None = None) -> None:
-        super().__init__(problem)
-        self.after_s = after_s  # the pause that the registry requests
 
 
 class Registry:
@@ -280,7 +266,7 @@ class Registry:
         Returns:
             the answer, whatever its status but those for which another attempt may help; its body is not read yet.
         Raises:
-            Busy: another attempt may help.
+            Interrupted: another attempt may help.
         """
         own = self._own(url)
         answer = self._request(method, url, what, headers, data, self._authorize if own else _no_authorization)
@@ -306,29 +292,19 @@ class Registry:
                 requests.exceptions.InvalidSchema, requests.exceptions.TooManyRedirects) as error:
             raise UserError(f"{what}: cannot be requested: {_reason(error)}") from None
         except requests.exceptions.RequestException as error:
-            raise Busy(_reason(error)) from None
+            raise Interrupted(_reason(error)) from None
         if answer.status_code in RETRIED:
-            raise Busy(f"{urlsplit(url).netloc} answers {_described(answer)}", _retry_after(answer.headers))
+            raise Interrupted(f"{urlsplit(url).netloc} answers {_described(answer)}", retry_after(answer.headers))
         return answer
 
     def _patiently(self, work: Callable[[], Any], what: str) -> Any:
         """What `work` returns, called again while the registry is busy."""
-        failures = 0
+        patience = Patience(what)
         while True:
             try:
                 return work()
-            except Busy as busy:
-                failures += 1
-                if failures >= ATTEMPTS:
-                    raise RetryableError(f"{what}: gave up after {failures} attempts in a row. The last error: {busy}"
-                                         ) from None
-                pause = min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S)
-                if busy.after_s is not None:
-                    pause = busy.after_s
-                if pause > LONGEST_RETRY_AFTER_S:
-                    raise RetryableError(f"{what}: the registry requests a pause of {pause:.0f} s: {busy}") from None
-                log.warning("%s: %s; trying again in %.1f s", what, busy, pause)
-                time.sleep(pause)
+            except Interrupted as interruption:
+                patience.wait(interruption)
 
     def _client(self) -> Any:
         with self._lock:
@@ -475,16 +451,6 @@ def _reason(error: Exception) -> str:
     inner = getattr(inner, "reason", None) or inner
     text = re.sub(r"https?://\S+|<[^>]*>:?|/v2/\S+", "…", " ".join(str(inner).split()))
     return f"{type(error).__name__}: {text[:200]}"
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    value = headers.get("Retry-After", "").strip()
-    if value.isdigit():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
 
 
 # --- where, and as whom -----------------------------------------------------------------------------------------------

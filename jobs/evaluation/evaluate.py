@@ -71,8 +71,7 @@ def planned(loaded: LoadedAdapter, volumes: Path, wait_seconds: float) -> tuple[
         return loaded.pipeline, plan(loaded.pipeline)
     pipeline = loaded.pipeline.evaluated_here
     if pipeline is None:
-        raise UserError(f"{loaded.path}: this adapter is imported and has no `dataset` and `evaluation`: nothing is "
-                        "evaluated here. Its only stage is: python -m jobs relocate adapter")
+        raise imported.not_evaluated(loaded)
     (record,) = artifacts.wait([plan_import(loaded.pipeline).imported_adapter], volumes, wait_seconds)
     return pipeline, plan_evaluation(pipeline, imported.read(record.path, FINE_TUNED_VOLUME).adapter)
 

@@ -5,16 +5,17 @@ A library's exception becomes a `UserError` where another attempt cannot help, e
 
 from __future__ import annotations
 
-import email.utils
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from jobs.core import variables
 from jobs.core.errors import RetryableError, UserError
+from jobs.core.retries import Interrupted as Interrupted
+from jobs.core.retries import Patience as Patience
+from jobs.core.retries import retry_after
 from jobs.core.sources import shown as shown
 
 log = logging.getLogger("jobs")
@@ -22,11 +23,6 @@ T = TypeVar("T")
 
 # How many connections all files of a fetch share; a large file has many.
 CONNECTIONS = variables.whole_number("RELOCATION_CONNECTIONS", 16, least=1)
-# Ten attempts in a row without a single new byte take about four minutes; then Kubernetes starts the pod again.
-ATTEMPTS = variables.whole_number("RETRY_ATTEMPTS", 10, least=1)
-FIRST_PAUSE_S = variables.number("RETRY_FIRST_PAUSE_SECONDS", 1)  # doubles with every attempt, up to:
-LONGEST_PAUSE_S = 60.0
-LONGEST_RETRY_AFTER_S = 3600.0  # for a longer pause, the pod ends instead of waiting
 SILENCE_S = 60.0  # a connection on which nothing arrives for this long is dead
 CHUNK = 1 << 20
 # Of the buckets' libraries, where there is nothing to sign a request with; a failing metadata server has other names.
@@ -38,51 +34,6 @@ def mismatch(where: str, pinned_in: str, expected: str, found: str) -> str:
     again = "write SHA256SUMS again and " if pinned_in == "SHA256SUMS" else ""
     return (f"{where}: {pinned_in} says {expected}, but the content is {found}. Nothing was published. If the content "
             f"was meant to change, {again}run: python -m jobs pin")
-
-
-class Interrupted(Exception):
-    """The source broke off, or requests a pause: another attempt may succeed."""
-
-    def __init__(self, message: str, after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.after_s = after_s  # the pause that the server requests
-
-
-class Patience:
-    """Waits between attempts, longer each time, until too many in a row bring no new byte."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.failures = 0
-
-    def reset(self) -> None:
-        self.failures = 0
-
-    def pause_after(self, interruption: Interrupted, failures: int = 0, *, counts: bool = True) -> float:
-        """Count a failed attempt, and return for how many seconds to wait before the next one.
-
-        Args:
-            failures: how many in a row one connection had, of several that share this patience.
-            counts: whether the attempt is one of those that may not be too many.
-        Raises:
-            RetryableError: there were too many in a row, or the server requests a pause that is too long.
-        """
-        self.failures += counts
-        if counts and self.failures >= ATTEMPTS:
-            raise RetryableError(f"{self.what}: gave up after {self.failures} attempts in a row. The last "
-                                 f"error: {interruption}")
-        pause = min(FIRST_PAUSE_S * 2.0 ** (max(failures, self.failures, 1) - 1), LONGEST_PAUSE_S)
-        if interruption.after_s is not None:
-            pause = interruption.after_s
-        if pause > LONGEST_RETRY_AFTER_S:
-            raise RetryableError(f"{self.what}: the server requests a pause of {pause:.0f} s: {interruption}")
-        return pause
-
-    def wait(self, interruption: Interrupted) -> None:
-        """Count a failed attempt, and sleep before the next one. Raises like `pause_after`."""
-        pause = self.pause_after(interruption)
-        log.warning("%s: %s; trying again in %.1f s", self.what, interruption, pause)
-        time.sleep(pause)
 
 
 def patiently(request: Callable[[], T], what: str, advice: str) -> T:
@@ -173,18 +124,7 @@ def classify_error(error: Exception, what: str, advice: str) -> Exception:
         return UserError(f"{what}: the server rejects the request ({status})")  # likewise
     if isinstance(status, int):
         headers = getattr(error, "headers", None) or getattr(answer, "headers", None) or {}
-        return Interrupted(f"the server answers {status}", _retry_after(headers))
+        return Interrupted(f"the server answers {status}", retry_after(headers))
     if library in ("builtins", "fsspec") and not isinstance(error, OSError):
         return error  # an error in this code, not of the source
     return Interrupted(message)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that a Retry-After header requests, given as seconds or as a date."""
-    value = headers.get("Retry-After", "").strip()
-    if value.isdigit():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None

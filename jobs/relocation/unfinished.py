@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jobs.core import retries
 from jobs.core.progress import Progress
-from jobs.relocation import connection
 from jobs.relocation.connection import CHUNK, Interrupted, Patience, Stream, shown
 from jobs.relocation.partial import Partial
 from jobs.relocation.ranges import Ranges
@@ -260,7 +260,7 @@ class Unfinished(Partial):
         if interruption.after_s is None:
             return pause
         # The pause is for this range, and for more connections than those that get on.
-        until = time.monotonic() + max(pause, connection.FIRST_PAUSE_S)
+        until = time.monotonic() + max(pause, retries.FIRST_PAUSE_S)
         self.not_before, self._limit = max(self.not_before, until), len(self._active()) - 1
         if self.total is not None:
             self._paused.append((lease.at, self._end_of(lease), until))

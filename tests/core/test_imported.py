@@ -22,6 +22,7 @@ from jobs.core.plan import (
 )
 from tests import build_pipeline
 from tests.build_pipeline import SHA256
+from tests.manifests import CHECKOUT
 
 SOURCE = "oci://registry.example.com/team/adapters/seville-hotels"
 GATE = {"gate": {"perplexity": {"max_ratio": 0.9}}}
@@ -138,3 +139,9 @@ def test_a_damaged_record_is_an_error_of_one_line(tmp_path: Path, text: str) -> 
     with pytest.raises(UserError, match=r"imported.json: is damaged") as raised:
         imported.read(tmp_path, "volume")
     assert "\n" not in str(raised.value)
+
+
+def test_settings_of_a_run_are_those_of_a_training() -> None:
+    with pytest.raises(UserError, match="this adapter is imported, not trained here"):
+        imported.load_any(CHECKOUT / "overlays" / "kind-serving" / "adapters" / "seville-hotels",
+                          changes=["training.epochs=3"])

@@ -20,23 +20,13 @@ ZEROS = "sha256:" + "0" * 64
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No credentials and no settings of this machine, and short pauses."""
-    for name in ("REGISTRY_AUTH_FILE", "REGISTRY_PLAIN_HTTP", "SSL_CERT_FILE", "HTTP_PROXY", "http_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    monkeypatch.setattr(registry, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(registry, "ATTEMPTS", 3)
+    registry_server.isolate(monkeypatch, tmp_path)
 
 
 @pytest.fixture(params=["python", "docker-registry"])
 def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Either registry."""
-    if request.param == "python":
-        with registry_server.serve() as server:
-            yield server.host
-    else:
-        with registry_server.real(tmp_path) as name:
-            yield name
+    with registry_server.either(request.param, tmp_path) as name:
+        yield name
 
 
 @pytest.fixture
@@ -207,7 +197,7 @@ def test_plain_http_is_for_this_machine_and_for_hosts_that_are_named(monkeypatch
 def test_a_busy_registry_gets_the_pause_that_it_requests(server: registry_server.Registry,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("jobs.core.registry.time.sleep", pauses.append)
+    monkeypatch.setattr("jobs.core.retries.time.sleep", pauses.append)
     server.push("team/adapters/seville", {"a": b"1"}, "v1")
     server.faults += [Fault("manifests", status=429, retry_after="7"), Fault("manifests", status=503)]
     assert client(server.host).manifest("v1").layers()

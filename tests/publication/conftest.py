@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobs.core import artifacts, promotion, registry
+from jobs.core import artifacts, promotion
 from jobs.core.artifacts import Artifact
 from jobs.core.pipeline import LoadedPipeline, load
 from jobs.core.plan import FINE_TUNED_VOLUME, plan
@@ -64,12 +64,7 @@ def make(folder: Path, *, passed: bool = True, promoted: bool = True, **changes:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No credentials and no settings of this machine, and short pauses."""
-    for name in ("REGISTRY_AUTH_FILE", "REGISTRY_PLAIN_HTTP", "SSL_CERT_FILE", "HTTP_PROXY", "http_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    monkeypatch.setattr(registry, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(registry, "ATTEMPTS", 3)
+    registry_server.isolate(monkeypatch, tmp_path)
 
 
 @pytest.fixture

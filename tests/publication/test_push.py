@@ -18,13 +18,8 @@ from tests.registry_server import Fault
 
 @pytest.fixture(params=["python", "docker-registry"])
 def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """Either registry."""
-    if request.param == "python":
-        with registry_server.serve() as server:
-            yield server.host
-    else:
-        with registry_server.real(tmp_path) as name:
-            yield name
+    with registry_server.either(request.param, tmp_path) as name:
+        yield name
 
 
 def test_what_is_pushed_is_there_under_the_digest_that_is_named(host: str, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.core import retries
 from jobs.core.declarations import Loaded
 from jobs.core.pipeline import load
-from jobs.relocation import connection
 from jobs.relocation.sources.interface import Item
 from tests import build_pipeline
 from tests.hub_server import Hub, serve
@@ -24,8 +24,8 @@ PARTIAL = "data.bin.partial"
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The local hub, named by HF_ENDPOINT, and a retry schedule for the impatient."""
-    monkeypatch.setattr(connection, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(connection, "ATTEMPTS", 4)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retries, "ATTEMPTS", 4)
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     with serve() as server:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs.core import artifacts, promotion, provenance, registry, signatures
+from jobs.core import artifacts, promotion, provenance, signatures
 from jobs.core.artifacts import MANIFEST, SIGNATURE
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.imported import LoadedImport
@@ -22,8 +22,7 @@ from jobs.core.published import PROVENANCE
 from jobs.publication import layout
 from jobs.publication.layout import File
 from jobs.publication.push import Published
-from jobs.relocation import adapters, connection
-from jobs.relocation.sources import oci
+from jobs.relocation import adapters
 from tests import build_published, registry_server
 from tests.build_published import NAME, declare, publish, trained
 from tests.build_signing import pair, signer
@@ -36,14 +35,7 @@ Files = list[File]
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No credentials and no settings of this machine, and short pauses."""
-    for name in ("REGISTRY_AUTH_FILE", "REGISTRY_PLAIN_HTTP", "SSL_CERT_FILE", "HTTP_PROXY", "http_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    for module in (registry, connection):
-        monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.01)
-        monkeypatch.setattr(module, "ATTEMPTS", 2)
-    oci._repository.cache_clear()
+    registry_server.isolate(monkeypatch, tmp_path, attempts=2)
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs.core import retries
 from jobs.core.errors import RetryableError, UserError
 from jobs.relocation import connection, download
 from jobs.relocation.sources.interface import Item
@@ -70,8 +71,8 @@ def test_a_server_in_trouble_is_asked_again(hub: Hub, draft: Path, status: int) 
 def test_pauses_grow(hub: Hub, draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    monkeypatch.setattr(connection, "FIRST_PAUSE_S", 1.0)
-    monkeypatch.setattr(connection, "ATTEMPTS", 10)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 1.0)
+    monkeypatch.setattr(retries, "ATTEMPTS", 10)
     hub.faults.append(Fault("data.bin", times=9, status=503))
     download.fetch([url_item(hub)], draft)
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
@@ -86,10 +87,10 @@ def test_retry_after_is_honoured(hub: Hub, draft: Path) -> None:
 
 def test_retry_after_may_be_a_date() -> None:
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=90))
-    assert 80 < (connection._retry_after({"Retry-After": soon}) or 0) <= 90
-    assert connection._retry_after({"Retry-After": format_datetime(datetime.now(UTC) - timedelta(days=1))}) == 0
-    assert connection._retry_after({"Retry-After": "soonish"}) is None
-    assert connection._retry_after({}) is None
+    assert 80 < (retries.retry_after({"Retry-After": soon}) or 0) <= 90
+    assert retries.retry_after({"Retry-After": format_datetime(datetime.now(UTC) - timedelta(days=1))}) == 0
+    assert retries.retry_after({"Retry-After": "soonish"}) is None
+    assert retries.retry_after({}) is None
 
 
 def test_a_server_that_asks_for_a_day_is_left_to_the_next_pod(hub: Hub, draft: Path) -> None:
@@ -220,7 +221,7 @@ def test_whatever_the_drops_and_leftovers_the_file_is_right(tmp_path_factory: py
     draft = tmp_path_factory.mktemp("draft")
     content = CONTENT[:5000]
     with serve() as hub, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection, "FIRST_PAUSE_S", 0.0)
+        patch.setattr(retries, "FIRST_PAUSE_S", 0.0)
         hub.files["data.bin"], hub.ranges = content, resumable
         hub.faults += [Fault("data.bin", drop_after=count, linger_s=0) for count in drops]
         (draft / PARTIAL).write_bytes(left)

@@ -13,9 +13,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from jobs.core import retries
 from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import RetryableError, UserError
-from jobs.relocation import connection, download, sources
+from jobs.relocation import download, sources
 from jobs.relocation.sources.file import folder_sha256
 from tests.relocation.conftest import CONTENT, SHA256
 
@@ -95,8 +96,8 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name that http.server uses
             """Stay quiet."""
 
-    monkeypatch.setattr(connection, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(connection, "ATTEMPTS", 3)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retries, "ATTEMPTS", 3)
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_address[1]}")

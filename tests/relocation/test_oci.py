@@ -16,8 +16,7 @@ from jobs.core.errors import RetryableError, UserError
 from jobs.core.pipeline import load
 from jobs.core.plan import plan
 from jobs.core.registry import Reference, Registry, digest_of
-from jobs.relocation import connection, download, sources
-from jobs.relocation.sources import oci
+from jobs.relocation import download, sources
 from tests import build_pipeline, registry_server
 from tests.registry_server import Fault
 from tests.relocation.conftest import CONTENT, names
@@ -28,14 +27,7 @@ ZEROS = "0" * 64
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No credentials and no settings of this machine, and short pauses."""
-    for name in ("REGISTRY_AUTH_FILE", "REGISTRY_PLAIN_HTTP", "SSL_CERT_FILE", "HTTP_PROXY", "http_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    for module in (registry, connection):
-        monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.01)
-        monkeypatch.setattr(module, "ATTEMPTS", 3)
-    oci._repository.cache_clear()
+    registry_server.isolate(monkeypatch, tmp_path)
 
 
 @pytest.fixture

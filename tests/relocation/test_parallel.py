@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.core import artifacts, files
+from jobs.core import artifacts, files, retries
 from jobs.core.errors import RetryableError, UserError
 from jobs.relocation import connection, download, partial, ranges, transfer, unfinished
 from jobs.relocation.sources.interface import Item
@@ -253,8 +253,8 @@ def test_those_that_a_pause_is_not_for_go_on(hub: Hub, large: Item, draft: Path)
 def test_a_server_that_allows_few_connections_gives_the_file_through_those(
         hub: Hub, large: Item, draft: Path, monkeypatch: pytest.MonkeyPatch, retry_after: str | None) -> None:
     """Two of four are refused, far more often in all than a server may fail in a row."""
-    monkeypatch.setattr(connection, "ATTEMPTS", 10)
-    monkeypatch.setattr(connection, "LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(retries, "ATTEMPTS", 10)
+    monkeypatch.setattr(retries, "LONGEST_PAUSE_S", 0.02)
     hub.bytes_per_second = 2_000_000
     hub.most_connections, hub.retry_after = 2, retry_after
     download.fetch([large], draft)
@@ -420,7 +420,7 @@ def test_an_answer_cut_off_at_every_byte_is_continued_or_refused(hub: Hub, draft
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     content = random.Random(6).randbytes(120)
     digest = hashlib.sha256(content).hexdigest()
-    monkeypatch.setattr(connection, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.0)
     items = []
     for length in range(len(content)):
         hub.files[f"{length}.bin"] = content

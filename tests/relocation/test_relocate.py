@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from jobs.core import artifacts, pipeline
+from jobs.core import artifacts, pipeline, retries
 from jobs.core.declarations import Source
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.pipeline import LoadedPipeline
 from jobs.core.plan import plan
 from jobs.data import harness
-from jobs.relocation import connection, relocate
+from jobs.relocation import relocate
 from jobs.relocation.sources.file import folder_sha256
 from tests import build_embedded, build_pipeline
 from tests.hub_server import Fault, Hub, serve
@@ -39,8 +39,8 @@ LARGE = save({"weight": np.random.default_rng(0).integers(0, 255, 3_000_000, dty
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The local hub, named by HF_ENDPOINT for this process and those it starts, and short pauses between attempts."""
-    monkeypatch.setattr(connection, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(connection, "ATTEMPTS", 3)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retries, "ATTEMPTS", 3)
     monkeypatch.setenv("RETRY_FIRST_PAUSE_SECONDS", "0.01")
     monkeypatch.setenv("RETRY_ATTEMPTS", "3")
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy"):

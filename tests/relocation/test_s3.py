@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save
 
 from jobs.__main__ import main
-from jobs.core import artifacts, environment, pipeline
+from jobs.core import artifacts, environment, pipeline, retries
 from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.pipeline import LoadedPipeline
@@ -37,8 +37,8 @@ def server() -> Iterator[S3]:
 @pytest.fixture
 def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     """The server, named and with credentials as the environment has them, and short pauses between attempts."""
-    monkeypatch.setattr(connection, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(connection, "ATTEMPTS", 3)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retries, "ATTEMPTS", 3)
     for name in ("AWS_PROFILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
