@@ -132,15 +132,20 @@ def now_ns(folder: Path) -> int | None:
 
 
 def settle(draft: Path, state: State) -> tuple[State, int] | None:
-    """Wait until the files of a large draft can be sealed if they are read from now on, at most for the resolution of
-    times. Returns what `Sealing` needs to know of them; None for a small one."""
+    """Wait until the files of a large draft can be sealed if they are read from now on, at most for twice the
+    resolution of times. Returns what `Sealing` needs to know of them; None for a small one.
+
+    The wait is a loop, because times of a volume come in steps: since Linux 6.13, a file that was looked at has a finer
+    time than a new one, which can seem older by a step of the kernel's clock.
+    """
     if not is_large(state):
         return None
-    now = now_ns(draft.parent)
-    missing = newest(state) + RESOLUTION_NS - now if now else 0
-    if 0 < missing <= RESOLUTION_NS:  # else a clock was set back
-        time.sleep(missing / 1e9)
-        now = now_ns(draft.parent)
+    deadline = time.monotonic_ns() + 2 * RESOLUTION_NS  # a clock that was set back would be waited for too long
+    while (now := now_ns(draft.parent)) and (missing := newest(state) + RESOLUTION_NS - now) > 0:
+        left = deadline - time.monotonic_ns()
+        if left <= 0:
+            break
+        time.sleep(min(missing, left) / 1e9)
     return (state, now) if now else None
 
 

@@ -72,6 +72,20 @@ def test_what_is_published_is_sealed_and_not_read_again(tmp_path: Path, read: li
     assert len(read) == 3, "who loads it, as serving does, reads every byte"
 
 
+@pytest.mark.parametrize("behind", [1, 15])
+def test_what_is_published_is_sealed_where_the_times_of_new_files_are_behind(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: int) -> None:
+    """By milliseconds: since Linux 6.13, files that were looked at have finer times than new ones."""
+    real = seals.now_ns
+    monkeypatch.setattr(seals, "now_ns", lambda folder: (real(folder) or 0) - behind * 10**6)
+    assert seal(publish(tmp_path)).exists()
+
+
+def test_a_clock_that_was_set_back_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seals, "now_ns", lambda folder: 1)
+    assert not seal(publish(tmp_path)).exists()
+
+
 def test_a_stage_that_finds_no_seal_verifies_and_seals(tmp_path: Path, read: list[str],
                                                        caplog: pytest.LogCaptureFixture) -> None:
     seal(publish(tmp_path)).unlink()
