@@ -229,6 +229,9 @@ class Guard:
         if model == self.served.base_name:
             return self.aliases.base
         alias = self.aliases.current.get(model)
+        if alias is None and not self.aliases.first_look_done.is_set():
+            return error(503, "The server is still looking for its adapters", code="model_not_ready",
+                         headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
         if alias is None:
             return error(404, f"The model `{model[:100]}` does not exist. See /v1/models", param="model",
                          code="model_not_found")

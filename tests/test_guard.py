@@ -71,7 +71,9 @@ def shielded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """One server for all the knocking on closed doors."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        yield from start(tmp_path_factory.mktemp("door"), monkeypatch)
+        for world in start(tmp_path_factory.mktemp("door"), monkeypatch):
+            until(world.looked)
+            yield world
 
 
 # The narrow door
@@ -1007,6 +1009,7 @@ def call(vllm: ASGIApp, monkeypatch: pytest.MonkeyPatch, method: str, path: str,
         guarded.aliases.current[NAME] = Alias(Version(NAME, MODEL.partition("@")[2]))
         guarded.aliases.current["loading"] = Alias(Version("loading", "0" * 16))
         guarded.aliases.current["waiting"] = Alias()
+        guarded.aliases.first_look_done.set()
         prepare(guarded)
         scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode(), "headers": list(headers)}
         await guarded(scope, receive or arrival(body, ends=True), send)
@@ -1107,8 +1110,7 @@ REFUSED: list[tuple[str, str, object, int, str, str | None, str | None]] = [  # 
      "model_not_ready"),
     ("POST", COMPLETION, {"model": NAME, "n": 33}, 400, "at most 32 sequences", "n", None),
     ("POST", COMPLETION, {"model": NAME, "prompt": ["x"] * 33}, 400, "at most 32 sequences", "prompt", None),
-    ("POST", COMPLETION, {"model": NAME, "prompt": ["x"] * 33, "n": 1}, 400, "at most 32", "prompt", None),
-    ("GET", "/ready", "", 503, "still looking for its adapters", None, None)]
+    ("POST", COMPLETION, {"model": NAME, "prompt": ["x"] * 33, "n": 1}, 400, "at most 32", "prompt", None)]
 
 
 @pytest.mark.parametrize(("method", "path", "body", "status", "words", "param", "code"), REFUSED)
@@ -1155,15 +1157,12 @@ def test_health_and_ready_say_why_they_fail_and_else_ask_vllm_for_its_health(mon
         await Response(b"vLLM is well")(scope, receive, send)
 
     def drains(guarded: Any) -> None:
-        guarded.aliases.first_look_done.set()
         guarded.drain.reason = "stopped by a test"
 
     def hangs(guarded: Any) -> None:
-        guarded.aliases.first_look_done.set()
         guarded.heartbeat = SimpleNamespace(hangs=True)
 
     def has_no_keys(guarded: Any) -> None:
-        guarded.aliases.first_look_done.set()
         guarded.keys.problem = "keys.yaml: invalid"
 
     for prepare, path, status, words in (
@@ -1171,11 +1170,26 @@ def test_health_and_ready_say_why_they_fail_and_else_ask_vllm_for_its_health(mon
             (has_no_keys, "/health", 200, "vLLM is well"),
             (drains, "/ready", 503, "Draining: stopped by a test"), (drains, "/health", 200, "vLLM is well"),
             (hangs, "/ready", 503, "engine does not answer"), (hangs, "/health", 503, "engine does not answer"),
-            (lambda guarded: guarded.aliases.first_look_done.set(), "/ready", 200, "vLLM is well"),
+            (still_looks, "/ready", 503, "The server is still looking for its adapters"),
+            (still_looks, "/health", 200, "vLLM is well"),
+            (lambda _: None, "/ready", 200, "vLLM is well"),
             (lambda _: None, "/health", 200, "vLLM is well")):
         start, reply = call(vllm, monkeypatch, "GET", path, prepare=prepare)
         assert (start["status"], words in reply["body"].decode()) == (status, True)
     assert set(seen) == {("/health", b"/health")}
+
+
+def still_looks(guarded: Any) -> None:
+    guarded.aliases.first_look_done.clear()
+
+
+def test_before_the_first_look_no_model_is_said_not_to_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that gives up after 404 would give up on an adapter that answers a second later."""
+    body = json.dumps({"model": "unknown", "prompt": "x"}).encode()
+    start, reply = call(shortest, monkeypatch, "POST", "/v1/completions", body, prepare=still_looks)
+    assert start["status"] == 503 and (b"retry-after", b"5") in start["headers"]
+    assert json.loads(reply["body"])["error"]["message"] == "The server is still looking for its adapters"
+    assert call(shortest, monkeypatch, "POST", "/v1/completions", body)[0]["status"] == 404
 
 
 async def shortest(scope: Scope, receive: Receive, send: Send) -> None:
