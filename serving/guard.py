@@ -191,8 +191,8 @@ class Guard:
     def _target(self, key: Key, path: str, body: bytes) -> tuple[Version | None, bytes] | Response:
         """The version that a request is for (None: the base model itself) and the body for vLLM; or an error reply.
 
-        The body is serialized again from what is checked here, with the guard's own values in it. vLLM never gets the
-        client's bytes: it could accept them where the checks took them for invalid.
+        What is checked is what vLLM gets: the guard's own values are set first, and the body is serialized again. If
+        the checks read another value, they could take a request for invalid that vLLM accepts.
         """
         try:
             request = json.loads(body)
@@ -219,7 +219,7 @@ class Guard:
                 return error(400, "`cache_salt` must be a text that is not empty", param="cache_salt")
             request["cache_salt"] = self.keys.salt(key, own_salt or "")
         try:
-            body = json.dumps(request).encode()  # before the checks, which may change the request
+            body = json.dumps(request).encode()
             refusal = cpu_shield.refusal(path, request, self.served) or self._too_many(path, request)
         except RecursionError:
             return error(400, "The request is nested too deeply")
