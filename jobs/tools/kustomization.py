@@ -313,7 +313,7 @@ def jobs_of_another_kind(overlay: Path, whole: list[pods.Manifest], adapters: Ma
                          ) -> Iterator[str]:
     """The adapters whose Jobs do not do what their pipeline.yaml says: train, import, or import and evaluate."""
     claims = {m["metadata"]["name"] for m in whole if m["kind"] == "PersistentVolumeClaim"}
-    labels = [template["metadata"].get("labels") or {} for template in pods.pod_templates(whole).values()]
+    labels = [pods.labels(template) for template in pods.pod_templates(whole).values()]
     for name, loaded in adapters.items():
         jobs = {each[NAME] for each in labels if each.get(INSTANCE) == name and NAME in each}
         if jobs and (problem := _wrong_jobs(loaded, jobs, claims)):
@@ -348,7 +348,7 @@ def stages_without_key(overlay: Path, whole: list[pods.Manifest], environment: L
     signs = {(labels[NAME], any(entry["name"] == signing.VARIABLE for container in pods.containers(template)
                                 for entry in container.get("env") or []))
              for template in pods.pod_templates(whole).values()
-             if (labels := template["metadata"].get("labels") or {}).get(NAME) in SIGNING_STAGES}
+             if (labels := pods.labels(template)).get(NAME) in SIGNING_STAGES}
     without = sorted(name for name, has_key in signs if not has_key)
     if shared.environment.signing and without:
         yield (f"{shared.path}: asks for signatures (signing), but {', '.join(without)} "
@@ -366,7 +366,7 @@ def publication_without_place(overlay: Path, whole: list[pods.Manifest], environ
     if shared is None:
         return
     publishes = [template for template in pods.pod_templates(whole).values()
-                 if (template["metadata"].get("labels") or {}).get(NAME) == PUBLICATION]
+                 if pods.labels(template).get(NAME) == PUBLICATION]
     place = shared.environment.publication
     if not publishes:
         if place and environment:

@@ -96,7 +96,8 @@ def render(overlay: Path) -> list[Manifest]:
     """What `kubectl apply -k OVERLAY` would send.
 
     Raises:
-        UserError: kubectl is missing, or the overlay does not render (with kustomize's own message).
+        UserError: kubectl is missing; or the overlay does not render (with kustomize's own message), or renders to a
+            workload that Kubernetes would refuse.
     """
     if not any((overlay / name).is_file() for name in KUSTOMIZATIONS):
         raise UserError(f"{overlay}: has no kustomization.yaml. Name an overlay's folder, e.g. overlays/kind")
@@ -106,7 +107,12 @@ def render(overlay: Path) -> list[Manifest]:
     done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{overlay}: does not render: {error_in(done.stderr)}")
-    return [document for document in yaml.load_all(done.stdout, KubernetesYaml) if document]
+    manifests = [document for document in yaml.load_all(done.stdout, KubernetesYaml) if document]
+    for manifest in manifests:
+        with _named(manifest):  # what reads the pods of a workload later finds them
+            for template in pod_templates([manifest]).values():
+                containers(template)
+    return manifests
 
 
 class KubernetesYaml(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml: faster
@@ -130,6 +136,12 @@ def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
 def containers(template: Manifest) -> list[Manifest]:
     """All containers of a pod template, init containers first."""
     return [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]
+
+
+def labels(template: Manifest) -> dict[str, str]:
+    """The labels of a pod template, which may have none."""
+    found: dict[str, str] = (template.get("metadata") or {}).get("labels") or {}
+    return found
 
 
 def error_in(stderr: str) -> str:
@@ -203,10 +215,10 @@ def jobs_of_sets(manifests: list[Manifest]) -> Iterator[Manifest]:
             suffix = HASH_SUFFIX.search(manifest["metadata"]["name"])
             with _named(manifest):
                 for job in manifest["spec"]["replicatedJobs"]:
-                    labels = job["template"]["spec"]["template"].get("metadata", {}).get("labels", {})
-                    parts = (labels.get("app.kubernetes.io/name", job["name"]), labels.get(ADAPTER_LABEL))
+                    found = labels(job["template"]["spec"]["template"])
+                    parts = (found.get("app.kubernetes.io/name", job["name"]), found.get(ADAPTER_LABEL))
                     name = "-".join(part for part in parts if part) + (suffix.group() if suffix else "")
-                    yield {"kind": "Job", "metadata": {"name": name, "labels": labels}, "spec": job["template"]["spec"]}
+                    yield {"kind": "Job", "metadata": {"name": name, "labels": found}, "spec": job["template"]["spec"]}
 
 
 def write_config_map(folder: Path, data: Mapping[str, str | bytes]) -> None:
