@@ -36,7 +36,7 @@ def of_volume(error: OSError) -> UserError | RetryableError | None:
     if error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"{name}: {error.strerror} for user {os.getuid()}. Is the volume mounted read-only, or owned "
                          "by another user (fsGroup)?")
-    if error.filename and error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+    if error.filename and error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO):
         return UserError(f"{name}: {error.strerror}: another kind of file is where a stage has its own. Move it away")
     if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
         return RetryableError(f"{name}: {error.strerror}: its volume fails or is gone; look at node and storage")
