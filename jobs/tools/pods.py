@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from jobs.core.errors import UserError
+from jobs.core.files import require_plain
 
 CHECKOUT = Path(__file__).resolve().parents[2]  # the folder that holds the packages `jobs` and `serving`
 Manifest = dict[str, Any]
@@ -96,22 +97,26 @@ def render(overlay: Path) -> list[Manifest]:
     """What `kubectl apply -k OVERLAY` would send.
 
     Raises:
-        UserError: kubectl is missing; or the overlay does not render (with kustomize's own message), or renders to a
-            workload that Kubernetes would refuse.
+        UserError: kubectl is missing; or the overlay holds a FIFO or the like, does not render (with kustomize's own
+            message), or renders to a workload that Kubernetes would refuse.
     """
     if not any((overlay / name).is_file() for name in KUSTOMIZATIONS):
         raise UserError(f"{overlay}: has no kustomization.yaml. Name an overlay's folder, e.g. overlays/kind")
     if shutil.which("kubectl") is None:
         raise UserError("kubectl is not installed. It renders the overlay (no cluster is needed): get version 1.32 or "
                         "newer from https://kubernetes.io/docs/tasks/tools/ and put it on the PATH")
+    for folder, _, names in os.walk(overlay):  # kubectl would wait for a writer of a FIFO for ever
+        for name in names:
+            require_plain(Path(folder, name))
     done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{overlay}: does not render: {error_in(done.stderr)}")
     manifests = [document for document in yaml.load_all(done.stdout, KubernetesYaml) if document]
     for manifest in manifests:
         with _named(manifest):  # what reads the pods of a workload later finds them
-            for template in pod_templates([manifest]).values():
-                containers(template)
+            if not all(containers(template) for template in pod_templates([manifest]).values()):
+                raise UserError(f"its pod has no containers; `kubectl explain {manifest['kind']}` describes what is "
+                                "needed")
     return manifests
 
 
@@ -294,7 +299,7 @@ def _container(container: Manifest, template: Manifest, root: Path, state: Path,
 
 
 def _shifted(port: int, offset: int) -> int:
-    if not isinstance(port, int):
+    if type(port) is not int:
         raise TypeError(f"the port {port!r} is no integer")
     if not 1 <= port + offset <= 65535:
         raise UserError(f"port {port} with --port-offset {offset} is {port + offset}; ports are from 1 to 65535")

@@ -216,6 +216,7 @@ def test_a_kustomization_that_is_no_file_is_an_error(tmp_path: Path) -> None:
     ("{kind: Job, spec: {template: {spec: {containers: [{name: c}]}}}}", None),  # labels are no duty
     ("{kind: Job, spec: {template: {metadata: null, spec: {containers: [{name: c}]}}}}", None),
     ("{kind: Job, spec: {template: {spec: {}}}}", "mine: its manifest lacks `containers`; `kubectl explain Job`"),
+    ("{kind: Job, spec: {template: {spec: {containers: []}}}}", "mine: its pod has no containers; `kubectl explain"),
     ("{kind: Deployment, spec: {template: null}}", "mine: its manifest is not as Kubernetes has it "),
     ("{kind: CronJob, spec: {schedule: '0 0 * * *'}}", "mine: its manifest lacks `jobTemplate`; `kubectl explain"),
     ("{kind: JobSet, spec: {replicatedJobs: [{name: x}]}}", "mine: its manifest lacks `template`; `kubectl explain"),
