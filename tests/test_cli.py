@@ -85,6 +85,7 @@ def test_a_missing_input_is_exit_code_1(tmp_path: Path) -> None:
     (IsADirectoryError(errno.EISDIR, "Is a directory", "/volumes/x"), 2, "/volumes/x: Is a directory: another kind of"),
     (OSError(errno.ELOOP, "Too many levels", "/volumes/x"), 2, "/volumes/x: Too many levels: another kind of file is"),
     (OSError(errno.ENXIO, "No such device or address", "/volumes/x"), 2, "/volumes/x: No such device or address: "),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "/x" * 9999), 2, f"{'/x' * 100}…: File name too long. Shorten"),
     (OSError(errno.ESTALE, "Stale file handle", "/volumes/x"), 1, "/volumes/x: Stale file handle: its volume fails"),
 ])
 def test_an_error_has_its_exit_code_and_its_reason_where_kubernetes_shows_it(

@@ -38,6 +38,8 @@ def of_volume(error: OSError) -> UserError | RetryableError | None:
                          "by another user (fsGroup)?")
     if error.filename and error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO):
         return UserError(f"{name}: {error.strerror}: another kind of file is where a stage has its own. Move it away")
+    if error.errno == errno.ENAMETOOLONG:
+        return UserError(f"{str(name)[:200]}…: {error.strerror}. Shorten it")
     if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
         return RetryableError(f"{name}: {error.strerror}: its volume fails or is gone; look at node and storage")
     return None

@@ -97,7 +97,7 @@ def render(overlay: Path) -> list[Manifest]:
     """What `kubectl apply -k OVERLAY` would send.
 
     Raises:
-        UserError: kubectl is missing; or the overlay holds a FIFO or the like, does not render (with kustomize's own
+        UserError: kubectl is missing; or the overlay names a FIFO or the like, does not render (with kustomize's own
             message), or renders to a workload that Kubernetes would refuse.
     """
     if not any((overlay / name).is_file() for name in KUSTOMIZATIONS):
@@ -105,9 +105,7 @@ def render(overlay: Path) -> list[Manifest]:
     if shutil.which("kubectl") is None:
         raise UserError("kubectl is not installed. It renders the overlay (no cluster is needed): get version 1.32 or "
                         "newer from https://kubernetes.io/docs/tasks/tools/ and put it on the PATH")
-    for folder, _, names in os.walk(overlay):  # kubectl would wait for a writer of a FIFO for ever
-        for name in names:
-            require_plain(Path(folder, name))
+    _require_plain_files(overlay)
     done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{overlay}: does not render: {error_in(done.stderr)}")
@@ -118,6 +116,18 @@ def render(overlay: Path) -> list[Manifest]:
                 raise UserError(f"its pod has no containers; `kubectl explain {manifest['kind']}` describes what is "
                                 "needed")
     return manifests
+
+
+def _require_plain_files(overlay: Path) -> None:
+    """Refuse a FIFO or the like that a kustomization names: kubectl would wait for its writer for ever."""
+    files = [Path(folder, name) for folder, _, names in os.walk(overlay) for name in names]
+    others = [file for file in files if file.exists() and not file.is_file()]
+    for kustomization in files if others else ():
+        if kustomization.name in KUSTOMIZATIONS and kustomization.is_file():
+            text = kustomization.read_text(errors="replace")
+            for file in others:
+                if file.name in text:
+                    require_plain(file)
 
 
 class KubernetesYaml(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml: faster
