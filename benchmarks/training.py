@@ -164,13 +164,13 @@ def measure(plan: Plan) -> dict[str, list[Steps]]:
 def difference(plan: Plan) -> dict[str, float]:
     """The largest difference between a way's losses and those of padded rows on the same batches, over some steps."""
     shape = replace(plan.shape, dropout=0.0, steps=2 * CHECKED + 8)
-    judge = PADDED[0]
+    padded = PADDED[0]
     largest: dict[str, float] = {}
     for leader in (way for way in (OURS, TRL) if way in plan.ways):
         # Of a larger shape only the two: each process keeps the memory of its largest step.
-        others = [way for way in plan.ways if way not in (OURS, TRL, judge)]
+        others = [way for way in plan.ways if way not in (OURS, TRL, padded)]
         followers = others if leader == OURS and plan.shape == TINY else []
-        with started(replace(plan, shape=shape), [leader, judge, *followers]) as (first, second, *more):
+        with started(replace(plan, shape=shape), [leader, padded, *followers]) as (first, second, *more):
             for _ in range(CHECKED):
                 order = first.step({})
                 expected = second.step(order)["loss"]

@@ -191,7 +191,8 @@ class Guard:
     def _target(self, key: Key, path: str, body: bytes) -> tuple[Version | None, bytes] | Response:
         """The version that a request is for (None: the base model itself) and the body for vLLM; or an error reply.
 
-        The body is serialized again from what was checked here; vLLM never gets the client's bytes.
+        What is checked is what vLLM gets: the guard's own values are set first, and the body is serialized again. If
+        the checks read another value, they could take a request for invalid that vLLM accepts.
         """
         try:
             request = json.loads(body)
@@ -211,14 +212,14 @@ class Guard:
         version = self._version(model)
         if isinstance(version, Response):
             return version
-        changes = {"model": version.model if version else model}
+        request["model"] = version.model if version else model
         if self.keys.separate:
             own_salt = request.get("cache_salt")
             if own_salt is not None and not (isinstance(own_salt, str) and own_salt):
                 return error(400, "`cache_salt` must be a text that is not empty", param="cache_salt")
-            changes["cache_salt"] = self.keys.salt(key, own_salt or "")
+            request["cache_salt"] = self.keys.salt(key, own_salt or "")
         try:
-            body = json.dumps({**request, **changes}).encode()
+            body = json.dumps(request).encode()
             refusal = cpu_shield.refusal(path, request, self.served) or self._too_many(path, request)
         except RecursionError:
             return error(400, "The request is nested too deeply")

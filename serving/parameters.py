@@ -6,6 +6,7 @@ vLLM read the same value. Most requests have no such value and are not parsed tw
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -25,13 +26,14 @@ def _class(path: str) -> Any:
 
 
 def parse(path: str, request: dict[str, Any]) -> Any | None:
-    """The request as vLLM reads it, with a field for each parameter; None if vLLM refuses it. May change `request`.
+    """The request as vLLM reads it, with a field for each parameter; None if vLLM refuses it.
 
     Raises:
         RecursionError: when it is nested too deeply.
     """
     try:
-        return _class(path).model_validate(request)
+        # A copy: vLLM's validators change what they get, and the next check must read what vLLM will.
+        return _class(path).model_validate(copy.deepcopy(request))
     except RecursionError:
         raise
     except Exception:  # of several types, some of which vLLM answers with 500; vLLM reports the error

@@ -78,11 +78,14 @@ def test_a_missing_input_is_exit_code_1(tmp_path: Path) -> None:
     (UserError("change it"), 2, "change it"),
     (RetryableError("later"), 1, "later"),
     (Terminated("stopped"), 143, "stopped"),
-    (OSError(errno.ENOSPC, "No space left on device", "/volumes/x"), 2, "the disk is full while writing /volumes/x"),
+    (OSError(errno.ENOSPC, "No space left on device", "/volumes/x"), 2,
+     "the disk is full while writing /volumes/x: enlarge the volume, or lower `retention.keep` in environment.yaml"),
     (OSError(errno.EDQUOT, "Quota exceeded", "/volumes/x"), 2, "the disk is full"),
     (PermissionError(errno.EACCES, "Permission denied", "/volumes/x"), 2, "/volumes/x: Permission denied for user"),
     (IsADirectoryError(errno.EISDIR, "Is a directory", "/volumes/x"), 2, "/volumes/x: Is a directory: another kind of"),
     (OSError(errno.ELOOP, "Too many levels", "/volumes/x"), 2, "/volumes/x: Too many levels: another kind of file is"),
+    (OSError(errno.ENXIO, "No such device or address", "/volumes/x"), 2, "/volumes/x: No such device or address: "),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "/x" * 9999), 2, f"{'/x' * 100}…: File name too long. Shorten"),
     (OSError(errno.ESTALE, "Stale file handle", "/volumes/x"), 1, "/volumes/x: Stale file handle: its volume fails"),
 ])
 def test_an_error_has_its_exit_code_and_its_reason_where_kubernetes_shows_it(

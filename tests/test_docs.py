@@ -11,6 +11,9 @@ import pytest
 from jobs.tools.pods import CHECKOUT
 
 COLUMNS = 100
+FOLDERS = ("argocd", "base", "benchmarks", "jobs", "kubeflow", "overlays", "serving")
+# What the pages let a reader make.
+OF_USERS = {"overlays/mine", "overlays/team-a", "overlays/team-a/kustomization.yaml", "keys.yaml"}
 PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").rglob("*.md")), CHECKOUT / "tests" / "e2e" / "README.md"]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`[^`]*`")
@@ -64,6 +67,17 @@ def broken(page: Path) -> list[str]:
     return found
 
 
+def missing(text: str) -> list[str]:
+    """The files and folders of this checkout that a page names and that do not exist: paths from its root, and the
+    names of YAML files. What has a placeholder in capitals is left out."""
+    folders = {path.name for path in CHECKOUT.iterdir() if path.is_dir()}
+    named = [each.strip("`").rstrip("/") for each in CODE.findall("\n".join(prose(text)))]
+    paths = [each for each in named if re.fullmatch(r"[a-z0-9_./-]+", each) and each.partition("/")[0] in folders]
+    files = {path.name for folder in FOLDERS for path in (CHECKOUT / folder).rglob("*.yaml")}
+    return sorted({path for path in paths if not (CHECKOUT / path).exists()} - OF_USERS | {
+        name for name in named if re.fullmatch(r"[a-z0-9-]+\.yaml", name) and name not in files | OF_USERS})
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(CHECKOUT)))
 def test_prose_has_at_most_100_columns(page: Path) -> None:
     assert too_long(page.read_text()) == []
@@ -80,9 +94,13 @@ def test_the_index_lists_every_page_of_docs() -> None:
     assert listed == {str(page.relative_to(docs)) for page in docs.rglob("*.md")} - {"README.md"}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(CHECKOUT)))
+def test_pages_name_only_files_that_exist(page: Path) -> None:
+    assert missing(page.read_text()) == []
+
+
 def test_code_names_only_pages_that_exist() -> None:
-    folders = ("argocd", "base", "benchmarks", "jobs", "overlays", "serving")
-    files = [CHECKOUT / "Makefile", *(file for folder in folders for file in (CHECKOUT / folder).rglob("*")
+    files = [CHECKOUT / "Makefile", *(file for folder in FOLDERS for file in (CHECKOUT / folder).rglob("*")
                                       if file.suffix in {".py", ".yaml"} or file.name == "Dockerfile")]
     named = {page for file in files for page in re.findall(r"docs/[\w./-]+\.md", file.read_text())}
     assert "docs/registries.md" in named
@@ -95,6 +113,7 @@ def test_the_checks_find_what_is_wrong(tmp_path: Path) -> None:
         "# A `page`: one, two", "word " * 21, "", f"| {'cell ' * 30}|", "```sh", "code " * 30, "[a](none.md)", "```",
         "[a](none.md) [b](#a-page-one-two) [c](#none) [d](page.md#a-page-one-two) `[e](none)`",
         "[f](https://example.com/none) " + "word " * 21, "## Twice", "## Twice", "[g](#twice-1) [h](#twice-2)",
-        '<img src="none.png">']))
+        '<img src="none.png">', "`argocd/project.yaml` `argocd/none.yaml` `jobs/NAME.py` `none.yaml` `keys.yaml`"]))
     assert [line.partition(":")[0] for line in too_long(page.read_text())] == ["2", "10"]
+    assert missing(page.read_text()) == ["argocd/none.yaml", "none.yaml"]
     assert broken(page) == ["none.md", "#none", "#twice-2", "none.png"]

@@ -1141,6 +1141,38 @@ def test_a_request_is_passed_on_if_it_can_hurt_nobody(
     assert start["status"] == status
 
 
+@pytest.mark.usefixtures("loaded")
+def test_a_check_changes_nothing_that_the_next_one_reads() -> None:
+    """vLLM's validators change the mapping that they get."""
+    request = {"model": NAME, "messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}],
+               "tools": [{"type": "function", "function": {"name": "f"}}], "echo": 0, "n": "2"}
+    before = json.dumps(request)
+    assert not parameters.wants_prompt_logprobs(CHAT, request)
+    assert parameters.sequences(CHAT, request) == 2
+    assert json.dumps(request) == before
+
+
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize(("path", "asks", "param"), [
+    (COMPLETION, {"prompt": "x", "n": "33"}, "n"), (CHAT, {"messages": MESSAGES, "n": "33"}, "n"),
+    (COMPLETION, {"prompt": "x", "prompt_logprobs": 1}, "prompt_logprobs"),
+    (COMPLETION, {"prompt": "x", "echo": True, "logprobs": 1}, "echo"),
+    (CHAT, {"messages": MESSAGES, "echo": 1}, "echo")])
+def test_what_is_checked_is_what_vllm_gets_and_not_what_the_client_sent(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, asks: dict[str, Any], param: str) -> None:
+    """Half a character is no text to vLLM, which would refuse the client's request; with the guard's own salt in its
+    place, it would compute it."""
+    def prepare(guarded: Any) -> None:
+        guarded.served = replace(SERVED, cpu_shield=True)
+        guarded.keys = keys.Keys(tmp_path / "keys.yaml", None)
+
+    write_keys(tmp_path)
+    body = json.dumps({"model": NAME, "cache_salt": "\ud800", **asks}).encode()
+    start, reply = call(Response(b"passed on"), monkeypatch, "POST", path, body, (b"authorization", b"Bearer key-a"),
+                        prepare=prepare)
+    assert (start["status"], json.loads(reply["body"])["error"]["param"]) == (400, param)
+
+
 def test_a_missing_key_is_said_to_be_the_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     start, reply = call(Response(), monkeypatch, "GET", "/v1/models",
                         prepare=lambda g: setattr(g, "keys", keys.Keys(Path("none"), "right")))

@@ -32,12 +32,14 @@ def of_volume(error: OSError) -> UserError | RetryableError | None:
     name = error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"the disk is full while writing {name}: enlarge the volume, or lower `retention.keep` in "
-                         "pipeline.yaml. Nothing was published")
+                         "environment.yaml. Nothing was published")
     if error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"{name}: {error.strerror} for user {os.getuid()}. Is the volume mounted read-only, or owned "
                          "by another user (fsGroup)?")
-    if error.filename and error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+    if error.filename and error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENXIO):
         return UserError(f"{name}: {error.strerror}: another kind of file is where a stage has its own. Move it away")
+    if error.errno == errno.ENAMETOOLONG:
+        return UserError(f"{str(name)[:200]}…: {error.strerror}. Shorten it")
     if error.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT):
         return RetryableError(f"{name}: {error.strerror}: its volume fails or is gone; look at node and storage")
     return None

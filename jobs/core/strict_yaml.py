@@ -136,11 +136,18 @@ class _Loader(yaml.SafeLoader):
             raise
         except Exception:
             kind = node.tag.rpartition(":")[2]
-            text = repr(node.value) if isinstance(node, yaml.ScalarNode) else "this"
-            text = text if len(text) <= 80 else text[:77] + "…"
-            raise yaml.constructor.ConstructorError(None, None, f"{text} cannot be read as {kind}; quote text",
+            raise yaml.constructor.ConstructorError(None, None, f"{_shown(node)} cannot be read as {kind}; quote text",
                                                     node.start_mark) from None
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            # No digest can be computed of it. JSON writes a character as two such halves.
+            raise yaml.constructor.ConstructorError(None, None, f"{_shown(node)} holds half a character; write the "
+                                                    "character itself", node.start_mark)
         return value
+
+
+def _shown(node: yaml.Node) -> str:
+    text = repr(node.value) if isinstance(node, yaml.ScalarNode) else "this"
+    return text if len(text) <= 80 else text[:77] + "…"
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),

@@ -103,7 +103,7 @@ def question(record: Record) -> list[Record] | None:
     return messages[:-1] if messages else None
 
 
-def asked(record: Record) -> list[Record]:
+def prompt_messages(record: Record) -> list[Record]:
     """The messages of a question without an answer: {"prompt"} or {"messages"}, as the records of tasks are."""
     return list(record["messages"]) if "messages" in record else [{"role": "user", "content": record["prompt"]}]
 
@@ -203,7 +203,7 @@ def encode_question(tokenizer: PreTrainedTokenizerBase, record: Record,
     Raises:
         RecordError: the template rejects the messages or leaves out a part of them.
     """
-    messages = asked(record)
+    messages = prompt_messages(record)
     chat = Chat(tokenizer, template or {}, record.get("tools"))
     prompt = chat.render(messages, prompt=True)
     chat.require_rendered([*messages, {"role": "assistant", "content": ""}], 0, prompt, prompt)

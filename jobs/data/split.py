@@ -242,8 +242,8 @@ def _require_all(names: list[str], files: list[File], counts: Mapping[str, int],
             continue
         if overview.splits:
             share = shares[VALIDATION]
-            asked = f", though `dataset.validation` is {share}: raise it, or" if name == VALIDATION else ":"
-            raise UserError(f"{names_of(files)}: {overview.records} records, but none for `{name}`{asked} set "
+            reason = f", though `dataset.validation` is {share}: raise it, or" if name == VALIDATION else ":"
+            raise UserError(f"{names_of(files)}: {overview.records} records, but none for `{name}`{reason} set "
                             f'"split": "{name}" in some, or remove `split` from all')
         # Of a share that is too large, too little is left to train on.
         change, key = ("Lower", HOLDOUT) if name == TRAIN else ("Raise", name)

@@ -109,15 +109,15 @@ def require_unseen(placed: Iterable[Placed], dataset: Path) -> None:
     Raises:
         UserError: with the first ten records that do, and how many there are.
     """
-    asked: dict[bytes, list[str]] = {}
+    places: dict[bytes, list[str]] = {}
     for place, record in placed:
-        asked.setdefault(_digest(_question(record)), []).append(place)
+        places.setdefault(_digest(_question(record)), []).append(place)
     problems = Problems()
     for name in (TRAIN, VALIDATION):
         file = dataset / f"{name}.jsonl"
         with file.open("rb") if file.exists() else nullcontext(()) as lines:
             for line in lines:
-                for place in asked.pop(_digest(question_of(json.loads(line))), ()):
+                for place in places.pop(_digest(question_of(json.loads(line))), ()):
                     problems.add(place, f"the same prompt is in the split {name} of the dataset, so the task would "
                                  "measure what was learned by heart. Remove it here or there, or give the "
                                  f'record of the dataset "split": "{HOLDOUT}"')

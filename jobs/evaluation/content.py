@@ -204,8 +204,8 @@ def notes(evaluation: Evaluation) -> list[str]:
                              "model and are left out of its score.")
     left_out = scores["fine_tuned"].get("questions_left_out")
     if left_out:
-        asked = scores["fine_tuned"]["questions"]
-        found.append(f"Of {asked + left_out:,} held-out questions, {asked:,} were answered, the first by sha256 "
+        answered = scores["fine_tuned"]["questions"]
+        found.append(f"Of {answered + left_out:,} held-out questions, {answered:,} were answered, the first by sha256 "
                      "(evaluation.answered_records). Perplexity is over all of them.")
     if scores["fine_tuned"]["questions"] == 0:
         found.append("The held-out records are plain text without questions, so there is no ROUGE.")
@@ -290,6 +290,6 @@ def _confidence(evaluation: Evaluation) -> str:
     drawn = evaluation.get("resampling")
     if drawn is None:
         return text
-    together = "one `group`, or the same answer" if drawn["by"] == "answer" else "one `group`"
+    cluster = "one `group`, or the same answer" if drawn["by"] == "answer" else "one `group`"
     return (f"{text}, from {drawn['resamples']:,} resamples (seed {drawn['seed']}) of {drawn['clusters']} clusters of "
-            f"held-out records; a cluster is the records of {together}")
+            f"held-out records; a cluster is the records of {cluster}")

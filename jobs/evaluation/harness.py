@@ -57,12 +57,12 @@ def values_of(task: Task, records: Sequence[Values], likelihoods: Likelihoods,
     rows = datasets.Dataset.from_list([{key: record[key] for key in keys} for record in records])
     metric = {key: value for key, value in settings["metric"].items() if not choosing or not key.startswith("ignore_")}
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every default
-    asked = ConfigurableTask(config={
+    configured = ConfigurableTask(config={
         "task": task.name, "custom_dataset": lambda **_: {"test": rows}, "test_split": "test",
         "output_type": settings["output_type"], "doc_to_text": "prompt", "doc_to_target": "target",
         **({"doc_to_choice": "choices"} if choosing else {"generation_kwargs": {"until": stops}}),
         "target_delimiter": "", "num_fewshot": 0, "metric_list": [metric]})
-    found = evaluate(Model(), {task.name: asked}, bootstrap_iters=0, log_samples=True)
+    found = evaluate(Model(), {task.name: configured}, bootstrap_iters=0, log_samples=True)
     samples = sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])
     answers = [_answer(record, sample, choosing) for record, sample in zip(records, samples, strict=True)]
     # Of likelihoods that are no numbers, the library would take one for the highest.

@@ -127,8 +127,8 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, material
     measurements = Measurements(held_out, likelihoods, [answers.get(place) for place in range(len(records))],
                                 [(text, acceptable) for text, acceptable, _ in sentences], sentence_likelihoods)
     values = _values(measurements, {"records": [line for line, _ in records], "sentences": lines}, material.metrics)
-    answered = [_answer_task(model, tokenizer, task, asked, material, positions, name)
-                for task, asked in material.tasks]
+    answered = [_answer_task(model, tokenizer, task, prompts_of_task, material, positions, name)
+                for task, prompts_of_task in material.tasks]
     values |= {each.task.key: [*each.rows] for each in answered}
     summary = {"model": name, **scores_of(values, material.metrics), "records": len(records),
                "records_too_long": len(material.holdout) - len(records),
@@ -154,30 +154,30 @@ def _values(measurements: Measurements, lines: Mapping[str, Sequence[int]],
     return values
 
 
-def _answer_task(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, asked: Sequence[Values],
+def _answer_task(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, records: Sequence[Values],
                  material: Material, positions: int, name: str) -> tasks.Answered:
     """One model's greedy answers to the prompts of a task, checked."""
     limit = min(material.max_length, positions - 1)  # with room for an answer
     if task.lm_eval:
-        return _answer_harness(model, tokenizer, task, asked, material, limit, positions, name)
-    prompts = tasks.encode_prompts(tokenizer, task, asked, limit, material.template, name)
+        return _answer_harness(model, tokenizer, task, records, material, limit, positions, name)
+    prompts = tasks.encode_prompts(tokenizer, task, records, limit, material.template, name)
     progress = Progress(f"{name}: prompts of {task.key} answered", len(prompts))
     answers = generate(model, tokenizer, list(prompts.values()), task.max_new_tokens or material.max_new_tokens,
                        positions, progress)
-    return tasks.checked(task, asked, dict(zip(prompts, answers, strict=True)))
+    return tasks.checked(task, records, dict(zip(prompts, answers, strict=True)))
 
 
-def _answer_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, asked: Sequence[Values],
+def _answer_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, records: Sequence[Values],
                     material: Material, limit: int, positions: int, name: str) -> tasks.Answered:
     """A task of lm-evaluation-harness, with the likelihoods and the answers of this module."""
-    prompts = tasks.encode_prompts(tokenizer, task, asked, limit, material.template, name)
-    choices = tasks.encode_choices(tokenizer, task, asked, material.template, name)
+    prompts = tasks.encode_prompts(tokenizer, task, records, limit, material.template, name)
+    choices = tasks.encode_choices(tokenizer, task, records, material.template, name)
     fitting = [number for number in prompts if all(
-        len(choices[asked[number]["prompt"], choice]) <= limit for choice in asked[number].get("choices", ()))]
+        len(choices[records[number]["prompt"], choice]) <= limit for choice in records[number].get("choices", ()))]
     if not fitting:
-        raise UserError(f"{name}: {task.key}: none of the {len(asked)} prompts fits with its choices: {limit} tokens "
+        raise UserError(f"{name}: {task.key}: none of the {len(records)} prompts fits with its choices: {limit} tokens "
                         "are allowed (training.max_length, or what the model knows). Raise it, or shorten them")
-    tokens = {asked[number]["prompt"]: prompts[number] for number in prompts}
+    tokens = {records[number]["prompt"]: prompts[number] for number in prompts}
 
     def likelihoods(pairs: Sequence[tuple[str, str]]) -> list[float]:
         progress = Progress(f"{name}: choices of {task.key} read", len(pairs))
@@ -185,12 +185,12 @@ def _answer_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         return [each.special - each.nats for each in found]  # of the text, without the token that ends a reply
 
     def answer_prompts(texts: Sequence[str]) -> list[str]:
-        longest = asked[0]["settings"]["generation"]["max_gen_toks"] or task.max_new_tokens or material.max_new_tokens
+        longest = records[0]["settings"]["generation"]["max_gen_toks"] or task.max_new_tokens or material.max_new_tokens
         return generate(model, tokenizer, [tokens[text] for text in texts], longest, positions,
                         Progress(f"{name}: prompts of {task.key} answered", len(texts)))
 
-    values, texts = harness.values_of(task, [asked[number] for number in fitting], likelihoods, answer_prompts)
-    return tasks.with_values(task, asked, dict(zip(fitting, zip(values, texts, strict=True), strict=True)))
+    values, texts = harness.values_of(task, [records[number] for number in fitting], likelihoods, answer_prompts)
+    return tasks.with_values(task, records, dict(zip(fitting, zip(values, texts, strict=True), strict=True)))
 
 
 def scores_of(values: Mapping[str, Sequence[Mapping[str, Any]]],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.core.errors import UserError
 from jobs.core.tasks import Task
 from jobs.data.chat import RecordError
-from jobs.data.encoding import Encoded, asked, encode, encode_question
+from jobs.data.encoding import Encoded, encode, encode_question, prompt_messages
 from jobs.data.records import Values, conversation_text
 from jobs.data.tasks import clusters_of, file_name
 from jobs.evaluation import checks
@@ -113,6 +113,7 @@ def with_values(task: Task, records: Sequence[Values], answered: Mapping[int, tu
                 for number, (value, text) in answered.items()}
     rows = [{"line": number + 1, "cluster": clusters[number], "value": value}
             for number, (value, _) in answered.items()]
-    answers = [{"task": task.name, "record": number + 1, "question": conversation_text(asked(records[number])),
-                "answer": text, "value": value} for number, (value, text) in answered.items()]
+    answers = [{"task": task.name, "record": number + 1,
+                "question": conversation_text(prompt_messages(records[number])), "answer": text, "value": value}
+               for number, (value, text) in answered.items()]
     return Answered(task, rows, answers, len(records) - len(answered))

@@ -313,7 +313,7 @@ def jobs_of_another_kind(overlay: Path, whole: list[pods.Manifest], adapters: Ma
                          ) -> Iterator[str]:
     """The adapters whose Jobs do not do what their pipeline.yaml says: train, import, or import and evaluate."""
     claims = {m["metadata"]["name"] for m in whole if m["kind"] == "PersistentVolumeClaim"}
-    labels = [template["metadata"].get("labels") or {} for template in pods.pod_templates(whole).values()]
+    labels = [pods.labels(template) for template in pods.pod_templates(whole).values()]
     for name, loaded in adapters.items():
         jobs = {each[NAME] for each in labels if each.get(INSTANCE) == name and NAME in each}
         if jobs and (problem := _wrong_jobs(loaded, jobs, claims)):
@@ -342,39 +342,39 @@ def _wrong_jobs(loaded: LoadedAdapter, jobs: Collection[str], claims: Collection
 def stages_without_key(overlay: Path, whole: list[pods.Manifest], environment: LoadedEnvironment | None,
                        adapters: Mapping[str, LoadedAdapter]) -> Iterator[str]:
     """The stages that are to sign what they publish, and have no key; without the key they fail."""
-    asks = environment or next(iter(adapters.values())).environment if environment or adapters else None
-    if asks is None:
+    shared = environment or next(iter(adapters.values())).environment if environment or adapters else None
+    if shared is None:
         return
     signs = {(labels[NAME], any(entry["name"] == signing.VARIABLE for container in pods.containers(template)
                                 for entry in container.get("env") or []))
              for template in pods.pod_templates(whole).values()
-             if (labels := template["metadata"].get("labels") or {}).get(NAME) in SIGNING_STAGES}
+             if (labels := pods.labels(template)).get(NAME) in SIGNING_STAGES}
     without = sorted(name for name, has_key in signs if not has_key)
-    if asks.environment.signing and without:
-        yield (f"{asks.path}: asks for signatures (signing), but {', '.join(without)} "
+    if shared.environment.signing and without:
+        yield (f"{shared.path}: asks for signatures (signing), but {', '.join(without)} "
                f"{'has' if len(without) == 1 else 'have'} no key. List the component base/signing in the "
                "kustomization.yaml (of a JobSet: overlays/gpu/jobset/signing; docs/signing.md)")
-    if not asks.environment.signing and any(has_key for _, has_key in signs):
+    if not shared.environment.signing and any(has_key for _, has_key in signs):
         log.warning("%s: the signing key is mounted, but %s names no public key (signing.public_keys), so nothing is "
-                    "signed", overlay, asks.path)
+                    "signed", overlay, shared.path)
 
 
 def publication_without_place(overlay: Path, whole: list[pods.Manifest], environment: LoadedEnvironment | None,
                               adapters: Mapping[str, LoadedAdapter]) -> Iterator[str]:
     """What keeps the publication of adapters from its place: no place, no component, or no address."""
-    asks = environment or next(iter(adapters.values())).environment if environment or adapters else None
-    if asks is None:
+    shared = environment or next(iter(adapters.values())).environment if environment or adapters else None
+    if shared is None:
         return
     publishes = [template for template in pods.pod_templates(whole).values()
-                 if (template["metadata"].get("labels") or {}).get(NAME) == PUBLICATION]
-    place = asks.environment.publication
+                 if pods.labels(template).get(NAME) == PUBLICATION]
+    place = shared.environment.publication
     if not publishes:
         if place and environment:
             log.warning("%s: says where adapters are published, but no adapter is: list base/publication/adapter in "
-                        "the kustomization.yaml of those that are (docs/publication.md)", asks.path)
+                        "the kustomization.yaml of those that are (docs/publication.md)", shared.path)
         return
     if place is None:
-        yield (f"{overlay}: has the Job {PUBLICATION}, but {asks.path} does not say where to publish. Add "
+        yield (f"{overlay}: has the Job {PUBLICATION}, but {shared.path} does not say where to publish. Add "
                "`publication: {to: oci://REGISTRY/PREFIX}` to it")
     if not any(m["kind"] == "ServiceAccount" and m["metadata"]["name"] == "publication" for m in whole):
         yield (f"{overlay}: has the Job {PUBLICATION}, but not its service account and network policy. List the "

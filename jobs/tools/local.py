@@ -166,9 +166,10 @@ async def _present(runner: Runner, overlay: Overlay, args: argparse.Namespace) -
 
 def own(state: Path, stack: ExitStack) -> None:
     """Lock the state: two runners would conflict over its ports and pods."""
-    stream = stack.enter_context((state / ".lock").open("a"))
+    handle = os.open(state / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    stack.callback(os.close, handle)
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{state} is in use by another `jobs local`. Stop it, or give this one its own --state and "
                         "--port-offset") from None

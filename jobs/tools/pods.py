@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from jobs.core.errors import UserError
+from jobs.core.files import require_plain
 
 CHECKOUT = Path(__file__).resolve().parents[2]  # the folder that holds the packages `jobs` and `serving`
 Manifest = dict[str, Any]
@@ -96,17 +97,37 @@ def render(overlay: Path) -> list[Manifest]:
     """What `kubectl apply -k OVERLAY` would send.
 
     Raises:
-        UserError: kubectl is missing, or the overlay does not render (with kustomize's own message).
+        UserError: kubectl is missing; or the overlay names a FIFO or the like, does not render (with kustomize's own
+            message), or renders to a workload that Kubernetes would refuse.
     """
     if not any((overlay / name).is_file() for name in KUSTOMIZATIONS):
         raise UserError(f"{overlay}: has no kustomization.yaml. Name an overlay's folder, e.g. overlays/kind")
     if shutil.which("kubectl") is None:
         raise UserError("kubectl is not installed. It renders the overlay (no cluster is needed): get version 1.32 or "
                         "newer from https://kubernetes.io/docs/tasks/tools/ and put it on the PATH")
+    _require_plain_files(overlay)
     done = subprocess.run(["kubectl", "kustomize", str(overlay)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{overlay}: does not render: {error_in(done.stderr)}")
-    return [document for document in yaml.load_all(done.stdout, KubernetesYaml) if document]
+    manifests = [document for document in yaml.load_all(done.stdout, KubernetesYaml) if document]
+    for manifest in manifests:
+        with _named(manifest):  # what reads the pods of a workload later finds them
+            if not all(containers(template) for template in pod_templates([manifest]).values()):
+                raise UserError(f"its pod has no containers; `kubectl explain {manifest['kind']}` describes what is "
+                                "needed")
+    return manifests
+
+
+def _require_plain_files(overlay: Path) -> None:
+    """Refuse a FIFO or the like that a kustomization names: kubectl would wait for its writer for ever."""
+    files = [Path(folder, name) for folder, _, names in os.walk(overlay) for name in names]
+    others = [file for file in files if file.exists() and not file.is_file()]
+    for kustomization in files if others else ():
+        if kustomization.name in KUSTOMIZATIONS and kustomization.is_file():
+            text = kustomization.read_text(errors="replace")
+            for file in others:
+                if file.name in text:
+                    require_plain(file)
 
 
 class KubernetesYaml(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml: faster
@@ -130,6 +151,12 @@ def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
 def containers(template: Manifest) -> list[Manifest]:
     """All containers of a pod template, init containers first."""
     return [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]
+
+
+def labels(template: Manifest) -> dict[str, str]:
+    """The labels of a pod template, which may have none."""
+    found: dict[str, str] = (template.get("metadata") or {}).get("labels") or {}
+    return found
 
 
 def error_in(stderr: str) -> str:
@@ -203,10 +230,10 @@ def jobs_of_sets(manifests: list[Manifest]) -> Iterator[Manifest]:
             suffix = HASH_SUFFIX.search(manifest["metadata"]["name"])
             with _named(manifest):
                 for job in manifest["spec"]["replicatedJobs"]:
-                    labels = job["template"]["spec"]["template"].get("metadata", {}).get("labels", {})
-                    parts = (labels.get("app.kubernetes.io/name", job["name"]), labels.get(ADAPTER_LABEL))
+                    found = labels(job["template"]["spec"]["template"])
+                    parts = (found.get("app.kubernetes.io/name", job["name"]), found.get(ADAPTER_LABEL))
                     name = "-".join(part for part in parts if part) + (suffix.group() if suffix else "")
-                    yield {"kind": "Job", "metadata": {"name": name, "labels": labels}, "spec": job["template"]["spec"]}
+                    yield {"kind": "Job", "metadata": {"name": name, "labels": found}, "spec": job["template"]["spec"]}
 
 
 def write_config_map(folder: Path, data: Mapping[str, str | bytes]) -> None:
@@ -282,7 +309,7 @@ def _container(container: Manifest, template: Manifest, root: Path, state: Path,
 
 
 def _shifted(port: int, offset: int) -> int:
-    if not isinstance(port, int):
+    if type(port) is not int:
         raise TypeError(f"the port {port!r} is no integer")
     if not 1 <= port + offset <= 65535:
         raise UserError(f"port {port} with --port-offset {offset} is {port + offset}; ports are from 1 to 65535")

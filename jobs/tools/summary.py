@@ -104,10 +104,10 @@ def _scores(result: Result) -> list[str]:
     """Verdict, the scores that the gate has rules on, of every model, and each rule with what was found."""
     evaluation = result.evaluation
     checks = content.checks(evaluation)
-    judged = {check.metric: score_of(check.metric) for check in checks}
+    scores = {check.metric: score_of(check.metric) for check in checks}
     return [*report.wrapped(f"{result.name}@{result.digest} {content.verdict(evaluation)} on "
                             f"{evaluation['scores']['fine_tuned']['records']} held-out records", 2, 4),
-            *(f"    {line}" for line in report.scores_table(evaluation, judged.values())),
+            *(f"    {line}" for line in report.scores_table(evaluation, scores.values())),
             *(line for check in checks for line in _rule(check))]
 
 

@@ -73,11 +73,12 @@ def test_a_revision_that_is_not_there_is_named(hub: Hub, here: Loaded) -> None:
         sources.listing(here, Source(source="hf://acme/tiny", revision="0" * 40))
 
 
-def test_a_mirror_that_answers_for_another_commit_names_both(hub: Hub, here: Loaded) -> None:
+def test_a_mirror_that_answers_for_another_commit_names_both_and_the_file_with_the_pin(hub: Hub, here: Loaded) -> None:
     source = hub_source(hub)
     hub.answers_for_commit = "f" * 40
-    with pytest.raises(UserError, match=f"{source.revision}.*{'f' * 40}"):
-        sources.listing(here, source)
+    environment = Loaded(here.path.with_name("environment.yaml"))
+    with pytest.raises(UserError, match=f"environment.yaml says revision {source.revision}.*{'f' * 40}"):
+        sources.listing(environment, source)
 
 
 @pytest.mark.parametrize(("name", "path"), [("model.safetensors", "/cdn/"), ("config.json", "/resolve/")])

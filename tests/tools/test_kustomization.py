@@ -212,6 +212,29 @@ def test_a_kustomization_that_is_no_file_is_an_error(tmp_path: Path) -> None:
         check.run(folder)
 
 
+@pytest.mark.parametrize(("manifest", "message"), [
+    ("{kind: Job, spec: {template: {spec: {containers: [{name: c}]}}}}", None),  # labels are no duty
+    ("{kind: Job, spec: {template: {metadata: null, spec: {containers: [{name: c}]}}}}", None),
+    ("{kind: Job, spec: {template: {spec: {}}}}", "mine: its manifest lacks `containers`; `kubectl explain Job`"),
+    ("{kind: Job, spec: {template: {spec: {containers: []}}}}", "mine: its pod has no containers; `kubectl explain"),
+    ("{kind: Deployment, spec: {template: null}}", "mine: its manifest is not as Kubernetes has it "),
+    ("{kind: CronJob, spec: {schedule: '0 0 * * *'}}", "mine: its manifest lacks `jobTemplate`; `kubectl explain"),
+    ("{kind: JobSet, spec: {replicatedJobs: [{name: x}]}}", "mine: its manifest lacks `template`; `kubectl explain"),
+])
+def test_a_workload_of_ones_own_is_taken_or_refused_in_one_line(tmp_path: Path, manifest: str, message: str | None
+                                                                ) -> None:
+    content = {"apiVersion": "batch/v1", "metadata": {"name": "mine"}, **yaml.safe_load(manifest)}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "kustomization.yaml").write_text("resources: [mine.yaml]\n")
+    if message is None:
+        kustomization.check(tmp_path)
+    else:
+        with pytest.raises(UserError) as error:
+            kustomization.check(tmp_path)
+        assert str(error.value).startswith(message)
+        assert "\n" not in str(error.value)
+
+
 def test_what_cannot_be_rendered_is_an_error_of_check(tmp_path: Path) -> None:
     folder = edited(copy(tmp_path), patches=[{"path": "absent.yaml"}])
     with pytest.raises(UserError, match="does not render: .*absent.yaml"):

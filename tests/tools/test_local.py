@@ -12,13 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from jobs.tools import pods
+from jobs.core.errors import UserError
+from jobs.tools import local, pods
 from tests import build_pipeline
 
 
@@ -345,6 +347,15 @@ def test_a_state_folder_that_cannot_be_one_is_refused_in_one_line(tmp_path: Path
         (folder / "kustomization.yaml").write_text("resources: [all.yaml, c.yaml]\n")
         assert re.search(rf"--state {state}: {state}/{name}.*: (Not a directory|Is a directory|File exists)",
                          refused(folder, "--state", str(state)))
+
+
+@pytest.mark.timeout(20)
+def test_a_lock_that_is_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".lock")
+    with ExitStack() as stack, ExitStack() as other:
+        local.own(tmp_path, stack)
+        with pytest.raises(UserError, match="is in use by another `jobs local`"):
+            local.own(tmp_path, other)
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -294,6 +295,16 @@ def test_without_kubectl_the_error_names_what_to_install(monkeypatch: pytest.Mon
 ])
 def test_of_what_kubectl_writes_the_error_is_shown_on_one_line(stderr: str, error: str) -> None:
     assert pods.error_in(stderr) == error
+
+
+@pytest.mark.timeout(30)
+def test_a_fifo_among_an_overlays_files_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    """kubectl would wait for a writer for ever."""
+    (tmp_path / "kustomization.yaml").write_text("configMapGenerator: [{name: x, files: [adapter/data.jsonl]}]\n")
+    (tmp_path / "adapter").mkdir()
+    os.mkfifo(tmp_path / "adapter" / "data.jsonl")
+    with pytest.raises(UserError, match=r"/adapter/data\.jsonl: is a FIFO, not a plain file"):
+        pods.render(tmp_path)
 
 
 def test_an_overlay_that_does_not_render_shows_kustomizes_words(tmp_path: Path) -> None:

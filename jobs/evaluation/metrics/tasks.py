@@ -38,11 +38,11 @@ class MacroF1:
             labels: of each record, from 0.
             predicted: the label that was answered; below 0 for an answer that is no label.
         """
-        true, said = np.array(labels), np.array(predicted)
-        numbers = np.arange(max(true.max(), said.max()) + 1)
-        has, says = (each[:, None] == numbers for each in (true, said))
-        return cls(clusters.sums((has & says).astype(np.float64)),
-                   clusters.sums(has.astype(np.float64) + says.astype(np.float64)))
+        true, answered = np.array(labels), np.array(predicted)
+        numbers = np.arange(max(true.max(), answered.max()) + 1)
+        is_label, is_answer = (each[:, None] == numbers for each in (true, answered))
+        return cls(clusters.sums((is_label & is_answer).astype(np.float64)),
+                   clusters.sums(is_label.astype(np.float64) + is_answer.astype(np.float64)))
 
     def __call__(self, counts: Array) -> tuple[Array, Array]:
         hits, named = counts @ self.hits, counts @ self.named

@@ -48,8 +48,8 @@ def files(loaded: Loaded, source: Source) -> list[Item]:
         return [Item(path.name, str(path), path.stat().st_size, source.sha256, pinned_in=loaded.path.name)]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder ({source.source} is looked for beside {loaded.path.name})")
-    items = [Item(name, str(path / name), (path / name).stat().st_size, sha256_of(path / name))
-             for name in visible_files(path)]
+    items = [Item(name, str(path / name), (path / name).stat().st_size, sha256_of(path / name),
+                  pinned_in=loaded.path.name) for name in visible_files(path)]
     if not items:
         raise UserError(f"{path}: the folder holds no files")
     found = folder_pin((item.name, str(item.sha256)) for item in items)

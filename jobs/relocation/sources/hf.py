@@ -31,8 +31,8 @@ def files(loaded: Loaded, source: Source) -> list[Item]:
     from huggingface_hub.utils import build_hf_headers
 
     if info.sha != source.revision:
-        raise UserError(f"{source.source}: pipeline.yaml says revision {source.revision}, but the hub answers for "
-                        f"{info.sha}. Nothing was published. Is HF_ENDPOINT a mirror that ignores revisions?")
+        raise UserError(f"{source.source}: {loaded.path.name} says revision {source.revision}, but the hub answers "
+                        f"for {info.sha}. Nothing was published. Is HF_ENDPOINT a mirror that ignores revisions?")
     repo_type, repo, pattern = _repository(source)
     headers = build_hf_headers()
     items = []
