@@ -646,12 +646,27 @@ def test_no_spelling_of_anothers_model_gets_past_the_guard(teams: World, model: 
 @pytest.mark.parametrize("body", [
     f'{{"model": "{NAME}", "model": "{OTHER}"}}', f'{{"model": "{NAME}", "mod\\u0065l": "{OTHER}"}}',
     '{"model": "gr\\u0061nada-hotels"}', f'{{"model": ["{NAME}", "{OTHER}"]}}', f'[{{"model": "{OTHER}"}}]',
-    f'{{"model": "{OTHER}"}}{{"model": "{NAME}"}}'])
+    f'{{"model": "{OTHER}"}}{{"model": "{NAME}"}}', f'{{"Model": "{OTHER}"}}', f'{{"model ": "{OTHER}"}}',
+    f'{{"model": null, "lora_name": "{OTHER}"}}', f'{{"model": {{"id": "{OTHER}"}}}}', f'"{OTHER}"'])
 def test_no_odd_json_gets_past_the_guard(teams: World, body: str) -> None:
     seen = len(teams.vllm.bodies)
-    for encoding in ("utf-8", "utf-16", "utf-8-sig"):
+    for encoding in ("utf-8", "utf-16", "utf-32", "utf-8-sig"):
         reply = httpx.post(teams.url + COMPLETION, content=body.encode(encoding), headers=bearer("key-a"))
         assert reply.status_code in (400, 403)
+    assert len(teams.vllm.bodies) == seen
+
+
+@pytest.mark.parametrize("framing", [
+    "Content-Length: 5\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
+    "Transfer-Encoding: xchunked", "Transfer-Encoding:\tchunked", "Content-Length: 5\r\nContent-Length: 6",
+    "Content-Length : 5"])
+def test_a_request_in_the_body_of_another_one_does_not_inherit_its_key(teams: World, framing: str) -> None:
+    seen, body = len(teams.vllm.bodies), json.dumps({"model": OTHER, "prompt": "x"})
+    hidden = f"POST {COMPLETION} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    reply = raw_request(teams.url, f"POST {COMPLETION} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key-b\r\n{framing}"
+                                   f"\r\n\r\n0\r\n\r\n{hidden}".encode())
+    assert status_of(reply) == 400
+    assert b" 200 OK" not in reply
     assert len(teams.vllm.bodies) == seen
 
 
