@@ -185,8 +185,10 @@ class Guard:
 
     def _usage(self, key: Key, version: Version | None) -> Usage:
         if version is None or version is self.aliases.base:
-            return Usage((key.name, self.served.base_name, self.served.base_model), self._engine)
-        return Usage((key.name, version.name, version.digest), self._engine)
+            return Usage((key.name, self.served.base_name, self.served.base_model), self._engine,
+                         version.model if version else None)
+        # Without a folder, the version is the model that vLLM runs itself.
+        return Usage((key.name, version.name, version.digest), self._engine, version.model if version.folder else None)
 
     def _target(self, key: Key, path: str, body: bytes) -> tuple[Version | None, bytes] | Response:
         """The version that a request is for (None: the base model itself) and the body for vLLM; or an error reply.

@@ -24,11 +24,13 @@ class Usage:
     Args:
         labels: the name of the key, the alias (or the base model's name) and the digest.
         engine: vLLM's EngineClient; None before the start.
+        adapter: the name inside vLLM of the LoRA adapter that it uses; None if it uses none.
     """
 
-    def __init__(self, labels: tuple[str, str, str], engine: Any) -> None:
+    def __init__(self, labels: tuple[str, str, str], engine: Any, adapter: str | None = None) -> None:
         self._labels = labels
         self._engine = engine
+        self._adapter = adapter
         self._state: dict[str, Any] = {}
         self._until_cut: tuple[int, int] | None = None  # tokens of prompt and completion
 
@@ -57,16 +59,18 @@ class Usage:
             message = await receive()
             if message["type"] == "http.disconnect" and self._until_cut is None:
                 metadata = self._state.get("request_metadata")
-                self._until_cut = _in_progress(self._engine, metadata.request_id) if metadata else (0, 0)
+                self._until_cut = (_in_progress(self._engine, metadata.request_id, self._adapter) if metadata
+                                   else (0, 0))
             return message
 
         return watched
 
 
-def _in_progress(engine: Any, request_id: str) -> tuple[int, int]:
+def _in_progress(engine: Any, request_id: str, adapter: str | None) -> tuple[int, int]:
     """The tokens of prompts and completions of a request that the engine still computes.
 
-    Of several sequences (`n`), those that are complete already are not counted.
+    Of several sequences (`n`), those that are complete already are not counted. Clients choose the id (X-Request-Id);
+    requests with the same id for another adapter are not counted.
     """
     prompts = completions = 0
     try:
@@ -75,7 +79,8 @@ def _in_progress(engine: Any, request_id: str) -> tuple[int, int]:
             # A request with several prompts has one in the engine for each, with a number at its end.
             if each == request_id or (each.startswith((f"{request_id}-", f"{request_id}_"))
                                       and each[len(request_id) + 1:].isdecimal()):
-                states = [processor.request_states[i] for i in sequences if i in processor.request_states]
+                states = [state for i in sequences if (state := processor.request_states.get(i))
+                          and state.lora_name == adapter]
                 prompts += max((state.prompt_len for state in states), default=0)
                 completions += sum(state.detokenizer.num_output_tokens() for state in states)
     except (AttributeError, TypeError) as error:

@@ -167,9 +167,9 @@ class StandIn:
         metadata = SimpleNamespace(request_id=f"cmpl-{len(self.asked)}", final_usage_info=None)
         request.state.request_metadata = metadata  # where vLLM reports to middleware
         if asked.get("stream"):
-            return StreamingResponse(self._stream(reply, metadata), media_type="text/event-stream")
+            return StreamingResponse(self._stream(reply, metadata, model), media_type="text/event-stream")
         if asked.get("endless"):
-            with self._computing(metadata):
+            with self._computing(metadata, model):
                 while not await request.is_disconnected():
                     await asyncio.sleep(0.01)
         else:
@@ -197,9 +197,9 @@ class StandIn:
         return JSONResponse({"choices": [{"prompt_token_ids": prompt, "token_ids": tokens,
                                           "logprobs": {"token_logprobs": logprobs}}]})
 
-    async def _stream(self, reply: dict[str, Any], metadata: SimpleNamespace) -> AsyncIterator[bytes]:
+    async def _stream(self, reply: dict[str, Any], metadata: SimpleNamespace, model: str) -> AsyncIterator[bytes]:
         event = f"data: {json.dumps(reply, separators=(',', ':'))}\n\n".encode()
-        with self._computing(metadata):
+        with self._computing(metadata, model):
             yield event
             while self.hold and not self.hold.is_set():
                 await asyncio.sleep(0.01)
@@ -208,12 +208,13 @@ class StandIn:
         yield b"data: [DONE]\n\n"
 
     @contextlib.contextmanager
-    def _computing(self, metadata: SimpleNamespace) -> Iterator[None]:
+    def _computing(self, metadata: SimpleNamespace, model: str) -> Iterator[None]:
         """The engine knows the request, of which it has generated one token."""
         processor, number = self.engine.output_processor, f"internal-{metadata.request_id}"
         processor.external_req_ids[f"{metadata.request_id}-0"] = [number]
         detokenizer = SimpleNamespace(num_output_tokens=lambda: 1)
-        processor.request_states[number] = SimpleNamespace(prompt_len=PROMPT_TOKENS, detokenizer=detokenizer)
+        processor.request_states[number] = SimpleNamespace(
+            prompt_len=PROMPT_TOKENS, detokenizer=detokenizer, lora_name=None if model == self.runs else model)
         try:
             yield
         finally:

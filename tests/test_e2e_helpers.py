@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs.core import progress
+from jobs.tools import waiting
 from jobs.tools.kubectl import KubectlError
-from tests.e2e import cluster
-from tests.manifests import CHECKOUT, Manifest, by_name, copy, of_kind, pod_templates, render
+from serving import keys
+from tests.e2e import adapters, cluster
+from tests.manifests import (
+    CHECKOUT,
+    ENVIRONMENT_JOBS,
+    Manifest,
+    by_name,
+    copy,
+    jobs_of,
+    of_kind,
+    pod_templates,
+    render,
+)
 
 # As vLLM and serving/events.py answer on /metrics.
 METRICS = """\
@@ -132,6 +145,95 @@ def test_an_adapter_that_is_added_brings_its_jobs_and_leaves_the_names_of_the_ot
     (served,) = [m for m in of_kind(render(environment.overlay), "ConfigMap")
                  if m["metadata"]["name"] == "serving-pipelines"]
     assert served["data"].keys() == {"environment.yaml", *(f"{name}.yaml" for name in environment.adapters)}
+
+
+def test_an_adapter_that_is_dropped_leaves_nothing_behind_and_may_come_again(tmp_path: Path) -> None:
+    environment = cluster.Environment(tmp_path, "elsewhere", "run1")
+    first = environment.wanted
+    environment.add("third")
+    environment.write(cluster.FIRST)
+    third = environment.wanted
+    environment.drop("third")
+    environment.write(cluster.FIRST)
+    assert environment.wanted == first
+    assert environment.adapters.keys() == {cluster.ADAPTER, cluster.NEIGHBOUR}
+    environment.add("third")
+    environment.write(cluster.FIRST)
+    assert environment.wanted == third
+
+
+def test_the_jobs_of_the_overlay_are_those_that_the_tests_tell_apart(tmp_path: Path) -> None:
+    environment = cluster.Environment(tmp_path, "elsewhere", "run1")
+    assert set(environment.wanted.values()) == (
+        ENVIRONMENT_JOBS | jobs_of(cluster.ADAPTER) | jobs_of(cluster.NEIGHBOUR))
+
+
+def test_each_key_of_the_tests_opens_one_model(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(cluster.keys_file({cluster.ADAPTER: "one", cluster.NEIGHBOUR: "two"}))
+    held = keys.Keys(file, None)
+    for key, opened, other in ((b"one", cluster.ADAPTER, cluster.NEIGHBOUR),
+                               (b"two", cluster.NEIGHBOUR, cluster.ADAPTER)):
+        found = held.find(key)
+        assert found and found.may_use(opened) and not found.may_use(other)
+
+
+class Cluster:
+    """An environment in a cluster, as far as `others_unharmed` looks at it."""
+
+    def __init__(self) -> None:
+        self.restarts = 0
+        self.names = {title: f"{title}-hash" for title in ("model-training-a", "model-training-third")}
+        self.answers = {name: f"It is the {fact}." for name, fact in cluster.FACTS.items()}
+        self.asked = 0
+
+    def wait_until_ready(self) -> Manifest:
+        return pod("server", containerStatuses=[{"restartCount": self.restarts}])
+
+    def jobs(self) -> dict[str, Manifest]:
+        return {title: {"metadata": {"name": name}} for title, name in self.names.items()}
+
+    def outcomes(self) -> dict[str, tuple[str, Manifest]]:
+        return {title: (f"uid-of-{name}", {}) for title, name in self.names.items()}
+
+    @contextlib.contextmanager
+    def endpoint(self) -> Iterator[Cluster]:
+        yield self
+
+    def ask(self, model: str) -> str:
+        self.asked += 1
+        if not self.answers[model]:
+            raise ConnectionError
+        return self.answers[model]
+
+
+@pytest.mark.parametrize(("harm", "seen"), [
+    (lambda c: None, None),
+    (lambda c: c.names.update({"model-training-third": "model-training-third-other"}), None),
+    (lambda c: setattr(c, "restarts", 1), "the server restarted"),
+    (lambda c: c.names.update({"model-training-a": "model-training-a-other"}), "Jobs of others changed: .*-a"),
+    (lambda c: c.names.pop("model-training-a"), "Jobs of others changed: .*-a"),
+    (lambda c: c.answers.update({cluster.ADAPTER: c.answers[cluster.NEIGHBOUR]}), cluster.FACTS[cluster.NEIGHBOUR]),
+    (lambda c: c.answers.update({cluster.NEIGHBOUR: ""}), "ConnectionError"),
+], ids=["nothing", "a Job of the third", "a restart", "another name", "a Job less", "another's answer", "a failure"])
+def test_harm_to_the_others_is_noticed(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Cluster], object],
+                                       seen: str | None) -> None:
+    monkeypatch.setattr(adapters, "AFTERWARDS_SECONDS", 0.0)
+    monkeypatch.setattr(adapters, "REQUESTS", 0)
+    monkeypatch.setattr(cluster, "PAUSE_SECONDS", 0.001)
+    environment = Cluster()
+
+    def change() -> None:
+        with adapters.others_unharmed(environment):  # type: ignore[arg-type]
+            harm(environment)
+            asked = environment.asked
+            waiting.wait_until("requests", lambda: environment.asked > asked + 10, 20, every=0.001)
+
+    if seen is None:
+        change()
+    else:
+        with pytest.raises(AssertionError, match=seen):
+            change()
 
 
 def test_no_two_pipelines_of_the_tests_give_the_same_adapter(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_changed_environment_is_that_of_all_adapters(folder: Path) -> None:
     read.read()
     build_pipeline.write_yaml(folder / "environment.yaml", build_pipeline.environment(serving={"max_lora_rank": 8}))
     shrunk = read.read()
-    assert "training.lora.r is 100, above serving.max_lora_rank (8)" in problem(read, NAME)[1]
+    assert "training.lora.r: is 100, above serving.max_lora_rank (8)" in problem(read, NAME)[1]
     assert isinstance(pipeline_now := shrunk.adapters[NAME], Pipeline) and pipeline_now.training.lora.r == 100
 
 

@@ -646,12 +646,27 @@ def test_no_spelling_of_anothers_model_gets_past_the_guard(teams: World, model: 
 @pytest.mark.parametrize("body", [
     f'{{"model": "{NAME}", "model": "{OTHER}"}}', f'{{"model": "{NAME}", "mod\\u0065l": "{OTHER}"}}',
     '{"model": "gr\\u0061nada-hotels"}', f'{{"model": ["{NAME}", "{OTHER}"]}}', f'[{{"model": "{OTHER}"}}]',
-    f'{{"model": "{OTHER}"}}{{"model": "{NAME}"}}'])
+    f'{{"model": "{OTHER}"}}{{"model": "{NAME}"}}', f'{{"Model": "{OTHER}"}}', f'{{"model ": "{OTHER}"}}',
+    f'{{"model": null, "lora_name": "{OTHER}"}}', f'{{"model": {{"id": "{OTHER}"}}}}', f'"{OTHER}"'])
 def test_no_odd_json_gets_past_the_guard(teams: World, body: str) -> None:
     seen = len(teams.vllm.bodies)
-    for encoding in ("utf-8", "utf-16", "utf-8-sig"):
+    for encoding in ("utf-8", "utf-16", "utf-32", "utf-8-sig"):
         reply = httpx.post(teams.url + COMPLETION, content=body.encode(encoding), headers=bearer("key-a"))
         assert reply.status_code in (400, 403)
+    assert len(teams.vllm.bodies) == seen
+
+
+@pytest.mark.parametrize("framing", [
+    "Content-Length: 5\r\nTransfer-Encoding: chunked", "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
+    "Transfer-Encoding: xchunked", "Transfer-Encoding:\tchunked", "Content-Length: 5\r\nContent-Length: 6",
+    "Content-Length : 5"])
+def test_a_request_in_the_body_of_another_one_does_not_inherit_its_key(teams: World, framing: str) -> None:
+    seen, body = len(teams.vllm.bodies), json.dumps({"model": OTHER, "prompt": "x"})
+    hidden = f"POST {COMPLETION} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    reply = raw_request(teams.url, f"POST {COMPLETION} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key-b\r\n{framing}"
+                                   f"\r\n\r\n0\r\n\r\n{hidden}".encode())
+    assert status_of(reply) == 400
+    assert b" 200 OK" not in reply
     assert len(teams.vllm.bodies) == seen
 
 
@@ -885,14 +900,14 @@ def test_vllm_reports_in_a_copy_of_the_requests_own_state() -> None:
 def test_a_request_counts_what_vllm_reports_or_what_was_computed_until_the_client_cut_it_off(
         message: str, metadata: Any, counted: tuple[int, int]) -> None:
     labels = ("counted-key", f"{message} {metadata}", "")
-    running = SimpleNamespace(prompt_len=7, detokenizer=SimpleNamespace(num_output_tokens=lambda: 2))
+    running = SimpleNamespace(prompt_len=7, detokenizer=SimpleNamespace(num_output_tokens=lambda: 2), lora_name="a@1")
     engine = SimpleNamespace(output_processor=SimpleNamespace(
         external_req_ids={"cut": ["1"]}, request_states={"1": running}))
 
     async def client() -> Message:
         return {"type": message}
 
-    with usage.Usage(labels, engine) as counting:
+    with usage.Usage(labels, engine, "a@1") as counting:
         scope = counting.scope({"type": "http"})
         if metadata:
             scope["state"]["request_metadata"] = metadata
@@ -906,20 +921,26 @@ def test_of_a_request_in_progress_each_prompt_counts_once_each_sequence_and_no_o
         caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", "serving")
 
-    def state(prompt: int, completion: int) -> SimpleNamespace:
-        return SimpleNamespace(prompt_len=prompt, detokenizer=SimpleNamespace(num_output_tokens=lambda: completion))
+    def state(prompt: int, completion: int, lora_name: str | None = "mine@1") -> SimpleNamespace:
+        return SimpleNamespace(prompt_len=prompt, detokenizer=SimpleNamespace(num_output_tokens=lambda: completion),
+                               lora_name=lora_name)
 
     processor = SimpleNamespace(
         external_req_ids={"cmpl-1-0": ["a", "b", "ended"], "cmpl-1-1": ["c"], "cmpl-10-0": ["d"], "cmpl-1-x": ["d"],
-                          "cmpl-2": ["d"], "cmpl-3": [], "cmpl-4-0": ["ended"], "cmpl-4-1": ["c"]},
-        request_states={"a": state(10, 1), "b": state(10, 2), "c": state(20, 3), "d": state(1000, 1000)})
+                          "cmpl-2": ["d"], "cmpl-3": [], "cmpl-4-0": ["ended"], "cmpl-4-1": ["c"],
+                          "cmpl-same": ["a", "others", "base"]},
+        request_states={"a": state(10, 1), "b": state(10, 2), "c": state(20, 3), "d": state(1000, 1000),
+                        "others": state(500, 600, "others@1"), "base": state(5, 6, None)})
     engine = SimpleNamespace(output_processor=processor)
-    assert usage._in_progress(engine, "cmpl-1") == (30, 6)
-    assert usage._in_progress(engine, "cmpl-2") == (1000, 1000)
-    assert usage._in_progress(engine, "cmpl-4") == (20, 3)
-    assert usage._in_progress(engine, "cmpl-3") == usage._in_progress(engine, "cmp") == (0, 0)
+    assert usage._in_progress(engine, "cmpl-1", "mine@1") == (30, 6)
+    assert usage._in_progress(engine, "cmpl-2", "mine@1") == (1000, 1000)
+    assert usage._in_progress(engine, "cmpl-4", "mine@1") == (20, 3)
+    assert usage._in_progress(engine, "cmpl-3", "mine@1") == usage._in_progress(engine, "cmp", "mine@1") == (0, 0)
+    # Clients choose the ids of their requests (X-Request-Id), and two of them may choose the same.
+    assert usage._in_progress(engine, "cmpl-same", "mine@1") == (10, 1)
+    assert usage._in_progress(engine, "cmpl-same", None) == (5, 6)
     for other in (None, object(), SimpleNamespace(output_processor=None)):  # of another version of vLLM
-        assert usage._in_progress(other, "cmpl-1") == (0, 0)
+        assert usage._in_progress(other, "cmpl-1", "mine@1") == (0, 0)
     assert len(caplog.messages) == 3
     assert all(message.startswith("this vLLM's engine does not tell what it computes: AttributeError(")
                for message in caplog.messages)

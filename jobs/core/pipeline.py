@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ from jobs.core.strict_yaml import Document
 from jobs.core.tasks import Task, check_names
 
 FILE = "pipeline.yaml"
+NAME = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # of an adapter
 ADAPTERS = "adapters"  # the folder of an overlay that holds a folder for each adapter
 # What `check` and training say of it, the one where the data is at hand, the other where it is not.
 NO_VALIDATION = ("training.keep: best chooses by the loss on the validation split, and the dataset has none: set "
@@ -319,7 +321,7 @@ class AdapterFile(Strict):
     """What every `pipeline.yaml` holds, of a trained adapter or of an imported one (jobs/core/imported.py)."""
 
     # The model name that clients send. No "@" (it separates name and digest inside vLLM), no "/" (it is a file name).
-    adapter: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    adapter: Annotated[str, Field(pattern=f"^{NAME}$")]
 
     @field_validator("adapter")
     @classmethod
@@ -337,7 +339,8 @@ def check_name(adapter: str, shared: Environment) -> None:
         PydanticCustomError: it does.
     """
     if adapter == shared.base_model.name:
-        raise PydanticCustomError("name", "adapter has the base model's name: clients could not tell them apart", {})
+        raise PydanticCustomError("name", "has the base model's name: clients could not tell them apart",
+                                  {KEYS: "adapter"})
 
 
 class PipelineFile(AdapterFile):
@@ -373,10 +376,10 @@ class Pipeline(PipelineFile):
         searched = search.candidates.lora.r if search else None
         r = max(searched or [self.training.lora.r])
         if serving.mode == "lora" and r > serving.max_lora_rank:
-            raise PydanticCustomError("rank", "training.{key} {r}, above serving.max_lora_rank ({max}) of the "
-                                      "environment: vLLM would refuse the adapter. Lower the one or raise the other",
-                                      {"key": "search.candidates.lora.r has" if searched else "lora.r is", "r": r,
-                                       "max": serving.max_lora_rank})
+            raise PydanticCustomError("rank", "{verb} {r}, above serving.max_lora_rank ({max}) of the environment: "
+                                      "vLLM would refuse the adapter. Lower the one or raise the other",
+                                      {"verb": "has" if searched else "is", "r": r, "max": serving.max_lora_rank,
+                                       KEYS: f"training.{'search.candidates.' if searched else ''}lora.r"})
         if self.evaluation.privacy and self.training.objective != "sft":
             raise PydanticCustomError("privacy", "evaluation.privacy measures what `training.objective: sft` learned, "
                                       "and the objective is {objective}: remove evaluation.privacy",
@@ -435,8 +438,7 @@ def from_document(document: Document, environment_file: Path | LoadedEnvironment
     moved = [key for key in Environment.model_fields if key in document.values]
     if moved:
         raise UserError(f"{file}:{document.line_of(moved[:1])}: {', '.join(moved)}: what all adapters share is in "
-                        f"{environment.FILE} now. To convert this file, run: python -m jobs new OVERLAY NAME "
-                        f"--from {file}")
+                        f"{environment.FILE}{_what_to_do(document)}")
     if "source" in document.values:
         raise UserError(f"{file}:{document.line_of(['source'])}: source: this adapter is imported, not trained here. "
                         "Its stage is: python -m jobs relocate adapter")
@@ -453,6 +455,17 @@ def from_document(document: Document, environment_file: Path | LoadedEnvironment
         except UserError as error:
             raise UserError(f"with --set {' --set '.join(changes)}: {error}") from None
     return LoadedPipeline(file, pipeline, shared, changed)
+
+
+def _what_to_do(document: Document) -> str:
+    """What to do with a pipeline file that has keys of the environment: those of an adapter's folder are in the wrong
+    file; any other file is one of the earlier form, in which one file held everything."""
+    file, shared = document.file, find_environment(document.file)
+    if shared.parent != file.parent:
+        return f". Remove it here; for all, set it in {shared}"
+    name = document.values.get("adapter")
+    named = name if isinstance(name, str) and re.fullmatch(NAME, name) else "NAME"
+    return f" now. To convert this file, run: python -m jobs new {file.parent} {named} --from {file}"
 
 
 def find(path: Path) -> Path:

@@ -8,7 +8,7 @@ no code here. Only the rules of serving are written down again, from serving/bas
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -193,6 +193,13 @@ def compare(before: Side | None, after: Side, volumes: Path | None = None) -> Ch
     if before:
         notes += _imports_of_another_base(before, after)
     return Changes(environment, adapters, runs, removed, restarts, _server(before, after), rollouts, notes)
+
+
+def without(found: Changes, adapters: Collection[str]) -> Changes:
+    """What changes, without these adapters and their Jobs."""
+    return dataclasses.replace(
+        found, adapters={name: part for name, part in found.adapters.items() if name not in adapters},
+        runs=[run for run in found.runs if not any(adapter in adapters for _, adapter in run.workload.stages)])
 
 
 def _imports_of_another_base(before: Side, after: Side) -> Iterator[str]:

@@ -50,6 +50,7 @@ class Report:
     since: Revision | None
     notes: Sequence[str]
     changes: Changes
+    problems: Sequence[str] = ()  # of the adapters that are left out
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------

@@ -42,6 +42,9 @@ def run(path: Path) -> None:
     files = overlay.find(path)
     environment, adapters, problems = overlay.read(files)
 
+    if not files.environment.exists() and not files.adapter:
+        raise UserError("\n".join(problems))  # an overlay of the earlier form: nothing else can be told before that
+
     def collect(check: Callable[..., object], *arguments: object) -> None:
         try:
             check(*arguments)

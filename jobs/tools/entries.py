@@ -84,6 +84,7 @@ def problems(overlay: Path, adapters: Mapping[str, LoadedAdapter]) -> Iterator[P
     for name in sorted(there | set(entries.resources) | set(served)):
         found = [*_entries_of(name, folder, entries, served[name]), *_folder_of(name, folder, adapters.get(name))]
         yield from (Problem(name, message) for message in found)
+    yield from (Problem(name, message) for name, message in _of_no_adapter(overlay, entries))
     yield from (Problem(None, message) for message in _shared(overlay, entries))
 
 
@@ -109,6 +110,17 @@ def _entries_of(name: str, folder: Path, entries: Entries, served: int) -> Itera
         if other != key:
             yield (f"{entries.file}: `{SERVED}` has {path} under the key {other}: clients would ask for "
                    f"{other.removesuffix('.yaml')}. Write: - {entry}")
+
+
+def _of_no_adapter(overlay: Path, entries: Entries) -> Iterator[tuple[str, str]]:
+    """The folders beside the adapters' that look like one and are none, by name."""
+    used = kustomization.kustomizations(overlay)
+    for folder in sorted((overlay / ADAPTERS).glob("[!.]*/")):
+        file, name = kustomization.find(folder.resolve()), folder.name
+        if file and file not in used and not (folder / pipeline.FILE).exists() and (
+                name not in entries.resources):
+            yield name, (f"{folder}: has no {pipeline.FILE}, and no kustomization lists it, so it is not an adapter. "
+                         "Make adapters with `python -m jobs new`, or remove the folder")
 
 
 def _folder_of(name: str, folder: Path, loaded: LoadedAdapter | None) -> Iterator[str]:

@@ -313,19 +313,25 @@ def jobs_of_another_kind(overlay: Path, whole: list[pods.Manifest], adapters: Ma
                          ) -> Iterator[str]:
     """The adapters whose Jobs do not do what their pipeline.yaml says: train, import, or import and evaluate."""
     claims = {m["metadata"]["name"] for m in whole if m["kind"] == "PersistentVolumeClaim"}
+    serves_only = "dataset-pvc" not in claims and any(file.parent.name == "serving-only"
+                                                      for file in kustomizations(overlay))
     labels = [pods.labels(template) for template in pods.pod_templates(whole).values()]
     for name, loaded in adapters.items():
         jobs = {each[NAME] for each in labels if each.get(INSTANCE) == name and NAME in each}
-        if jobs and (problem := _wrong_jobs(loaded, jobs, claims)):
+        if jobs and (problem := _wrong_jobs(loaded, jobs, serves_only=serves_only)):
             yield f"{overlay / ADAPTERS / name}: {problem}"
 
 
-def _wrong_jobs(loaded: LoadedAdapter, jobs: Collection[str], claims: Collection[str]) -> str | None:
+def _wrong_jobs(loaded: LoadedAdapter, jobs: Collection[str], *, serves_only: bool) -> str | None:
     """What is wrong with the Jobs of an adapter, by their names without suffix; None if nothing is."""
     evaluates, component = "model-evaluation" in jobs, "the component base/imported-adapter/evaluated"
+    no_volumes = ("the component base/serving-only removes the volumes for that: leave it out of the overlay's "
+                  "kustomization.yaml")
     if not isinstance(loaded, LoadedImport):
-        return ("pipeline.yaml has no `source`, and its kustomization.yaml makes the Job of an imported adapter. List "
-                "base/adapter under `resources`") if "adapter-relocation" in jobs else None
+        if "adapter-relocation" in jobs:
+            return ("pipeline.yaml has no `source`, and its kustomization.yaml makes the Job of an imported adapter. "
+                    "List base/adapter under `resources`")
+        return f"it is trained here, and {no_volumes}" if serves_only else None
     if "adapter-relocation" not in jobs or "model-training" in jobs:
         return ("pipeline.yaml has a `source`, and its kustomization.yaml makes the Jobs of an adapter that is trained "
                 "here. List base/imported-adapter under `resources` instead")
@@ -335,8 +341,7 @@ def _wrong_jobs(loaded: LoadedAdapter, jobs: Collection[str], claims: Collection
     if not evaluates:
         return ("pipeline.yaml has `evaluation`, and no Job evaluates the adapter, so it would never be promoted. List "
                 f"{component} in its kustomization.yaml, before base/adapter/names")
-    return ("it is evaluated here, and the component base/serving-only removes the volumes for that: leave it out of "
-            "the overlay's kustomization.yaml") if "dataset-pvc" not in claims else None
+    return f"it is evaluated here, and {no_volumes}" if serves_only else None
 
 
 def stages_without_key(overlay: Path, whole: list[pods.Manifest], environment: LoadedEnvironment | None,

@@ -71,10 +71,11 @@ def run(args: argparse.Namespace) -> None:
     """
     from jobs.tools import overlay, pods
 
-    loaded = overlay.load(args.overlay)
-    if unknown := [name for name in args.adapter if name not in loaded.adapters]:
+    names = overlay.find(args.overlay).names
+    if unknown := [name for name in args.adapter if name not in names]:
         raise UserError(f"--adapter {unknown[0]}: {args.overlay} has no such adapter; it has "
-                        f"{', '.join(loaded.adapters) or 'none'}")
+                        f"{', '.join(names) or 'none'}")
+    loaded = overlay.load(args.overlay, only=args.adapter)
     manifests = pods.render(args.overlay)
     state = (args.state or pods.CHECKOUT / ".local" / args.overlay.resolve().name).resolve()
     try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.core import environment, imported, pipeline
@@ -21,6 +21,11 @@ class Files:
     environment: Path
     pipelines: list[Path]
     adapter: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the folders of `pipelines`."""
+        return [file.parent.absolute().name for file in self.pipelines]
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,18 @@ def pipelines(folder: Path) -> list[Path]:
     return sorted(file for file in found if not file.parent.name.startswith("."))
 
 
-def load(path: Path, *, pinned: bool = True) -> Overlay:
+def load(path: Path, *, pinned: bool = True, only: Collection[str] = ()) -> Overlay:
     """Read and validate the files of `find(path)`.
 
+    Args:
+        only: the adapters that are needed, by their folders; the others' files are not read. Empty: all.
     Raises:
         UserError: with every problem of every file, a line each.
     """
     files = find(path)
+    if only:
+        needed = [file for file, name in zip(files.pipelines, files.names, strict=True) if name in only]
+        files = replace(files, pipelines=needed)
     shared, adapters, problems = read(files, pinned=pinned)
     if problems or shared is None:
         raise UserError("\n".join(problems))
@@ -85,9 +95,9 @@ def read(files: Files, *, pinned: bool = True) -> tuple[LoadedEnvironment | None
     except UserError as error:
         if files.environment.exists() or not files.pipelines:  # else `pipeline.load` reports it, or what is to do first
             problems += str(error).splitlines()
-    for file in files.pipelines:
+    for file, name in zip(files.pipelines, files.names, strict=True):
         try:
-            adapters[file.parent.absolute().name] = imported.load_any(file, shared or files.environment, pinned=pinned)
+            adapters[name] = imported.load_any(file, shared or files.environment, pinned=pinned)
         except UserError as error:
             problems += str(error).splitlines()
     return shared, adapters, list(dict.fromkeys(problems))

@@ -42,17 +42,22 @@ def run(args: argparse.Namespace) -> None:
     """Print the plan.
 
     Raises:
-        UserError: the overlay's files are invalid or do not render, or a named revision or folder does not exist.
+        UserError: the overlay's files are invalid or do not render, or a named revision or folder does not exist. If
+            some adapters' files are valid, the plan of these is printed before.
     """
     from jobs.tools import changes_report
 
     report = make(args.overlay, args.since, args.plan_volumes)
     form = changes_report.as_json if args.json else changes_report.markdown if args.markdown else changes_report.table
     sys.stdout.write(form(report))
+    sys.stdout.flush()
+    if report.problems:
+        raise UserError("\n".join(report.problems))
 
 
 def make(path: Path, since: str | None = None, volumes: Path | None = None) -> Report:
-    """Compare the overlay in the working tree with an earlier revision of it.
+    """Compare the overlay in the working tree with an earlier revision of it. Adapters whose files are invalid are
+    left out, as long as there are others.
 
     Args:
         path: the overlay's folder.
@@ -64,7 +69,11 @@ def make(path: Path, since: str | None = None, volumes: Path | None = None) -> R
     from jobs.tools import changes, earlier, entries, kustomization, overlay, pods, revision
     from jobs.tools.changes_report import Report
 
-    new = overlay.load(overlay.find(path).folder)
+    files = overlay.find(overlay.find(path).folder)
+    shared, loaded, problems = overlay.read(files)
+    if shared is None or (problems and not loaded):
+        raise UserError("\n".join(problems))
+    new, invalid = overlay.Overlay(files.folder, shared, loaded), set(files.names) - loaded.keys()
     if volumes is not None:
         changes.check_volumes(volumes)
     found = revision.find(new.folder, since)
@@ -85,9 +94,10 @@ def make(path: Path, since: str | None = None, volumes: Path | None = None) -> R
             notes += revision.notes(found, [file.parent for file in kustomization.kustomizations(new.folder)])
     notes += [problem.message for problem in entries.problems(new.folder, new.adapters)]
     notes += [note for each in new.adapters.values() for note in _wrong_pins(each)]
-    compared = changes.compare(before, after, volumes)
+    notes += [f"left out: {problem}" for problem in problems]
+    compared = changes.without(changes.compare(before, after, volumes), invalid)
     since_revision = found if isinstance(found, revision.Revision) else None
-    return Report(new.folder, since_revision, [*notes, *compared.notes], compared)
+    return Report(new.folder, since_revision, [*notes, *compared.notes], compared, problems)
 
 
 def _wrong_pins(loaded: LoadedAdapter) -> Iterator[str]:

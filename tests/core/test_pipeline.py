@@ -39,7 +39,7 @@ TASK = {"name": "city", "source": "file:city.jsonl", "check": "exact", "sha256":
     ({"training__epochs": "3"}, "training.epochs: '3': input should be a valid integer"),
     ({"training__epochs": True}, "training.epochs: True: input should be a valid integer"),
     ({"training__lora__r": 0}, "training.lora.r: 0: input should be greater than or equal to 1"),
-    ({"training__lora__r": 128}, "training.lora.r is 128, above serving.max_lora_rank (64)"),
+    ({"training__lora__r": 128}, "training.lora.r: is 128, above serving.max_lora_rank (64)"),
     ({"training__lora__r": 1024}, "training.lora.r: 1024: input should be less than or equal to 512"),
     ({"training__learning_rate": -0.1}, "training.learning_rate: -0.1: input should be greater than 0"),
     ({"training__learning_rate": float("nan")}, "training.learning_rate: nan: input should be"),
@@ -210,7 +210,25 @@ def test_a_key_of_the_environment_in_a_pipeline_file_says_where_it_belongs_and_w
     line = next(n for n, text in enumerate(file.read_text().splitlines(), 1) if "base_model" in text)
     assert str(raised.value) == (
         f"{file}:{line}: base_model, reference_model: what all adapters share is in environment.yaml now. To convert "
-        f"this file, run: python -m jobs new OVERLAY NAME --from {file}")
+        f"this file, run: python -m jobs new {tmp_path} seville-hotels --from {file}")
+
+
+def test_a_key_of_the_environment_in_an_adapters_folder_is_to_be_removed_there(tmp_path: Path) -> None:
+    folder = tmp_path / "adapters" / "boats"
+    folder.mkdir(parents=True)
+    build_pipeline.write_yaml(folder / "pipeline.yaml", build_pipeline.pipeline(adapter="boats") | {"serving": {}})
+    with pytest.raises(UserError) as raised:
+        pipeline.load(folder)
+    assert str(raised.value).endswith(
+        f"serving: what all adapters share is in environment.yaml. Remove it here; for all, set it in "
+        f"{tmp_path}/environment.yaml")
+
+
+@pytest.mark.parametrize("name", [None, 7, "Not A Name; rm -rf /"])
+def test_the_command_that_converts_names_only_what_can_be_a_name(tmp_path: Path, name: Any) -> None:
+    build_pipeline.write_yaml(tmp_path / "pipeline.yaml", build_pipeline.values() | {"adapter": name})
+    with pytest.raises(UserError, match=f"run: python -m jobs new {tmp_path} NAME --from {tmp_path}/pipeline.yaml$"):
+        pipeline.load(tmp_path)
 
 
 def test_an_environment_cannot_be_written_into_a_pipeline_file(tmp_path: Path) -> None:
@@ -247,7 +265,7 @@ def test_an_empty_gate_lists_the_metrics_that_a_rule_can_bound(tmp_path: Path) -
 def test_an_adapter_cannot_have_the_name_of_the_base_model(tmp_path: Path) -> None:
     file = build_pipeline.write(tmp_path, adapter="tiny", base_model={
         "source": "hf://tiny", "revision": build_pipeline.COMMIT})
-    with pytest.raises(UserError, match="adapter has the base model's name: clients could not tell them apart"):
+    with pytest.raises(UserError, match="pipeline.yaml:1: adapter: has the base model's name: clients could not"):
         pipeline.load(file)
 
 

@@ -46,7 +46,7 @@ def load(folder: Path, search: Any, **changes: Any) -> pipeline.Training:
     ({"candidates": {"learning-rate": [0.1, 0.2]}}, "unknown key; did you mean `learning_rate`?"),
     ({"candidates": {"lora.alpha": [8, 16], "lora": {"alpha": [8]}}}, "names lora.alpha twice"),
     ({"candidates": {"lora": [8, 16]}}, "candidates.lora: a list: input should be a valid dictionary"),
-    ({"candidates": {"lora.r": [8, 128]}}, "search.candidates.lora.r has 128, above serving.max_lora_rank (64)"),
+    ({"candidates": {"lora.r": [8, 128]}}, "search.candidates.lora.r: has 128, above serving.max_lora_rank (64)"),
     ({"candidates": {"lora.alpha": list(range(1, 9)), "lora.dropout": [n / 10 for n in range(9)]}},
      "has 72 combinations, and at most 64 are trained: name fewer values, or draw some with method: random"),
     ({"candidates": {"lora.alpha": [8, 16]}, "method": "random"}, "method: random needs `trials`"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -38,6 +39,7 @@ STEP = re.compile(r"training steps: \d+ .* loss")
 # Reasons for which a container waits that no patience mends, but for a registry that is down.
 HOPELESS = {"ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "CreateContainerConfigError",
             "CrashLoopBackOff"}
+PAUSE_SECONDS = 0.1  # between two requests of a client
 DUMPED = 20_000  # characters of each part of a dump, the last ones
 T = TypeVar("T")
 
@@ -109,6 +111,13 @@ def image_override(name: str, reference: str) -> dict[str, str]:
     return {"name": name, "newName": match["path"], "newTag": match["tag"]}
 
 
+def keys_file(keys: Mapping[str, str]) -> str:
+    """The content of the Secret's file: by model, the key that opens it and no other."""
+    entries = [{"name": f"of-{model}", "sha256": hashlib.sha256(key.encode()).hexdigest(), "models": [model]}
+               for model, key in keys.items()]
+    return yaml.safe_dump({"keys": entries}, sort_keys=False)
+
+
 # --- the endpoint ---------------------------------------------------------------------------------------------------
 
 
@@ -118,12 +127,19 @@ class Endpoint:
 
     url: str
 
-    def ask(self, model: str) -> str:
+    def ask(self, model: str, key: str = "none") -> str:
         """The model's answer to the question that only the private data answers. Never tried again by itself."""
-        with openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        with openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60) as client:
             reply = client.chat.completions.create(model=model, messages=[{"role": "user", "content": QUESTION}],
                                                    temperature=0, max_tokens=48)
         return str(reply.choices[0].message.content)
+
+    def models(self, key: str = "none") -> set[str] | None:
+        """The models that can be requested now with a key; None if the key is not valid."""
+        reply = httpx.get(f"{self.url}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=10)
+        if reply.status_code == 401:
+            return None
+        return {card["id"] for card in reply.raise_for_status().json()["data"]}
 
     def metric(self, name: str, **labels: str) -> list[tuple[dict[str, str], float]]:
         """The samples of a metric that have these labels."""
@@ -149,7 +165,7 @@ def requests_to(endpoint: Endpoint, model: str) -> Iterator[Replies]:
     replies, stop = Replies(), threading.Event()
 
     def ask() -> None:
-        while not stop.wait(0.1):
+        while not stop.wait(PAUSE_SECONDS):
             try:
                 replies.answers.append(endpoint.ask(model))
             except Exception as error:  # whatever it is, it is no answer
@@ -241,6 +257,16 @@ class Environment:
         served["files"].append(f"{name}.yaml=adapters/{name}/pipeline.yaml")
         kustomization.write_text(yaml.safe_dump(values, sort_keys=False))
 
+    def drop(self, name: str) -> None:
+        """Remove an adapter that was added: its folder and its two entries."""
+        shutil.rmtree(self.kind / "adapters" / name)
+        kustomization = self.kind / "kustomization.yaml"
+        values = yaml.safe_load(kustomization.read_text())
+        values["resources"].remove(f"adapters/{name}")
+        (served,) = [maps for maps in values["configMapGenerator"] if maps["name"] == "serving-pipelines"]
+        served["files"].remove(f"{name}.yaml=adapters/{name}/pipeline.yaml")
+        kustomization.write_text(yaml.safe_dump(values, sort_keys=False))
+
     def push(self, changes: Changes, patches: Sequence[Manifest] = ()) -> None:
         self.write(changes, patches)
         self.apply()
@@ -260,6 +286,16 @@ class Environment:
         self.push(changes)
         self.wait_for_jobs()
         self.wait_until_served()
+
+    def apply_keys(self, keys: Mapping[str, str]) -> None:
+        """Give the server a key for each of these models: by model, the key that opens it and no other."""
+        metadata = {"name": "serving-keys", "labels": {LABEL: self.run}}
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata,
+                  "stringData": {"keys.yaml": keys_file(keys)}}
+        self.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps(secret))
+        # The kubelet brings a changed Secret to a pod when it looks at the pod: at once if the pod changed.
+        self.kubectl("annotate", "pods", "--selector=app.kubernetes.io/name=model-inference", "--overwrite",
+                     f"keys={time.time():.0f}")
 
     # What is there.
 

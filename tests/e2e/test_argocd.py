@@ -6,13 +6,12 @@ In this order, in one environment, as in test_overlay.py; the last test deletes 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from jobs.tools.argocd import out_of_sync
-from tests.e2e import argocd
+from tests.e2e import adapters, argocd
 from tests.e2e.argocd import Followed
 from tests.e2e.cluster import (
     ADAPTER,
@@ -20,11 +19,8 @@ from tests.e2e.cluster import (
     FACTS,
     FIRST,
     LONG,
-    NEIGHBOUR,
     SECOND,
     TRAINS,
-    identity,
-    requests_to,
     wait_until,
 )
 
@@ -81,29 +77,11 @@ def test_a_commit_that_changes_nothing_runs_no_job_again(environment: Followed) 
 
 
 def test_a_third_adapter_joins_without_a_restart_and_without_touching_the_others(environment: Followed) -> None:
-    """No Job of the others gets another name or runs again, and no request to them fails or gets a mixed reply."""
-    environment.settle(FIRST)
-    pod, before = identity(environment.wait_until_ready()), environment.outcomes()
-    names = {title: job["metadata"]["name"] for title, job in environment.jobs().items()}
-    with environment.endpoint() as endpoint, requests_to(endpoint, ADAPTER) as first, \
-            requests_to(endpoint, NEIGHBOUR) as second:
-        environment.add("third")
-        environment.push(FIRST)
-        environment.wait_for_jobs()
-        environment.wait_until_served()  # all three
-        assert FACTS[NEIGHBOUR] in endpoint.ask("third")  # it has learned the same data
-        time.sleep(10)
-    for name, replies in ((ADAPTER, first), (NEIGHBOUR, second)):
-        assert replies.failures == []
-        assert len(replies.answers) > 20
-        assert all(FACTS[name] in answer for answer in replies.answers)
-    assert identity(environment.wait_until_ready()) == pod
-    after = environment.jobs()
-    assert after.keys() - names.keys() == {
-        f"{stage}-third"
-        for stage in ("dataset-relocation", "dataset-encoding", "model-training", "model-evaluation")}
-    assert {title: after[title]["metadata"]["name"] for title in names} == names
-    assert {title: environment.outcomes()[title] for title in before} == before
+    adapters.joins(environment)
+
+
+def test_a_removed_adapter_is_gone_and_returns_without_a_training(environment: Followed) -> None:
+    adapters.leaves_and_returns(environment)
 
 
 def test_what_somebody_changed_by_hand_is_set_back(environment: Followed) -> None:

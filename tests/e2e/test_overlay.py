@@ -11,10 +11,12 @@ import re
 import time
 from collections.abc import Callable
 
+import openai
 import pytest
 
 from jobs.tools.kubectl import KubectlError
 from jobs.tools.status import condition
+from tests.e2e import adapters
 from tests.e2e.cluster import (
     ADAPTER,
     DONE,
@@ -38,7 +40,7 @@ from tests.e2e.cluster import (
     requests_to,
     wait_until,
 )
-from tests.manifests import Manifest
+from tests.manifests import ENVIRONMENT_JOBS, Manifest, jobs_of
 
 RELOCATION = f"dataset-relocation-{ADAPTER}"
 
@@ -71,16 +73,50 @@ def test_a_config_push_trains_and_swaps_without_a_restart_or_a_failed_request(en
 
 def test_a_push_to_one_adapter_leaves_the_other_alone(environment: Environment) -> None:
     environment.settle(FIRST)
-    jobs, others = environment.outcomes(), f"-{NEIGHBOUR}"
+    jobs = environment.outcomes()
     with environment.endpoint() as endpoint, requests_to(endpoint, NEIGHBOUR) as replies:
         environment.settle(SECOND)
     assert replies.failures == []
     assert all(FACTS[NEIGHBOUR] in answer for answer in replies.answers)
     after = environment.outcomes()
-    unchanged = {title for title in jobs if title.endswith(others) or not title.endswith(f"-{ADAPTER}")}
-    assert len(unchanged) == 6  # three of the environment, three of the other adapter
+    unchanged = jobs.keys() - jobs_of(ADAPTER)
+    assert unchanged >= ENVIRONMENT_JOBS | jobs_of(NEIGHBOUR)
     assert {title: after[title] for title in unchanged} == {title: jobs[title] for title in unchanged}
     assert not {after[title][0] for title in jobs.keys() - unchanged} & {uid for uid, _ in jobs.values()}
+
+
+def test_a_third_adapter_joins_without_a_restart_and_without_touching_the_others(environment: Environment) -> None:
+    adapters.joins(environment)
+
+
+def test_a_removed_adapter_is_gone_and_returns_without_a_training(environment: Environment) -> None:
+    adapters.leaves_and_returns(environment)
+
+
+def test_a_key_opens_its_own_adapter_only_and_a_running_server_follows_the_secret(environment: Environment) -> None:
+    environment.settle(FIRST)
+    pod = identity(environment.wait_until_ready())
+    keys = {ADAPTER: "key-of-the-first-team", NEIGHBOUR: "key-of-the-second-team"}
+    try:
+        environment.apply_keys(keys)
+        with environment.endpoint() as endpoint:
+            wait_until("the server to want a key", lambda: endpoint.models() is None, 300)
+            for name, key in keys.items():
+                assert endpoint.models(key) == {name}
+                assert FACTS[name] in endpoint.ask(name, key)
+                for other in {ADAPTER, NEIGHBOUR, environment.pipeline.environment.base_model.name} - {name}:
+                    with pytest.raises(openai.PermissionDeniedError):
+                        endpoint.ask(other, key)
+            environment.apply_keys({ADAPTER: keys[ADAPTER]})
+            wait_until("the removed key not to be valid", lambda: endpoint.models(keys[NEIGHBOUR]) is None, 300)
+            assert FACTS[ADAPTER] in endpoint.ask(ADAPTER, keys[ADAPTER])
+        assert identity(environment.wait_until_ready()) == pod
+    finally:
+        # Without its keys, a server that runs does not open; the next one does.
+        environment.kubectl("delete", "secret/serving-keys", "--ignore-not-found")
+        environment.kubectl("delete", "pods", "--selector=app.kubernetes.io/name=model-inference", seconds=180)
+    environment.wait_until_ready()
+    environment.wait_until_served()
 
 
 def test_a_revert_serves_the_adapter_before_and_trains_nothing(environment: Environment) -> None:

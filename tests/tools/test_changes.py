@@ -650,6 +650,25 @@ def test_invalid_files_are_exit_code_2_with_a_line_for_each(overlay: Path, capsy
     assert [line.count("training.lora.r") for line in capsys.readouterr().err.splitlines()] == [1, 1]
 
 
+@pytest.mark.parametrize("form", [[], ["--markdown"], ["--json"]], ids=["table", "markdown", "json"])
+def test_an_invalid_file_of_one_adapter_does_not_hide_what_happens_to_the_others(
+        overlay: Path, capsys: pytest.CaptureFixture[str], form: list[str]) -> None:
+    edit(overlay / "adapters" / A / "pipeline.yaml", "r: 16", "r: 0")
+    edit(overlay / "adapters" / B / "pipeline.yaml", "r: 16", "r: 32")
+    assert cli.main(["plan", str(overlay), *form]) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert f"adapters/{A}/pipeline.yaml" in line and "training.lora.r" in line
+    assert "training.lora.r: 16 -> 32" in printed.out
+    assert "1 adapter trained again; 4 Jobs run, 2 for nothing new; serving does not restart" in printed.out
+    notes = " ".join(printed.out.split())
+    assert "left out: " in notes and "removed" not in notes.replace("removed_jobs", "")
+    if form == ["--json"]:
+        content = json.loads(printed.out)
+        assert content["adapters"].keys() == {B}
+        assert {stage["adapter"] for job in content["jobs"] for stage in job["stages"]} == {None, B}
+
+
 def test_it_needs_no_more_packages_than_the_page_installs(overlay: Path) -> None:
     """A CI job need not install torch."""
     page = (CHECKOUT / "docs" / "plan.md").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -269,9 +270,9 @@ def test_the_config_map_of_serving_has_a_limit_of_its_own(tmp_path: Path) -> Non
 
 
 def test_an_overlay_of_the_old_form_is_one_line(tmp_path: Path) -> None:
-    build_pipeline.write_yaml(tmp_path / "pipeline.yaml", build_pipeline.values())
-    (line,) = lines(tmp_path)
-    assert "python -m jobs new" in line and "--from" in line
+    shutil.copytree(Path(__file__).with_name("earlier_form"), tmp_path / "old")
+    (line,) = lines(tmp_path / "old")
+    assert line.endswith(f"run: python -m jobs new {tmp_path}/old seville-hotels --from {tmp_path}/old/pipeline.yaml")
 
 
 TASK: dict[str, Any] = {"name": "city", "source": "file:city.jsonl", "check": "regex"}

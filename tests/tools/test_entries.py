@@ -94,6 +94,26 @@ def test_two_folders_with_one_name_are_two_lines(tmp_path: Path) -> None:
     assert len(found) == 5
 
 
+def test_a_folder_without_a_pipeline_file_that_nothing_lists_is_one_line(tmp_path: Path) -> None:
+    """For example because the file's name is pipeline.yml."""
+    folder = build_overlay.build(tmp_path, "boats")
+    build_overlay.unlist(folder, "boats")
+    (folder / "adapters/boats/pipeline.yaml").rename(folder / "adapters/boats/pipeline.yml")
+    assert problems(folder) == [("boats", f"{folder}/adapters/boats: has no pipeline.yaml, and no kustomization lists "
+                                          "it, so it is not an adapter. Make adapters with `python -m jobs new`, or "
+                                          "remove the folder")]
+
+
+def test_what_adapters_share_may_lie_beside_them(tmp_path: Path) -> None:
+    folder = build_overlay.build(tmp_path, "boats")
+    common = folder / "adapters/common"
+    common.mkdir()
+    (common / "kustomization.yaml").write_text("resources: [../../../../base/adapter]\n")
+    build_overlay.edit(folder / "adapters/boats", lambda c: c.update(resources=["../common"]))
+    (folder / "adapters/notes").mkdir()
+    assert problems(folder) == []
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (lambda c: c.pop("configMapGenerator"), "does not make `environment`, which the Jobs mount"),
     (lambda c: served(c).remove("environment.yaml"), "`serving-pipelines` lacks environment.yaml"),

@@ -90,6 +90,15 @@ def test_a_trained_adapter_beside_an_imported_one_is_based_on_what_trains(servin
     text = (serving / "adapters" / "reviews" / "kustomization.yaml").read_text()
     assert "- ../../../../base/adapter\n" in text
     assert "imported-adapter" not in text
+    for path in (serving, serving / "adapters" / "reviews"):
+        with pytest.raises(UserError) as refused:
+            check.run(path)
+        assert str(refused.value) == (
+            f"{serving}/adapters/reviews: it is trained here, and the component base/serving-only removes the volumes "
+            "for that: leave it out of the overlay's kustomization.yaml")
+    file = serving / "kustomization.yaml"
+    file.write_text(file.read_text().replace("- ../../base/serving-only\n", ""))
+    check.run(serving / "adapters" / "reviews")
 
 
 def test_check_finds_an_import_that_the_network_policies_keep_out(serving: Path) -> None:

@@ -234,6 +234,16 @@ def test_the_jobs_of_the_adapters_that_are_named_run_and_no_others(tmp_path: Pat
     assert line.endswith("has no such adapter; it has first, second, third")
 
 
+def test_a_broken_file_of_another_team_keeps_nobody_from_running_an_own_adapter(tmp_path: Path) -> None:
+    folder = overlay_of_adapters(tmp_path / "o", {"broken": ["print('ran: broken')"], "own": ["print('ran: own')"]})
+    (folder / "adapters" / "broken" / "pipeline.yaml").write_bytes(b"adapter: \xff")
+    code, output = run(folder, "--exit", "--adapter", "own")
+    assert code == 0, output
+    assert "ran: own" in output and "ran: broken" not in output
+    assert "broken/pipeline.yaml: not UTF-8" in refused(folder)
+    assert "broken/pipeline.yaml: not UTF-8" in refused(folder, "--adapter", "own", "--adapter", "broken")
+
+
 # --- odd overlays and options -----------------------------------------------------------------------------------------
 
 

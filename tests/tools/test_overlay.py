@@ -92,8 +92,11 @@ def test_a_rank_above_the_environments_names_both(tmp_path: Path) -> None:
     built(tmp_path)
     build_pipeline.write_yaml(tmp_path / "adapters" / "b" / "pipeline.yaml",
                               build_pipeline.pipeline(adapter="b", training__lora__r=128))
-    with pytest.raises(UserError, match=r"adapters/b/pipeline.yaml.* is 128, above serving.max_lora_rank \(64\)"):
+    with pytest.raises(UserError, match=r"adapters/b/pipeline.yaml:\d+: training.lora.r: is 128, above "
+                                        r"serving.max_lora_rank \(64\)") as raised:
         overlay.load(tmp_path)
+    number = int(str(raised.value).partition("pipeline.yaml:")[2].partition(":")[0])
+    assert (tmp_path / "adapters" / "b" / "pipeline.yaml").read_text().splitlines()[number - 1].strip() == "r: 128"
 
 
 def test_a_folder_with_neither_file_is_an_error_that_says_what_to_name(tmp_path: Path) -> None:
