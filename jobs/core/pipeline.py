@@ -110,6 +110,8 @@ class Training(Strict):
 
     @model_validator(mode="after")
     def _searched(self) -> Training:
+        if self.search is None and "search" in self.model_fields_set:  # `search:` and nothing below it
+            raise PydanticCustomError("search", "is empty: name `candidates`, or remove the key", {KEYS: "search"})
         for key, values in self.search.candidates.by_key().items() if self.search else ():
             owner, name = (self.lora, key.removeprefix("lora.")) if key.startswith("lora.") else (self, key)
             value = normalized(getattr(owner, name))
