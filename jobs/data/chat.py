@@ -117,6 +117,7 @@ class Chat:
                 tokenize=False, add_generation_prompt=prompt,
                 tools=[_tool(tool) for tool in self.tools] if self.tools else None,
                 **{"strftime_now": _strftime_now, **self.arguments}))  # type: ignore[arg-type]
+        text.encode()  # raises at half a character, which is no text to a tokenizer
         if len(text) > RENDERED_CHARACTERS:
             raise _TooMuch(f"it makes {len(text)} characters of it; {RENDERED_CHARACTERS} are allowed")
         return text
