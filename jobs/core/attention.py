@@ -58,14 +58,16 @@ def kernel_works(config: Any, device: str) -> bool:
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     ends = torch.tensor([0, 1, 8, 40], dtype=torch.int32, device=device)
     random = torch.Generator().manual_seed(0)  # the training's own random numbers stay as they are
-    inputs = [torch.randn(1, count, 40, width, generator=random).to(device, torch.bfloat16).requires_grad_()
-              for count in (heads, groups, groups)]
+    query, key, value = inputs = [
+        torch.randn(1, count, 40, width, generator=random).to(device, torch.bfloat16).requires_grad_()
+        for count in (heads, groups, groups)]
     weights = torch.randn(1, 40, heads, width, generator=random).to(device)
     try:
         for window in (None, 5):
             results = []
             for attend in (_attention_in_one_kernel, _attention):
-                output, _ = attend(None, *inputs, None, sliding_window=window, cu_seq_lens_q=ends, max_length_q=32)
+                output, _ = attend(None, query, key, value, None, sliding_window=window, cu_seq_lens_q=ends,
+                                   max_length_q=32)
                 results.append([output, *torch.autograd.grad((output.float() * weights).sum(), inputs)])
             for found, expected in zip(*results, strict=True):
                 off = ((found - expected).float().norm() / expected.float().norm()).item()

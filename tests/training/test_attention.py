@@ -156,7 +156,12 @@ def test_on_a_gpu_a_pack_is_one_kernel_with_the_loss_of_its_records(
 
     model, records, calls = build(architecture), pack(), []
     expected = one_by_one(model, records).item()
-    set_kernel(monkeypatch, lambda *inputs, **named: calls.append(1) or kernel(*inputs, **named))
+
+    def counted(*inputs: Any, **named: Any) -> Any:
+        calls.append(1)
+        return kernel(*inputs, **named)
+
+    set_kernel(monkeypatch, counted)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     works = attention.kernel_works
     monkeypatch.setattr(attention, "kernel_works", lambda config, device: device == "cuda" and works(config, "cpu"))
