@@ -40,7 +40,7 @@ from jobs.core.tasks import Task, check_names
 
 FILE = "pipeline.yaml"
 ADAPTERS = "adapters"  # the folder of an overlay that holds a folder for each adapter
-# What `check` and training say of it, the one where the data is at hand, the other where it is not.
+# What `check` says of it where the data is at hand, and the encoding where it is not.
 NO_VALIDATION = ("training.keep: best chooses by the loss on the validation split, and the dataset has none: set "
                  'dataset.validation (0.1, for example) or, in some records, "split": "validation"; or remove the key')
 
