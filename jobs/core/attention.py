@@ -75,7 +75,7 @@ def kernel_works(config: Any, device: str) -> bool:
                     raise RuntimeError(f"a result is off by {off:.0%}")
     except (RuntimeError, ImportError) as error:
         log.info("torch's attention for packs does not work here (%s): the model keeps its own",
-                 str(error).splitlines()[0])
+                 str(error).partition("\n")[0])
         return False
     return True
 
