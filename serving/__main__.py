@@ -63,6 +63,7 @@ TAKEN = {
     "--config": "name the flags themselves",
     "--logprobs-mode": "the proof of an adapter compares log-probabilities",
     "--default-chat-template-kwargs": "set chat_template in environment.yaml; adapters are trained with it",
+    "--chat-template-content-format": "adapters are trained with contents as text",
     "--chat-template": "adapters are trained with the template of the tokenizer; name another one under `tokenizer`",
 }
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -257,8 +258,10 @@ def vllm_arguments(served: Served, tokenizer: Path, host: str, port: int, slots:
 
 
 def template_arguments(template: Mapping[str, Any]) -> list[str]:
-    """The part of vLLM's command line that sets the default arguments of the chat template."""
-    return ["--default-chat-template-kwargs", json.dumps(template)] if template else []
+    """The part of vLLM's command line that makes the prompts those of the training: contents are texts, which vLLM
+    would hand to some templates as lists of parts; and the default arguments of the chat template."""
+    return ["--chat-template-content-format", "string",
+            *(["--default-chat-template-kwargs", json.dumps(template)] if template else [])]
 
 
 def terminate(*_: object) -> NoReturn:

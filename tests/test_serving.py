@@ -52,6 +52,7 @@ def test_help_answers_without_loading_vllm_and_explains_the_key_and_vllms_flags(
     ["--model", "x"], ["--model=x"], ["--tokenizer", "x"], ["--served-model-name", "x"], ["--served_model_name=x"],
     ["--enable-lora"], ["--no-enable-lora"], ["--enable_lora"], ["--max-lora-rank", "8"], ["--middleware", "x.Y"],
     ["--default-chat-template-kwargs.enable_thinking", "true"], ["--chat-template", "a.jinja"],
+    ["--chat-template-content-format", "openai"],
     ["--api-key", "secret"], ["--api-k", "secret"], ["--api_key=secret"], ["--lora-modules", "a=b"],
     ["--max-loras", "4"], ["--max-cpu-loras=9"],
     ["--root-path", "/x"], ["--api-server-count", "2"], ["--config", "x.yaml"], ["--enforce-eager", "--middlew=x.Y"]])

@@ -42,7 +42,7 @@ from jobs.core.tasks import Task, check_names
 FILE = "pipeline.yaml"
 NAME = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"  # of an adapter
 ADAPTERS = "adapters"  # the folder of an overlay that holds a folder for each adapter
-# What `check` and training say of it, the one where the data is at hand, the other where it is not.
+# What `check` says of it where the data is at hand, and the encoding where it is not.
 NO_VALIDATION = ("training.keep: best chooses by the loss on the validation split, and the dataset has none: set "
                  'dataset.validation (0.1, for example) or, in some records, "split": "validation"; or remove the key')
 
@@ -112,6 +112,8 @@ class Training(Strict):
 
     @model_validator(mode="after")
     def _searched(self) -> Training:
+        if self.search is None and "search" in self.model_fields_set:  # `search:` and nothing below it
+            raise PydanticCustomError("search", "is empty: name `candidates`, or remove the key", {KEYS: "search"})
         for key, values in self.search.candidates.by_key().items() if self.search else ():
             owner, name = (self.lora, key.removeprefix("lora.")) if key.startswith("lora.") else (self, key)
             value = normalized(getattr(owner, name))

@@ -140,9 +140,10 @@ class Search(Strict):
     @model_validator(mode="after")
     def _feasible(self) -> Search:
         found = _combinations(self.candidates)
-        if self.method == "grid" and self.trials is not None:
-            raise PydanticCustomError("trials", "`trials` is for method: random; a grid takes all {found} combinations",
-                                      {"found": found})
+        drawn = [key for key in ("trials", "seed") if key in self.model_fields_set]
+        if self.method == "grid" and drawn:
+            raise PydanticCustomError("trials", "`{key}` is for method: random; a grid takes all {found} combinations",
+                                      {"key": drawn[0], "found": found})
         if self.method == "grid" and found > MOST_TRIALS:
             raise PydanticCustomError("trials", "has {found} combinations, and at most {most} are trained: name fewer "
                                       "values, or draw some with method: random and trials: N",

@@ -30,6 +30,7 @@ RENDER_SECONDS = 10.0
 RENDERED_CHARACTERS = 2**26
 REASON_CHARACTERS = 160  # of a template's own words, which may repeat the private text
 OTHER_TEXT = "\ufffc"  # to see whether a text makes a difference
+PLACES = 8  # of an answer, at which that is tried
 OTHER_CALLS = [{"type": "function", "function": {"name": "other", "arguments": {}}}]
 
 
@@ -82,8 +83,21 @@ class Chat:
                 if (self._renders_same(changed, False, finished) if last else
                         self._renders_same(changed[:-1], True, prompt)):
                     raise RecordError(f"{named(messages, number)}: the chat template leaves out its `{key}`")
+                if last and key == "content":
+                    self._require_all_of_it(messages, finished)
         if self.tools and not first and replace(self, tools=None)._renders_same(messages[:-1], True, prompt):
             raise RecordError("the chat template leaves out `tools`. Choose a base model whose template has tools")
+
+    def _require_all_of_it(self, messages: Sequence[Message], finished: str) -> None:
+        """Raise `RecordError` if the template leaves out a part of the answer, such as thoughts before it: a place at
+        which another text makes no difference."""
+        text = messages[-1]["content"]
+        for place in range(1, 2 * PLACES, 2):
+            at = place * len(text) // (2 * PLACES)
+            changed = {**messages[-1], "content": text[:at] + OTHER_TEXT + text[at:]}
+            if self._renders_same([*messages[:-1], changed], False, finished):
+                raise RecordError(f"{named(messages, len(messages) - 1)}: the chat template leaves out a part of its "
+                                  "`content`. Remove it, or bring another tokenizer")
 
     def _renders_same(self, messages: Sequence[Message], prompt: bool, rendered: str) -> bool:
         try:
@@ -103,6 +117,7 @@ class Chat:
                 tokenize=False, add_generation_prompt=prompt,
                 tools=[_tool(tool) for tool in self.tools] if self.tools else None,
                 **{"strftime_now": _strftime_now, **self.arguments}))  # type: ignore[arg-type]
+        text.encode()  # raises at half a character, which is no text to a tokenizer
         if len(text) > RENDERED_CHARACTERS:
             raise _TooMuch(f"it makes {len(text)} characters of it; {RENDERED_CHARACTERS} are allowed")
         return text

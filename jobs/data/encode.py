@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any
 from jobs.core import artifacts, models
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import human_bytes
-from jobs.core.plan import plan
+from jobs.core.imported import EvaluatedImport
+from jobs.core.plan import Plan, plan
 from jobs.core.progress import Progress
 from jobs.data import encoded
 from jobs.data.canaries import Canaries, check_fits
@@ -43,7 +44,7 @@ from jobs.data.split import SPLITS, TRAIN, VALIDATION
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from jobs.core.pipeline import LoadedPipeline
+    from jobs.core.pipeline import LoadedPipeline, Pipeline
 
 log = logging.getLogger("jobs")
 
@@ -92,15 +93,24 @@ class Counts:
 
 
 def run(loaded: LoadedPipeline, volumes: Path, wait_seconds: float) -> None:
-    """Encode the desired dataset, unless that is done.
+    """Encode the desired dataset, unless that is done, and check that it suits the training.
 
     Raises:
-        UserError: the template rejects a record; or no record of a split fits into `training.max_length`.
+        UserError: the template rejects a record; no record of a split fits into `training.max_length`; or the settings
+            of the training need other records, which is found here, before a GPU is used.
         RetryableError: an input did not appear in time, or a process was killed.
     """
     pipeline, wanted = loaded.pipeline, plan(loaded.pipeline)
-    if artifacts.done(wanted.encoded_dataset, volumes):
-        return
+    if not artifacts.done(wanted.encoded_dataset, volumes):
+        publish(pipeline, wanted, volumes, wait_seconds)
+    if not isinstance(pipeline, EvaluatedImport):  # which is not trained here
+        found = encoded.read_statistics(wanted.encoded_dataset.path(volumes))
+        encoded.check_suits(pipeline.training, preferences=bool(found[TRAIN].get("preferences")),
+                            validation=found[VALIDATION]["sequences"] > 0)
+
+
+def publish(pipeline: Pipeline, wanted: Plan, volumes: Path, wait_seconds: float) -> None:
+    """Wait for dataset and tokenizer, encode and publish."""
     dataset, tokenizer = artifacts.wait([wanted.dataset, wanted.tokenizer], volumes, wait_seconds)
 
     def write(draft: Path) -> dict[str, Any]:

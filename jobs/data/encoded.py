@@ -12,6 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from jobs.core import search
+from jobs.core.errors import UserError
+from jobs.core.pipeline import NO_VALIDATION, Training
 from jobs.data.encoding import Encoded, Example
 from jobs.data.split import HOLDOUT, SPLITS, TRAIN, VALIDATION
 
@@ -85,6 +88,27 @@ class Splits:
     canaries: int = 0  # how many of the train split are canaries
 
 
+def check_suits(training: Training, *, preferences: bool, validation: bool) -> None:
+    """The data must be what the settings of the training need.
+
+    Args:
+        preferences: the records are preferences.
+        validation: there is a validation split.
+    Raises:
+        UserError: the objective learns from the other kind of records, or something is chosen by a validation split
+            that there is not. With what to set.
+    """
+    if preferences != (training.objective != "sft"):
+        found, fitting = (('preferences ({"prompt", "chosen", "rejected"})', "dpo or orpo") if preferences else
+                          ("answers without a rejected one", "sft"))
+        raise UserError(f"training.objective is {training.objective}, but the dataset's records are {found}: set "
+                        f"training.objective: {fitting}, or bring other data")
+    if training.search and not validation:
+        raise UserError(search.NO_VALIDATION)
+    if training.keep == "best" and not validation:
+        raise UserError(NO_VALIDATION)
+
+
 def schema() -> pa.Schema:
     """A row for each sequence: its record's line, how many tokens, the tokens, and both ends of each learned range."""
     import pyarrow as pa
@@ -114,9 +138,15 @@ def writer(file: Path) -> Iterator[Callable[[bytes], None]]:
         yield lambda batch: stream.write_batch(pa.ipc.read_record_batch(pa.py_buffer(batch), schema()))
 
 
+def read_statistics(folder: Path) -> dict[str, Any]:
+    """What was counted of each split of an encoded dataset."""
+    found: dict[str, Any] = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+    return found
+
+
 def read(folder: Path) -> Splits:
     """The splits in the folder of an encoded dataset."""
-    statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+    statistics = read_statistics(folder)
     splits = {name: Split(folder / f"{name}.arrow") for name in SPLITS}
     return Splits(splits[TRAIN], splits[HOLDOUT], sum(each["too_long"] for each in statistics.values()),
                   splits[VALIDATION], bool(statistics[TRAIN].get("preferences")),

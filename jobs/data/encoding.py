@@ -221,19 +221,25 @@ def _turn(chat: Chat, messages: Sequence[Record], seen: int) -> tuple[list[int],
     prompt_ids = _ids(tokenizer, prompt, special=begins)
     ids = _ids(tokenizer, finished, special=begins)
     if finished.startswith(prompt) and ids[: len(prompt_ids)] == prompt_ids:
-        completion = _stopped(tokenizer, ids[len(prompt_ids):])
+        added = ids[len(prompt_ids):]
     else:
         start = len(prompt) if finished.startswith(prompt) else _start_of_turn(chat, messages, prompt, finished)
-        completion = _stopped(tokenizer, _ids(tokenizer, finished[start:]))
+        added = _ids(tokenizer, finished[start:])
+    completion = _stopped(tokenizer, added)
     special = special_tokens(tokenizer)
     if special.issuperset(completion) and not special.issuperset(_ids(tokenizer, text)):
         raise RecordError(f"{name}: before it the chat template has a token at which serving ends a reply")
+    left = tokenizer.decode(added[len(completion):], skip_special_tokens=True).strip()
+    if left and text.rstrip().endswith(left):
+        raise RecordError(f"{name}: inside of it the chat template has a token at which serving ends a reply")
     return prompt_ids, completion
 
 
 def _start_of_turn(chat: Chat, messages: Sequence[Record], prompt: str, finished: str) -> int:
     """Where the last message starts in `finished`, which does not start with `prompt`: some templates render a finished
     conversation otherwise than a prompt. It is where another answer would make a difference."""
+    if chat.render(messages, prompt=False) != finished:
+        raise RecordError(f"{named(messages, len(messages) - 1)}: the chat template renders it otherwise each time")
     other = chat.render([*messages[:-1], {"role": "assistant", "content": OTHER_TEXT}], prompt=False)
     if other == finished:
         raise RecordError(f"{named(messages, len(messages) - 1)}: the chat template leaves it out")

@@ -16,19 +16,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jobs.core import models, search, strict_yaml
+from jobs.core import models, strict_yaml
 from jobs.core.declarations import Loaded, Source
 from jobs.core.environment import LoadedEnvironment
 from jobs.core.errors import UserError
 from jobs.core.imported import EvaluatedImport, LoadedAdapter, LoadedImport
 from jobs.core.metrics import metric_of, score_of
-from jobs.core.pipeline import NO_VALIDATION, LoadedPipeline
+from jobs.core.pipeline import LoadedPipeline
 from jobs.core.strict_yaml import CONFIG_MAP_BYTES
+from jobs.data.encoded import check_suits
 from jobs.evaluation import gate
 from jobs.tools import overlay
 from jobs.tools.advice import advice
 from jobs.tools.overlay import Files
-from jobs.training.objectives import check_kind
 
 log = logging.getLogger("jobs")
 
@@ -83,9 +83,7 @@ def check_data(loaded: LoadedPipeline) -> None:
         with TemporaryDirectory(prefix="check-") as folder:
             statistics = split.split(files_in(loaded.resolve(source)), source.holdout, Path(folder), source.validation)
             holdout = [json.loads(line) for line in (Path(folder) / f"{split.HOLDOUT}.jsonl").open(encoding="utf-8")]
-        if loaded.pipeline.training.keep == "best" and not statistics["records"].get("validation"):
-            raise UserError(f"{loaded.path}: {NO_VALIDATION}")
-        check_objective(loaded, statistics["shapes"])
+        check_records(loaded, statistics)
     check_tasks(loaded)
     check_search(loaded, statistics)
     check_privacy(loaded, statistics)
@@ -121,14 +119,16 @@ def check_evidence(loaded: LoadedPipeline, holdout: Sequence[Mapping[str, Any]])
                      "bits_per_byte compares the reference model in any case", loaded.path, key)
 
 
-def check_objective(loaded: LoadedPipeline, shapes: Mapping[str, int]) -> None:
-    """The records are of one kind, that of the objective; `shapes` has how many there are of each shape."""
+def check_records(loaded: LoadedPipeline, statistics: Mapping[str, Any]) -> None:
+    """The records are of one kind, and suit the settings of the training; `statistics` are those of the split."""
+    shapes = statistics["shapes"]
     preferences, others = shapes.get("preference", 0), sum(shapes.values()) - shapes.get("preference", 0)
     if preferences and others:
         raise UserError(f"{loaded.path}: dataset: {preferences} records are preferences (`chosen` and `rejected`), and "
                         f"{others} are not: training learns from one kind or the other. Bring them as two datasets")
     try:
-        check_kind(loaded.pipeline.training, preferences=bool(preferences))
+        check_suits(loaded.pipeline.training, preferences=bool(preferences),
+                    validation=bool(statistics["records"].get("validation")))
     except UserError as error:
         raise UserError(f"{loaded.path}: {error}") from None
 
@@ -158,7 +158,7 @@ def check_tasks(loaded: LoadedPipeline) -> None:
 
 
 def check_search(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -> None:
-    """A search has records to choose by; what it costs is said.
+    """What a search costs, and where the data is not here to look, what it needs.
 
     Args:
         statistics: those of the split; None where the data is not here to look.
@@ -167,8 +167,6 @@ def check_search(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -
     if training.search is None:
         return
     log.info("%s: training.search: %s", loaded.path, training.search.summary(training.epochs))
-    if statistics and not statistics["records"].get("validation"):
-        raise UserError(f"{loaded.path}: {search.NO_VALIDATION}")
     if not statistics and not dataset.validation:
         log.warning("%s: training.search chooses by the loss on the validation split, and dataset.validation is 0: "
                     "some records of %s must have `\"split\": \"validation\"`", loaded.path, dataset.source)

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jobs.core.errors import UserError
 from jobs.core.pipeline import Training
-from jobs.data.encoded import Splits
+from jobs.data.encoded import Splits, check_suits
 from jobs.data.encoding import Pair
 
 if TYPE_CHECKING:
@@ -50,25 +49,12 @@ def for_objective(splits: Splits, training: Training) -> Splits:
     """The splits as the objective learns from them.
 
     Raises:
-        UserError: the records are of the other kind.
+        UserError: they do not suit the training; see `check_suits`.
     """
-    check_kind(training, preferences=splits.preferences)
+    check_suits(training, preferences=splits.preferences, validation=len(splits.validation) > 0)
     if not splits.preferences:
         return splits
     return Splits(Pairs(splits.train), Pairs(splits.holdout), splits.too_long, Pairs(splits.validation), True)
-
-
-def check_kind(training: Training, *, preferences: bool) -> None:
-    """The objective must learn from records of the kind that there is.
-
-    Raises:
-        UserError: with what to set.
-    """
-    if preferences != (training.objective != "sft"):
-        found, fitting = (('preferences ({"prompt", "chosen", "rejected"})', "dpo or orpo") if preferences else
-                          ("answers without a rejected one", "sft"))
-        raise UserError(f"training.objective is {training.objective}, but the dataset's records are {found}: set "
-                        f"training.objective: {fitting}, or bring other data")
 
 
 def counts(batch: dict[str, Tensor]) -> Tensor:

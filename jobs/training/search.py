@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.core.errors import UserError
 from jobs.core.files import write_atomically
 from jobs.core.pipeline import Training
-from jobs.core.search import NO_VALIDATION, PRECISION, Search, description, shown, text_table
+from jobs.core.search import PRECISION, Search, description, shown, text_table
 from jobs.data.encoded import Splits
 from jobs.training.callbacks import NotFinite
 from jobs.training.distributed import Team
@@ -80,13 +80,12 @@ def run(training: Training, splits: Splits, train: Train, folder: Path, tensorbo
     Returns:
         the settings of the chosen trial, its loss history, and the record of the search for people.
     Raises:
-        UserError: the validation split is empty; or the loss of no trial is finite.
+        UserError: the loss of no trial is finite.
         Terminated: after SIGTERM, with a checkpoint saved.
     """
     search = training.search
     assert search is not None
-    if not len(splits.validation):
-        raise UserError(NO_VALIDATION)
+    assert len(splits.validation), "encoded.check_suits rejects it"
     settings, names, rungs = training.trials(), [description(each) for each in search.settings()], search.rungs()
     by_epochs = {each.epochs: each for each in settings}  # of what is searched, only they change the batches
     batches = {epochs: Batches(splits.train, each) for epochs, each in by_epochs.items()}

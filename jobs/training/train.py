@@ -27,7 +27,7 @@ from jobs.core import artifacts, attention, models, provenance, signing
 from jobs.core.errors import Terminated, UserError
 from jobs.core.imports import fast_imports
 from jobs.core.layout import CHECKPOINTS, TENSORBOARD
-from jobs.core.pipeline import NO_VALIDATION, Pipeline, Training
+from jobs.core.pipeline import Pipeline, Training
 from jobs.core.plan import FINE_TUNED_VOLUME, Plan, plan
 from jobs.core.signing import Signer
 from jobs.data import encoded
@@ -60,7 +60,7 @@ from jobs.training.trainer import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainerState
 
     from jobs.core.pipeline import LoadedPipeline
 
@@ -200,8 +200,8 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
         "validation_loss"}, or "holdout_loss" where the dataset has no validation split, about ten times in all and
         at `until`.
     Raises:
-        UserError: the model is to be divided among processes that have no GPUs; the best weights are to be kept, and
-            there is no validation split; a loss or a gradient is not finite; a GPU has too little memory.
+        UserError: the model is to be divided among processes that have no GPUs; a loss or a gradient is not finite; a
+            GPU has too little memory.
         Terminated: after SIGTERM to any of the processes, with a checkpoint saved.
     """
     from transformers.trainer_callback import PrinterCallback
@@ -209,8 +209,7 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
     team = team or Team()
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it logs each file of each checkpoint
     best = training.keep == "best"
-    if best and not len(splits.validation):
-        raise UserError(NO_VALIDATION)
+    assert not best or len(splits.validation), "encoded.check_suits rejects it"
     batches = Batches(splits.train, training)
     steps = len(batches)
     end = min(until or steps, steps)
@@ -251,13 +250,22 @@ def train(model: PreTrainedModel, splits: Splits, training: Training, target_mod
         if team.main:
             adapted.save_pretrained(str(output), state_dict=whole)
             if best:
-                log.info("kept: the weights of step %d, with the lowest validation loss", state.best_global_step)
-                shutil.copyfile(best_weights(folders.checkpoints, state), output / ADAPTER)
-                last = folders.checkpoints / f"checkpoint-{state.global_step}"
-                if signer and not is_signed(last, signer, output / ADAPTER):
-                    raise UserError(f"{best_weights(folders.checkpoints, state)}: was changed while the training ran. "
-                                    "Nothing was published; find out who writes to this volume")
+                _take_best(folders.checkpoints, state, output / ADAPTER, signer)
     return _history(state.log_history, measured, training, end)
+
+
+def _take_best(checkpoints: Path, state: TrainerState, adapter: Path, signer: Signer | None) -> None:
+    """Put the weights with the lowest validation loss in place of the adapter's last ones.
+
+    Raises:
+        UserError: they are not those that were signed.
+    """
+    weights = best_weights(checkpoints, state)
+    shutil.copyfile(weights, adapter)
+    if signer and not is_signed(checkpoints / f"checkpoint-{state.global_step}", signer, adapter):
+        raise UserError(f"{weights}: was changed while the training ran. Nothing was published; find out who writes to "
+                        "this volume")
+    log.info("kept: the weights of step %d, with the lowest validation loss", state.best_global_step)
 
 
 def _history(logged: list[dict[str, float]], measured: HeldOut, training: Training,

@@ -32,6 +32,7 @@ def load(folder: Path, search: Any, **changes: Any) -> pipeline.Training:
 
 @pytest.mark.parametrize(("declared", "message"), [
     ({}, "training.search.candidates: is missing"),
+    ({"candidates": {"lora.alpha": [8, 16]}, "seed": 1}, "`seed` is for method: random; a grid takes all 2"),
     ({"candidates": {}}, "candidates: is empty: name a setting and its values, as in `lora.r: [8, 16]`"),
     ({"candidates": {"lora.alpha": []}}, "candidates.lora.alpha: a list: list should have at least 1 item"),
     ({"candidates": {"lora.alpha": [16]}}, "has one combination, so there is nothing to choose"),
@@ -67,6 +68,14 @@ def test_a_search_that_cannot_work_is_refused_in_one_line(tmp_path: Path, declar
     assert message in str(error.value)
     if "max_lora_rank" not in message:
         assert "training.search" in str(error.value) or "training: " in str(error.value)
+
+
+def test_a_search_of_which_nothing_was_written_is_refused(tmp_path: Path) -> None:
+    """As where only the first commented line of overlays/kind was switched on: it would train without a search."""
+    file = build_pipeline.write(tmp_path, training=None)
+    file.write_text(file.read_text() + "training:\n  search:\n")
+    with pytest.raises(UserError, match="training.search: is empty: name `candidates`, or remove the key"):
+        pipeline.load(file)
 
 
 @pytest.mark.parametrize("text", ["lora.r: [8, 0]", "lora:\n        r: [8, 0]",

@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.core.errors import RetryableError, UserError
+from jobs.core.pipeline import Training
 from jobs.data import encode as stage
 from jobs.data import encoded
 from jobs.data.encode import Settings, encode_splits
@@ -148,6 +150,24 @@ def test_only_a_few_chunks_are_read_ahead_of_what_is_written() -> None:
 
 
 # --- what cannot be encoded ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"search": {"candidates": {"lora.r": [4, 8]}}}, "training.search chooses by the loss on the validation split"),
+    ({"keep": "best"}, "training.keep: best chooses by the loss on the validation split"),
+    ({"objective": "dpo"}, "training.objective is dpo, but the dataset's records are answers without a rejected one"),
+])
+def test_data_that_does_not_suit_the_training_is_found_before_a_gpu_is_used(
+        tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    """Also where the data was encoded before: the settings are not part of its name."""
+    loaded, volumes = build_models.published_pipeline(
+        tmp_path, without=["adapter", "base_model", "reference_model", "encoded_dataset"])
+    unsuitable = replace(loaded, pipeline=loaded.pipeline.model_copy(
+        update={"training": Training.model_validate({"max_length": 128, "tokens_per_batch": 256, **settings})}))
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            stage.run(unsuitable, volumes, 0)
+    stage.run(loaded, volumes, 0)
 
 
 def test_a_record_that_a_template_rejects_is_named_by_its_line(

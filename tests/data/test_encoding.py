@@ -282,6 +282,19 @@ SYSTEM = {"messages": [{"role": "system", "content": "Be brief."}, *CONVERSATION
     ("{% for m in messages %}{{ m.content }}<|end|>{% if m.role == 'user' %}<|end|>{% endif %}{% endfor %}"
      .replace("{{", "{% if m.role == 'assistant' %}<|end|>{% endif %}{{"), CONVERSATION[:2],
      "messages[1] (role assistant): before it the chat template has a token at which serving ends a reply"),
+    (RENDER.replace("m.content", "m.content.split('</think>')[-1]") + ANSWER, [
+        CONVERSATION[0], {"role": "assistant", "content": "<think>I may know that. </think>Four."}],
+     "messages[1] (role assistant): the chat template leaves out a part of its `content`"),
+    (RENDER.replace("m.content", "m.content[:40]") + ANSWER,
+     [CONVERSATION[0], {"role": "assistant", "content": "x" * 99}],
+     "messages[1] (role assistant): the chat template leaves out a part of its `content`"),
+    (RENDER.replace("{{ m.content }}", "{{ m.content | replace(' of', '<|end|> of') }}") + ANSWER,
+     [CONVERSATION[0], {"role": "assistant", "content": "The maid of the house."}],
+     "messages[1] (role assistant): inside of it the chat template has a token at which serving ends a reply"),
+    ("{{ range(10**5) | random }}" + RENDER + ANSWER, CONVERSATION[:2],
+     "messages[1] (role assistant): the chat template renders it otherwise each time"),
+    (RENDER + "{{ '\\ud800' }}" + ANSWER, CONVERSATION[:2], "messages[0] (role user): the chat template rejects it: "
+     "'utf-8' codec can't encode"),
 ])
 def test_a_template_that_rejects_or_leaves_out_a_part_of_a_record_is_one_line(
         chat: Any, monkeypatch: pytest.MonkeyPatch, template: str | None, record: Any, message: str) -> None:

@@ -73,6 +73,9 @@ FAMILIES = {
                        "[TOOL_RESULTS]", "[/TOOL_RESULTS]"), tools=True),
     "Phi 3": Family("phi3", **PHI),
     "Phi 3.5": Family("phi3_5", **PHI),
+    # Its template renders a content that is a list of parts otherwise than a text.
+    "Gemma 4": Family("gemma4", "<turn|>", "<eos>", ("<eos>", "<turn|>"), "<bos>",
+                      ("<bos>", "<eos>", "<|turn>", "<turn|>", "<|tool_response>", "<|tool_call>", "<tool_call|>")),
     "SmolLM2": Family("smollm2", "<|im_end|>", "<|im_end|>", ("<|im_end|>",), special=CHATML),
 }
 # A tokenizer and a template of chat on a base model that was not trained to chat: it ends texts, and no turns.

@@ -120,6 +120,102 @@ def test_no_attention_between_records_is_computed(monkeypatch: pytest.MonkeyPatc
     assert computed == [(len(record), len(record)) for record in records] * model.config.num_hidden_layers
 
 
+# --- on a GPU, of which there is none here ---------------------------------------------------------------------------
+
+
+def kernel(query: Any, key: Any, value: Any, ends: Any, _: Any, longest: int, *__: Any, scale: float | None = None,
+           window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False) -> Any:
+    """What torch says of its `varlen_attn`, as a definition."""
+    import torch
+
+    assert query.dtype in (torch.bfloat16, torch.float16), "the kernel takes nothing else"
+    assert longest >= int(ends.diff().max()) and ends.dtype == torch.int32
+    assert enable_gqa == (query.shape[1] != key.shape[1]) and window_size[1] == 0
+    outputs = []
+    for q, k, v in zip(*(each.split(ends.diff().tolist()) for each in (query, key, value)), strict=True):
+        seen = torch.ones(len(q), len(q), dtype=torch.bool).tril()
+        if window_size[0] >= 0:
+            seen = seen.triu(-window_size[0])
+        outputs.append(torch.nn.functional.scaled_dot_product_attention(
+            *(each.transpose(0, 1)[None] for each in (q, k, v)), attn_mask=seen, scale=scale,
+            enable_gqa=enable_gqa)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def set_kernel(monkeypatch: pytest.MonkeyPatch, to: Any) -> None:
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", to)
+
+
+@pytest.mark.parametrize("architecture", [each for each in ARCHITECTURES if each != "Gemma2ForCausalLM"])
+def test_on_a_gpu_a_pack_is_one_kernel_with_the_loss_of_its_records(
+        monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    """In bfloat16, as the kernel computes."""
+    import torch
+
+    model, records, calls = build(architecture), pack(), []
+    expected = one_by_one(model, records).item()
+
+    def counted(*inputs: Any, **named: Any) -> Any:
+        calls.append(1)
+        return kernel(*inputs, **named)
+
+    set_kernel(monkeypatch, counted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    works = attention.kernel_works
+    monkeypatch.setattr(attention, "kernel_works", lambda config, device: device == "cuda" and works(config, "cpu"))
+    attention.attend_by_record(model)
+    assert model.config._attn_implementation == attention.IN_ONE_KERNEL
+    calls.clear()
+    loss = model.to(torch.bfloat16)(**packing.flatten(records)).loss
+    assert len(calls) == model.config.num_hidden_layers
+    assert loss.item() == pytest.approx(expected, abs=0.05)
+
+
+def leaking(query: Any, key: Any, value: Any, ends: Any, *_: Any, **named: Any) -> Any:
+    return kernel(query, key, value, ends[[0, -1]], None, len(query), **named)
+
+
+def one_too_far(*inputs: Any, window_size: tuple[int, int], **named: Any) -> Any:
+    left = window_size[0] + (window_size[0] >= 0)
+    return kernel(*inputs, window_size=(left, 0), **named)
+
+
+def missing(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError("no kernel image is available")
+
+
+def not_finite(*inputs: Any, **named: Any) -> Any:
+    return kernel(*inputs, **named) * float("nan")
+
+
+def without_gradients(*inputs: Any, **named: Any) -> Any:
+    return kernel(*inputs, **named).detach()
+
+
+@pytest.mark.parametrize("wrong", [leaking, one_too_far, missing, not_finite, without_gradients])
+def test_a_gpu_whose_kernel_does_not_compute_that_keeps_what_it_had(
+        monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
+    import torch
+
+    models_of = {name: build(name) for name in ("LlamaForCausalLM", "OPTForCausalLM", "Gemma2ForCausalLM")}
+    config = models_of["LlamaForCausalLM"].config
+    set_kernel(monkeypatch, kernel)
+    assert attention.kernel_works(config, "cpu")
+    assert not attention.kernel_works(models_of["Gemma2ForCausalLM"].config, "cpu"), "it bends scores"
+    set_kernel(monkeypatch, wrong)
+    assert not attention.kernel_works(config, "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "kernel_works", lambda *_: False)
+    for model in models_of.values():
+        attention.attend_by_record(model)
+    assert [model.config._attn_implementation for model in models_of.values()] == ["sdpa", attention.NAME, "eager"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def test_padded_rows_are_refused_instead_of_computed_wrong() -> None:
     import torch
 

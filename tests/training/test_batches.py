@@ -303,12 +303,6 @@ def test_with_patience_it_ends_early_and_a_resume_ends_at_the_same_step(tmp_path
     assert_equal(after_a_kill, expected)
 
 
-def test_the_best_weights_need_a_validation_split(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="training.keep: best chooses by the loss on the validation split, and the "
-                                        "dataset has none: set dataset.validation"):
-        trained(tmp_path, keep="best")
-
-
 # --- numbers that are not finite -------------------------------------------------------------------------------------
 
 

@@ -149,6 +149,19 @@ def test_records_of_the_other_kind_are_refused_with_what_to_set() -> None:
         for_objective(DATA, Training())
 
 
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"search": {"candidates": {"lora.r": [4, 8]}}}, "training.search chooses by the loss on the validation split, "
+     "which is empty. Set dataset.validation, for example to 0.1"),
+    ({"keep": "best"}, "training.keep: best chooses by the loss on the validation split, and the dataset has none: set "
+     "dataset.validation"),
+])
+def test_without_a_validation_split_nothing_is_chosen_by_it(settings: dict[str, Any], message: str) -> None:
+    answers, training = [Encoded.of([1], [2])], Training.model_validate(settings)
+    with pytest.raises(UserError, match=message):
+        for_objective(Splits(answers, answers, 0), training)
+    assert for_objective(Splits(answers, answers, 0, answers), training).validation == answers
+
+
 def test_pairs_know_their_lengths_and_lines_without_reading_tokens() -> None:
     import numpy as np
 

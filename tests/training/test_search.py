@@ -208,12 +208,6 @@ def test_the_log_names_trial_and_rung_and_ends_with_a_table(tmp_path: Path, capl
 # --- what it is made of ---------------------------------------------------------------------------------------------
 
 
-def test_a_search_without_records_to_choose_by_is_refused(tmp_path: Path) -> None:
-    nothing = Splits(splits().train, splits().holdout, 0, ())
-    with pytest.raises(UserError, match='validation split, which is empty. Set dataset.validation, for example to 0.1'):
-        search.run(training(), nothing, Script(), tmp_path, tmp_path / "runs", Team())
-
-
 def test_tensorboard_lists_the_trials_with_their_settings_and_makes_no_runs_for_it(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2
