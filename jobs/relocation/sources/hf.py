@@ -76,8 +76,10 @@ def _hub_info(source: Source) -> Any:
 
     def request() -> Any:
         try:
-            return api.repo_info(repo, repo_type=repo_type, revision=source.revision, files_metadata=True,
+            info = api.repo_info(repo, repo_type=repo_type, revision=source.revision, files_metadata=True,
                                  timeout=SILENCE_S)
+            _check_files(info.siblings or [])
+            return info
         except RevisionNotFoundError:
             raise UserError(f"{source.source}: the hub has no revision {source.revision}. Run: python -m jobs pin"
                             ) from None
@@ -91,6 +93,18 @@ def _hub_info(source: Source) -> Any:
                             "HF_ENDPOINT right?") from None
 
     return patiently(request, source.source, ADVICE)
+
+
+def _check_files(files: list[Any]) -> None:
+    """The hub's client takes any JSON for a name or a size.
+
+    Raises:
+        TypeError: one is none.
+    """
+    for file in files:
+        sized = file.size is None or (type(file.size) is int and file.size >= 0)
+        if not isinstance(file.rfilename, str) or not sized:
+            raise TypeError(f"a file has the name {file.rfilename!r} and the size {file.size!r}")
 
 
 def _selected(name: str, pattern: str) -> bool:
