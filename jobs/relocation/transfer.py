@@ -29,6 +29,7 @@ DIGEST_TURN = 64 << 20  # after so many, other files have their turn
 # A connection is replaced if, for this long, it was slower than this share of what others have.
 SLOW_S = 10.0
 SLOW_SHARE = 0.1
+SLOWEST = 1000.0  # bytes a second: likewise, if there is nothing to compare it with
 TICK_S = 0.5
 END_S = 5.0  # how long threads have to end after a failure
 
@@ -212,9 +213,12 @@ class Transfer:
         known = [*self._rates, *rates.values()]
         typical = statistics.median_high(known) if len(known) > 1 else self._typical
         for file, lease in leases:
-            if lease in rates and rates[lease] < typical * SLOW_SHARE and file.replaceable and not lease.writing:
-                log.info("%s: a connection brings %s/s where others bring %s/s: replacing it", shown(file.item.url),
-                         human_bytes(rates[lease]), human_bytes(typical))
+            # One that waits for its first byte is not slow yet.
+            least = max(typical * SLOW_SHARE, SLOWEST if len(known) == 1 and lease.received else 0.0)
+            if lease in rates and rates[lease] < least and file.replaceable and not lease.writing:
+                others = f" where others bring {human_bytes(typical)}/s" if typical else ""
+                log.info("%s: a connection brings %s/s%s: replacing it", shown(file.item.url),
+                         human_bytes(rates[lease]), others)
                 file.replace(lease)
                 self._work.notify_all()
         # A network that has become slow as a whole is not taken for slow connections for ever.
