@@ -79,7 +79,7 @@ def test_a_missing_input_is_exit_code_1(tmp_path: Path) -> None:
     (RetryableError("later"), 1, "later"),
     (Terminated("stopped"), 143, "stopped"),
     (OSError(errno.ENOSPC, "No space left on device", "/volumes/x"), 2, "the disk is full while writing /volumes/x"),
-    (OSError(errno.EDQUOT, "Quota exceeded", "/volumes/x"), 2, "the disk is full"),
+    (OSError(errno.EDQUOT, "Quota exceeded", "/volumes/x"), 2, "`retention.keep` in environment.yaml"),
     (PermissionError(errno.EACCES, "Permission denied", "/volumes/x"), 2, "/volumes/x: Permission denied for user"),
     (IsADirectoryError(errno.EISDIR, "Is a directory", "/volumes/x"), 2, "/volumes/x: Is a directory: another kind of"),
     (OSError(errno.ELOOP, "Too many levels", "/volumes/x"), 2, "/volumes/x: Too many levels: another kind of file is"),

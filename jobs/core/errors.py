@@ -32,7 +32,7 @@ def of_volume(error: OSError) -> UserError | RetryableError | None:
     name = error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"the disk is full while writing {name}: enlarge the volume, or lower `retention.keep` in "
-                         "pipeline.yaml. Nothing was published")
+                         "environment.yaml. Nothing was published")
     if error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"{name}: {error.strerror} for user {os.getuid()}. Is the volume mounted read-only, or owned "
                          "by another user (fsGroup)?")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.core.errors import UserError
+from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import human_bytes, require_space
 from jobs.core.progress import Progress
 from jobs.relocation import sources, unfinished
@@ -165,7 +165,7 @@ class Transfer:
                     room = file.room(lease)
                     lease.writing = True
                 chunk = chunk if room is None else chunk[:room]
-                _write(handle, chunk, lease.at)  # here an error is the disk's, not the source's: it is not caught
+                _write(handle, chunk, lease.at, file.path)  # an error here is the disk's, not the source's
                 with self._lock:
                     lease.writing = False
                     if lease.revoked:
@@ -255,7 +255,7 @@ class Transfer:
             with self._lock:
                 if file.generation == generation:
                     if not complete:
-                        raise OSError(f"{path}: another process changed it while it was fetched")
+                        raise RetryableError(f"{path}: another process changed it while it was fetched")
                     file.digest, file.hashed = digest, end
                 self._queued.discard(file)
                 if file.verifiable and not self._stopped:
@@ -289,11 +289,15 @@ class Transfer:
             raise UserError(wrong)
 
 
-def _write(handle: int, data: bytes, at: int) -> None:
+def _write(handle: int, data: bytes, at: int, path: Path) -> None:
     view = memoryview(data)
-    while view:
-        written = os.pwrite(handle, view, at)
-        view, at = view[written:], at + written
+    try:
+        while view:
+            written = os.pwrite(handle, view, at)
+            view, at = view[written:], at + written
+    except OSError as error:
+        error.filename = str(path)  # of a handle, it is not known
+        raise
 
 
 def _update(digest: Any, path: Path, start: int, end: int, buffer: memoryview) -> bool:

@@ -80,8 +80,8 @@ def find_inputs(loaded: LoadedPipeline, volumes: Path | None, folder: Path) -> I
         if source.scheme not in ("file", "builtin"):
             seen = f"{volumes} does not hold {spec}" if volumes else "it is not here"
             raise UserError(f"{loaded.path}: {what} comes from {shown(source.source)}, and {seen}, so nothing can be "
-                            f"encoded. Relocate it (python -m jobs --pipeline {loaded.path} --volumes DIR relocate {what}) and "
-                            "name its folder with --volumes DIR")
+                            f"encoded. Relocate it (python -m jobs --pipeline {loaded.path} --volumes DIR relocate "
+                            f"{what}) and name its folder with --volumes DIR")
 
     tokenizer = relocated(wanted.tokenizer)
     if tokenizer is None:
