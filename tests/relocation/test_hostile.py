@@ -16,6 +16,7 @@ import pytest
 from jobs.core import command, retries
 from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import RetryableError, UserError
+from jobs.core.registry import Credentials, Reference, Registry
 from jobs.relocation import download, sources, transfer
 from jobs.relocation.sources import interface
 from jobs.relocation.sources.interface import Item
@@ -173,3 +174,24 @@ def test_a_hub_whose_list_of_files_is_none_is_named(hub: Hub, here: Loaded, monk
     monkeypatch.setattr(_Handler, "respond", changed)
     with pytest.raises(UserError, match="does not answer as a hub does"):
         sources.listing(here, source)
+
+
+# --- registries ------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_is_not_sent_on_to_where_the_token_service_redirects() -> None:
+    received: list[bytes] = []
+
+    def elsewhere(connection: socket.socket) -> None:
+        received.append(b"a request")
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\nConnection: close\r\n\r\n{\"token\": \"x\"}")
+
+    with serving(elsewhere) as target:
+        def redirect(connection: socket.socket) -> None:
+            connection.sendall(f"HTTP/1.1 307 Elsewhere\r\nLocation: {target}\r\nContent-Length: 0\r\nConnection: close"
+                               "\r\n\r\n".encode())
+
+        with serving(redirect) as realm, pytest.raises(UserError, match="307"):
+            Registry(Reference("127.0.0.1:1", "a"))._token({"realm": realm}, Credentials("me", identity_token="hush"),
+                                                           "it")
+    assert not received
