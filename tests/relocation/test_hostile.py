@@ -159,7 +159,7 @@ def test_other_names_are_taken() -> None:
 
 @pytest.mark.parametrize("changes", [
     {"size": "300"}, {"size": -1}, {"size": 2.5}, {"size": [1]}, {"size": True}, {"rfilename": 5}, {"rfilename": None},
-    {"rfilename": ["a"]}], ids=str)
+    {"rfilename": ["a"]}, {"rfilename": "\ud800"}], ids=ascii)
 def test_a_hub_whose_list_of_files_is_none_is_named(hub: Hub, here: Loaded, monkeypatch: pytest.MonkeyPatch,
                                                     changes: dict[str, Any]) -> None:
     source, respond = hub_source(hub), _Handler.respond
@@ -172,7 +172,7 @@ def test_a_hub_whose_list_of_files_is_none_is_named(hub: Hub, here: Loaded, monk
         respond(self, status, body, *more)
 
     monkeypatch.setattr(_Handler, "respond", changed)
-    with pytest.raises(UserError, match="does not answer as a hub does"):
+    with pytest.raises(UserError, match="does not answer as a hub does|cannot be the name of a file"):
         sources.listing(here, source)
 
 
