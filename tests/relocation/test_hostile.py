@@ -18,6 +18,7 @@ from jobs.core.declarations import Loaded, Source
 from jobs.core.errors import RetryableError, UserError
 from jobs.core.registry import Credentials, Reference, Registry
 from jobs.relocation import download, sources, transfer
+from jobs.relocation.connection import shown
 from jobs.relocation.sources import interface
 from jobs.relocation.sources.interface import Item
 from tests.hub_server import Fault, Hub, _Handler
@@ -136,7 +137,7 @@ def test_a_password_that_is_not_written_as_in_a_url_is_in_no_message(hub: Hub, d
     with pytest.raises((UserError, RetryableError)) as error:
         download.fetch([Item("a.jsonl", url, sha256=SHA256)], draft)
     assert not {"hu", "sh"} & {*str(error.value).replace("/", " ").replace(":", " ").split()}
-    assert "hu" not in sources.shown(url) and "sh" not in sources.shown(url)
+    assert "hu" not in shown(url) and "sh" not in shown(url)
 
 
 # --- listings --------------------------------------------------------------------------------------------------------
