@@ -90,11 +90,14 @@ def build(found: Steps, adapter: str | None = None) -> Any:
                 name: value for name, value in of_run.items() if name in (component.component_spec.inputs or ())}))
             return tasks.setdefault(step.name, added.after(*(tasks[name] for name in step.after)))
 
+        def taken(step: Step) -> tuple[str, ...]:  # an imported adapter takes none
+            return names if step.adapter in found.pipelines else ()
+
         for step in found.steps:
-            add(step, run_module.component(step, run_module.settings(step, names)))
+            add(step, run_module.component(step, run_module.settings(step, taken(step))))
         for step in found.steps:
-            if step.stage == "evaluate" and step.adapter in found.pipelines:
-                results = add(*run_module.results(step, names))
+            if step.stage == "evaluate" and step.adapter:
+                results = add(*run_module.results(step, taken(step)))
                 with dsl.If(results.outputs["verdict"] != "passed", name=f"did-not-pass-{step.adapter}"):
                     add(*run_module.refusal(step), summary=results.outputs["summary"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -157,7 +158,8 @@ def _files(step: Step, config_maps: dict[str, Manifest]) -> tuple[LoadedEnvironm
         own = [files[pipeline.FILE]] if pipeline.FILE in files else []
         shared, adapters, problems = overlay.read(overlay.Files(Path(folder), files[environment.FILE], own))
         if problems or shared is None:
-            raise UserError("\n".join(problems).replace(f"{folder}/", "ConfigMap "))
+            text = re.sub(rf"jobs pin {re.escape(folder)}/\S+", "jobs pin OVERLAY", "\n".join(problems))
+            raise UserError(text.replace(f"{folder}/", "ConfigMap "))
         return shared, list(adapters.values())
 
 

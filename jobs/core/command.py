@@ -48,8 +48,9 @@ def run_command(work: Callable[[], None], *, set_up_logging: Callable[[], None] 
 def log_to_stderr() -> None:
     """Log to stderr, one line a message, without the libraries' chatter."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for noisy in ("httpx", "httpx2", "urllib3", "fsspec", "filelock", "openai"):
+    for noisy in ("httpx", "httpx2", "fsspec", "filelock", "openai"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings show URLs, which may hold secrets
 
 
 def terminate(*_: object) -> None:

@@ -204,7 +204,7 @@ def require_pins(document: Document, named: dict[str, Source]) -> None:
         UserError: with a line for each that is not.
     """
     file = document.file
-    refuse(f"{file}:{document.line_of(key.split('.'))}: {key}: {source.source} is not pinned: {why}. "
+    refuse(f"{file}:{document.line_of(key.split('.'))}: {key}: {sources.shown(source.source)} is not pinned: {why}. "
            f"Run: python -m jobs pin {file.parent}"
            for key, source in named.items() if (why := source.unpinned()))
 
@@ -222,7 +222,7 @@ def _description(value: Any) -> str:
     """A value as a message shows it."""
     if isinstance(value, dict | list):
         return "a mapping" if isinstance(value, dict) else "a list"
-    text = repr(value)
+    text = repr(sources.shown(value) if isinstance(value, str) else value)
     return text if len(text) <= 80 else text[:77] + "…"
 
 

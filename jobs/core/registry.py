@@ -277,14 +277,14 @@ class Registry:
         return answer
 
     def _request(self, method: str, url: str, what: str, headers: Mapping[str, str] | None,
-                 data: bytes | IO[bytes] | None, authorize: Callable[[Any], Any]) -> Any:
+                 data: bytes | IO[bytes] | None, authorize: Callable[[Any], Any], *, redirects: bool = True) -> Any:
         import requests
 
         if data is not None and not isinstance(data, bytes):
             data.seek(0)
         try:
             answer = self._client().request(method, url, data=data, headers=headers, stream=True, auth=authorize,
-                                            timeout=SILENCE_S)
+                                            timeout=SILENCE_S, allow_redirects=redirects)
         except requests.exceptions.SSLError as error:
             raise UserError(f"{what}: the TLS certificate is not trusted ({_reason(error)}). Set SSL_CERT_FILE to the "
                             "authority's; if the registry has no TLS, name its host in REGISTRY_PLAIN_HTTP") from None
@@ -382,7 +382,8 @@ class Registry:
             body = urlencode(parameters | {"grant_type": "refresh_token", "client_id": "lora-gitops",
                                            "refresh_token": user.identity_token}).encode()
             form = {"Content-Type": "application/x-www-form-urlencoded"}
-            answer = self._request("POST", realm, what, form, body, _no_authorization)
+            # A redirect could lead to another host, which would get the body.
+            answer = self._request("POST", realm, what, form, body, _no_authorization, redirects=False)
         else:
             url = realm + ("&" if urlsplit(realm).query else "?") + urlencode(parameters)
             answer = self._request("GET", url, what, None, None, _basic(user) if user else _no_authorization)

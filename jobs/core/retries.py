@@ -67,9 +67,9 @@ class Patience:
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """The seconds that a Retry-After header requests, given as seconds or as a date."""
     value = headers.get("Retry-After", "").strip()
-    if value.isdigit():
-        return float(value)
     try:
+        if value.isdigit():
+            return float(value)
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

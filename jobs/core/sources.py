@@ -91,7 +91,10 @@ def shown(url: str) -> str:
     if scheme not in ("s3", "gs"):  # an object's name may hold a `?`, and a glob does
         rest = rest.partition("?")[0]
     host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    host = host.rpartition("@")[2]
+    if scheme in ("http", "https") and not re.fullmatch(r"(\[[^]]*\]|[^:]*)(:[0-9]*)?", host):
+        return f"{scheme}://…"  # no host: it may be the beginning of a password with a `/`
+    return f"{scheme}://{host}{slash}{path}"
 
 
 def check(source: str, use: Use, revision: str | None, sha256: str | None) -> None:
@@ -101,22 +104,22 @@ def check(source: str, use: Use, revision: str | None, sha256: str | None) -> No
         PydanticCustomError: naming what is allowed.
     """
     if any(unicodedata.category(character) == "Cc" for character in source):
-        raise PydanticCustomError("source", "{source} holds a control character", {"source": repr(source)})
+        raise PydanticCustomError("source", "{source} holds a control character", {"source": repr(shown(source))})
     scheme = SCHEMES.get(scheme_of(source))
     form = scheme.forms.get(use) if scheme else None
     if scheme is None or form is None:
         allowed = ", ".join(each.forms[use].shape for each in SCHEMES.values() if use in each.forms)
         raise PydanticCustomError("source", "{source} is not a source; allowed: {allowed}",
-                                  {"source": source, "allowed": allowed})
+                                  {"source": shown(source), "allowed": allowed})
     if not re.fullmatch(form.pattern, source):
-        raise PydanticCustomError("source", "{source} must be {shape}", {"source": source, "shape": form.shape})
+        raise PydanticCustomError("source", "{source} must be {shape}", {"source": shown(source), "shape": form.shape})
     pins = {"revision": revision, "sha256": sha256}
     wrong = [key for key, value in pins.items() if value and key != scheme.pin]
     if sha256 and (within := digest_in(source)) and within != sha256:
         raise PydanticCustomError("pin", "{source} names another digest than `sha256`: keep one of them",
-                                  {"source": source})
+                                  {"source": shown(source)})
     if scheme.pin in pins and all(pins.values()):
         raise PydanticCustomError("pin", "has two pins; keep `{pin}`", {"pin": scheme.pin})
     if wrong:
         raise PydanticCustomError("pin", "{source} is not pinned by `{wrong}`; remove it and run: python -m jobs pin",
-                                  {"source": source, "wrong": wrong[0]})
+                                  {"source": shown(source), "wrong": wrong[0]})

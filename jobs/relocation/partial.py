@@ -15,17 +15,15 @@ from typing import Any
 from jobs.core.files import human_bytes, note_sha256
 from jobs.relocation.connection import mismatch, shown
 from jobs.relocation.ranges import Journal, Ranges, read_journal
-from jobs.relocation.sources.interface import Item
+from jobs.relocation.sources.interface import UNFINISHED, Item
 
 log = logging.getLogger("jobs")
-
-PARTIAL = ".partial"
-JOURNAL = ".ranges"  # after PARTIAL
 
 
 def leftovers(name: str) -> tuple[str, str]:
     """The names under which an interrupted run leaves the item `name`."""
-    return name + PARTIAL, name + PARTIAL + JOURNAL
+    partial, journal = UNFINISHED
+    return name + partial, name + journal
 
 
 class Partial:

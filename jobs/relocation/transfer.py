@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.core.errors import UserError
+from jobs.core.errors import RetryableError, UserError
 from jobs.core.files import human_bytes, require_space
 from jobs.core.progress import Progress
 from jobs.relocation import sources, unfinished
@@ -29,6 +29,7 @@ DIGEST_TURN = 64 << 20  # after so many, other files have their turn
 # A connection is replaced if, for this long, it was slower than this share of what others have.
 SLOW_S = 10.0
 SLOW_SHARE = 0.1
+SLOWEST = 1000.0  # bytes a second: likewise, if there is nothing to compare it with
 TICK_S = 0.5
 END_S = 5.0  # how long threads have to end after a failure
 
@@ -164,7 +165,7 @@ class Transfer:
                     room = file.room(lease)
                     lease.writing = True
                 chunk = chunk if room is None else chunk[:room]
-                _write(handle, chunk, lease.at)  # here an error is the disk's, not the source's: it is not caught
+                _write(handle, chunk, lease.at, file.path)  # an error here is the disk's, not the source's
                 with self._lock:
                     lease.writing = False
                     if lease.revoked:
@@ -212,9 +213,12 @@ class Transfer:
         known = [*self._rates, *rates.values()]
         typical = statistics.median_high(known) if len(known) > 1 else self._typical
         for file, lease in leases:
-            if lease in rates and rates[lease] < typical * SLOW_SHARE and file.replaceable and not lease.writing:
-                log.info("%s: a connection brings %s/s where others bring %s/s: replacing it", shown(file.item.url),
-                         human_bytes(rates[lease]), human_bytes(typical))
+            # One that waits for its first byte is not slow yet.
+            least = max(typical * SLOW_SHARE, SLOWEST if len(known) == 1 and lease.received else 0.0)
+            if lease in rates and rates[lease] < least and file.replaceable and not lease.writing:
+                others = f" where others bring {human_bytes(typical)}/s" if typical else ""
+                log.info("%s: a connection brings %s/s%s: replacing it", shown(file.item.url),
+                         human_bytes(rates[lease]), others)
                 file.replace(lease)
                 self._work.notify_all()
         # A network that has become slow as a whole is not taken for slow connections for ever.
@@ -251,7 +255,7 @@ class Transfer:
             with self._lock:
                 if file.generation == generation:
                     if not complete:
-                        raise OSError(f"{path}: another process changed it while it was fetched")
+                        raise RetryableError(f"{path}: another process changed it while it was fetched")
                     file.digest, file.hashed = digest, end
                 self._queued.discard(file)
                 if file.verifiable and not self._stopped:
@@ -285,11 +289,15 @@ class Transfer:
             raise UserError(wrong)
 
 
-def _write(handle: int, data: bytes, at: int) -> None:
+def _write(handle: int, data: bytes, at: int, path: Path) -> None:
     view = memoryview(data)
-    while view:
-        written = os.pwrite(handle, view, at)
-        view, at = view[written:], at + written
+    try:
+        while view:
+            written = os.pwrite(handle, view, at)
+            view, at = view[written:], at + written
+    except OSError as error:
+        error.filename = str(path)  # of a handle, it is not known
+        raise
 
 
 def _update(digest: Any, path: Path, start: int, end: int, buffer: memoryview) -> bool:

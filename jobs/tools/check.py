@@ -23,6 +23,7 @@ from jobs.core.errors import UserError
 from jobs.core.imported import EvaluatedImport, LoadedAdapter, LoadedImport
 from jobs.core.metrics import metric_of, score_of
 from jobs.core.pipeline import LoadedPipeline
+from jobs.core.sources import shown
 from jobs.core.strict_yaml import CONFIG_MAP_BYTES
 from jobs.data.encoded import check_suits
 from jobs.evaluation import gate
@@ -169,7 +170,7 @@ def check_search(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -
     log.info("%s: training.search: %s", loaded.path, training.search.summary(training.epochs))
     if not statistics and not dataset.validation:
         log.warning("%s: training.search chooses by the loss on the validation split, and dataset.validation is 0: "
-                    "some records of %s must have `\"split\": \"validation\"`", loaded.path, dataset.source)
+                    "some records of %s must have `\"split\": \"validation\"`", loaded.path, shown(dataset.source))
 
 
 def check_privacy(loaded: LoadedPipeline, statistics: Mapping[str, Any] | None) -> None:

@@ -23,6 +23,7 @@ from jobs.core.artifacts import Spec
 from jobs.core.declarations import Source
 from jobs.core.errors import UserError
 from jobs.core.plan import plan
+from jobs.core.sources import shown
 from jobs.data import split
 from jobs.data.formats import files_in
 from jobs.tools import changes, overlay
@@ -78,9 +79,9 @@ def find_inputs(loaded: LoadedPipeline, volumes: Path | None, folder: Path) -> I
     def require_here(what: str, source: Source, spec: Spec) -> None:
         if source.scheme not in ("file", "builtin"):
             seen = f"{volumes} does not hold {spec}" if volumes else "it is not here"
-            raise UserError(f"{loaded.path}: {what} comes from {source.source}, and {seen}, so nothing can be encoded. "
-                            f"Relocate it (python -m jobs --pipeline {loaded.path} --volumes DIR relocate {what}) and "
-                            "name its folder with --volumes DIR")
+            raise UserError(f"{loaded.path}: {what} comes from {shown(source.source)}, and {seen}, so nothing can be "
+                            f"encoded. Relocate it (python -m jobs --pipeline {loaded.path} --volumes DIR relocate "
+                            f"{what}) and name its folder with --volumes DIR")
 
     tokenizer = relocated(wanted.tokenizer)
     if tokenizer is None:

@@ -51,6 +51,18 @@ def test_a_pin_of_the_wrong_kind_is_refused_for_every_source(tmp_path: Path, key
     assert message in refusal(tmp_path, **{key: {"source": source, **pins}})[0]
 
 
+@pytest.mark.parametrize("changes", [
+    {"dataset": {"source": "https://me:hush@example.org/a.jsonl?signature=hush"}},
+    {"dataset": {"source": "https://me:hu/hush@example.org/a.jsonl"}},
+    {"dataset": {"source": "https://me:hush@example.org/a\t.jsonl"}},
+    {"dataset": {"source": "htps://me:hush@example.org/a.jsonl?signature=hush"}},
+    {"dataset": {"source": "https://me:hush@example.org/a.jsonl", "revision": COMMIT}},
+    {"base_model__source": "https://me:hush@example.org/a.jsonl?signature=hush"},
+    {"publication": {"to": "oci://me:hush@example.org/team"}}], ids=str)
+def test_no_message_shows_a_password_or_a_signature(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert not [line for line in refusal(tmp_path, **changes) if "hush" in line]
+
+
 @pytest.mark.parametrize("source", ["ftp://x/y", "https://x/y", "builtin:pairs", "hf://datasets/a/b"])
 def test_a_tokenizer_comes_from_where_models_come_from(tmp_path: Path, source: str) -> None:
     line, = refusal(tmp_path, tokenizer={"source": source})

@@ -73,6 +73,7 @@ def test_a_trained_adapter_is_read_as_before(tmp_path: Path) -> None:
     ({"evaluation": GATE}, "evaluation", "`evaluation` without `dataset`"),
     ({"dataset": DATASET, "evaluation": GATE | {"privacy": {}}}, "evaluation.privacy", "measures what training"),
     ({"source": "https://example.com/adapter"}, "source", "https://example.com/adapter is not a source; allowed: "),
+    ({"source": "https://me:hush@example.com/a?hush"}, "source", "'https://example.com/a': https://example.com/a is"),
     ({"source": "s3://bucket"}, "source", "s3://bucket must be s3://BUCKET/PREFIX/NAME/DIGEST"),
     ({"source": 1}, "source", "1: input should be a valid string"),
     ({"sha256": "0"}, "sha256", "'0' must be 64 hex digits"),

@@ -68,6 +68,21 @@ def test_a_publication_follows_the_evaluation_and_knows_with_which_values_the_ru
     assert args[:2] == ["publish", "--set=training.epochs={{$.inputs.parameters['epochs']}}"]
 
 
+def test_an_imported_adapter_that_is_evaluated_here_is_shown_and_takes_no_settings_of_a_training() -> None:
+    manifests = [each for each in render(OVERLAY) if not each["metadata"]["name"].startswith("model-training-hostel")]
+    (files,) = [each["data"] for each in manifests if each["metadata"]["name"].startswith("pipeline-hostel-guide")]
+    trained = yaml.safe_load(files["pipeline.yaml"])
+    files["pipeline.yaml"] = yaml.safe_dump({key: trained[key] for key in ("adapter", "dataset", "evaluation")} | {
+        "source": "oci://example.org/team/hostel-guide", "sha256": "0" * 64})
+    (compiled,) = compile_all([manifests])
+    assert "adapter-not-promoted-hostel-guide" in compiled["text"]
+    pipeline, _ = yaml.load_all(compiled["text"], KubernetesYaml)
+    args = {name.removeprefix("exec-"): [each for each in executor["container"]["args"] if each.startswith("--set=")]
+            for name, executor in pipeline["deploymentSpec"]["executors"].items()}
+    for step in ("model-evaluation", "evaluation-results"):
+        assert args[f"{step}-seville-hotels"] and not args[f"{step}-hostel-guide"]
+
+
 def test_the_order_of_the_steps_is_that_of_the_plan(compiled: dict[str, dict[str, Any]]) -> None:
     order = after(compiled["kind"]["text"])
     for adapter in adapters(OVERLAY):
@@ -205,11 +220,16 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "empty" / "kustomization.yaml").write_text("configMapGenerator: [{name: a, literals: [b=c]}]\n")
     overlay = copy(tmp_path / "copy")
     (overlay / "adapters" / "hostel-guide" / "pipeline.yaml").write_text("adapter: hostel-guide\nepochs: 3\n")
+    unpinned = copy(tmp_path / "unpinned")
+    environment = unpinned / "environment.yaml"
+    environment.write_text(environment.read_text().replace("source: builtin:tiny\n", "source: hf://acme/tiny\n", 1))
     kind = str(OVERLAY)
     expected = {
         (str(tmp_path),): f"{tmp_path}: has no kustomization.yaml",
         (str(tmp_path / "broken"),): f"{tmp_path / 'broken'}: does not render",
         (str(tmp_path / "empty"),): "the overlay has no Jobs",
+        (str(unpinned),): "ConfigMap environment/environment.yaml:9: base_model: hf://acme/tiny is not pinned: "
+                          "`revision` is missing. Run: python -m jobs pin OVERLAY",
         (kind, "--adapter", "hostel"): "--adapter hostel: the overlay has no such adapter; it has hostel-guide, "
                                        "seville-hotels",
         (kind, "--output", str(tmp_path / "none" / "x.yaml")): f"--output {tmp_path}/none/x.yaml: cannot be written",

@@ -11,7 +11,7 @@ from jobs.core.declarations import COMMIT, Loaded, Source
 from jobs.core.errors import UserError
 from jobs.relocation.connection import SILENCE_S, patiently
 from jobs.relocation.sources.http import ADVICE, open_range
-from jobs.relocation.sources.interface import Item
+from jobs.relocation.sources.interface import Item, check_names
 
 __all__ = ["ADVICE", "files", "find_pin", "open_range"]  # items have https:// URLs
 
@@ -35,12 +35,13 @@ def files(loaded: Loaded, source: Source) -> list[Item]:
                         f"for {info.sha}. Nothing was published. Is HF_ENDPOINT a mirror that ignores revisions?")
     repo_type, repo, pattern = _repository(source)
     headers = build_hf_headers()
+    selected = [file for file in info.siblings or [] if _selected(file.rfilename, pattern)]
+    check_names(source, [file.rfilename for file in selected])  # before URLs are made of them
     items = []
-    for file in info.siblings or []:
-        if _selected(file.rfilename, pattern):
-            url = hf_hub_url(repo, file.rfilename, repo_type=repo_type, revision=info.sha, endpoint=_hub_endpoint())
-            sha256, git_sha1 = (file.lfs.sha256, None) if file.lfs else (None, file.blob_id)
-            items.append(Item(file.rfilename, url, file.size, sha256, git_sha1, "the hub", headers))
+    for file in selected:
+        url = hf_hub_url(repo, file.rfilename, repo_type=repo_type, revision=info.sha, endpoint=_hub_endpoint())
+        sha256, git_sha1 = (file.lfs.sha256, None) if file.lfs else (None, file.blob_id)
+        items.append(Item(file.rfilename, url, file.size, sha256, git_sha1, "the hub", headers))
     if not items:
         there = ", ".join(sorted(f.rfilename for f in info.siblings or [])[:10]) or "nothing"
         raise UserError(f"{source.source}: no file is selected by {pattern!r}; the repository holds {there}")
@@ -76,8 +77,10 @@ def _hub_info(source: Source) -> Any:
 
     def request() -> Any:
         try:
-            return api.repo_info(repo, repo_type=repo_type, revision=source.revision, files_metadata=True,
+            info = api.repo_info(repo, repo_type=repo_type, revision=source.revision, files_metadata=True,
                                  timeout=SILENCE_S)
+            _check_files(info.siblings or [])
+            return info
         except RevisionNotFoundError:
             raise UserError(f"{source.source}: the hub has no revision {source.revision}. Run: python -m jobs pin"
                             ) from None
@@ -91,6 +94,18 @@ def _hub_info(source: Source) -> Any:
                             "HF_ENDPOINT right?") from None
 
     return patiently(request, source.source, ADVICE)
+
+
+def _check_files(files: list[Any]) -> None:
+    """The hub's client takes any JSON for a name or a size.
+
+    Raises:
+        TypeError: one is none.
+    """
+    for file in files:
+        sized = file.size is None or (type(file.size) is int and file.size >= 0)
+        if not isinstance(file.rfilename, str) or not sized:
+            raise TypeError(f"a file has the name {file.rfilename!r} and the size {file.size!r}")
 
 
 def _selected(name: str, pattern: str) -> bool:

@@ -6,14 +6,16 @@ to 2.5 GB/s, keeps connections, and speaks to proxies.
 
 from __future__ import annotations
 
+import base64
 import re
 import string
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
@@ -27,7 +29,9 @@ from jobs.relocation.sources.interface import content_sha256, single_file
 
 ADVICE = ("Is it gated or private? Then accept its terms and set HF_TOKEN (or sign the URL). Or is the name misspelt? "
           "Hubs give the same answer for both")
-CONTENT_RANGE = re.compile(r"bytes (?P<start>\d+)-(?P<end>\d+)/(?P<total>\d+|\*)")
+# Numbers of at most 18 digits, because Python makes none of more than 4300.
+LENGTH = re.compile(r"[0-9]{1,18}")
+CONTENT_RANGE = re.compile(r"bytes (?P<start>[0-9]{1,18})-(?P<end>[0-9]{1,18})/(?P<total>[0-9]{1,18}|\*)")
 REDIRECTS = 10  # one after the other, at most
 READ = 1 << 18  # bytes at a time; more is not faster
 KEPT = 64  # connections to a host, open for the next request
@@ -63,8 +67,8 @@ def open_range(url: str, start: int, end: int | None, headers: Mapping[str, str]
         total = int(part["total"]) if part["total"] != "*" else None
         return Stream(_Body(answer), shown(url), ADVICE, start, total, end, _version(answered))
     length = "" if encoded else answered.get("Content-Length", "")
-    return Stream(_Body(answer, encoded), shown(url), ADVICE, 0, int(length) if length.isdigit() else None, None,
-                  None if encoded else _version(answered),
+    total = int(length) if LENGTH.fullmatch(length) else None
+    return Stream(_Body(answer, encoded), shown(url), ADVICE, 0, total, None, None if encoded else _version(answered),
                   parts=not part_wanted and not encoded and answered.get("Accept-Ranges", "").strip() == "bytes")
 
 
@@ -126,6 +130,8 @@ def _get(url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
         if problem:
             raise Interrupted(f"what the server redirects to is no URL: {problem}")
         parts = urlsplit(url)
+        if not hop and not any(name.lower() == "authorization" for name in headers):
+            headers |= _login(parts.username, parts.password)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         exact = _exact_target.set(quote(target, safe=PRINTABLE))
         try:
@@ -136,24 +142,46 @@ def _get(url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
         location = answer.headers.get("Location") if answer.status in (301, 302, 303, 307, 308) else None
         if location is None:
             return answer
-        answer.drain_conn()
+        _leave(answer)
         try:
             onward = urljoin(url, location)
         except ValueError as error:
             raise Interrupted(f"what the server redirects to is no URL: {error}") from None
-        if urlsplit(url)[:2] != urlsplit(onward)[:2]:
+        if _origin(url) != _origin(onward):
             headers = {name: value for name, value in headers.items() if name.lower() not in SECRETS}
         url = onward
     raise Interrupted(f"the server redirects more than {REDIRECTS} times")
 
 
+def _origin(url: str) -> tuple[str, str]:
+    """The scheme of a URL, and its host with the port."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc.rpartition("@")[2]
+
+
+def _login(user: str | None, password: str | None) -> dict[str, str]:
+    """The header for a user and a password that a URL names."""
+    if user is None:
+        return {}
+    text = f"{unquote(user)}:{unquote(password or '')}"
+    return {"Authorization": f"Basic {base64.b64encode(text.encode()).decode()}"}
+
+
+def _leave(answer: urllib3.BaseHTTPResponse) -> None:
+    """Be done with an answer whose body does not matter. A short one is read, so that the connection can be kept; with
+    a long one, which may never end, the connection is closed."""
+    with suppress(urllib3.exceptions.HTTPError, OSError):
+        answer.read1(READ, decode_content=False)
+    answer.close()
+
+
 def _unusable(url: str) -> str | None:
-    """Why a URL cannot be requested."""
+    """Why a URL cannot be requested. Quotes nothing of it: what cannot be a port may be a password with a `/`."""
     try:
         parts = urlsplit(url)
         _ = parts.port
-    except ValueError as error:
-        return str(error)
+    except ValueError:
+        return "its host or its port is none; in a password, / ? # @ must be written as %2F %3F %23 %40"
     if parts.scheme not in ("http", "https"):
         return "it must begin with https:// or http://"
     return None if parts.hostname else "it names no host"
@@ -198,7 +226,7 @@ def _exact(target: str) -> str:
     if target.startswith("/"):
         return _exact_target.get()
     parts = urlsplit(target)  # a proxy gets a whole URL
-    return f"{parts.scheme}://{parts.netloc}{_exact_target.get()}"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{_exact_target.get()}"
 
 
 class _ExactConnection(HTTPConnection):

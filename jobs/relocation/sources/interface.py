@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -14,6 +16,8 @@ from jobs.core.errors import UserError
 from jobs.relocation.connection import Stream, classified, patiently, shown
 
 NAME_BYTES = 240  # a file system takes 255, and an unfinished download has a longer name
+PATH_BYTES = 1024  # S3 takes as many
+UNFINISHED = (".partial", ".partial.ranges")  # after the name of a file that is being fetched: its bytes, its journal
 SUMS = "SHA256SUMS"  # the list of a folder's files, as sha256sum writes it
 
 
@@ -62,18 +66,34 @@ def check_names(source: Source, names: Iterable[str]) -> None:
     """Refuse names that cannot be those of files in one folder.
 
     Raises:
-        UserError: a name leads out of the folder, is too long, or is also the name of a folder.
+        UserError: a name leads out of the folder, is too long, cannot be printed, is there twice, or is also the name
+            of a folder, or of another file while that is fetched.
     """
-    names = list(names)
+    names, where = list(names), shown(source.source)
+    for name in names:
+        if not _is_name(name):
+            raise UserError(f"{where}: {name!a} cannot be the name of a file")
+    counts = Counter(names)
     folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
     for name in names:
-        path = PurePosixPath(name)
-        long = any(len(part.encode()) > NAME_BYTES for part in path.parts)
-        # `a//b` and `./a` would be other files' names.
-        if not name or path.is_absolute() or ".." in path.parts or path.as_posix() != name or long or "\0" in name:
-            raise UserError(f"{shown(source.source)}: {name!r} cannot be the name of a file")
+        if counts[name] > 1:
+            raise UserError(f"{where}: {name!a} is the name of two files")
         if name in folders:
-            raise UserError(f"{shown(source.source)}: {name!r} is a file and also the folder of other files")
+            raise UserError(f"{where}: {name!a} is a file and also the folder of other files")
+        for unfinished in (name + suffix for suffix in UNFINISHED):
+            if unfinished in counts or unfinished in folders:
+                raise UserError(f"{where}: {unfinished!a} cannot be beside {name!a}, which has this name "
+                                "while it is fetched. Rename one of them")
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file can have this path below a folder."""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):  # also what UTF-8 cannot encode
+        return False
+    path, size = PurePosixPath(name), len(name.encode())
+    # `a//b` and `./a` would be other files' names.
+    return (0 < size <= PATH_BYTES and path.as_posix() == name != "." and not path.is_absolute()
+            and ".." not in path.parts and all(len(part.encode()) <= NAME_BYTES for part in path.parts))
 
 
 def content_sha256(url: str, open_range: Callable[[str, int, int | None, Mapping[str, str]], Stream], advice: str,
