@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import huggingface_hub.constants  # noqa: F401 - reads HF_HUB_OFFLINE once, when it is imported: before a stage sets it
 import hypothesis
@@ -24,6 +24,18 @@ os.environ.setdefault("GOGC", "off")
 # How long an example takes says nothing on a machine that runs other tests at the same time.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Garbage is not collected meanwhile: there is little, and each collection would look through all tests that were
+    found and all modules that were imported, in every worker for seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
