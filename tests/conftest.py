@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 
 from tests.build_embedded import embedded_models as embedded_models
+from tests.build_embedded import trained as trained
 from tests.rendered_once import _rendered_once as _rendered_once
 
 MODULES = pytest.StashKey[int]()  # how many were imported when what is imported was last put aside

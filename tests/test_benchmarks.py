@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -13,7 +14,19 @@ import pytest
 from benchmarks import figures, serving
 from benchmarks.load import drive, get, post
 from jobs.core.errors import UserError
+from tests import forked_serving
 from tests.build_server import BASE, StandIn, running
+
+# Benchmark and servers are forked from a process that has imported vLLM; below, a run that is stopped starts real ones.
+FORKED = """
+import contextlib, subprocess, sys, types
+from benchmarks import serving
+from tests import forked
+serving.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": forked.Python})
+with open(sys.argv[1], "w") as output, contextlib.redirect_stdout(output):
+    code = serving.main(sys.argv[2:])
+sys.exit(code)
+"""
 
 
 def test_a_percentile_is_one_of_the_values() -> None:
@@ -172,9 +185,11 @@ def servers_of(folder: Path) -> list[str]:
 def test_a_short_run_measures_both_sides_and_every_request_succeeds(tmp_path: Path) -> None:
     file = tmp_path / "benchmarks.md"
     file.write_text(f"{serving.BEGIN}\n{serving.END}\n")
-    process = benchmark("--rounds", "1", "--seconds", "0.1", "--swaps", "1", "--write", str(file))
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors[-5000:]
+    process = forked_serving.Process(
+        [str(tmp_path / "printed"), "--rounds", "1", "--seconds", "0.1", "--swaps", "1", "--write", str(file)],
+        os.environ, tmp_path / "log", FORKED)
+    assert process.wait() == 0, (tmp_path / "log").read_text()[-5000:]
+    printed = (tmp_path / "printed").read_text()
     assert printed.strip() in file.read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "|" in line]
     header = next(i for i, line in enumerate(lines) if line[0] == "load")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import yaml
 from jobs.core import artifacts, pipeline, promotion
 from jobs.core.plan import Plan, plan
 from jobs.tools.pods import CHECKOUT
+from tests.build_embedded import as_claims
 
 PYTHON = CHECKOUT / ".venv-kubeflow" / "bin" / "python"
 NOTEBOOK = CHECKOUT / "kubeflow" / "GeneratePipeline.ipynb"
@@ -80,11 +80,11 @@ def test_the_notebook_has_no_outputs_in_git() -> None:
 
 
 @pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory, embedded_models: Path) -> Path:
-    """A state in which the notebook ran, with `notebook.ipynb` and its outputs. The models were made before."""
+def state(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
+    """A state in which the notebook ran, with `notebook.ipynb` and its outputs. The models and the adapter were made
+    before; with another parameter, a run below trains and evaluates one from the start."""
     folder = tmp_path_factory.mktemp("state")
-    for volume in ("base-model", "base-tokenizer", "reference-model"):
-        shutil.copytree(embedded_models / volume, folder / "volumes" / f"{volume}-pvc")
+    as_claims(trained, folder)
     done = run("tests/kubeflow/execute_notebook.py", NOTEBOOK, folder / "notebook.ipynb", STATE=str(folder))
     assert done.returncode == 0, done.stdout[-5000:]
     return folder
