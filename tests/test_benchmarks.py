@@ -22,6 +22,7 @@ FORKED = """
 import contextlib, subprocess, sys, types
 from benchmarks import serving
 from tests import forked
+serving.TOKENS = 4  # of a reply
 serving.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": forked.Python})
 with open(sys.argv[1], "w") as output, contextlib.redirect_stdout(output):
     code = serving.main(sys.argv[2:])

@@ -456,15 +456,15 @@ def test_an_engine_that_hangs_fails_liveness_and_readiness_until_it_answers(
     monkeypatch.setattr(heartbeat, "PAUSE_SECONDS", 0.05)
     now = clock_of_heartbeats(monkeypatch)
 
-    def dead_after(seconds: float) -> bool:
+    def dead_after(seconds: float, url: str) -> bool:
         now[0] += seconds
-        return httpx.get(world.url + "/health").status_code == 503
+        return httpx.get(url + "/health").status_code == 503
 
     for world in start(tmp_path, monkeypatch, hang_seconds=60.0):
         until(lambda: httpx.get(world.url + "/ready").status_code == 200)  # noqa: B023 - the loop has one turn
         world.vllm.engine.hangs = True
-        assert not dead_after(59)  # not at the first late answer
-        until(lambda: dead_after(59))
+        assert not dead_after(59, world.url)  # not at the first late answer
+        until(lambda: dead_after(59, world.url))  # noqa: B023
         assert httpx.get(world.url + "/ready").status_code == 503
         world.vllm.engine.hangs = False
         until(lambda: httpx.get(world.url + "/health").status_code == 200)  # noqa: B023
