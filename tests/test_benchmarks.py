@@ -1,9 +1,9 @@
-"""Promises of `make bench-serving`: the verdicts on the measurements, and that the whole of it runs with real vLLM."""
+"""Promises of `make bench-serving`: the verdicts on the measurements, and that a run that is stopped leaves nothing.
+The whole of it runs in tests/test_serving_vllm.py."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 import time
@@ -14,20 +14,7 @@ import pytest
 from benchmarks import figures, serving
 from benchmarks.load import drive, get, post
 from jobs.core.errors import UserError
-from tests import forked_serving
 from tests.build_server import BASE, StandIn, running
-
-# Benchmark and servers are forked from a process that has imported vLLM; below, a run that is stopped starts real ones.
-FORKED = """
-import contextlib, subprocess, sys, types
-from benchmarks import serving
-from tests import forked
-serving.TOKENS = 4  # of a reply
-serving.subprocess = types.SimpleNamespace(**{**vars(subprocess), "Popen": forked.Python})
-with open(sys.argv[1], "w") as output, contextlib.redirect_stdout(output):
-    code = serving.main(sys.argv[2:])
-sys.exit(code)
-"""
 
 
 def test_a_percentile_is_one_of_the_values() -> None:
@@ -180,28 +167,6 @@ def servers_of(folder: Path) -> list[str]:
         except OSError:
             continue
     return found
-
-
-@pytest.mark.slow
-def test_a_short_run_measures_both_sides_and_every_request_succeeds(tmp_path: Path) -> None:
-    file = tmp_path / "benchmarks.md"
-    file.write_text(f"{serving.BEGIN}\n{serving.END}\n")
-    process = forked_serving.Process(
-        [str(tmp_path / "printed"), "--rounds", "1", "--seconds", "0.1", "--swaps", "1", "--write", str(file)],
-        os.environ, tmp_path / "log", FORKED)
-    assert process.wait() == 0, (tmp_path / "log").read_text()[-5000:]
-    printed = (tmp_path / "printed").read_text()
-    assert printed.strip() in file.read_text()
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "|" in line]
-    header = next(i for i, line in enumerate(lines) if line[0] == "load")
-    assert lines[header][2:4] == ["plain vLLM", "with the guard"]
-    measured = [line for line in lines[header + 2:] if len(line) == len(lines[header])]
-    assert [line[0] for line in measured if line[0]] == list(map(str, serving.LOADS))
-    assert all(float(line[2]) > 0 and float(line[3]) > 0 for line in measured)
-    text = " ".join(printed.split())  # wrapped anywhere
-    assert "all of them answered in full" in text
-    assert "every one was answered in full" in text
-    assert {line[0] for line in lines if "load" in line[0]} >= {"without load", "under load"}
 
 
 @pytest.mark.slow
