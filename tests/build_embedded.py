@@ -74,6 +74,7 @@ def _once(tmp_path_factory: pytest.TempPathFactory, name: str, write: Callable[[
     with FileLock(root / f"{name}.lock"):
         if not folder.exists():
             draft = folder.with_name(f"{name}-draft")
+            shutil.rmtree(draft, ignore_errors=True)  # of a worker whose attempt failed
             draft.mkdir()
             write(draft)
             draft.rename(folder)

@@ -17,12 +17,13 @@ from tests.build_embedded import embedded_models as embedded_models
 from tests.build_embedded import trained as trained
 from tests.rendered_once import _rendered_once as _rendered_once
 
-# The modules that take longest, the longest first; minutes to half a minute on an idle machine.
-LONGEST = ("test_serving_vllm", "test_end_to_end", "training/test_distributed", "test_benchmarks", "kubeflow/test_run",
-           "training/test_search", "tools/test_kind", "test_aliases", "training/test_train", "tools/test_changes",
-           "training/test_merge", "relocation/test_embedded", "test_reruns", "relocation/test_relocate",
-           "evaluation/test_privacy", "tools/test_check", "tools/test_local", "tools/test_kustomization",
-           "data/test_encode", "test_merged", "test_scan")
+# The modules that take longest, the longest first: from minutes to half a minute on an idle machine. A module that
+# needs what another makes (tests/build_embedded.py) does not start at the same time.
+LONGEST = ("test_serving_vllm", "test_end_to_end", "training/test_distributed", "training/test_search",
+           "kubeflow/test_run", "tools/test_kind", "test_aliases", "training/test_train", "tools/test_changes",
+           "training/test_merge", "relocation/test_embedded", "test_benchmarks", "test_reruns",
+           "relocation/test_relocate", "evaluation/test_privacy", "tools/test_check", "tools/test_local",
+           "tools/test_kustomization", "data/test_encode", "test_merged", "test_scan")
 MODULES = pytest.StashKey[int]()  # how many were imported when what is imported was last put aside
 
 # kubectl lives for a third of a second; a third of that it collects garbage.
