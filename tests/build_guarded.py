@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -30,6 +31,13 @@ def until(condition: Callable[[], Any], seconds: float = 20) -> Any:
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
     return value
+
+
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The Unix time that the aliases see, for a test to set."""
+    now = [time.time()]
+    monkeypatch.setattr(aliases, "time", SimpleNamespace(**{**vars(time), "time": lambda: now[0]}))
+    return now
 
 
 def replace_file(file: Path, content: str | bytes) -> None:
@@ -72,6 +80,12 @@ class World:
                 if sample.name == name and labels.items() <= sample.labels.items():
                     return float(sample.value)
         return 0.0
+
+    def drain(self, linger: float) -> None:
+        """What SIGTERM does (tests/test_serving_vllm.py sends a real one), on the server's own event loop."""
+        guard = self.vllm.guards[-1]
+        assert guard.aliases._task
+        guard.aliases._task.get_loop().call_soon_threadsafe(guard.drain.begin, "stopped by a test", linger)
 
     def looked(self) -> bool:
         """Whether every alias was looked for once."""

@@ -56,7 +56,7 @@ class Server:
 
     def start(self) -> None:
         """Start it and wait until it is healthy."""
-        values = {**os.environ, **OPENED, "OMP_NUM_THREADS": "1", "PATH": f"{self.folder}/bin", "HANG_SECONDS": "15",
+        values = {**os.environ, **OPENED, "OMP_NUM_THREADS": "1", "PATH": f"{self.folder}/bin", "HANG_SECONDS": "8",
                   "TMPDIR": str(self.folder), "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
                   "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT", str(self.folder / "cache")),
                   "VLLM_RPC_BASE_PATH": self._sockets.name,

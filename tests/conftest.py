@@ -6,16 +6,24 @@ import gc
 import os
 import signal
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import huggingface_hub.constants  # noqa: F401 - reads HF_HUB_OFFLINE once, when it is imported: before a stage sets it
 import hypothesis
 import pytest
 
 from tests.build_embedded import embedded_models as embedded_models
+from tests.build_embedded import trained as trained
 from tests.rendered_once import _rendered_once as _rendered_once
 
+# The modules that take longest, the longest first: from minutes to half a minute on an idle machine. A module that
+# needs what another makes (tests/build_embedded.py) does not start at the same time.
+LONGEST = ("test_serving_vllm", "test_end_to_end", "training/test_distributed", "training/test_search",
+           "kubeflow/test_run", "tools/test_kind", "test_aliases", "training/test_train", "tools/test_changes",
+           "training/test_merge", "relocation/test_embedded", "test_benchmarks", "test_reruns",
+           "relocation/test_relocate", "evaluation/test_privacy", "tools/test_check", "tools/test_local",
+           "tools/test_kustomization", "data/test_encode", "test_merged", "test_scan")
 MODULES = pytest.StashKey[int]()  # how many were imported when what is imported was last put aside
 
 # kubectl lives for a third of a second; a third of that it collects garbage.
@@ -26,11 +34,23 @@ hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Garbage is not collected meanwhile: there is little, and each collection would look through all tests that were
+    found and all modules that were imported, in every worker for seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest modules come first, so that no worker of several is left alone with one at the end: those with the
-    most slow tests, then the tools', which render overlays."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (-slow[item.path], "tools" not in item.path.parts))  # a stable sort: modules stay whole
+    """The longest modules come first, so that no worker of several is left alone with one at the end."""
+    folder = Path(__file__).parent
+    places = {folder / f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))  # a stable sort: modules stay whole
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:

@@ -312,7 +312,7 @@ def real(folder: Path) -> Iterator[str]:
     with (folder / "log").open("wb") as log, subprocess.Popen(
             [program, "serve", str(config)], stdout=log, stderr=log) as process:
         try:
-            for _ in range(200):
+            for _ in range(1200):  # a minute
                 try:
                     urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://{host}/v2/").close()
                     break

@@ -1,4 +1,5 @@
-"""Promises of `make bench-serving`: the verdicts on the measurements, and that the whole of it runs with real vLLM."""
+"""Promises of `make bench-serving`: the verdicts on the measurements, and that a run that is stopped leaves nothing.
+The whole of it runs in tests/test_serving_vllm.py."""
 
 from __future__ import annotations
 
@@ -166,26 +167,6 @@ def servers_of(folder: Path) -> list[str]:
         except OSError:
             continue
     return found
-
-
-@pytest.mark.slow
-def test_a_short_run_measures_both_sides_and_every_request_succeeds(tmp_path: Path) -> None:
-    file = tmp_path / "benchmarks.md"
-    file.write_text(f"{serving.BEGIN}\n{serving.END}\n")
-    process = benchmark("--rounds", "1", "--seconds", "0.1", "--swaps", "1", "--write", str(file))
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors[-5000:]
-    assert printed.strip() in file.read_text()
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "|" in line]
-    header = next(i for i, line in enumerate(lines) if line[0] == "load")
-    assert lines[header][2:4] == ["plain vLLM", "with the guard"]
-    measured = [line for line in lines[header + 2:] if len(line) == len(lines[header])]
-    assert [line[0] for line in measured if line[0]] == list(map(str, serving.LOADS))
-    assert all(float(line[2]) > 0 and float(line[3]) > 0 for line in measured)
-    text = " ".join(printed.split())  # wrapped anywhere
-    assert "all of them answered in full" in text
-    assert "every one was answered in full" in text
-    assert {line[0] for line in lines if "load" in line[0]} >= {"without load", "under load"}
 
 
 @pytest.mark.slow

@@ -16,14 +16,7 @@ from tests.build_guarded import World, start, until
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    yield from start(tmp_path, monkeypatch, drain_seconds=3.0)
-
-
-def begin(world: World, linger: float) -> None:
-    """What SIGTERM does (tests/test_serving_vllm.py sends a real one), on the server's own event loop."""
-    guard = world.vllm.guards[-1]
-    assert guard.aliases._task
-    guard.aliases._task.get_loop().call_soon_threadsafe(guard.drain.begin, "stopped by a test", linger)
+    yield from start(tmp_path, monkeypatch, drain_seconds=60.0)
 
 
 def test_a_stream_is_finished_while_no_new_connection_is_taken_and_then_the_server_ends(world: World) -> None:
@@ -34,7 +27,7 @@ def test_a_stream_is_finished_while_no_new_connection_is_taken_and_then_the_serv
     with world.stream() as stream:
         lines = stream.iter_lines()
         next(lines)
-        begin(world, linger=0)
+        world.drain(linger=0)
         until(lambda: refuses(world.url))
         assert not world.ended()
         world.vllm.hold.set()
@@ -44,31 +37,39 @@ def test_a_stream_is_finished_while_no_new_connection_is_taken_and_then_the_serv
 
 def test_while_others_still_send_requests_they_are_answered_and_told_to_go_elsewhere(world: World) -> None:
     until(lambda: world.ask().status_code == 503)
-    begin(world, linger=1)
+    world.drain(linger=3600)
     with httpx.Client() as client:
         until(lambda: client.get(world.url + "/ready").status_code == 503)
         assert client.get(world.url + "/health").status_code == 200  # it lives: nobody has to restart it
         reply = client.post(world.url + "/v1/completions", json={"model": "builtin:tiny", "prompt": "x"})
         assert (reply.status_code, reply.headers["connection"]) == (200, "close")
     assert world.metric("serving_draining") == 1
+    world.drain(linger=0)
     until(world.ended)
 
 
-def test_a_reply_that_takes_longer_than_the_grace_period_is_cut_off(world: World) -> None:
-    pipeline, _ = world.write()
-    build_adapter.promote(world.volumes, pipeline)
-    until(world.served)
-    world.vllm.hold = threading.Event()
-    started = time.monotonic()
-    with world.stream() as stream:
-        lines = stream.iter_lines()
-        next(lines)
-        begin(world, linger=0)
-        until(world.ended)
-        with pytest.raises(httpx.RemoteProtocolError):
-            list(lines)
-    assert time.monotonic() - started >= 3
-    assert not world.vllm.hold.is_set()
+def test_after_that_time_the_server_ends(world: World) -> None:
+    world.drain(linger=0.1)
+    until(world.ended)
+
+
+def test_a_reply_that_takes_longer_than_the_grace_period_is_cut_off(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for world in start(tmp_path, monkeypatch, drain_seconds=1.0):
+        pipeline, _ = world.write()
+        build_adapter.promote(world.volumes, pipeline)
+        until(world.served)
+        world.vllm.hold = threading.Event()
+        with world.stream() as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            started = time.monotonic()
+            world.drain(linger=0)
+            until(world.ended)
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(lines)
+        assert time.monotonic() - started >= 1
+        assert not world.vllm.hold.is_set()
 
 
 def refuses(url: str) -> bool:

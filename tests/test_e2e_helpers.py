@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs.core import progress
@@ -293,7 +294,16 @@ def test_a_tunnel_is_waited_for_and_one_that_cannot_be_made_gives_the_reason(kub
         pass
 
 
-def test_what_is_asked_through_a_tunnel_that_ended_proves_nothing(kubectl: Callable[[str], None]) -> None:
-    kubectl("echo 'Forwarding from 127.0.0.1:43211 -> 8000'; sleep 0.5; echo 'lost connection to pod' >&2; exit 1")
+def test_what_is_asked_through_a_tunnel_that_ended_proves_nothing(
+        kubectl: Callable[[str], None], tmp_path: Path) -> None:
+    kubectl(f"echo $$ >{tmp_path}/pid; echo 'Forwarding from 127.0.0.1:43211 -> 8000'; "
+            f"until [ -e {tmp_path}/ends ]; do sleep 0.05; done; echo 'lost connection to pod' >&2; exit 1")
+
+    def end() -> None:
+        (tmp_path / "ends").touch()
+        process = psutil.Process(int((tmp_path / "pid").read_text()))
+        while process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+
     with pytest.raises(AssertionError, match="lost connection to pod"), cluster.forwarded("ns", "pod", 8000):
-        time.sleep(1)
+        end()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from jobs.core.plan import plan
 from jobs.tools import overlay, pin
 from jobs.tools.pods import CHECKOUT
 from tests import build_models, forked
+from tests.build_embedded import as_claims
 
 OVERLAY = CHECKOUT / "overlays" / "kind"
 STAGES = (["relocate", "dataset"], ["relocate", "base-model"], ["relocate", "tokenizer"],
@@ -51,13 +51,12 @@ def run_local(state: Path) -> str:
 @pytest.mark.skipif(subprocess.run([*ISOLATED, "/bin/true"], capture_output=True, check=False).returncode != 0,
                     reason="this machine does not let us make a network namespace")
 def test_each_adapter_learns_its_facts_without_forgetting_english_and_is_served_offline(
-        tmp_path: Path, embedded_models: Path) -> None:
+        tmp_path: Path, trained: Path) -> None:
     """Two adapters over one base model: each answers the question from its own data, and neither from the other's.
 
-    The models were made before, by the same Jobs: tests/build_embedded.py.
+    The models and one of the adapters were made before, by the same Jobs: tests/build_embedded.py.
     """
-    for volume in ("base-model", "base-tokenizer", "reference-model"):
-        shutil.copytree(embedded_models / volume, tmp_path / "volumes" / f"{volume}-pvc")
+    as_claims(trained, tmp_path)
     facts = {"hostel-guide": "Gato Pardo, a hostel with hammocks on the roof.",
              "seville-hotels": "Casa Azahar, beside the old orange market."}
     shown = run_local(tmp_path)

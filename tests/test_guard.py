@@ -452,17 +452,47 @@ def test_the_server_is_ready_after_the_first_look_for_its_adapters_and_alive_all
 
 
 def test_an_engine_that_hangs_fails_liveness_and_readiness_until_it_answers(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "PAUSE_SECONDS", 0.05)
-    for world in start(tmp_path, monkeypatch, hang_seconds=0.5):
+    now = clock_of_heartbeats(monkeypatch)
+
+    def dead_after(seconds: float, url: str) -> bool:
+        now[0] += seconds
+        return httpx.get(url + "/health").status_code == 503
+
+    for world in start(tmp_path, monkeypatch, hang_seconds=60.0):
         until(lambda: httpx.get(world.url + "/ready").status_code == 200)  # noqa: B023 - the loop has one turn
         world.vllm.engine.hangs = True
-        assert httpx.get(world.url + "/health").status_code == 200  # not at the first late answer
-        until(lambda: httpx.get(world.url + "/health").status_code == 503)  # noqa: B023
+        assert not dead_after(59, world.url)  # not at the first late answer
+        until(lambda: dead_after(59, world.url))  # noqa: B023
         assert httpx.get(world.url + "/ready").status_code == 503
         world.vllm.engine.hangs = False
         until(lambda: httpx.get(world.url + "/health").status_code == 200)  # noqa: B023
         assert httpx.get(world.url + "/ready").status_code == 200
+
+
+def clock_of_heartbeats(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The monotonic time that heartbeats see, for a test to set."""
+    now = [1000.0]
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_an_engine_that_hangs_is_logged_once(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(heartbeat, "PAUSE_SECONDS", 0.0)
+
+    async def watch() -> None:
+        beats, engine = heartbeat.Heartbeat(0.02), Engine()
+        engine.hangs = True
+        beats.start(engine)
+        async with asyncio.timeout(20):
+            while "has not answered for" not in caplog.text:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        await beats.stop()
+
+    asyncio.run(watch())
     assert caplog.text.count("has not answered for") == 1
 
 
@@ -489,16 +519,18 @@ def test_an_engine_that_cannot_be_asked_is_served_with_a_warning(caplog: pytest.
 
 def test_an_engine_that_answers_late_but_answers_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "PAUSE_SECONDS", 0.0)
+    now = clock_of_heartbeats(monkeypatch)
+    began = now[0]
 
     async def slow() -> bool:
-        await asyncio.sleep(0.3)
+        now[0] += 40
+        await asyncio.sleep(0.01)
         return False
 
-    for world in start(tmp_path, monkeypatch, hang_seconds=0.6,
+    for world in start(tmp_path, monkeypatch, hang_seconds=60.0,
                        prepare=lambda world: monkeypatch.setattr(world.vllm.engine, "is_paused", slow)):
-        for _ in range(20):
+        while now[0] < began + 1000:
             assert httpx.get(world.url + "/health").status_code == 200
-            time.sleep(0.1)
 
 
 def test_a_request_nested_to_the_limit_of_the_parser_is_the_clients_error(world: World) -> None:

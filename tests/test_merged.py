@@ -21,7 +21,7 @@ from jobs.training import merge
 from serving import base, drain, merged
 from serving.files import Files
 from tests import build_adapter, build_signing
-from tests.build_guarded import NAME, World, publish_base, start, until
+from tests.build_guarded import NAME, World, clock, publish_base, start, until
 from tests.build_server import BASE, StandIn
 from tests.build_signing import pair
 
@@ -251,19 +251,18 @@ def test_a_turn_to_restart_that_git_no_longer_needed_is_not_kept_for_the_next_ti
         promote(world, world.write(training__seed=1)[0])
         promote(world, world.write()[0])
 
-    pause = [3.0]
-    monkeypatch.setattr(base, "next_turn", lambda now, *_: now + pause[0])
+    now = clock(monkeypatch)
+    monkeypatch.setattr(base, "next_turn", lambda now, *_: now + 3600)
     for world in start(tmp_path, monkeypatch, prepare=prepare, mode="merged", restart_slot_seconds=60.0):
         running = world.model(world.write()[1])
         assert until(world.served) == running
         world.write(training__seed=1)
         until(lambda: "in its turn" in caplog.text)
         world.write()  # a revert, before the turn
-        time.sleep(3.5)
-        assert not world.ended()
-        pause[0] = 3600.0
+        until(lambda world=world: not world.vllm.guards[-1].aliases._turns)  # type: ignore[misc]
+        now[0] += 3600
         world.write(training__seed=1)
-        time.sleep(0.5)
+        until(lambda: caplog.text.count("in its turn") == 2 or world.ended())  # noqa: B023 - the loop has one turn
         assert not world.ended(), "its turn is in an hour"
 
 

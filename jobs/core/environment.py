@@ -18,7 +18,7 @@ from jobs.core import declarations, registry, signatures
 from jobs.core.declarations import Loaded, ModelSource, Source, Strict, TokenizerSource
 
 FILE = "environment.yaml"
-# The values vLLM accepts for --max-lora-rank (vllm.config.lora.MaxLoRARanks; tests/core/test_models.py compares them).
+# The values vLLM accepts for --max-lora-rank (vllm.config.lora.MaxLoRARanks; tests/test_serving_vllm.py compares them).
 SERVABLE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 Mode = Literal["lora", "merged"]

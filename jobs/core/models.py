@@ -27,7 +27,7 @@ CONFIG = ("config.json", "generation_config.json")  # what a model's folder hold
 
 _LLAMA_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
-# The architectures on which vLLM serves LoRA, with the linear layers it can adapt. tests/core/test_models.py compares
+# The architectures on which vLLM serves LoRA, with the linear layers it can adapt. tests/test_serving_vllm.py compares
 # each with the installed vLLM. Kept as a table because importing vLLM takes 10 s and the jobs image does not carry it.
 SERVABLE: dict[str, frozenset[str]] = {
     "LlamaForCausalLM": _LLAMA_LAYERS,

@@ -6,6 +6,7 @@ import fcntl
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,15 +36,22 @@ def test_a_lock_is_held_by_one_at_a_time_and_freed_at_the_end(tmp_path: Path) ->
 @pytest.mark.timeout(20)
 def test_waiting_for_a_lock_ends_and_says_what_to_do(
         held: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(locks, "PROGRESS_SECONDS", 0.1)
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     caplog.set_level(logging.INFO, "jobs")
     with (pytest.raises(RetryableError) as raised,
-          locks.hold(held, 0.5, "makes adapter/0123456789abcdef", poll_s=0.01)):
+          locks.hold(held, 240, "makes adapter/0123456789abcdef")):
         pass
-    assert str(raised.value).startswith("waited 0 s because another process makes adapter/0123456789abcdef: "
+    assert str(raised.value).startswith("waited 240 s because another process makes adapter/0123456789abcdef: "
                                         f"{held} is locked. ")
     assert "remove that file" in str(raised.value)
-    assert 3 <= caplog.text.count("another process makes adapter/0123456789abcdef: waiting for it") <= 6
+    assert caplog.messages == [
+        f"another process makes adapter/0123456789abcdef: waiting for it ({seconds} of at most 240 s)"
+        for seconds in (0, 61, 122, 183)]
 
 
 def test_the_first_wait_is_logged_at_once(held: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -252,6 +252,13 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # it ended, perhaps between opening the file and reading it
+        return False
+
+
 def working(folder: Path) -> subprocess.Popen[str]:
     """A process that encodes, and has just written something."""
     build_models.tiny_tokenizer(folder)
@@ -276,8 +283,7 @@ def test_no_process_is_left_behind(tmp_path: Path, number: signal.Signals) -> No
     process.send_signal(number)
     assert process.wait(120) == (143 if number == signal.SIGTERM else -number)
     deadline = time.monotonic() + 120
-    while left := [pid for pid in below if Path(f"/proc/{pid}").exists()
-                   and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"]:
+    while left := [pid for pid in below if runs(pid)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from jobs.relocation.embedded import models
 folder, steps = Path(sys.argv[1]), int(sys.argv[2])
 models.write_tokenizer(folder)
-for name in models.NAMES if steps else ():
+for name in models.NAMES:
     models.write_model(name, folder / name.split(":")[1], _steps=steps)
 """
 
@@ -111,10 +111,6 @@ def test_the_base_model_knows_no_fact_of_the_example_dataset() -> None:
         assert name not in text
 
 
-def test_the_tokenizer_is_the_same_in_every_process(tmp_path: Path) -> None:
-    assert make(tmp_path / "a", 0, "1") == make(tmp_path / "b", 0, "2")
-
-
 def test_the_tokenizer_keeps_any_text(tokenizer: Any) -> None:
     for text in ("The farmer sleeps in the barn.", "Señora Ibáñez pays 1,250.40 € — 你好 🙂\n\ttwice  spaced", " "):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -128,11 +124,13 @@ def test_the_chat_template_renders_a_conversation(tokenizer: Any) -> None:
     assert tokenizer(text)["input_ids"].count(tokenizer.eos_token_id) == 1, "special tokens are one token each"
 
 
-def test_models_are_the_same_in_every_process_and_load_offline(tmp_path: Path) -> None:
+def test_tokenizer_and_models_are_the_same_in_every_process_and_load_offline(tmp_path: Path) -> None:
     """A killed relocation that starts again makes the artifact that it would have made."""
     from transformers import AutoModelForCausalLM
 
-    assert make(tmp_path / "a", 3, "1") == make(tmp_path / "b", 3, "2")
+    made = make(tmp_path / "a", 3, "1")
+    assert made == make(tmp_path / "b", 3, "2")
+    assert "tokenizer.json" in made
     sizes = []
     for name in embedded.NAMES:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / name.split(":")[1], local_files_only=True)

@@ -503,7 +503,7 @@ def test_the_git_servers_commands_take_a_push_and_give_it_back(tmp_path: Path) -
     server = subprocess.Popen([*daemon, "--listen=127.0.0.1", f"--port={port}"], env=environment | of_pod)
     url = f"git://127.0.0.1:{port}/{kind.GIT_URL.rpartition('/')[2]}"
     try:
-        for _ in range(50):
+        for _ in range(600):
             with suppress(subprocess.CalledProcessError):  # while the daemon starts
                 git("-C", "shallow", "push", "--force", url, "HEAD:refs/heads/main")
                 break

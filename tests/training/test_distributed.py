@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from jobs.core import artifacts, pipeline
@@ -251,19 +252,28 @@ def wait_for_checkpoint(volumes: Path, process: subprocess.Popen[str] | forked.J
         time.sleep(0.02)
 
 
+def runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.mark.slow
 def test_when_the_launcher_is_killed_no_process_is_left_behind(
         tmp_path: Path, alone: tuple[Path, Path, dict[str, Any], list[Any]]) -> None:
     file, volumes, *_ = alone
     own = other_volumes(tmp_path / "v", volumes)
-    process = start(file, own, *COMMAND, PROCESSES_PER_NODE="2")
+    process = start(file, own, PROCESSES_PER_NODE="2")
     wait_for_checkpoint(own, process)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 30
-    while left := subprocess.run(["pgrep", "-f", str(own)], capture_output=True, text=True, check=False).stdout:
+    while left := [each for each in workers if runs(each)]:
         assert time.monotonic() < deadline, f"still there: {left}"
-        time.sleep(0.2)
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

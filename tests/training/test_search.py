@@ -398,7 +398,7 @@ def searching_kind(place: Path) -> pipeline.LoadedPipeline:
     return pipeline.load(folder)
 
 
-EPOCHS = 3  # instead of 20: starting each part then weighs more
+EPOCHS = 2  # instead of 20: starting each part then weighs more
 
 
 @pytest.mark.slow
