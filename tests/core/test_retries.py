@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,7 +55,7 @@ def test_a_longer_pause_is_left_to_the_next_pod() -> None:
 
 def test_each_pause_is_logged_and_slept(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("jobs.core.retries.time.sleep", slept.append)
+    monkeypatch.setattr(retries, "time", SimpleNamespace(sleep=slept.append))
     patience = Patience("data.bin")
     patience.wait(Interrupted("broke off"))
     patience.wait(Interrupted("429", 2))
@@ -68,5 +69,5 @@ def test_each_pause_is_logged_and_slept(monkeypatch: pytest.MonkeyPatch, caplog:
     ("-7", None), ("²", None), ("Thu, 26 Nov 2026 09:00:00 +" + "9" * 30, None)])
 def test_retry_after_is_seconds_or_a_date_and_anything_else_is_nothing(
         monkeypatch: pytest.MonkeyPatch, value: str | None, seconds: float | None) -> None:
-    monkeypatch.setattr("jobs.core.retries.time.time", NOW.timestamp)
+    monkeypatch.setattr(retries, "time", SimpleNamespace(time=NOW.timestamp))
     assert retry_after({} if value is None else {"Retry-After": value}) == seconds
