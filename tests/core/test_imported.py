@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,11 @@ def test_what_contradicts_itself_is_refused_with_what_was_meant(tmp_path: Path, 
     assert "\n" not in str(raised.value)
 
 
+def test_clients_can_tell_it_from_the_base_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="adapter has the base model's name"):
+        load(tmp_path, adapter="model", base_model={"source": "hf://model", "revision": "1" * 40})
+
+
 def test_the_stages_of_the_other_kind_refuse_it(tmp_path: Path) -> None:
     file = write(tmp_path)
     with pytest.raises(UserError, match=r":\d+: source: this adapter is imported, not trained here"):
@@ -132,8 +138,11 @@ def test_what_relocation_recorded_is_read_again(tmp_path: Path) -> None:
     assert imported.read(tmp_path, "volume") == recorded
 
 
+WITHOUT_A_DIGEST = json.dumps({kind: {"spec": {"r": float("nan")}, "inputs": {}} for kind in ("adapter", "evaluation")})
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"adapter": 1}', '{"adapter": {"spec": {}, "inputs": 7}}',
-                                  '{"adapter": {"spec": NaN, "inputs": {}}}', "[" * 10_000])
+                                  '{"adapter": {"spec": NaN, "inputs": {}}}', "[" * 10_000, WITHOUT_A_DIGEST])
 def test_a_damaged_record_is_an_error_of_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / imported.RECORD).write_text(text)
     with pytest.raises(UserError, match=r"imported.json: is damaged") as raised:
@@ -154,9 +163,22 @@ def test_in_a_bucket_it_is_a_folder(tmp_path: Path, source: str) -> None:
 
 
 def test_a_file_without_its_pin_is_read_to_pin_it(tmp_path: Path) -> None:
-    file = write(tmp_path, sha256=None, base_model={"source": "hf://a/b"})
+    unpinned = {"base_model": {"source": "hf://a/b"}}
+    file = write(tmp_path, sha256=None, **unpinned)
     for loaded in (imported.load(file, pinned=False), imported.load_any(file, pinned=False)):
         assert loaded.pipeline.sources()["source"].unpinned() == "`sha256` is missing"
+    for file in (write(tmp_path, **unpinned), build_pipeline.write(tmp_path, **unpinned)):
+        assert imported.load_any(file, pinned=False)
+        with pytest.raises(UserError, match="environment.yaml:.* base_model: hf://a/b is not pinned"):
+            imported.load_any(file)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n"])
+def test_a_file_that_holds_no_mapping_is_told_what_it_lacks(tmp_path: Path, text: str) -> None:
+    file = write(tmp_path)
+    file.write_text(text)
+    with pytest.raises(UserError, match="must hold a mapping with the key `adapter` and others"):
+        imported.load_any(file)
 
 
 def test_the_stages_of_data_and_evaluation_read_it_like_a_trained_one(tmp_path: Path) -> None:
@@ -179,6 +201,9 @@ def test_its_environment_may_be_given(tmp_path: Path) -> None:
     elsewhere = (file.parent / "environment.yaml").rename(tmp_path / "environment.yaml")
     for load_it in (imported.load, imported.load_any, imported.load_data):
         assert load_it(file, elsewhere).environment.path == elsewhere  # type: ignore[operator]
+    trained = build_pipeline.write(tmp_path / "a")
+    (trained.parent / "environment.yaml").unlink()
+    assert imported.load_any(trained, elsewhere).environment.path == elsewhere
 
 
 @pytest.mark.parametrize(("dataset", "evaluation", "where"), [

@@ -50,6 +50,16 @@ def test_anything_else_is_refused_by_its_place_without_its_value(path: tuple[Any
     assert re.match(rf"{place}[.\w]*: \w", str(caught.value))
 
 
+@pytest.mark.parametrize(("key", "message"), [
+    ("answers", "^the file: .*there is not one answer for each prompt"),
+    ("margins", r"^answers\.1: .*tokens, logprobs and margins differ in length")])
+def test_what_is_missing_is_named(key: str, message: str) -> None:
+    content = copy.deepcopy(VALID)
+    (content if key == "answers" else content["answers"][1])[key].pop()
+    with pytest.raises(UserError, match=message):
+        proof.validate(content)
+
+
 @pytest.mark.parametrize("base_answers", [None, VALID["answers"]])
 def test_the_file_is_json_that_leaves_out_what_is_not_there(base_answers: Any) -> None:
     content = copy.deepcopy(VALID) | ({"base_answers": base_answers} if base_answers else {})
@@ -57,6 +67,11 @@ def test_the_file_is_json_that_leaves_out_what_is_not_there(base_answers: Any) -
     text = proof.validate(content).to_json()
     assert json.loads(text) == content
     assert "¿Dónde?" in text and text.endswith("}\n")
+
+
+def test_no_file_is_written_that_is_no_json() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        proof.validate(VALID).model_copy(update={"sensitivity": float("nan")}).to_json()
 
 
 @pytest.mark.parametrize("content", [None, [], "secret", 1])

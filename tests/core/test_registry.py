@@ -356,7 +356,7 @@ class Script:
     answers: list[Any] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
 
-    def then(self, status: int | Exception, body: bytes | dict[str, Any] = b"", **headers: str) -> Script:
+    def then(self, status: int | Exception, body: bytes | dict[str, Any] = b"", /, **headers: str) -> Script:
         self.answers.append((status, body if isinstance(body, bytes) else json.dumps(body).encode(),
                              {name.replace("_", "-"): value for name, value in headers.items()}))
         return self
