@@ -170,6 +170,14 @@ def test_two_declarations_of_the_same_trials_give_the_same_adapter(other: dict[s
     assert (search(**({"candidates": GRID.candidates} | other)).identity() == GRID.identity()) is same
 
 
+def test_an_adapter_keeps_the_digest_that_its_search_gave_it() -> None:
+    """With other keys, every adapter that a search chose would be trained again."""
+    candidates = {"lora.r": [4, 8, 16]}
+    assert search().identity() == {"candidates": candidates, "method": "grid", "halving": {"factor": 3, "rungs": 2}}
+    assert search(method="random", trials=2, seed=7).identity() == {
+        "candidates": candidates, "method": "random", "trials": 2, "seed": 7, "halving": {"factor": 3, "rungs": 2}}
+
+
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"trials": 3}])
 def test_what_draws_other_trials_makes_another_adapter(changed: dict[str, Any]) -> None:
     drawn = {"method": "random", "trials": 2, "seed": 0}

@@ -48,6 +48,7 @@ def test_a_record_needs_what_no_option_has_for_all(of: Task, needs: str | None) 
     (task("json_schema", schema={"type": "null"}, fence=True),
      {"name": "city", "check": "json_schema", "schema": {"type": "null"}, "fence": True}),
     (task("label_f1", labels=["b", "a"]), {"name": "city", "check": "label_f1", "labels": ["a", "b"]}),
+    (task("exact", source="hf://datasets/a/b", sha256=None, revision="1" * 40), {"name": "city", "check": "exact"}),
     (task("lm_eval"), {"name": "city", "check": "lm_eval"})])
 def test_what_decides_a_score_names_it_however_it_is_written(of: Task, identity: dict[str, Any]) -> None:
     """Options with their default are left out, and so are sources, which are named by their pins."""
@@ -72,8 +73,11 @@ def test_what_is_no_task_is_refused_with_the_reason(options: dict[str, Any], mes
     assert message in str(raised.value)
 
 
-def test_a_pin_in_the_source_of_a_task_file_must_be_the_same_as_the_pin_beside_it() -> None:
+def test_a_pin_in_a_source_must_be_the_same_as_the_pin_beside_it() -> None:
     source = f"oci://registry.example.com/tasks@sha256:{SHA256}"
+    assert task("exact", source=source).pin == SHA256
+    with pytest.raises(ValueError, match="names another digest than `sha256`"):
+        task("exact", source=source, sha256="0" * 64)
     assert HarnessFile(source=source, sha256=SHA256).pin == SHA256
     with pytest.raises(ValueError, match="names another digest than `sha256`"):
         HarnessFile(source=source, sha256="0" * 64)
