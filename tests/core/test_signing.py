@@ -284,14 +284,15 @@ def test_a_signature_has_the_form_of_model_signings_own(tmp_path: Path) -> None:
     (tmp_path / "key.pem").write_text(pair().private)
     made = sign_ec_key.Signer(tmp_path / "key.pem").sign(own.Payload(hashing.Config().set_ignored_paths(
         paths=[], ignore_git_paths=False).hash(tmp_path / "artifact.json"))).bundle.to_json().encode()
-    theirs, ours = json.loads(made), json.loads(signed())
-    assert payload(made) == payload(signed())
+    signature = build_signing.signer(pair()).sign(CONTENT).encode()
+    theirs, ours = json.loads(made), json.loads(signature)
+    assert payload(made) == payload(signature)
+    text = base64.b64decode(ours["dsseEnvelope"]["payload"]).decode()
+    assert text == json.dumps(json.loads(text), sort_keys=True, indent=1), "and people can read the statement"
     for bundle in (theirs, ours):
         bundle["dsseEnvelope"].pop("payload")
         bundle["dsseEnvelope"]["signatures"][0].pop("sig")
     assert ours == theirs
-    text = base64.b64decode(json.loads(signed())["dsseEnvelope"]["payload"]).decode()
-    assert text == json.dumps(json.loads(text), sort_keys=True, indent=1), "and people can read the statement"
 
 
 def environment_with(*keys: str) -> environment.Environment:
@@ -343,6 +344,7 @@ def test_a_key_that_cannot_sign_is_found_before_the_work_and_is_never_shown(
     with pytest.raises(UserError) as raised:
         signing.signer(environment_with(pair().public))
     assert problem in str(raised.value)
+    assert str(file) in str(raised.value)
     assert "PRIVATE" not in str(raised.value)
     assert not text or len(text) < 20 or text.splitlines()[1] not in str(raised.value) or text == pair().public
 
