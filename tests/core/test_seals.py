@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import mmap
@@ -364,6 +365,20 @@ def test_files_are_sealed_if_their_last_change_was_long_enough_before_their_veri
 def test_a_seal_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     assert seals.Sealing(tmp_path / "gone" / "artifact", b"{}", {}, CHANGED).end({}) == (
         "not sealed: No such file or directory")
+
+
+def test_a_seal_that_is_there_stays_valid(tmp_path: Path) -> None:
+    """In another form, every large artifact of every volume would be read again."""
+    manifest = hashlib.sha256(b"{}").hexdigest()
+    (tmp_path / ".verified-artifact").write_text(json.dumps(
+        {"files": {"a": [5, 6, 7, 8]}, "manifest": manifest, "format": 1}))
+    assert seals.is_sealed(tmp_path / "artifact", b"{}", {"a": [5, 6, 7, 8]})
+    assert not seals.is_sealed(tmp_path / "artifact", b"{}", {"a": [5, 6, 7, 9]})
+
+
+def test_a_seal_that_cannot_be_removed_is_no_error(tmp_path: Path) -> None:
+    seal(tmp_path / "artifact").mkdir()
+    assert seals.begin(tmp_path / "artifact", b"{}", {}).began_ns
 
 
 def test_an_artifact_without_files_changed_long_ago() -> None:
