@@ -540,6 +540,34 @@ def test_a_service_that_gives_no_token_is_named(script: Script, tmp_path: Path, 
     assert f"seville:v1: {message.format(file=tmp_path / 'config.json')}" in str(raised.value)
 
 
+@pytest.mark.parametrize("identity", [False, True])
+@pytest.mark.parametrize(("answer", "message"), [
+    ((requests.exceptions.SSLError("expired"),), "the TLS certificate is not trusted"),
+    ((200, b" " * (registry.ANSWER_BYTES + 1)), "has more than 1048576 bytes")])
+def test_a_fault_of_the_service_of_tokens_names_what_was_wanted(script: Script, tmp_path: Path, answer: tuple[Any, ...],
+                                                                message: str, identity: bool) -> None:
+    if identity:
+        (tmp_path / "config.json").write_text(json.dumps({"auths": {HOST: {"identitytoken": "id"}}}))
+    script.then(401, WWW_Authenticate='Bearer realm="https://t/x"').then(*answer)
+    with pytest.raises(UserError, match=f"^oci://{HOST}/team/adapters/seville:v1: {message}"):
+        client(HOST).manifest("v1")
+
+
+def test_a_registry_that_names_no_service_of_tokens_is_an_error(script: Script) -> None:
+    script.then(401, WWW_Authenticate='Bearer service="s"')
+    with pytest.raises(UserError, match="seville:v1: the registry names '' for tokens, which is not https"):
+        client(HOST).manifest("v1")
+
+
+@pytest.mark.parametrize(("status", "there"), [(200, True), (404, False)])
+def test_a_manifest_of_any_kind_is_there(script: Script, status: int, there: bool) -> None:
+    script.then(status)
+    assert client(HOST).has_manifest("v1") is there
+    [seen] = script.seen
+    assert (seen.method, seen.url) == ("HEAD", f"{API}manifests/v1")
+    assert set(seen.headers["Accept"].split(", ")) == {*registry.MANIFESTS, *registry.INDEXES}
+
+
 @pytest.mark.parametrize(("host", "realm", "sent"), [
     (HOST, "http://t/x", False), (HOST, "", False), (HOST, "ftp://t/x", False), (HOST, "https://t/x", True),
     ("localhost:5000", "http://t/x", True), ("localhost:5000", "ftp://t/x", False)])
