@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -439,14 +439,15 @@ def test_a_password_is_sent_only_to_the_registry_that_asks_for_it(script: Script
 @pytest.mark.parametrize(("location", "place"), [
     ("https://registry.example.com/up/1", "https://registry.example.com/up/1?digest="),
     ("/v2/up/1?state=x", "https://registry.example.com/v2/up/1?state=x&digest="),
-    ("1", f"{API}blobs/uploads/1?digest=")])
-def test_a_blob_is_uploaded_where_the_registry_wants_it(script: Script, tmp_path: Path, location: str, place: str
-                                                        ) -> None:
+    ("1", f"{API}blobs/uploads/1?digest="), (None, f"{API}blobs/uploads/?digest=")])
+def test_a_blob_is_uploaded_where_the_registry_wants_it(script: Script, tmp_path: Path, location: str | None,
+                                                        place: str) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"www")
-    for content, size in ((file, 3), (b"www", 3), (b"", 0)):
+    (tmp_path / "empty").touch()
+    for content, size in ((file, 3), (b"www", 3), (b"", 0), (tmp_path / "empty", 0)):
         digest = digest_of(b"w" * size)
-        script.then(404).then(202, Location=location).then(201)
+        script.then(404).then(202, **({"Location": location} if location else {})).then(201)
         assert client(HOST, push=True).push_blob(content, digest, size)
         head, post, put = script.seen[-3:]
         assert (head.method, head.url) == ("HEAD", f"{API}blobs/{digest}")
@@ -601,7 +602,8 @@ URL = "https://user:password@registry.example.com/v2/a?secret"
         urllib3.HTTPConnectionPool("h"), "/v2/secret", OSError("refused"))), RetryableError,
      "ConnectionError: refused"),
     (requests.exceptions.ReadTimeout("<object at 0x7>: read timed out " + "x" * 300), RetryableError,
-     "The last error: ReadTimeout: … read timed out " + "x" * 182),
+     "The last error: ReadTimeout: … read timed out " + "x" * 183),
+    (requests.exceptions.ConnectionError(), RetryableError, "The last error: ConnectionError: "),
     (requests.exceptions.ChunkedEncodingError(OSError("gone")), RetryableError, "ChunkedEncodingError: gone")])
 def test_a_connection_that_fails_is_named_without_the_url_that_may_hold_secrets(
         script: Script, fault: Exception, error: type[Exception], message: str) -> None:
@@ -610,7 +612,30 @@ def test_a_connection_that_fails_is_named_without_the_url_that_may_hold_secrets(
     with pytest.raises(error) as raised:
         client(HOST).manifest("v1")
     assert message in str(raised.value) and str(raised.value).startswith("oci://registry.example.com/team/")
-    assert "secret" not in str(raised.value) and "\n" not in str(raised.value) and "x" * 190 not in str(raised.value)
+    assert "secret" not in str(raised.value) and "\n" not in str(raised.value) and "x" * 184 not in str(raised.value)
+
+
+SEVILLE = f"oci://{HOST}/team/adapters/seville"
+
+
+@pytest.mark.parametrize("fault", [requests.exceptions.SSLError("expired"), 400, requests.exceptions.ConnectionError()])
+@pytest.mark.parametrize(("work", "before", "subject"), [
+    (lambda ours, file: ours.manifest(ZEROS), [], f"{SEVILLE}@{ZEROS}"),
+    (lambda ours, file: ours.blob(ZEROS, 9), [], f"{SEVILLE}@{ZEROS}"),
+    (lambda ours, file: ours.has_blob(ZEROS), [], SEVILLE),
+    (lambda ours, file: ours.has_manifest("v1"), [], SEVILLE),
+    (lambda ours, file: ours.push_blob(b"w", ZEROS, 1), [404], f"{SEVILLE}: {ZEROS}"),
+    (lambda ours, file: ours.push_blob(b"w", ZEROS, 1), [404, 202], f"{SEVILLE}: {ZEROS}"),
+    (lambda ours, file: ours.push_blob(file, ZEROS, 1), [404, 202], f"{SEVILLE}: weights"),
+    (lambda ours, file: ours.push_manifest(b"{}", "v1"), [], f"{SEVILLE}:v1")])
+def test_every_error_names_what_was_wanted(script: Script, tmp_path: Path, work: Callable[[Registry, Path], object],
+                                           before: list[int], subject: str, fault: int | Exception) -> None:
+    (tmp_path / "weights").write_bytes(b"w")
+    for answer in [*before, fault, fault, fault]:
+        script.then(answer)
+    with pytest.raises((UserError, RetryableError)) as raised:
+        work(client(HOST, push=True), tmp_path / "weights")
+    assert str(raised.value).startswith(f"{subject}: ")
 
 
 def test_a_registry_in_trouble_is_named_with_its_host_and_reason(script: Script) -> None:
@@ -625,6 +650,7 @@ def test_a_blob_is_read_up_to_its_limit(script: Script, size: int) -> None:
     script.then(200, b"w" * size)
     if size == 10:
         assert client(HOST).blob(digest_of(b"w" * 10), 10) == b"w" * 10
+        assert (script.seen[0].method, script.seen[0].url) == ("GET", f"{API}blobs/{digest_of(b'w' * 10)}")
     else:
         with pytest.raises(UserError, match=r"seville@sha256:\w{64}: has more than 10 bytes$"):
             client(HOST).blob(digest_of(b"w" * size), 10)
@@ -709,3 +735,9 @@ def test_docker_hubs_credentials_are_found_by_each_of_its_names(tmp_path: Path, 
     for host in ("docker.io", "index.docker.io"):
         assert registry.credentials(Reference(host, "a"))
     assert registry.credentials(Reference("ghcr.io", "a")) is None
+
+
+def test_docker_hubs_credentials_may_be_for_a_part_of_it(tmp_path: Path) -> None:
+    login(tmp_path, "docker.io/team")
+    assert registry.credentials(Reference("docker.io", "team/a"))
+    assert registry.credentials(Reference("docker.io", "other/a")) is None
