@@ -488,6 +488,18 @@ def test_a_blob_is_read_in_ranges_with_the_header_that_the_registry_takes(script
     assert script.seen[3].user is None
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_what_the_registry_did_not_admit_is_asked_again(script: Script, tmp_path: Path, status: int) -> None:
+    login(tmp_path, HOST)
+    ours = client(HOST)
+    script.then(401, WWW_Authenticate=BEARER).then(200, {"token": "one"}).then(status)
+    with pytest.raises(UserError, match="not allowed"):
+        ours.authorization(ZEROS)
+    script.then(200)
+    assert ours.authorization(ZEROS) == {"Authorization": "Bearer one"}
+    assert len(script.seen) == 4
+
+
 def test_a_registry_that_is_open_to_all_is_asked_once(script: Script) -> None:
     ours = client(HOST)
     script.then(200)
@@ -643,6 +655,22 @@ def test_a_registry_in_trouble_is_named_with_its_host_and_reason(script: Script)
         script.then(status, ERRORS)
     with pytest.raises(RetryableError, match=rf"The last error: {HOST} answers 429 X: no way$"):
         client(HOST).manifest("v1")
+
+
+def test_no_more_is_read_than_may_be_kept(script: Script) -> None:
+    """A server could send without end."""
+    sizes: list[int] = []
+
+    def read(size: int, *, decode_content: bool) -> bytes:
+        sizes.append(size)
+        return b""
+
+    answer = SimpleNamespace(raw=SimpleNamespace(read=read), close=lambda: None)
+    assert registry._read(answer, 10, "it") == b""
+    assert sizes == [11], "one more byte shows that there are too many"
+    script.then(201, b" " * (registry.ANSWER_BYTES + 1))
+    with pytest.raises(UserError, match=f"^{SEVILLE}:v1: has more than 1048576 bytes$"):
+        client(HOST, push=True).push_manifest(b"{}", "v1")
 
 
 @pytest.mark.parametrize("size", [10, 11])
