@@ -194,7 +194,7 @@ def test_plain_http_is_for_this_machine_and_for_hosts_that_are_named(monkeypatch
     url = lambda host: Registry(Reference(host, "a")).blob_url(ZEROS).partition("/v2")[0]  # noqa: E731
     assert url("localhost:5000") == "http://localhost:5000" and url("127.0.0.1") == "http://127.0.0.1"
     assert url("registry.svc:5000") == "https://registry.svc:5000"
-    monkeypatch.setenv("REGISTRY_PLAIN_HTTP", "other:1, registry.svc:5000")
+    monkeypatch.setenv("REGISTRY_PLAIN_HTTP", "other:1,registry.svc:5000 third")
     assert url("registry.svc:5000") == "http://registry.svc:5000" and url("registry.svc") == "https://registry.svc"
 
 
@@ -403,6 +403,11 @@ def test_a_token_is_requested_with_the_password_and_everything_else_with_the_tok
     assert token.url == ("https://tokens.example.com/token?a=b&scope=repository%3Ateam%2Fadapters%2Fseville%3Apull&"
                          "service=reg+istry")
     assert (token.method, token.user, second.user, second.url) == ("GET", CI, "Bearer t", first.url)
+    assert second.headers["Accept"] == first.headers["Accept"]
+    script.then(401, WWW_Authenticate=BEARER).then(200, {"token": "t"}).then(requests.exceptions.SSLError("expired"))
+    with pytest.raises(UserError, match=f"^{SEVILLE}:v1: the TLS certificate is not trusted"):
+        Registry(Reference(HOST, "team/adapters/seville")).manifest("v1")
+    assert script.seen[-2].url == token.url, "to pull, unless it is for a push"
 
 
 @pytest.mark.parametrize(("challenge", "query"), [
@@ -668,6 +673,9 @@ def test_no_more_is_read_than_may_be_kept(script: Script) -> None:
     answer = SimpleNamespace(raw=SimpleNamespace(read=read), close=lambda: None)
     assert registry._read(answer, 10, "it") == b""
     assert sizes == [11], "one more byte shows that there are too many"
+    script.then(200, b" " * (registry.MANIFEST_BYTES + 1))
+    with pytest.raises(UserError, match=f"^{SEVILLE}:v1: has more than 4194304 bytes$"):
+        client(HOST).manifest("v1")
     script.then(201, b" " * (registry.ANSWER_BYTES + 1))
     with pytest.raises(UserError, match=f"^{SEVILLE}:v1: has more than 1048576 bytes$"):
         client(HOST, push=True).push_manifest(b"{}", "v1")
