@@ -167,7 +167,8 @@ def test_a_file_without_its_pin_is_read_to_pin_it(tmp_path: Path) -> None:
     file = write(tmp_path, sha256=None, **unpinned)
     for loaded in (imported.load(file, pinned=False), imported.load_any(file, pinned=False)):
         assert loaded.pipeline.sources()["source"].unpinned() == "`sha256` is missing"
-    for file in (write(tmp_path, **unpinned), build_pipeline.write(tmp_path, **unpinned)):
+    for write_it in (write, build_pipeline.write):
+        file = write_it(tmp_path, **unpinned)
         assert imported.load_any(file, pinned=False)
         with pytest.raises(UserError, match="environment.yaml:.* base_model: hf://a/b is not pinned"):
             imported.load_any(file)
