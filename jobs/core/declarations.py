@@ -228,8 +228,7 @@ def _description(value: Any) -> str:
 
 def _problem(document: Document, model: type[BaseModel], error: dict[str, Any]) -> str:
     """One problem as one line; pydantic's own wording where it is already what a user needs."""
-    keys = [str(k) for k in error["loc"] if not (isinstance(k, str) and k.startswith(("literal[", "constrained-",
-                                                                                     "list[")))]
+    keys = [str(k) for k in error["loc"] if not (isinstance(k, str) and k.startswith(("literal[", "list[")))]
     if KEYS in error.get("ctx", {}):
         keys += error["ctx"][KEYS].split(".")
         where = f"{document.file}:{document.line_of(keys)}: {'.'.join(keys)}"

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from jobs.core import declarations, registry, signatures
@@ -29,6 +36,18 @@ TEMPLATE_RESERVED = frozenset({
     "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
     "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
     "return_assistant_tokens_mask", "tokenizer_kwargs"})
+
+
+def _in_one_line(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """One problem for a value of several types; pydantic has one for each of them."""
+    try:
+        return validate(value)
+    except ValidationError:
+        raise PydanticCustomError("argument", "must be true, false, a finite number or a text", {}) from None
+
+
+TemplateArgument = Annotated[bool | int | Annotated[float, Field(allow_inf_nan=False)] | str,
+                             WrapValidator(_in_one_line)]
 
 
 class Serving(Strict):
@@ -108,8 +127,7 @@ class Environment(Strict):
     tokenizer: TokenizerSource = TokenizerSource()
     reference_model: ModelSource
     # Arguments of the chat templates, of base and reference model: the same in training, evaluation and serving.
-    chat_template: dict[str, bool | int | Annotated[float, Field(allow_inf_nan=False)] | str] = Field(
-        default_factory=dict)
+    chat_template: dict[str, TemplateArgument] = Field(default_factory=dict)
     serving: Serving = Serving()
     retention: Retention = Retention()
     publication: Publication | None = None

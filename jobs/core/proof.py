@@ -90,6 +90,6 @@ def validate(content: Any) -> Proof:
     try:
         return Proof.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
+        first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(f"{where}: {first['msg']}") from None

@@ -65,10 +65,10 @@ class Patience:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that a Retry-After header requests, given as seconds or as a date."""
+    """The seconds that a Retry-After header requests, given as seconds or as a date; None if it is neither."""
     value = headers.get("Retry-After", "").strip()
     try:
-        if value.isdigit():
+        if value.isdecimal():  # `isdigit` would take ², which is no number
             return float(value)
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, OverflowError):

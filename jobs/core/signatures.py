@@ -103,7 +103,7 @@ def check(artifact: Path, manifest: Mapping[str, Any], keys: Sequence[str]) -> t
             raise ValueError(f"{MANIFEST} was replaced while it was read")
         return verify(content, bundle, keys), content
     except (ValueError, RecursionError) as error:
-        raise NotSigned(f"{artifact}: its signature does not verify: {error or type(error).__name__}") from None
+        raise NotSigned(f"{artifact}: its signature does not verify: {error}") from None
 
 
 def verify(content: bytes, bundle: bytes, keys: Sequence[str]) -> str:

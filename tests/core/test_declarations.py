@@ -114,7 +114,18 @@ def test_a_file_without_a_mapping_says_what_it_holds(tmp_path: Path, content: st
     ("adapter", {"a": 1}, "adapter: a mapping: input should be a valid string")])
 def test_a_key_is_named_as_it_stands_in_the_file(tmp_path: Path, key: str, value: object, where: str) -> None:
     """pydantic puts the alternatives of a union into the key's path; people do not know them."""
-    assert any(f": {where}" in line for line in refusal(tmp_path, **{key: value})), refusal(tmp_path, **{key: value})
+    lines = refusal(tmp_path, **{key: value})
+    assert any(f": {where}" in line for line in lines), lines
+    assert {line.split(": ")[1] for line in lines} == {where.split(": ")[0]} | (
+        {"training.lora.target_modules"} if "target_modules" in key else set()), "and by nothing else"
+
+
+def test_a_problem_below_a_key_has_the_line_of_what_is_wrong(tmp_path: Path) -> None:
+    task = {"name": "city", "source": "file:city.jsonl", "check": "exact", "sha256": SHA256}
+    file = build_pipeline.write(tmp_path, evaluation__tasks=[task, dict(task)])
+    (_, line) = [n for n, text in enumerate(file.read_text().splitlines(), 1) if "name: city" in text]
+    with pytest.raises(UserError, match=rf"^{file}:{line}: evaluation.tasks.1.name: city is the name of another task"):
+        pipeline.load(file)
 
 
 @pytest.mark.parametrize(("key", "allowed"), [

@@ -108,6 +108,17 @@ def test_arguments_of_the_chat_template_are_validated(tmp_path: Path, arguments:
     assert f": {problem}" in str(raised.value)
 
 
+@pytest.mark.parametrize(("value", "shown"), [
+    (["a"], "a list: "), ({"b": 1}, ""), (None, "None: "), (float("inf"), "inf: ")])
+def test_an_argument_of_the_chat_template_is_refused_once_by_its_key(tmp_path: Path, value: Any, shown: str) -> None:
+    file = write(tmp_path, chat_template={"first": 1, "names": value})
+    with pytest.raises(UserError) as raised:
+        environment.load(file)
+    line = next(n for n, text in enumerate(file.read_text().splitlines(), 1) if text.startswith("  names:"))
+    assert str(raised.value) == (
+        f"{file}:{line}: chat_template.names: {shown}must be true, false, a finite number or a text")
+
+
 def test_arguments_of_the_chat_template_keep_their_types(tmp_path: Path) -> None:
     arguments = {"enable_thinking": False, "level": 1, "share": 0.5, "date_string": "26 Jul 2024"}
     found = environment.load(write(tmp_path, chat_template=arguments)).environment.chat_template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,11 @@ def test_what_contradicts_itself_is_refused_with_what_was_meant(tmp_path: Path, 
     assert "\n" not in str(raised.value)
 
 
+def test_clients_can_tell_it_from_the_base_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="adapter has the base model's name"):
+        load(tmp_path, adapter="model", base_model={"source": "hf://model", "revision": "1" * 40})
+
+
 def test_the_stages_of_the_other_kind_refuse_it(tmp_path: Path) -> None:
     file = write(tmp_path)
     with pytest.raises(UserError, match=r":\d+: source: this adapter is imported, not trained here"):
@@ -133,8 +139,11 @@ def test_what_relocation_recorded_is_read_again(tmp_path: Path) -> None:
     assert imported.read(tmp_path, "volume") == recorded
 
 
+WITHOUT_A_DIGEST = json.dumps({kind: {"spec": {"r": float("nan")}, "inputs": {}} for kind in ("adapter", "evaluation")})
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"adapter": 1}', '{"adapter": {"spec": {}, "inputs": 7}}',
-                                  '{"adapter": {"spec": NaN, "inputs": {}}}', "[" * 10_000])
+                                  '{"adapter": {"spec": NaN, "inputs": {}}}', "[" * 10_000, WITHOUT_A_DIGEST])
 def test_a_damaged_record_is_an_error_of_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / imported.RECORD).write_text(text)
     with pytest.raises(UserError, match=r"imported.json: is damaged") as raised:
@@ -146,3 +155,73 @@ def test_settings_of_a_run_are_those_of_a_training() -> None:
     with pytest.raises(UserError, match="this adapter is imported, not trained here"):
         imported.load_any(CHECKOUT / "overlays" / "kind-serving" / "adapters" / "seville-hotels",
                           changes=["training.epochs=3"])
+
+
+@pytest.mark.parametrize("source", ["s3://bucket/prefix/seville-hotels/0123", "s3://bucket/prefix/seville-hotels/0123/"])
+def test_in_a_bucket_it_is_a_folder(tmp_path: Path, source: str) -> None:
+    found = load(tmp_path, source=source).sources()["source"]
+    assert (found.source, found.sha256) == ("s3://bucket/prefix/seville-hotels/0123/", SHA256)
+
+
+def test_a_file_without_its_pin_is_read_to_pin_it(tmp_path: Path) -> None:
+    unpinned = {"base_model": {"source": "hf://a/b"}}
+    file = write(tmp_path, sha256=None, **unpinned)
+    for loaded in (imported.load(file, pinned=False), imported.load_any(file, pinned=False)):
+        assert loaded.pipeline.sources()["source"].unpinned() == "`sha256` is missing"
+    for write_it in (write, build_pipeline.write):
+        file = write_it(tmp_path, **unpinned)
+        assert imported.load_any(file, pinned=False)
+        with pytest.raises(UserError, match="environment.yaml:.* base_model: hf://a/b is not pinned"):
+            imported.load_any(file)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n"])
+def test_a_file_that_holds_no_mapping_is_told_what_it_lacks(tmp_path: Path, text: str) -> None:
+    file = write(tmp_path)
+    file.write_text(text)
+    with pytest.raises(UserError, match="must hold a mapping with the key `adapter` and others"):
+        imported.load_any(file)
+
+
+def test_the_stages_of_data_and_evaluation_read_it_like_a_trained_one(tmp_path: Path) -> None:
+    file = write(tmp_path, dataset=DATASET, evaluation=GATE)
+    loaded, found = imported.load(file), imported.load_data(file)
+    assert found == loaded.evaluated_here()
+    assert (found.path, found.environment, found.pipeline) == (file, loaded.environment, loaded.pipeline.evaluated_here)
+    assert found.pipeline.adapter == "seville-hotels"
+    assert found.pipeline.training == pipeline.Training()
+    assert list(found.pipeline.sources()) == ["source", "dataset", "evaluation.acceptability"]
+    assert found.pipeline.sources()["source"] == loaded.pipeline.published
+    trained = build_pipeline.write(tmp_path)
+    assert imported.load_data(trained) == pipeline.load(trained)
+    assert imported.load_data(trained, changes=["training.epochs=3"]).pipeline.training.epochs == 3
+
+
+def test_its_environment_may_be_given(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    file = write(tmp_path / "a", dataset=DATASET, evaluation=GATE)
+    elsewhere = (file.parent / "environment.yaml").rename(tmp_path / "environment.yaml")
+    for load_it in (imported.load, imported.load_any, imported.load_data):
+        assert load_it(file, elsewhere).environment.path == elsewhere  # type: ignore[operator]
+    trained = build_pipeline.write(tmp_path / "a")
+    (trained.parent / "environment.yaml").unlink()
+    assert imported.load_any(trained, elsewhere).environment.path == elsewhere
+
+
+@pytest.mark.parametrize(("dataset", "evaluation", "where"), [
+    ({"source": "file:a", "sha256": None}, GATE, "dataset: file:a is not pinned"),
+    (DATASET, GATE | {"acceptability": {"source": "hf://datasets/a/b"}}, "evaluation.acceptability: hf://datasets/a/b")])
+def test_what_it_is_evaluated_on_is_pinned_as_well(tmp_path: Path, dataset: Any, evaluation: Any, where: str) -> None:
+    with pytest.raises(UserError, match=where):
+        load(tmp_path, dataset=dataset, evaluation=evaluation)
+
+
+def test_the_record_is_text_that_people_can_read(tmp_path: Path) -> None:
+    text = Imported(Spec("v", "adapter", {"größe": 1}, {}), Spec("v", "evaluation", {}, {})).to_json()
+    assert '\n    "spec": {\n      "größe": 1\n' in text and text.endswith("}\n")
+
+
+def test_a_damaged_record_is_moved_away_by_hand(tmp_path: Path) -> None:
+    (tmp_path / imported.RECORD).write_text("[]")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/imported.json: is damaged \(.*\). Move {tmp_path} away and run"):
+        imported.read(tmp_path, "volume")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any
 
 import pytest
@@ -45,6 +46,32 @@ def test_anything_else_is_refused_by_its_place_without_its_value(path: tuple[Any
     with pytest.raises(UserError) as caught:
         proof.validate(content)
     assert "secret" not in str(caught.value)
+    place = "the file" if path in (("answers",), ("base_answers",)) else ".".join(map(str, path[:2]))
+    assert re.match(rf"{place}[.\w]*: \w", str(caught.value))
+
+
+@pytest.mark.parametrize(("key", "message"), [
+    ("answers", "^the file: .*there is not one answer for each prompt"),
+    ("margins", r"^answers\.1: .*tokens, logprobs and margins differ in length")])
+def test_what_is_missing_is_named(key: str, message: str) -> None:
+    content = copy.deepcopy(VALID)
+    (content if key == "answers" else content["answers"][1])[key].pop()
+    with pytest.raises(UserError, match=message):
+        proof.validate(content)
+
+
+@pytest.mark.parametrize("base_answers", [None, VALID["answers"]])
+def test_the_file_is_json_that_leaves_out_what_is_not_there(base_answers: Any) -> None:
+    content = copy.deepcopy(VALID) | ({"base_answers": base_answers} if base_answers else {})
+    content["prompts"][0]["messages"][0]["content"] = "¿Dónde?"
+    text = proof.validate(content).to_json()
+    assert json.loads(text) == content
+    assert "¿Dónde?" in text and text.endswith("}\n")
+
+
+def test_no_file_is_written_that_is_no_json() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        proof.validate(VALID).model_copy(update={"sensitivity": float("nan")}).to_json()
 
 
 @pytest.mark.parametrize("content", [None, [], "secret", 1])

@@ -48,7 +48,8 @@ def test_it_is_about_the_manifest_and_names_sources_by_pin_versions_and_verdict(
         "reference_model": {"uri": "builtin:tiny-reference"},
         "dataset": {"uri": "file:dataset.jsonl", "digest": {"sha256": SHA256}},
         "evaluation.acceptability": by_name["evaluation.acceptability"]}
-    assert details["builder"]["version"] == {"python": "3.11.15", "torch": "2.13.0"}
+    assert definition["buildType"] == "urn:lora-gitops:adapter:1"
+    assert details["builder"] == {"id": "urn:lora-gitops:jobs", "version": {"python": "3.11.15", "torch": "2.13.0"}}
     assert details["metadata"] == {"invocationId": "0123456789abcdef", "startedOn": "2026-11-26T09:00:00+00:00",
                                    "finishedOn": "2026-11-26T09:30:00+00:00"}
     assert details["byproducts"] == [{

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import mmap
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,6 +290,128 @@ def test_a_forged_seal_does_not_stand_in_for_a_signed_artifacts_bytes(tmp_path: 
         artifacts.find(spec, tmp_path, signer.keys)
     with pytest.raises(UserError, match="weights-1 was changed"):
         artifacts.wait([spec], tmp_path, 1, keys=signer.keys)
+
+
+# --- by the volume's clock --------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """The volume's time, and that by which it is waited: both go on only in a pause."""
+
+    def __init__(self, volume: int, *, stands_still: bool = False) -> None:
+        self.volume, self.stands_still = volume, stands_still
+        self.elapsed = 7
+        self.pauses: list[float] = []
+
+    def now_ns(self, folder: Path) -> int:
+        return self.volume
+
+    def sleep(self, seconds: float) -> None:
+        assert len(self.pauses) < 10, "it waits for ever"
+        self.pauses.append(seconds)
+        self.elapsed += round(seconds * 1e9)
+        self.volume += 0 if self.stands_still else round(seconds * 1e9)
+
+
+CHANGED = 10**18
+HALF = 10**9  # half the resolution of times
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seals, "RESOLUTION_NS", 2 * HALF)
+
+
+@pytest.mark.parametrize(("now", "stands_still", "pauses", "then"), [
+    (CHANGED, False, [2], CHANGED + 2 * HALF), (CHANGED + HALF, False, [1], CHANGED + 2 * HALF),
+    (CHANGED + 2 * HALF, False, [], CHANGED + 2 * HALF), (CHANGED + 9 * HALF, False, [], CHANGED + 9 * HALF),
+    (CHANGED + 2 * HALF - 1, False, [1e-9], CHANGED + 2 * HALF), (CHANGED - HALF, False, [3], CHANGED + 2 * HALF),
+    (1, True, [4], 1)])
+def test_large_files_are_sealed_after_the_resolution_of_times_and_a_volumes_clock_is_waited_for_twice_as_long(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: None, now: int, stands_still: bool,
+        pauses: list[float], then: int) -> None:
+    clock = Clock(now, stands_still=stands_still)
+    monkeypatch.setattr(seals, "now_ns", clock.now_ns)
+    monkeypatch.setattr(seals, "time", SimpleNamespace(monotonic_ns=lambda: clock.elapsed, sleep=clock.sleep))
+    state = {"new": [1, 1, CHANGED, 1], "old": [1, 1, 3, 2]}
+    assert seals.settle(tmp_path / "draft", state) == (state, then)
+    assert clock.pauses == pytest.approx(pauses)
+
+
+@pytest.mark.parametrize("folder", ["volume", "nothing"])
+def test_a_draft_is_not_waited_for_where_it_cannot_be_sealed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    """It is small, or nothing can be written beside it."""
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(seals, "LARGE", 100 if folder == "volume" else 1)
+    assert seals.settle(tmp_path / folder / "draft", {"a": [99, 1, time.time_ns(), 1]}) is None
+
+
+@pytest.mark.parametrize(("began", "after", "why"), [
+    (CHANGED + 2 * HALF, CHANGED, None), (CHANGED + 2 * HALF - 1, CHANGED, "not sealed: its files changed just now"),
+    (CHANGED - HALF, CHANGED, "not sealed: its files changed just now"),
+    (CHANGED + 9 * HALF, CHANGED + HALF, "not sealed: its files changed just now"),
+    (None, CHANGED, "not sealed: the volume cannot be written here")])
+def test_files_are_sealed_if_their_last_change_was_long_enough_before_their_verification(
+        tmp_path: Path, exact: None, began: int | None, after: int, why: str | None) -> None:
+    before, artifact = {"a": [1, 1, CHANGED, 1], "b": [1, 1, 3, 2]}, tmp_path / "artifact"
+    state = {"a": [1, 1, after, 1], "b": [1, 1, 3, 2]}
+    assert seals.Sealing(artifact, b"{}", before, began).end(state) == why
+    assert seals.is_sealed(artifact, b"{}", state) is (why is None)
+    assert not seals.is_sealed(artifact, b"{ }", state)
+    assert not seals.is_sealed(artifact, b"{}", {"a": state["a"]})
+
+
+def test_a_seal_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    assert seals.Sealing(tmp_path / "gone" / "artifact", b"{}", {}, CHANGED).end({}) == (
+        "not sealed: No such file or directory")
+
+
+def test_a_seal_that_is_there_stays_valid(tmp_path: Path) -> None:
+    """In another form, every large artifact of every volume would be read again."""
+    manifest = hashlib.sha256(b"{}").hexdigest()
+    (tmp_path / ".verified-artifact").write_text(json.dumps(
+        {"files": {"a": [5, 6, 7, 8]}, "manifest": manifest, "format": 1}))
+    assert seals.is_sealed(tmp_path / "artifact", b"{}", {"a": [5, 6, 7, 8]})
+    assert not seals.is_sealed(tmp_path / "artifact", b"{}", {"a": [5, 6, 7, 9]})
+
+
+def test_a_seal_that_cannot_be_removed_is_no_error(tmp_path: Path) -> None:
+    seal(tmp_path / "artifact").mkdir()
+    assert seals.begin(tmp_path / "artifact", b"{}", {}).began_ns
+
+
+def test_an_artifact_without_files_changed_long_ago() -> None:
+    assert (seals.newest({}), seals.newest({"a": [1, 5, 3, 9], "b": [1, 1, 4, 1]})) == (0, 4)
+
+
+def test_the_volumes_time_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    now = seals.now_ns(tmp_path)
+    assert now and now >= (tmp_path / "file").stat().st_ctime_ns
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert seals.now_ns(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize(("sizes", "large"), [([], False), ([60, 39], False), ([60, 40], True), ([101], True)])
+def test_an_artifact_is_large_by_all_its_files(monkeypatch: pytest.MonkeyPatch, sizes: list[int], large: bool) -> None:
+    monkeypatch.setattr(seals, "LARGE", 100)
+    assert seals.is_large({str(n): [size, 1, 1, 1] for n, size in enumerate(sizes)}) is large
+
+
+@pytest.mark.parametrize(("kind", "error"), [("pipe", UserError), ("folder", UserError), ("link", OSError)])
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path, kind: str, error: type[Exception]) -> None:
+    """A pipe would be waited for, and a link could lead out of the volume."""
+    file = tmp_path / "weights"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        (tmp_path / "other").touch()
+        file.symlink_to(tmp_path / "other")
+    with pytest.raises(error, match="weights"):
+        seals.state_of(tmp_path, [file])
 
 
 # --- beside other things on the volume --------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jobs.core import pipeline
 from jobs.core.errors import UserError
-from jobs.core.search import EARLIEST, Search, description
+from jobs.core.search import EARLIEST, Search, description, rows, text_table
 from tests import build_pipeline
 
 RANKS = {"lora.r": [4, 8, 16]}
@@ -153,6 +153,76 @@ def test_rungs_come_in_order_and_end_with_the_training(trials: int, factor: int,
     reached = [rung.step(steps) for rung in rungs]
     assert reached == sorted(reached) and reached[0] >= 1 and reached[-1] == steps
     assert rungs[0].share >= EARLIEST
+
+
+@pytest.mark.parametrize(("declared", "line"), [
+    ({}, "3 trials over lora.r: 3 to 1/3 of their steps, 1 to the end; 1.67 trainings"),
+    ({"halving": {"rungs": 1}}, "3 trials over lora.r: 3 to the end; 3 trainings"),
+    ({"candidates": {"learning_rate": [0.1, 0.01], "epochs": [1, 3]}, "method": "random", "trials": 3},
+     "3 trials over learning_rate, epochs: 3 to 1/3 of their steps, 1 to the end; at most 1.44 trainings of the "
+     "longest trial")])
+def test_before_the_training_a_line_says_what_is_tried_and_what_it_costs(declared: dict[str, Any], line: str) -> None:
+    assert search(**declared).summary(epochs=1) == line
+
+
+GRID = search(candidates={"lora.r": [4, 8], "lora.target_modules": [["v", "q"], "all-linear"]})
+
+
+@pytest.mark.parametrize(("other", "same"), [
+    ({"candidates": {"lora": {"target_modules": [["q", "v"], "all-linear"], "r": [4, 8]}}}, True),
+    ({"halving": {"rungs": 3}}, True), ({"seed": 5}, True),  # which draws nothing of a grid
+    ({"halving": {"rungs": 1}}, False), ({"halving": {"factor": 2, "rungs": 3}}, False),
+    ({"candidates": {"lora.r": [8, 4], "lora.target_modules": [["v", "q"], "all-linear"]}}, False),
+    ({"candidates": {"lora.r": [4, 8], "learning_rate": [0.1, 0.2]}}, False),
+    ({"method": "random", "trials": 4}, False)])
+def test_two_declarations_of_the_same_trials_give_the_same_adapter(other: dict[str, Any], same: bool) -> None:
+    assert (search(**({"candidates": GRID.candidates} | other)).identity() == GRID.identity()) is same
+
+
+def test_an_adapter_keeps_the_digest_that_its_search_gave_it() -> None:
+    """With other keys, every adapter that a search chose would be trained again."""
+    candidates = {"lora.r": [4, 8, 16]}
+    assert search().identity() == {"candidates": candidates, "method": "grid", "halving": {"factor": 3, "rungs": 2}}
+    assert search(method="random", trials=2, seed=7).identity() == {
+        "candidates": candidates, "method": "random", "trials": 2, "seed": 7, "halving": {"factor": 3, "rungs": 2}}
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"trials": 3}])
+def test_what_draws_other_trials_makes_another_adapter(changed: dict[str, Any]) -> None:
+    drawn = {"method": "random", "trials": 2, "seed": 0}
+    assert search(**drawn).identity() != search(**drawn | changed).identity()
+
+
+@pytest.mark.parametrize("declared", [
+    {"candidates": {"lora.alpha": list(range(1, 65))}}, {"candidates": {"lora.alpha": [1, 2]}},
+    {"candidates": {"lora.alpha": [1, 2]}, "method": "random", "trials": 2},
+    {"candidates": {"lora.alpha": list(range(1, 1001)), "lora.dropout": [n / 1000 for n in range(1000)]},
+     "method": "random", "trials": 64}])
+def test_a_search_may_be_as_large_as_its_limits_and_no_larger(declared: dict[str, Any]) -> None:
+    assert len(search(**declared).settings()) == declared.get("trials", len(declared["candidates"]["lora.alpha"]))
+
+
+@pytest.mark.parametrize("declared", [
+    {"candidates": {"lora.alpha": list(range(1, 66))}},
+    {"candidates": {"lora.alpha": list(range(1, 1001)), "lora.dropout": [n / 1001 for n in range(1001)]},
+     "method": "random", "trials": 64}])
+def test_a_search_above_its_limits_is_refused(declared: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="combinations, and at most"):
+        search(**declared)
+
+
+def test_the_trials_are_shown_as_a_table_with_the_digits_that_were_compared() -> None:
+    def trial(number: int, losses: list[float | None], ended: str) -> dict[str, Any]:
+        return {"trial": number, "settings": {"lora.r": number * 4, "epochs": 1}, "steps": 30, "ended": ended,
+                "rungs": [{"step": 10 * (n + 1), "validation_loss": loss} for n, loss in enumerate(losses)]}
+
+    record = {"trials": [trial(1, [1.5, 1.23456], "chosen"), trial(2, [None], "stopped")]}
+    assert rows(record)[1:] == [["1", "lora.r 4, epochs 1", "20 of 30", "1.235", "chosen"],
+                                ["2", "lora.r 8, epochs 1", "10 of 30", "not finite", "stopped"]]
+    assert text_table(record).splitlines() == [
+        "trial  settings            step      validation loss  outcome",
+        "1      lora.r 4, epochs 1  20 of 30  1.235            chosen",
+        "2      lora.r 8, epochs 1  10 of 30  not finite       stopped"]
 
 
 def test_the_step_of_a_rung_is_exact() -> None:

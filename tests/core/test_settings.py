@@ -47,6 +47,8 @@ def test_the_files_own_value_however_it_is_written_and_an_empty_one_change_nothi
     ("training.epochs=0", r"^with --set training.epochs=0: .*pipeline.yaml:\d+: training.epochs: 0: "),
     ("training.epochs=many", r"training.epochs: 'many': "), ("training.learning_rate=NaN", r"training.learning_rate: "),
     ("training.learning_rate=3", r"training.learning_rate: 3.*less than 1"),
+    ("training.0123456789=3", r"^--set training.0123456789: a run can change single values of `training` only: "),
+    ("raining.epochs=3", r"^--set raining.epochs: a run can change single values of `training` only: "),
     ("training.lora.r=128", r"above serving.max_lora_rank")])
 def test_what_cannot_be_changed_for_a_run_is_refused_with_the_reason(
         tmp_path: Path, setting: str, message: str) -> None:
@@ -54,5 +56,28 @@ def test_what_cannot_be_changed_for_a_run_is_refused_with_the_reason(
         load(build_pipeline.write(tmp_path), setting)
 
 
+@pytest.mark.parametrize("key", ["trials", "seed", "candidates"])
+def test_a_search_is_no_single_value(tmp_path: Path, key: str) -> None:
+    search = {"candidates": {"lora.r": [4, 8]}}
+    with pytest.raises(UserError, match=rf"^--set training.search.{key}: "):
+        load(build_pipeline.write(tmp_path, training__search=search), f"training.search.{key}=3")
+    assert load(build_pipeline.write(tmp_path, training__search=search), "training.epochs=3").changed
+
+
+def test_a_value_may_hold_what_separates_it_from_its_key() -> None:
+    found = settings.changes(pipeline.Training(), ['training.lora.target_modules=["a=b"]'])
+    assert found == {"training.lora.target_modules": ["a=b"]}
+
+
+def test_the_content_of_the_file_stays_as_it_is() -> None:
+    """It is what the run is compared with."""
+    content = {"training": {"lora": {"r": 8}, "epochs": 1}}
+    changed = settings.applied(content, {"training.lora.r": 4, "training.seed": 2})
+    assert changed == {"training": {"lora": {"r": 4}, "epochs": 1, "seed": 2}}
+    assert content == {"training": {"lora": {"r": 8}, "epochs": 1}}
+
+
 def test_the_edit_to_commit_is_shown_as_the_file_has_it() -> None:
-    assert settings.edit({"training.epochs": 3, "training.lora.r": 8}) == "training:\n  epochs: 3\n  lora:\n    r: 8"
+    """In the order of the settings, and with letters as they are written."""
+    assert settings.edit({"training.lora.r": 8, "training.epochs": 3, "training.lora.target_modules": ["größe"]}) == (
+        "training:\n  lora:\n    r: 8\n    target_modules:\n    - größe\n  epochs: 3")

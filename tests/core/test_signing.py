@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.core import artifacts, environment, provenance, signatures, signing
-from jobs.core.errors import UserError
+from jobs.core.errors import RetryableError, UserError
 from tests import build_pipeline, build_signing
 from tests.build_signing import pair
 from tests.manifests import CHECKOUT
 
 CONTENT = b'{"kind": "adapter"}\n'
+DEVICE = "pkcs11:token=team;object=adapters?pin-value=1234"
+DEVICES = "model_signing._signing.sign_pkcs11"
 
 
 @functools.cache
@@ -174,12 +177,56 @@ def test_a_bad_signature_is_accepted_by_neither(tmp_path: Path, name: str) -> No
     assert not accepted_by_model_signing(tmp_path, CONTENT, bundle, pair().public)
 
 
+@pytest.mark.parametrize(("name", "reason"), [
+    ("half", "it is no whole sigstore bundle"), ("another kind of bundle", "of another kind or version"),
+    ("another kind of payload", "of another kind or version"), ("by another key", "none of signing.public_keys"),
+    ("of another file", "the file was changed, or the signature belongs to another one"),
+    ("a statement of another kind", "what it signs is another kind of statement"),
+    ("a statement in another format", "what it signs is another kind of statement"),
+    ("a statement that is a list", "what it signs is no statement about a model")])
+def test_a_bad_signature_is_refused_with_the_reason(name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        signatures.verify(CONTENT, BAD[name](signed()), [pair().public])
+
+
 @pytest.mark.parametrize("hint", [{}, {"hint": None}, {"hint": 5}, {"hint": ["x"]}])
 def test_a_signature_that_does_not_name_its_key_is_not_accepted_here(tmp_path: Path, hint: dict[str, Any]) -> None:
     """model-signing takes it, as one from before its version 1.0."""
     bundle = changed(lambda b: b["verificationMaterial"].update(publicKey=hint))(signed())
     with pytest.raises(ValueError, match="does not name its key"):
         signatures.verify(CONTENT, bundle, [pair().public])
+
+
+def test_a_keyless_signature_is_not_accepted() -> None:
+    """It names a person by a certificate of Sigstore, and not a key."""
+    def by_certificate(bundle: dict[str, Any]) -> None:
+        bundle["verificationMaterial"] = {"certificate": {"rawBytes": ""}}
+
+    with pytest.raises(ValueError, match="does not name its key: it is keyless"):
+        signatures.verify(CONTENT, changed(by_certificate)(signed()), [pair().public])
+
+
+def broken(text: str) -> str:
+    """Base64 with a line's end in it, as a lenient decoder takes it."""
+    return f"{text[:8]}\n{text[8:]}"
+
+
+@pytest.mark.parametrize("change", [
+    lambda envelope: envelope.update(payload=broken(envelope["payload"])),
+    lambda envelope: envelope["signatures"][0].update(sig=broken(envelope["signatures"][0]["sig"]))])
+def test_a_signature_has_one_spelling(change: Callable[[dict[str, Any]], object]) -> None:
+    with pytest.raises(ValueError, match="no whole sigstore bundle"):
+        signatures.verify(CONTENT, changed(lambda b: change(b["dsseEnvelope"]))(signed()), [pair().public])
+
+
+@pytest.mark.parametrize("length", [signatures.PEM_BYTES, signatures.PEM_BYTES + 1])
+def test_a_public_key_is_read_up_to_a_limit_that_no_key_has(length: int) -> None:
+    text = pair().public.ljust(length, "\n")
+    if length <= signatures.PEM_BYTES:
+        assert signatures.public_key(text) == pair().public
+    else:
+        with pytest.raises(ValueError, match="must be one public key in PEM"):
+            signatures.public_key(text)
 
 
 @pytest.mark.parametrize("content", [b"", CONTENT[:-1], CONTENT + b"\n", CONTENT.replace(b" ", b"")])
@@ -211,8 +258,12 @@ def test_any_of_the_trusted_keys_will_do_and_the_message_names_them_where_none_d
     assert signatures.verify(CONTENT, signed("two"), [two, one]) == two
     with pytest.raises(ValueError) as raised:
         signatures.verify(CONTENT, signed("three"), [two, one])
-    for key in (one, two, three):
-        assert signatures.fingerprint(key)[:12] in str(raised.value)
+    first, second, third = (signatures.fingerprint(key)[:12] for key in (one, two, three))
+    assert str(raised.value) == (
+        f"it is by the key '{third}', which is none of signing.public_keys ({second}, {first})")
+    forged = changed(other_key_of_that_name)(signed())
+    with pytest.raises(ValueError, match=f"^it was changed, or is not by the key {first} that it names$"):
+        signatures.verify(CONTENT, forged, [one])
 
 
 # --- the key ----------------------------------------------------------------------------------------------------------
@@ -221,6 +272,27 @@ def test_any_of_the_trusted_keys_will_do_and_the_message_names_them_where_none_d
 def test_the_same_content_is_signed_with_the_same_bytes() -> None:
     """A published adapter that is published again keeps its digest in the registry."""
     assert build_signing.signer(pair()).sign(CONTENT) == build_signing.signer(pair()).sign(CONTENT)
+
+
+def test_a_signature_has_the_form_of_model_signings_own(tmp_path: Path) -> None:
+    """But for the random numbers and the order of keys, in which each of its own differs."""
+    from model_signing import hashing
+    from model_signing._signing import sign_ec_key
+    from model_signing._signing import signing as own
+
+    (tmp_path / "artifact.json").write_bytes(CONTENT)
+    (tmp_path / "key.pem").write_text(pair().private)
+    made = sign_ec_key.Signer(tmp_path / "key.pem").sign(own.Payload(hashing.Config().set_ignored_paths(
+        paths=[], ignore_git_paths=False).hash(tmp_path / "artifact.json"))).bundle.to_json().encode()
+    signature = build_signing.signer(pair()).sign(CONTENT).encode()
+    theirs, ours = json.loads(made), json.loads(signature)
+    assert payload(made) == payload(signature)
+    text = base64.b64decode(ours["dsseEnvelope"]["payload"]).decode()
+    assert text == json.dumps(json.loads(text), sort_keys=True, indent=1), "and people can read the statement"
+    for bundle in (theirs, ours):
+        bundle["dsseEnvelope"].pop("payload")
+        bundle["dsseEnvelope"]["signatures"][0].pop("sig")
+    assert ours == theirs
 
 
 def environment_with(*keys: str) -> environment.Environment:
@@ -250,7 +322,6 @@ def private_key(make: Callable[[], Any], password: bytes | None = None) -> str:
 
 
 WRONG_KEYS: dict[str, tuple[str | None, str]] = {
-    "not set": ("", "SIGNING_KEY is not set. Add the component base/signing"),
     "missing": (None, "cannot be read: No such file"),
     "empty": ("\n", "is no private key in PEM"),
     "a public key": (pair().public, "is no private key in PEM"),
@@ -269,12 +340,42 @@ def test_a_key_that_cannot_sign_is_found_before_the_work_and_is_never_shown(
     file = tmp_path / "key"
     if text:
         file.write_text(text)
-    monkeypatch.setenv(signing.VARIABLE, "" if text == "" else str(file))
+    monkeypatch.setenv(signing.VARIABLE, str(file))
     with pytest.raises(UserError) as raised:
         signing.signer(environment_with(pair().public))
     assert problem in str(raised.value)
+    assert str(file) in str(raised.value)
     assert "PRIVATE" not in str(raised.value)
     assert not text or len(text) < 20 or text.splitlines()[1] not in str(raised.value) or text == pair().public
+
+
+@pytest.mark.parametrize("value", [None, "", " "])
+def test_where_signatures_are_asked_for_a_stage_needs_a_key(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv(signing.VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(signing.VARIABLE, value)
+    with pytest.raises(UserError, match="SIGNING_KEY is not set. Add the component base/signing"):
+        signing.signer(environment_with(pair().public))
+
+
+def test_a_key_that_is_not_trusted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key").write_text(pair("two").private)
+    monkeypatch.setenv(signing.VARIABLE, str(tmp_path / "key"))
+    with pytest.raises(UserError) as raised:
+        signing.signer(environment_with(pair().public))
+    assert str(raised.value).startswith(f"SIGNING_KEY: the public key of {tmp_path / 'key'} "
+                                        f"({signatures.fingerprint(pair('two').public)[:12]}) is none of ")
+
+
+@pytest.mark.parametrize("size", [signing.KEY_BYTES, signing.KEY_BYTES + 1])
+def test_a_key_file_is_read_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    (tmp_path / "key").write_text(pair().private.ljust(size, "\n"))
+    monkeypatch.setenv(signing.VARIABLE, str(tmp_path / "key"))
+    if size <= signing.KEY_BYTES:
+        assert signing.signer(environment_with(pair().public))
+    else:
+        with pytest.raises(UserError, match="the signing key cannot be read"):
+            signing.signer(environment_with(pair().public))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "huge"])
@@ -294,10 +395,70 @@ def test_a_key_file_of_another_kind_is_refused_at_once(tmp_path: Path, monkeypat
 
 def test_a_pkcs11_uri_needs_a_package_that_is_not_in_the_images_and_its_pin_is_not_shown(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(signing.VARIABLE, "pkcs11:token=team;object=adapters?pin-value=1234")
+    monkeypatch.setitem(sys.modules, DEVICES, None)
+    monkeypatch.setenv(signing.VARIABLE, DEVICE)
     with pytest.raises(UserError) as raised:
         signing.signer(environment_with(pair().public))
     assert "model-signing[pkcs11]" in str(raised.value)
+    assert "1234" not in str(raised.value)
+
+
+class Device:
+    """In place of model-signing's signer for a PKCS#11 device, which needs a library of C."""
+
+    there = True
+
+    def __init__(self, uri: str) -> None:
+        if uri != DEVICE:
+            raise LookupError(f"no key at {uri}")
+        self.key, _ = signing.from_pem(pair().private.encode(), "the device's key")
+
+    def public_key(self) -> Any:
+        return serialization.load_pem_public_key(pair().public.encode())
+
+    def sign(self, payload: Any) -> Any:
+        if not self.there:
+            raise OSError(f"{DEVICE} is away")
+        return self.key.sign(payload)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType(DEVICES)
+    module.Signer = Device  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, DEVICES, module)
+    monkeypatch.setenv(signing.VARIABLE, DEVICE)
+
+
+def test_a_key_in_a_device_signs(device: None) -> None:
+    signer = signing.signer(environment_with(pair("two").public, pair().public))
+    assert signer is not None
+    assert signer.own == pair().public
+    assert signatures.verify(CONTENT, signer.sign(CONTENT).encode(), signer.keys) == pair().public
+
+
+def test_a_device_that_is_away_when_the_work_is_done_is_tried_again(device: None, monkeypatch: pytest.MonkeyPatch
+                                                                    ) -> None:
+    signer = signing.signer(environment_with(pair().public))
+    assert signer is not None
+    monkeypatch.setattr(Device, "there", False)
+    with pytest.raises(RetryableError) as raised:
+        signer.sign(CONTENT)
+    assert str(raised.value) == "SIGNING_KEY: pkcs11:token=team;object=adapters did not sign (OSError)"
+
+
+def test_a_device_without_the_key_is_an_error_that_does_not_show_the_pin(device: None, monkeypatch: pytest.MonkeyPatch
+                                                                         ) -> None:
+    monkeypatch.setenv(signing.VARIABLE, DEVICE.replace("adapters", "other"))
+    with pytest.raises(UserError) as raised:
+        signing.signer(environment_with(pair().public))
+    assert str(raised.value) == ("SIGNING_KEY: no key that can sign is at pkcs11:token=team;object=other "
+                                 "(LookupError). See docs/signing.md")
+
+
+def test_the_key_of_a_device_must_be_trusted(device: None) -> None:
+    with pytest.raises(UserError, match="the public key of pkcs11:token=team;object=adapters .* is none of ") as raised:
+        signing.signer(environment_with(pair("two").public))
     assert "1234" not in str(raised.value)
 
 
