@@ -265,3 +265,68 @@ def test_rules_on_answers_need_evidence_among_the_records_that_are_answered() ->
     answers = Evaluation.model_validate({"answered_records": 19, "gate": {"rougeL": {"min": 0.5}}})
     with pytest.raises(UserError, match=r"gate\.rougeL: 19 held-out .* Raise evaluation\.answered_records or dataset"):
         gate.check_measurable(answers, records)
+
+
+@pytest.mark.parametrize(("metric", "than", "vocabularies", "refused"), [
+    ("perplexity", "promoted", {"fine_tuned": "a", "promoted": "b"}, True),
+    ("perplexity", "promoted", {"fine_tuned": "a", "promoted": "a"}, False),
+    ("perplexity", "promoted", {"fine_tuned": "a"}, False),  # there is none to compare with
+    ("perplexity", "base", {"fine_tuned": "a", "base": "a", "promoted": "b"}, False),
+    ("bits_per_byte", "promoted", {"fine_tuned": "a", "promoted": "b"}, False)])
+def test_values_per_token_are_compared_only_of_models_with_the_same_tokens(
+        metric: str, than: str, vocabularies: dict[str, str], refused: bool) -> None:
+    rules = Evaluation.model_validate({"gate": {metric: {"max_ratio": 1.0, "than": than}}})
+    if not refused:
+        gate.check_comparable(rules, vocabularies)
+        return
+    with pytest.raises(UserError, match="^evaluation.gate.perplexity: the promoted model has another tokenizer, and "
+                                        "perplexity is per token, .* Use bits_per_byte for this rule$"):
+        gate.check_comparable(rules, vocabularies)
+
+
+@pytest.mark.parametrize(("metric", "rule"), [("rougeL", {"min": 0.4}), ("perplexity", {"max": 20.0})])
+def test_the_interval_of_a_score_is_that_of_its_rule_in_whatever_order_the_rows_are(
+        metric: str, rule: dict[str, float]) -> None:
+    values = model()
+    for row in values["records"][5:9]:
+        row["rougeL"] = 0.9  # of one cluster
+    clusters = CLUSTERS[:5] + [("group", "one")] * 4 + CLUSTERS[9:]
+    (check,) = gate.evaluate_gate(Evaluation.model_validate({"gate": {metric: rule}}), {"fine_tuned": values}, clusters)
+    found = gate.score_interval(metric, values, clusters, 0.95)
+    assert found is not None and (found.value, found.low, found.high) == (check.value, check.low, check.high)
+    surer = gate.score_interval(metric, values, clusters, 0.99)
+    assert surer is not None and surer.low < found.low < found.high < surer.high
+    values["records"].reverse()
+    assert gate.score_interval(metric, values, clusters, 0.95) == found
+
+
+def test_what_was_not_measured_has_no_interval() -> None:
+    assert gate.score_interval("rougeL", model(None) | {"records": []}, CLUSTERS, 0.95) is None
+
+
+@pytest.mark.parametrize(("clusters", "confidence", "gain"), [(100, 0.95, 0.0746), (25, 0.95, 0.1492),
+                                                              (100, 0.99, 0.0950)])
+def test_the_smallest_gain_that_evidence_shows_shrinks_with_the_root_of_its_amount(
+        clusters: int, confidence: float, gain: float) -> None:
+    assert gate.detectable_gain(clusters, confidence) == pytest.approx(gain, abs=1e-4)
+
+
+@pytest.mark.parametrize(("metric", "more", "text"), [
+    ("rougeL", 7, "about 7 more held-out records"), ("acceptability_mcc", 123, "about 120 more sentences"),
+    ("tasks.city", 1_250, "about 1,200 more records of the task"), ("privacy.exposure", 7, "about 7 more records"),
+    ("rougeL", None, "about 0 more held-out records")])
+def test_more_evidence_is_named_by_what_it_is_evidence_of(metric: str, more: int | None, text: str) -> None:
+    assert gate.Check(metric, "min", 0.5, "base", 0.95, "undecided", 0.5, more_records=more).more_text == text
+
+
+def test_a_bound_that_nothing_is_known_of_is_unknown() -> None:
+    check = gate.Check("rougeL", "min", 0.123456789, "base", 0.95, "undecided", 0.5)
+    assert (check.bound_text, check.requirement) == ("at least unknown", "at least 0.123457")
+    assert check.known_text == "at least unknown"
+
+
+def test_the_clusters_of_a_task_are_its_own_and_each_sentence_is_one() -> None:
+    rows = [{"line": 1, "cluster": "a"}, {"line": 3, "cluster": "a"}, {"line": 5}]
+    assert gate._names("tasks.city", rows, []) == ["a", "a", 5]
+    assert gate._names("acceptability_mcc", rows[2:], []) == [5]
+    assert gate._names("rougeL", rows, CLUSTERS) == [("record", 1), ("record", 3), ("record", 5)]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Lora, Training
 from jobs.data.encoded import Splits
-from jobs.data.encoding import Encoded
+from jobs.data.encoding import Encoded, Pair
 from jobs.training import callbacks, card, packing, train, trainer
 from jobs.training.distributed import Team
 from jobs.training.dropout import Masks
@@ -275,6 +275,38 @@ def test_a_pack_is_one_row_in_which_positions_restart_and_only_completions_are_l
                   "position_ids": [[0, 1, 2, 3, 0, 1]]}
 
 
+def test_a_pack_has_what_attention_and_losses_need_of_it() -> None:
+    pairs = [Pair(Encoded.of([5, 6], [7, 8]), Encoded.of([5, 6], [9])), Pair(Encoded.of([1], [2]), Encoded.of([1], [3]))]
+    batch = packing.flatten(pairs)
+    expected = {"cu_seq_lens_q": [0, 4, 7, 9, 11], "logits_to_keep": [1, 2, 5, 7, 9], "shift_labels": [[7, 8, 9, 2, 3]],
+                "answer_of": [0, 0, 1, 2, 3]}
+    assert {name: batch[name].tolist() for name in expected} == expected
+    assert "answer_of" not in packing.flatten([pairs[0].chosen])
+
+
+def test_a_step_has_one_batch_of_one_epoch_and_knows_its_lines() -> None:
+    split = of_lengths([25] * 6)
+    two = packing.Batches(split, Training(**(TRAINING | {"epochs": 2})))
+    assert (len(two), two.tokens) == (6, 300)
+    assert sorted(n for batch in list(two)[3:] for n in batch.tolist()) == list(range(6)), "the second epoch"
+    assert [two.lines(step) for step in range(1, 7)] == [sorted((batch + 1).tolist()) for batch in two]
+    for step in (-1, 6):
+        with pytest.raises(IndexError):
+            two[step]
+    split.records = np.array([9, 9, 4, 4, 4, 7])  # of conversations that became several sequences
+    whole = packing.Batches(split, Training(**(TRAINING | {"epochs": 1, "tokens_per_batch": 150})))
+    assert whole.lines(1) == [4, 7, 9]
+
+
+@pytest.mark.parametrize(("tokens", "least", "count"), [(20, 1, 4), (19.9, 1, 3), (0, 3, 3), (0, 99, 10), (50, 1, 10)])
+def test_a_sample_has_so_many_tokens_or_sequences_from_everywhere(tokens: float, least: int, count: int) -> None:
+    found = packing.sample(np.full(10, 5), tokens, least).tolist()
+    assert len(found) == count and found == sorted(set(found)) and found == packing.sample(
+        np.full(10, 5), tokens, least).tolist()
+    large = packing.sample(np.full(10_000, 5), 5000, 1)
+    assert large.mean() == pytest.approx(5000, abs=500)
+
+
 def test_max_length_may_be_all_the_positions_that_the_model_has() -> None:
     packing.check_length({"max_position_embeddings": 40}, Training(**TRAINING))
     packing.check_length({}, Training(**TRAINING))
@@ -295,6 +327,8 @@ def test_the_micro_batches_of_all_processes_are_the_batch(lengths: list[int], si
     assert all(one == sorted(one) for micro_batches in of_each for one in micro_batches)
     assert all(sum(lengths[n] for n in one) <= max(tokens, *lengths) for each in of_each for one in each)
     assert len({len(micro_batches) for micro_batches in of_each}) == 1
+    for fewer in range(1, len(of_each[0])):
+        assert any(sum(lengths[n] for n in one) > max(tokens, *lengths) for one in packing.divide(lengths, fewer * size))
     if size == 1:
         assert all(of_each[0]), "one process computes nothing in vain"
 
@@ -304,6 +338,14 @@ def test_no_process_waits_long_for_another(lengths: list[int], size: int) -> Non
     """The fullest share has at most one record more than a fair part (Graham 1969: longest first)."""
     tokens = [sum(lengths[position] for position in share) for share in packing.divide(lengths, size)]
     assert max(tokens) <= sum(lengths) / size + max(lengths)
+
+
+@pytest.mark.parametrize(("lengths", "shares", "divided"), [
+    ([5, 4, 3, 2], 2, [[0, 3], [1, 2]]), ([2, 3, 4, 5], 2, [[0, 3], [1, 2]]), ([3, 3, 3], 3, [[0], [1], [2]]),
+    ([1], 2, [[0], []]), ([9, 1, 1, 1], 2, [[0], [1, 2, 3]])])
+def test_the_longest_record_goes_first_to_the_share_with_the_fewest_tokens(
+        lengths: list[int], shares: int, divided: list[list[int]]) -> None:
+    assert packing.divide(lengths, shares) == divided
 
 
 # --- the whole stage -------------------------------------------------------------------------------------------------
