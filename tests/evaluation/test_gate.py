@@ -3,6 +3,7 @@ measured passes."""
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from jobs.core.errors import UserError
 from jobs.core.pipeline import BOUNDS, Evaluation
 from jobs.evaluation import gate
+from jobs.evaluation.confidence import Interval
 
 CLUSTERS: list[gate.Cluster] = [("record", line) for line in range(1, 41)]
 
@@ -103,6 +105,7 @@ def test_an_adapter_that_changes_nothing_is_not_proven_by_equal_values(
         metric: str, rule: dict[str, float], sentence: str) -> None:
     check = only(rule, metric=metric, base=model(), fine_tuned=model())
     assert (check.outcome, check.description) == ("undecided", sentence)
+    json.dumps(check.to_json(), allow_nan=False)  # bounds that are infinite are none
 
 
 def test_one_record_decides_nothing() -> None:
@@ -179,6 +182,9 @@ def test_an_absolute_bound_needs_no_base() -> None:
 
 
 def test_the_first_adapter_has_nothing_promoted_to_be_compared_with() -> None:
+    rules = Evaluation.model_validate({"gate": {"rougeL": {"min_gain": 0.1, "than": "promoted"}}})
+    (check,) = gate.evaluate_gate(rules, {"fine_tuned": model()}, CLUSTERS, {"promoted": "it is the first"})
+    assert (check.passed, check.reason) == (True, "it is the first")
     check = only({"min_gain": 0.1, "than": "promoted"}, base=model(), fine_tuned=model())
     assert check.passed and "no promoted model to compare with" in check.description
     worse = only({"max_drop": 0.1, "than": "promoted"}, base=model(0.1), fine_tuned=model(), promoted=model(0.9))
@@ -250,11 +256,12 @@ def test_a_rouge_rule_on_plain_text_is_refused_before_anything_is_measured() -> 
 
 
 def test_too_little_evidence_is_refused_before_anything_is_measured() -> None:
-    rules = Evaluation.model_validate({"gate": {"perplexity": {"max": 9}}})
+    rules = Evaluation.model_validate({"answered_records": 60, "gate": {"perplexity": {"max": 9}}})
     labels = [{"prompt": f"Is {n} even?", "completion": "yes" if n % 2 == 0 else "no"} for n in range(60)]
     with pytest.raises(UserError, match=r"gate\.perplexity: 60 held-out records in 2 clusters .* at least 20 .*"
-                                        r"evaluation\.clusters: record"):
+                                        r"Raise dataset\.holdout, .*evaluation\.clusters: record"):
         gate.check_measurable(rules, labels)
+    gate.check_measurable(rules, [{"text": f"Number {n}."} for n in range(gate.MINIMUM_CLUSTERS)])
     gate.check_measurable(rules.model_copy(update={"clusters": "record"}), labels)
 
 
@@ -330,3 +337,35 @@ def test_the_clusters_of_a_task_are_its_own_and_each_sentence_is_one() -> None:
     assert gate._names("tasks.city", rows, []) == ["a", "a", 5]
     assert gate._names("acceptability_mcc", rows[2:], []) == [5]
     assert gate._names("rougeL", rows, CLUSTERS) == [("record", 1), ("record", 3), ("record", 5)]
+
+
+def test_a_cluster_is_named_by_what_its_records_have_in_common() -> None:
+    records = [{"prompt": "a", "completion": " Yes\n so", "group": 7}, {"prompt": "b", "completion": " Yes\n so"},
+               {"text": "c"}]
+    assert gate.clusters_of(records, "answer") == [("group", 7), ("answer", "yes so"), ("record", 3)]
+    assert gate.clusters_of(records, "record") == [("group", 7), ("record", 2), ("record", 3)]
+
+
+@pytest.mark.parametrize(("value", "sentence"), [
+    (None, "rougeL: fine-tuned must be at least 0.5: nothing measures it"),
+    (0.25, "rougeL: fine-tuned is 0.25, must be at least 0.5: nothing measures it")])
+def test_what_decided_without_numbers_is_in_the_sentence(value: float | None, sentence: str) -> None:
+    check = gate.Check("rougeL", "min", 0.5, "base", 0.95, "failed", value, reason="nothing measures it")
+    assert check.description == sentence
+    assert check.value_text == ("not a finite number" if value is None else "0.25")
+
+
+@pytest.mark.parametrize(("value", "low", "high", "limit", "log", "more"), [
+    (0.5, 0.25, 1.0, 0.375, False, 120),  # half as wide an interval: four times as much evidence
+    (0.5, 0.25, 1.0, 0.625, False, 600), (0.5, 0.3, 0.9, 0.3001, False, 1),
+    (0.5, 0.3, 0.9, 0.5, False, None), (0.5, -math.inf, 0.9, 0.4, False, None),
+    (100.0, 0.0, 200.0, 99.0, False, 399_960), (100.0, 0.0, 200.0, 99.005, False, None),
+    (1.0, 0.25, 4.0, 0.5, True, 120), (1.0, 0.0, 4.0, 0.5, True, None)])
+def test_bounds_come_nearer_with_the_root_of_the_evidence(value: float, low: float, high: float, limit: float,
+                                                          log: bool, more: int | None) -> None:
+    assert gate._more(Interval(value, low, high), limit, 40, log=log) == more
+
+
+def test_a_factor_beyond_all_numbers_is_infinite() -> None:
+    assert [gate._exp(value) for value in (-math.inf, 0.0, 800.0, math.inf)] == [0, 1, math.inf, math.inf]
+    assert [gate._log(value) for value in (-1.0, 0.0, 0.5, 1.0)] == [-math.inf, -math.inf, math.log(0.5), 0]

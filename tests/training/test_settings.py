@@ -276,7 +276,8 @@ def test_a_pack_is_one_row_in_which_positions_restart_and_only_completions_are_l
 
 
 def test_a_pack_has_what_attention_and_losses_need_of_it() -> None:
-    pairs = [Pair(Encoded.of([5, 6], [7, 8]), Encoded.of([5, 6], [9])), Pair(Encoded.of([1], [2]), Encoded.of([1], [3]))]
+    pairs = [Pair(Encoded.of([5, 6], [7, 8]), Encoded.of([5, 6], [9])),
+             Pair(Encoded.of([1], [2]), Encoded.of([1], [3]))]
     batch = packing.flatten(pairs)
     expected = {"cu_seq_lens_q": [0, 4, 7, 9, 11], "logits_to_keep": [1, 2, 5, 7, 9], "shift_labels": [[7, 8, 9, 2, 3]],
                 "answer_of": [0, 0, 1, 2, 3]}
@@ -328,7 +329,8 @@ def test_the_micro_batches_of_all_processes_are_the_batch(lengths: list[int], si
     assert all(sum(lengths[n] for n in one) <= max(tokens, *lengths) for each in of_each for one in each)
     assert len({len(micro_batches) for micro_batches in of_each}) == 1
     for fewer in range(1, len(of_each[0])):
-        assert any(sum(lengths[n] for n in one) > max(tokens, *lengths) for one in packing.divide(lengths, fewer * size))
+        shares = packing.divide(lengths, fewer * size)
+        assert any(sum(lengths[n] for n in one) > max(tokens, *lengths) for one in shares), "as few as will do"
     if size == 1:
         assert all(of_each[0]), "one process computes nothing in vain"
 
