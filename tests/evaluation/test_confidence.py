@@ -24,6 +24,7 @@ from jobs.evaluation.confidence import (
     Exponential,
     Interval,
     Logarithm,
+    Proportion,
     Ratio,
     Statistic,
     draws,
@@ -358,6 +359,63 @@ def test_one_cluster_and_values_that_are_not_finite_are_bounded_by_nothing() -> 
 def test_bounds_stay_within_what_is_possible() -> None:
     few = interval(Ratio.mean([1.0] * 19 + [0.9], Clusters.of(range(20))), 20, 0.99, low=0.0, high=1.0)
     assert 0.0 <= few.low < few.value < few.high <= 1.0
+
+
+# Shares.
+
+def clopper_pearson(hits: float, trials: int, more: float, level: float) -> tuple[float, float]:
+    """The lower bound of so many hits and the upper one of `more`, by scipy."""
+    return (float(scipy.stats.beta.ppf(1 - level, hits, trials - hits + 1)) if hits else 0.0,
+            float(scipy.stats.beta.ppf(level, more + 1, trials - more)) if more < trials else 1.0)
+
+
+@pytest.mark.parametrize(("share", "trials", "level", "low", "high"), [
+    (0.0, 7, 0.95, 0, 0), (1.0, 7, 0.95, 7, 7), (0.3, 10, 0.95, 3, 3), (0.3, 10, 0.8, 3, 3), (0.7, 1000, 0.99, 700, 700),
+    (0.25, 10, 0.95, 2, 3), (0.01, 10, 0.9, 0, 1), (0.0, 1, 0.95, 0, 0), (1 / 3, 3, 0.95, 1, 1)])
+def test_a_share_is_bounded_as_scipy_does_and_what_is_no_whole_hit_makes_the_bounds_wider(
+        share: float, trials: int, level: float, low: int, high: int) -> None:
+    found = confidence.exact_bounds(share, trials, level)
+    assert found == pytest.approx(clopper_pearson(low, trials, high, level), abs=1e-8)
+
+
+@pytest.mark.parametrize(("rows", "trials"), [
+    ([[1, 0, 0, 1], [0, 0, 0], [1], [0, 1], [0, 0]], None),  # they differ: by the design effect
+    ([[0, 1]] * 8 + [[0, 1, 1]], 19),  # clusters are more alike than rows: no surer than that many rows
+    ([[1], [0], [0], [0]], 4),  # one row each
+    ([[0, 1]] * 9, 9),  # all clusters say the same
+])
+def test_a_share_of_clustered_rows_is_as_sure_as_that_of_fewer_rows(rows: list[list[float]], trials: int | None) -> None:
+    """Korn and Graubard 1998: as many as have the same variance."""
+    values = [value for cluster in rows for value in cluster]
+    clusters = Clusters.of([n for n, cluster in enumerate(rows) for _ in cluster])
+    share, count = sum(values) / len(values), len(rows)
+    if trials is None:
+        residuals = sum((sum(cluster) - share * len(cluster)) ** 2 for cluster in rows)
+        variance = residuals / len(values) ** 2 * count / (count - 1)
+        trials = int(min(len(values), share * (1 - share) / variance))
+    found = interval(Proportion.mean(values, clusters), count, 0.95)
+    assert found.value == pytest.approx(share)
+    assert (found.low, found.high) == confidence.exact_bounds(found.value, trials, 0.95)
+
+
+def test_a_share_that_is_no_number_has_no_bounds() -> None:
+    found = interval(Proportion.mean([math.nan, 1.0], Clusters.of("ab")), 2, 0.95)
+    assert all(map(math.isnan, (found.value, found.low, found.high)))
+
+
+def test_a_statistic_may_know_bounds_that_hold_in_any_case() -> None:
+    """Those of an area under a curve, for one: with draws without any spread, they are all that is known."""
+    class Known(Ratio):
+        def within(self, confidence: float) -> tuple[float, float]:
+            return 0.5 - confidence / 10, 0.9
+
+    clusters = Clusters.of(range(20))
+    found = interval(Known.mean([0.5] * 20, clusters), 20, 0.95, low=0.0, high=1.0)
+    assert (found.value, found.low, found.high) == (0.5, pytest.approx(0.405), 0.9)
+    wide = [0.0, 1.0] * 10
+    found = interval(Known.mean(wide, clusters), 20, 0.95)
+    assert (found.low, found.value) == (pytest.approx(0.405), 0.5) and 0.5 < found.high < 0.9
+    assert interval(Ratio.mean(wide, clusters), 20, 0.95).low < 0.4
 
 
 # Through the gate.
