@@ -109,7 +109,7 @@ def test_to_count_a_cluster_twice_is_to_have_its_rows_twice(key: str) -> None:
 
 
 def test_draws_are_of_whole_clusters_with_replacement_and_the_same_each_time() -> None:
-    for clusters in (1, 30, 300_000):  # of the last, too many to keep
+    for clusters in (1, 30, 300_000):
         resamples = 500 if clusters < 1000 else 3
         counts = np.concatenate(list(draws(clusters, resamples)))
         assert counts.shape == (resamples, clusters) and (counts.sum(axis=1) == clusters).all()
@@ -117,6 +117,37 @@ def test_draws_are_of_whole_clusters_with_replacement_and_the_same_each_time() -
         if clusters > 1:
             assert (counts == 0).mean() == pytest.approx(math.exp(-1), abs=0.02)
             assert counts.var() == pytest.approx(1, rel=0.1)
+
+
+def test_draws_are_those_of_a_fixed_seed_however_many_are_made_at_once_or_kept(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on every machine: numpy promises that a generator's numbers stay."""
+    drawn = np.random.default_rng(2026).integers(30, size=(5, 30))
+    expected = np.array([np.bincount(row, minlength=30) for row in drawn])
+    assert np.array_equal(np.concatenate(list(draws(30, 5))), expected)
+    monkeypatch.setattr(confidence, "KEPT", 30 * 5 - 1)
+    monkeypatch.setattr(confidence, "_kept", None)
+    for block in (60, 1):
+        monkeypatch.setattr(confidence, "BLOCK", block)
+        blocks = list(draws(30, 5))
+        assert [len(each) for each in blocks] == ([2, 2, 1] if block == 60 else [1] * 5)
+        assert np.array_equal(np.concatenate(blocks), expected) and blocks[0].dtype == np.float64
+    assert next(confidence._drawn(30, 5)).dtype == np.uint8, "what is kept takes a byte each"
+
+
+def test_where_nothing_is_positive_there_is_no_logarithm_and_without_draws_nothing_is_known() -> None:
+    clusters = Clusters.of(range(2))
+    for value in (0.0, -1.0):
+        with np.errstate(all="ignore"):
+            assert math.isnan(Logarithm(Ratio.mean([value] * 2, clusters))(np.ones((1, 2)))[0][0])
+    assert confidence._quantiles(np.array([math.nan]), 20, 0.95) == (math.inf, -math.inf)
+
+
+def test_rows_count_as_often_as_their_cluster() -> None:
+    counts = np.array([[2.0, 0.0, 1.0]])
+    assert Clusters.of("abc").of_rows(counts).tolist() == [[2, 0, 1]]
+    assert Clusters.of("abcab").of_rows(counts).tolist() == [[2, 0, 1, 2, 0]]
+    assert Clusters.of("abcab").of_clusters(np.array([[1.0, 2.0, 4.0, 8.0, 16.0]])).tolist() == [[9, 18, 4]]
 
 
 # Others compute the same.
@@ -370,8 +401,8 @@ def clopper_pearson(hits: float, trials: int, more: float, level: float) -> tupl
 
 
 @pytest.mark.parametrize(("share", "trials", "level", "low", "high"), [
-    (0.0, 7, 0.95, 0, 0), (1.0, 7, 0.95, 7, 7), (0.3, 10, 0.95, 3, 3), (0.3, 10, 0.8, 3, 3), (0.7, 1000, 0.99, 700, 700),
-    (0.25, 10, 0.95, 2, 3), (0.01, 10, 0.9, 0, 1), (0.0, 1, 0.95, 0, 0), (1 / 3, 3, 0.95, 1, 1)])
+    (0.0, 7, 0.95, 0, 0), (1.0, 7, 0.95, 7, 7), (0.3, 10, 0.95, 3, 3), (0.3, 10, 0.8, 3, 3),
+    (0.7, 1000, 0.99, 700, 700), (0.25, 10, 0.95, 2, 3), (0.01, 10, 0.9, 0, 1), (0.0, 1, 0.95, 0, 0), (1 / 3, 3, 0.95, 1, 1)])
 def test_a_share_is_bounded_as_scipy_does_and_what_is_no_whole_hit_makes_the_bounds_wider(
         share: float, trials: int, level: float, low: int, high: int) -> None:
     found = confidence.exact_bounds(share, trials, level)
@@ -384,7 +415,8 @@ def test_a_share_is_bounded_as_scipy_does_and_what_is_no_whole_hit_makes_the_bou
     ([[1], [0], [0], [0]], 4),  # one row each
     ([[0, 1]] * 9, 9),  # all clusters say the same
 ])
-def test_a_share_of_clustered_rows_is_as_sure_as_that_of_fewer_rows(rows: list[list[float]], trials: int | None) -> None:
+def test_a_share_of_clustered_rows_is_as_sure_as_that_of_fewer_rows(
+        rows: list[list[float]], trials: int | None) -> None:
     """Korn and Graubard 1998: as many as have the same variance."""
     values = [value for cluster in rows for value in cluster]
     clusters = Clusters.of([n for n, cluster in enumerate(rows) for _ in cluster])
