@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -201,6 +202,38 @@ def test_scipy_computes_the_same_value_error_and_distribution() -> None:
 @pytest.mark.parametrize("freedom", [10, 19, 72, 1000])
 def test_the_quantiles_of_students_t_are_those_of_scipy(level: float, freedom: int) -> None:
     assert confidence.student_t(level, freedom) == pytest.approx(scipy.stats.t.ppf(level, freedom), rel=1e-3)
+
+
+@pytest.mark.parametrize("z", [0.3, 1.0, 2.5])
+def test_the_expansion_of_students_t_is_the_published_one(z: float) -> None:
+    """Abramowitz and Stegun 1964, 26.7.5: coefficients by power, highest first."""
+    published = [np.polyval(each, z) / below for each, below in (
+        ([1, 0], 1), ([1, 0, 1, 0], 4), ([5, 0, 16, 0, 3, 0], 96), ([3, 0, 19, 0, 17, 0, -15, 0], 384),
+        ([79, 0, 776, 0, 1482, 0, -1920, 0, -945, 0], 92160))]
+    found = confidence.student_t(NormalDist().cdf(z), 1)  # with one degree of freedom all terms weigh the same
+    assert found == pytest.approx(sum(published), rel=1e-9)
+
+
+def test_the_error_of_a_few_clusters_is_that_of_the_jackknife() -> None:
+    assert confidence._errors(np.ones((1, 2)), np.array([[0.5, -0.5]])) == pytest.approx([1.0])
+    assert confidence._errors(np.array([[2.0, 0.0], [1.0, 1.0]]), np.array([[3.0, 9.0], [1.0, 2.0]])) == pytest.approx(
+        [6.0, math.sqrt(10)])
+    assert confidence._errors(np.ones((1, 1)), np.array([[3.0]])) == pytest.approx([3.0])
+
+
+def test_draws_without_spread_that_say_the_same_are_as_near_as_can_be() -> None:
+    """Were they left out, or far away, a few draws that differ would decide the bounds."""
+    def steps(counts: Array) -> tuple[Array, Array]:
+        """The value of the data by 50 more where the first cluster is drawn three times; mostly without any spread."""
+        often, data = counts[:, 0], (counts == 1).all(axis=1)
+        slopes = np.where(data | (often >= 2), 1.0, 0.0)[:, None] * np.where(np.arange(20) % 2, 1.0, -1.0)
+        more = np.where(often >= 3, 50.0, np.where(often == 2, 0.0, 1e-7))  # 1e-7 is rounding at a million
+        return 1e6 + np.where(data, 0.0, more), slopes
+
+    found, error = interval(steps, 20, 0.8), math.sqrt(20 * 20 / 19)
+    away = scipy.stats.t.ppf(0.8, 19) * error
+    assert (found.value, found.low, found.high) == (
+        1e6, pytest.approx(1e6 - away, abs=1e-3), pytest.approx(1e6 + away, abs=1e-3))
 
 
 def test_ten_thousand_resamples_of_ten_thousand_records_take_seconds() -> None:
