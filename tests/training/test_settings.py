@@ -287,16 +287,23 @@ def test_a_pack_has_what_attention_and_losses_need_of_it() -> None:
 
 def test_a_step_has_one_batch_of_one_epoch_and_knows_its_lines() -> None:
     split = of_lengths([25] * 6)
-    two = packing.Batches(split, Training(**(TRAINING | {"epochs": 2})))
-    assert (len(two), two.tokens) == (6, 300)
-    assert sorted(n for batch in list(two)[3:] for n in batch.tolist()) == list(range(6)), "the second epoch"
-    assert [two.lines(step) for step in range(1, 7)] == [sorted((batch + 1).tolist()) for batch in two]
-    for step in (-1, 6):
-        with pytest.raises(IndexError):
-            two[step]
+    three = packing.Batches(split, Training(**(TRAINING | {"epochs": 3})))
+    assert (len(three), three.tokens) == (9, 450)
+    assert [batch.tolist() for batch in three] == [batch.tolist() for epoch in range(3) for batch in three._pack(epoch)]
+    assert [three.lines(step) for step in range(1, 10)] == [sorted((batch + 1).tolist()) for batch in three]
+    for step in (-1, 9):
+        with pytest.raises(IndexError, match=str(step)):
+            three[step]
     split.records = np.array([9, 9, 4, 4, 4, 7])  # of conversations that became several sequences
     whole = packing.Batches(split, Training(**(TRAINING | {"epochs": 1, "tokens_per_batch": 150})))
     assert whole.lines(1) == [4, 7, 9]
+
+
+def test_lengths_are_known_or_counted() -> None:
+    known = of_lengths([7, 8])
+    assert packing.lengths_of(known) is known.lengths
+    counted = packing.lengths_of([Encoded.of([1], [2]), Encoded.of([1], [2, 3])])
+    assert counted.tolist() == [2, 3] and counted.dtype == np.int64
 
 
 @pytest.mark.parametrize(("tokens", "least", "count"), [(20, 1, 4), (19.9, 1, 3), (0, 3, 3), (0, 99, 10), (50, 1, 10)])
