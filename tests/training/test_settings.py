@@ -241,6 +241,12 @@ def test_a_record_goes_where_it_leaves_the_least_room() -> None:
     assert [batch.tolist() for batch in packing.pack(lengths, np.arange(5), 50)] == [[0, 2], [1, 3], [4]]
 
 
+def test_the_records_of_a_batch_stay_in_the_given_order() -> None:
+    order = np.random.default_rng(0).permutation(1000)
+    assert [batch.tolist() for batch in packing.pack(np.ones(1000, dtype=np.int64), order, 500)] == [
+        order[:500].tolist(), order[500:].tolist()]
+
+
 def test_the_seed_decides_which_records_come_together_and_each_epoch_mixes_them_again() -> None:
     def order(**changes: Any) -> list[list[int]]:
         return batches([2] * 40, epochs=2, tokens_per_batch=40, **changes)
@@ -291,6 +297,7 @@ def test_a_step_has_one_batch_of_one_epoch_and_knows_its_lines() -> None:
     assert (len(three), three.tokens) == (9, 450)
     assert [batch.tolist() for batch in three] == [batch.tolist() for epoch in range(3) for batch in three._pack(epoch)]
     assert [three.lines(step) for step in range(1, 10)] == [sorted((batch + 1).tolist()) for batch in three]
+    assert three._of_epoch.cache_info().currsize == 1, "of a large split, only one epoch's batches fit into memory"
     for step in (-1, 9):
         with pytest.raises(IndexError, match=str(step)):
             three[step]
