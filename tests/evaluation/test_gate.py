@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jobs.core.errors import UserError
+from jobs.core.metrics import MINIMUM_CLUSTERS
 from jobs.core.pipeline import BOUNDS, Evaluation
 from jobs.evaluation import gate
 from jobs.evaluation.confidence import Interval
@@ -261,7 +262,7 @@ def test_too_little_evidence_is_refused_before_anything_is_measured() -> None:
     with pytest.raises(UserError, match=r"gate\.perplexity: 60 held-out records in 2 clusters .* at least 20 .*"
                                         r"Raise dataset\.holdout, .*evaluation\.clusters: record"):
         gate.check_measurable(rules, labels)
-    gate.check_measurable(rules, [{"text": f"Number {n}."} for n in range(gate.MINIMUM_CLUSTERS)])
+    gate.check_measurable(rules, [{"text": f"Number {n}."} for n in range(MINIMUM_CLUSTERS)])
     gate.check_measurable(rules.model_copy(update={"clusters": "record"}), labels)
 
 
@@ -333,15 +334,15 @@ def test_a_bound_that_nothing_is_known_of_is_unknown() -> None:
 
 
 def test_the_clusters_of_a_task_are_its_own_and_each_sentence_is_one() -> None:
-    rows = [{"line": 1, "cluster": "a"}, {"line": 3, "cluster": "a"}, {"line": 5}]
+    rows: list[dict[str, Any]] = [{"line": 1, "cluster": "a"}, {"line": 3, "cluster": "a"}, {"line": 5}]
     assert gate._names("tasks.city", rows, []) == ["a", "a", 5]
     assert gate._names("acceptability_mcc", rows[2:], []) == [5]
     assert gate._names("rougeL", rows, CLUSTERS) == [("record", 1), ("record", 3), ("record", 5)]
 
 
 def test_a_cluster_is_named_by_what_its_records_have_in_common() -> None:
-    records = [{"prompt": "a", "completion": " Yes\n so", "group": 7}, {"prompt": "b", "completion": " Yes\n so"},
-               {"text": "c"}]
+    records: list[dict[str, Any]] = [{"prompt": "a", "completion": " Yes\n so", "group": 7},
+                                     {"prompt": "b", "completion": " Yes\n so"}, {"text": "c"}]
     assert gate.clusters_of(records, "answer") == [("group", 7), ("answer", "yes so"), ("record", 3)]
     assert gate.clusters_of(records, "record") == [("group", 7), ("record", 2), ("record", 3)]
 

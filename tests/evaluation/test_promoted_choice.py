@@ -12,7 +12,7 @@ import pytest
 from jobs.core import artifacts, promotion
 from jobs.core.artifacts import Spec
 from jobs.core.errors import UserError
-from jobs.core.plan import Plan, merged_model, plan
+from jobs.core.plan import Plan, merged_model, plan, scores_of_adapter
 from jobs.evaluation import promoted
 from jobs.evaluation.promoted import Comparison
 from tests.build_models import write_pipeline
@@ -150,8 +150,8 @@ def test_what_it_was_trained_with_must_be_there_unless_it_is_on_its_way_or_no_lo
         find(tmp_path, before, base="builtin:tiny")
     gone.rmdir()
     base, tokenizer = before.base_model.digest, before.tokenizer.digest
-    publish(volumes, promoted.scores_of_adapter(plan(loaded.pipeline), before.adapter.digest, model=base,
-                                                tokenizer=tokenizer, chat_template={}, encoded=False, private=False))
+    publish(volumes, scores_of_adapter(plan(loaded.pipeline), before.adapter.digest, model=base, tokenizer=tokenizer,
+                                       chat_template={}, encoded=False, private=False))
     assert find(tmp_path, before, base="builtin:tiny")[0].base_model == base
 
 

@@ -95,7 +95,7 @@ class Stage:
         return None if self.no_proof else Proven()
 
     def run(self, scored: list[ScoredModel], **options: Any) -> list[artifacts.Artifact]:
-        scores.measure(scored, Material([], [], 70, 9), self.volumes, **{"keep": 9, "adapter_name": "hotels"} | options)
+        scores.measure(scored, Material([], [], 70, 9), self.volumes, keep=9, adapter_name="hotels", **options)
         return [artifacts.read(each.scores.path(self.volumes)) for each in scored]
 
 
