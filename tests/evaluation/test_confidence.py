@@ -422,6 +422,10 @@ def test_one_cluster_and_values_that_are_not_finite_are_bounded_by_nothing() -> 
     assert all(map(math.isnan, (nothing.value, nothing.low, nothing.high)))
 
 
+def test_an_increasing_function_of_a_value_has_the_bounds_that_it_makes_of_them() -> None:
+    assert Interval(2.0, 1.0, 4.0).map(lambda value: value * value) == Interval(4.0, 1.0, 16.0)
+
+
 def test_bounds_stay_within_what_is_possible() -> None:
     few = interval(Ratio.mean([1.0] * 19 + [0.9], Clusters.of(range(20))), 20, 0.99, low=0.0, high=1.0)
     assert 0.0 <= few.low < few.value < few.high <= 1.0
@@ -447,6 +451,7 @@ def test_a_share_is_bounded_as_scipy_does_and_what_is_no_whole_hit_makes_the_bou
 
 @pytest.mark.parametrize(("rows", "trials"), [
     ([[1, 0, 0, 1], [0, 0, 0], [1], [0, 1], [0, 0]], None),  # they differ: by the design effect
+    ([[0, 0, 0, 1], [0, 0, 1, 1]], None),
     ([[0, 1]] * 8 + [[0, 1, 1]], 19),  # clusters are more alike than rows: no surer than that many rows
     ([[1], [0], [0], [0]], 4),  # one row each
     ([[0, 1]] * 9, 9),  # all clusters say the same
