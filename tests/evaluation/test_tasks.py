@@ -61,6 +61,7 @@ OBJECT = {"schema": {"type": "object", "required": ["city"], "properties": {"cit
     (task("json_schema", fence=True), OBJECT, '```json\n{"city": "S"}', 0),
     (task("json_schema", fence=True), OBJECT, '```json\n{"city": 7}\n```', 0),
     (task("json_schema", fence=True), OBJECT, ' ```JSON \n{"city": "S"}\n```\n', 1),
+    (task("json_schema", fence=True), OBJECT, '```\n{"city": "S"}```', 1),
     (task("json_schema", fence=True), OBJECT, '```python\n{"city": "S"}\n```', 0),
     (task("json_schema", schema={}), {}, "-Infinity", 0), (task("json_schema", schema={}), {}, "7", 1),
     (task("exact", case_sensitive=False), {"expected": ["\u00c9"]}, "e\u0301", 1),  # one form of Unicode
