@@ -88,7 +88,8 @@ def _call(module: Module, *arguments: str, output: Any = subprocess.PIPE) -> str
     """Run a part of this file in a process of its own, in the module's folder: mutmut changes its process for good."""
     command = [sys.executable, __file__, arguments[0], module.path, *arguments[1:]]
     # CI: Hypothesis takes the same examples each time and has no deadlines, which a busy machine would miss.
-    environment = os.environ | {"PYTHONPATH": str(PACKAGES), "CI": "true"}
+    # Without bytecode, each mutant would compile the tests and the code again, which takes longer than the tests.
+    environment = os.environ | {"PYTHONPATH": str(PACKAGES), "CI": "true", "PYTHONDONTWRITEBYTECODE": ""}
     done = subprocess.run(command, cwd=module.folder, env=environment, text=True, stdout=output,
                           stderr=subprocess.STDOUT if output != subprocess.PIPE else None)
     if done.returncode:

@@ -94,6 +94,37 @@ def test_the_base_model_is_asked_too_where_clients_can_use_it_and_prompts_that_a
     assert [claim.prompts for claim in kept] == [[PROMPT]]
 
 
+@pytest.mark.parametrize(("logprobs", "accepted"), [
+    ([-0.5, -1.0, -0.25], True), ([-0.5 - 0.9 * TOLERANCE, -1.0, -0.25], False),  # 0.9 / sqrt(3) > 1 / 4
+    ([-0.5 - 0.4 * TOLERANCE, -1.0, -0.25], True), ([-0.5, -1.0 + 0.4 * TOLERANCE, -0.25], True),
+    ([-0.5 - 0.3 * TOLERANCE, -1.0 + 0.3 * TOLERANCE, -0.25 - 0.3 * TOLERANCE], False),
+    ([-0.5 - 0.2 * TOLERANCE, -1.0 + 0.2 * TOLERANCE, -0.25 - 0.2 * TOLERANCE], True)])
+def test_of_all_differences_the_root_mean_square_is_at_most_a_quarter_of_the_largest(
+        logprobs: list[float], accepted: bool) -> None:
+    stub: Any = Stub(generated(logprobs=logprobs))
+    claims = proof.claims(made(), "a@1", None, stub, TOLERANCE)
+    if accepted:
+        asyncio.run(proof.check(stub, claims))
+    else:
+        with pytest.raises(Refused, match=r"^a@1: .* at most 0\.0025 is rounding$") as caught:
+            asyncio.run(proof.check(stub, claims))
+        assert caught.value.reason == "proof"
+
+
+def test_each_claim_is_compared_by_itself_with_its_own_answers() -> None:
+    """All are generated at once, and the base model's differences do not count for the adapter."""
+    near = [each - 0.9 * TOLERANCE for each in ANSWER.logprobs]
+    claims = [proof.Claim("a@1", [PROMPT], [ANSWER], TOLERANCE), proof.Claim("b@2", [PROMPT] * 2, [ANSWER] * 2, 4.0)]
+    asyncio.run(proof.check(Stub(generated(), generated(logprobs=near), generated()), claims))  # type: ignore[arg-type]
+    stub: Any = Stub(generated(logprobs=near), generated(), generated())
+    with pytest.raises(Refused, match="^a@1: the log-probabilities of 3 tokens differ"):
+        asyncio.run(proof.check(stub, claims))
+    assert [(model, tokens) for model, _, tokens in stub.asked] == [("a@1", 3), ("b@2", 3), ("b@2", 3)]
+    with pytest.raises(Refused, match="^b@2, prompt 2 of 2: vLLM rejects the prompt$") as caught:
+        asyncio.run(proof.check(Stub(generated(), generated(), Refused("load", "vLLM rejects the prompt")), claims))  # type: ignore[arg-type]
+    assert caught.value.reason == "load"
+
+
 def test_a_claim_that_fails_names_model_and_prompt_and_no_text() -> None:
     stub: Any = Stub(generated(), generated(logprobs=[-3.0, -1.0, -0.25]))
     claims = proof.claims(made(), "a@1", "base", stub)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +131,74 @@ def test_a_template_that_rewrites_finished_answers_still_trains_on_what_serving_
     assert (chat.decode(other.prompt), chat.decode(other.completion)) == ("ASK WHO? ", "THE MAID. <|end|>")
 
 
-def test_a_record_is_as_long_as_its_prompt_and_its_completion() -> None:
-    assert len(encoding.Encoded.of([1, 2], [3])) == 3
+@pytest.mark.parametrize(("encoded", "prompt", "completion", "labels", "scored"), [
+    (encoding.Encoded.of([1, 2], [3]), [1, 2], [3], [-100, -100, 3], 1),
+    (encoding.Encoded.of([], [4, 5]), [], [4, 5], [4, 5], 1),  # nothing precedes the first
+    (encoding.Encoded.of([1, 2], []), [1, 2], [], [-100, -100], 0),
+    (encoding.Encoded([1, 2, 3, 4, 5], [(1, 2), (4, 5)]), [1, 2, 3, 4], [5], [-100, 2, -100, -100, 5], 2),
+    (encoding.Encoded([1, 2, 3, 4, 5], [(0, 2), (3, 4)]), [1, 2, 3], [4, 5], [1, 2, -100, 4, -100], 2),
+])
+def test_what_is_learned_of_a_sequence_has_labels_and_is_scored(
+        encoded: encoding.Encoded, prompt: list[int], completion: list[int], labels: list[int], scored: int) -> None:
+    assert (encoded.prompt, encoded.completion, encoded.labels(), encoded.scored) == (
+        prompt, completion, labels, scored)
+    assert len(encoded) == len(labels) and encoded.sequences == [encoded]
+    nothing = encoded.unlearned
+    assert (nothing.tokens, nothing.scored, nothing.labels()) == (encoded.tokens, 0, [-100] * len(labels))
+
+
+@pytest.mark.parametrize(("encoded", "text"), [
+    (encoding.Encoded.of([5], [0]), False), (encoding.Encoded.of([0], [5]), True),
+    (encoding.Encoded.of([0], [0, 5]), True), (encoding.Encoded.of([5], []), False),
+    (encoding.Encoded.of([], [5, 0]), False),  # of a text the first token is not scored
+    (encoding.Encoded.of([], [0, 5]), True), (encoding.Encoded([0, 0, 5, 0], [(1, 2), (3, 4)]), False),
+    (encoding.Encoded([0, 5, 5, 0], [(1, 2), (3, 4)]), True)])
+def test_a_sequence_has_text_if_any_scored_token_is_no_special_one(encoded: encoding.Encoded, text: bool) -> None:
+    assert encoded.has_text({0, 9}) is text
+
+
+def test_a_pair_is_both_of_its_sequences() -> None:
+    pair = encoding.Pair(encoding.Encoded.of([1], [2, 3]), encoding.Encoded.of([1], [4]))
+    assert pair.sequences == [pair.chosen, pair.rejected] and len(pair) == 5
+    assert pair.unlearned == encoding.Pair(pair.chosen.unlearned, pair.rejected.unlearned)
+
+
+PREFERENCE: dict[str, Any] = {"prompt": "Who?", "chosen": "The maid.", "rejected": "The cook."}
+
+
+def test_of_a_preference_training_reads_both_answers_and_the_evaluation_the_chosen_one(chat: Any) -> None:
+    prompt = "<|user|>Who?<|end|>\n<|assistant|>"
+    both = encoding.encode_for_training(chat, PREFERENCE)
+    assert [(chat.decode(each.prompt), chat.decode(each.completion)) for each in both] == [
+        (prompt, "The maid.<|end|>"), (prompt, "The cook.<|end|>")]
+    assert encoding.encode(chat, PREFERENCE) == both[:1]
+    spoken = encoding.encode_for_training(chat, PREFERENCE | {"prompt": CONVERSATION[:3]})
+    assert [learned(chat, each) for each in spoken] == [["The maid.<|end|>"], ["The cook.<|end|>"]]
+    answered = {"prompt": "Who?", "completion": "The maid."}
+    assert encoding.encode_for_training(chat, answered) == encoding.encode(chat, answered)
+
+
+@pytest.mark.parametrize(("record", "question", "answers"), [
+    ({"text": "The cook."}, None, ["The cook."]),
+    ({"prompt": "Who?", "completion": "I."}, [CONVERSATION[0]], ["I."]),
+    (PREFERENCE, [CONVERSATION[0]], ["The maid."]),
+    (PREFERENCE | {"prompt": CONVERSATION[:3]}, CONVERSATION[:3], ["The maid."]),
+    ({"messages": CONVERSATION}, CONVERSATION[:3], ["I.", "Now."]),
+])
+def test_a_record_has_a_question_and_answers(record: Any, question: Any, answers: list[str]) -> None:
+    assert (encoding.question(record), encoding.answers(record), encoding.answer(record)) == (
+        question, answers, answers[-1])
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"chosen": "The <|end|>."}, r"^`chosen`: messages\[1\] \(role assistant\): holds <\|end\|>, at which"),
+    ({"rejected": "The <|end|>."}, r"^`rejected`: messages\[1\] \(role assistant\): holds <\|end\|>, at which"),
+    ({"rejected": " The maid."}, "^`chosen` and `rejected` are the same tokens: there is nothing to prefer$")])
+def test_a_preference_that_cannot_be_learned_says_which_answer_is_at_fault(
+        chat: Any, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], message: str) -> None:
+    monkeypatch.setattr(chat, "chat_template", chat.chat_template.replace("m.content", "m.content | trim"))
+    with pytest.raises(RecordError, match=message):
+        encoding.encode_for_training(chat, PREFERENCE | change)
 
 
 FINISHED = ("{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}[{{ m.content }}]END{% else %}"
@@ -317,8 +385,83 @@ def test_a_template_may_change_the_text(chat: Any, monkeypatch: pytest.MonkeyPat
 
 def test_the_arguments_of_the_template_are_applied(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "chat_template", RENDER + "{{ tone }}" + ANSWER)
-    (encoded,) = encoding.encode(chat, {"messages": SYSTEM["messages"]}, {"tone": "politely"})
-    assert chat.decode(encoded.prompt).endswith("politely<|assistant|>")
+    tone = {"tone": "politely"}
+    for encoded in (*encoding.encode(chat, {"messages": SYSTEM["messages"]}, tone),
+                    *encoding.encode(chat, PREFERENCE, tone), *encoding.encode_for_training(chat, PREFERENCE, tone)):
+        assert chat.decode(encoded.prompt).endswith("politely<|assistant|>")
+    assert chat.decode(encoding.encode_question(chat, {"prompt": "Who?"}, tone)).endswith("politely<|assistant|>")
+
+
+TOOLS = [{"type": "function", "function": {"name": "rooms"}}]
+
+
+def test_a_question_without_an_answer_is_what_serving_renders(
+        chat: Any, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"messages": CONVERSATION[:3]}
+    assert chat.decode(encoding.encode_question(chat, {"prompt": "Who?"})) == "<|user|>Who?<|end|>\n<|assistant|>"
+    assert chat.decode(encoding.encode_question(chat, asked)) == (
+        "<|user|>Who?<|end|>\n<|assistant|>I.<|end|>\n<|user|>When?<|end|>\n<|assistant|>")
+    assert plain.decode(encoding.encode_question(plain, asked)) == "Who?\nI.\nWhen?\n"
+    with pytest.raises(RecordError, match="^the chat template leaves out `tools`"):
+        encoding.encode_question(chat, asked | {"tools": TOOLS})
+    monkeypatch.setattr(chat, "chat_template", "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + RENDER)
+    assert chat.decode(encoding.encode_question(chat, asked | {"tools": TOOLS})).startswith("rooms<|user|>Who?")
+    monkeypatch.setattr(chat, "chat_template", "{% for m in messages[1:] %}{{ m.content }}{% endfor %}")
+    with pytest.raises(RecordError, match=r"messages\[0\] \(role user\): the chat template leaves out its `content`"):
+        encoding.encode_question(chat, asked)
+
+
+def test_only_a_tokenizer_without_a_template_begins_a_question_by_itself(tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    for name, begins in (("chat", False), ("plain", True)):
+        build_models.tiny_tokenizer(tmp_path / name, chat=name == "chat")
+        tokenizer = models.load_tokenizer(tmp_path / name)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|system|> $A", special_tokens=[("<|system|>", 2)])
+        assert (encoding.encode_question(tokenizer, {"prompt": "Who?"})[0] == 2) is begins
+        (encoded,) = encoding.encode(tokenizer, {"prompt": "Who?", "completion": "I."})
+        assert (encoded.prompt[0] == 2) is begins
+        assert encoding.encode(tokenizer, {"text": "Who?"})[0].tokens[0] == 2, "a text has no template"
+
+
+def test_tools_and_calls_reach_the_template_as_vllm_hands_them_to_it(
+        chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys of a tool in one order; of a call in a prompt sorted, and in an answer as a model writes it."""
+    monkeypatch.setattr(chat, "chat_template", (
+        "{% for t in tools or [] %}{{ t | tojson }}{{ '\\n' }}{% endfor %}"
+        "{% for m in messages %}{{ m.content is defined }}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function | tojson }}{% endfor %}{{ '\\n' }}{% endfor %}"))
+    strict = {"function": {"strict": False, "parameters": {"type": "object"}, "name": "strict", "else": 1}}
+    made = chat_format.Chat(chat, tools=[*TOOLS, strict])
+    messages = [*CALLING["messages"][:2], {**CALLING["messages"][1]}]
+    assert made.render(messages, prompt=False).splitlines() == [
+        '{"type": "function", "function": {"name": "rooms", "description": null, "parameters": null}}',
+        '{"type": "function", "function": {"name": "strict", "description": null, "parameters": {"type": "object"}, '
+        '"strict": false}}',
+        "TrueHow many rooms?", 'True{"arguments": {"floor": 2}, "name": "rooms"}',
+        'True{"name": "rooms", "arguments": {"floor": 2}}']
+    assert made.render(messages, prompt=True).splitlines()[-1] == 'True{"arguments": {"floor": 2}, "name": "rooms"}'
+    assert messages[1]["tool_calls"] == [CALL], "the record itself stays as it is"
+
+
+def test_a_template_is_limited_in_the_main_thread_and_other_alarms_stay_as_they_were(chat: Any) -> None:
+    def other(*_: object) -> None:
+        """Another's alarm."""
+
+    of, found = chat_format.Chat(chat), []
+    handler, (remaining, _) = signal.signal(signal.SIGALRM, other), signal.setitimer(signal.ITIMER_REAL, 500)
+    try:
+        expected = of.render(CONVERSATION, prompt=True)
+        assert signal.getsignal(signal.SIGALRM) is other
+        assert 400 < signal.getitimer(signal.ITIMER_REAL)[0] <= 500
+        thread = threading.Thread(target=lambda: found.append(of.render(CONVERSATION, prompt=True)))
+        thread.start()
+        thread.join()
+        assert found == [expected], "other threads get no alarms"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, remaining)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def test_a_template_that_reads_the_clock_is_a_warning(

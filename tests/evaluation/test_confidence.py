@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from jobs.evaluation.confidence import (
     Exponential,
     Interval,
     Logarithm,
+    Proportion,
     Ratio,
     Statistic,
     draws,
@@ -108,7 +110,7 @@ def test_to_count_a_cluster_twice_is_to_have_its_rows_twice(key: str) -> None:
 
 
 def test_draws_are_of_whole_clusters_with_replacement_and_the_same_each_time() -> None:
-    for clusters in (1, 30, 300_000):  # of the last, too many to keep
+    for clusters in (1, 30, 300_000):
         resamples = 500 if clusters < 1000 else 3
         counts = np.concatenate(list(draws(clusters, resamples)))
         assert counts.shape == (resamples, clusters) and (counts.sum(axis=1) == clusters).all()
@@ -116,6 +118,37 @@ def test_draws_are_of_whole_clusters_with_replacement_and_the_same_each_time() -
         if clusters > 1:
             assert (counts == 0).mean() == pytest.approx(math.exp(-1), abs=0.02)
             assert counts.var() == pytest.approx(1, rel=0.1)
+
+
+def test_draws_are_those_of_a_fixed_seed_however_many_are_made_at_once_or_kept(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on every machine: numpy promises that a generator's numbers stay."""
+    drawn = np.random.default_rng(2026).integers(30, size=(5, 30))
+    expected = np.array([np.bincount(row, minlength=30) for row in drawn])
+    assert np.array_equal(np.concatenate(list(draws(30, 5))), expected)
+    monkeypatch.setattr(confidence, "KEPT", 30 * 5 - 1)
+    monkeypatch.setattr(confidence, "_kept", None)
+    for block in (60, 1):
+        monkeypatch.setattr(confidence, "BLOCK", block)
+        blocks = list(draws(30, 5))
+        assert [len(each) for each in blocks] == ([2, 2, 1] if block == 60 else [1] * 5)
+        assert np.array_equal(np.concatenate(blocks), expected) and blocks[0].dtype == np.float64
+    assert next(confidence._drawn(30, 5)).dtype == np.uint8, "what is kept takes a byte each"
+
+
+def test_where_nothing_is_positive_there_is_no_logarithm_and_without_draws_nothing_is_known() -> None:
+    clusters = Clusters.of(range(2))
+    for value in (0.0, -1.0):
+        with np.errstate(all="ignore"):
+            assert math.isnan(Logarithm(Ratio.mean([value] * 2, clusters))(np.ones((1, 2)))[0][0])
+    assert confidence._quantiles(np.array([math.nan]), 20, 0.95) == (math.inf, -math.inf)
+
+
+def test_rows_count_as_often_as_their_cluster() -> None:
+    counts = np.array([[2.0, 0.0, 1.0]])
+    assert Clusters.of("abc").of_rows(counts).tolist() == [[2, 0, 1]]
+    assert Clusters.of("abcab").of_rows(counts).tolist() == [[2, 0, 1, 2, 0]]
+    assert Clusters.of("abcab").of_clusters(np.array([[1.0, 2.0, 4.0, 8.0, 16.0]])).tolist() == [[9, 18, 4]]
 
 
 # Others compute the same.
@@ -169,6 +202,37 @@ def test_scipy_computes_the_same_value_error_and_distribution() -> None:
 @pytest.mark.parametrize("freedom", [10, 19, 72, 1000])
 def test_the_quantiles_of_students_t_are_those_of_scipy(level: float, freedom: int) -> None:
     assert confidence.student_t(level, freedom) == pytest.approx(scipy.stats.t.ppf(level, freedom), rel=1e-3)
+
+
+@pytest.mark.parametrize("z", [0.3, 1.0, 2.5])
+def test_the_expansion_of_students_t_is_the_published_one(z: float) -> None:
+    """Abramowitz and Stegun 1964, 26.7.5: coefficients by power, highest first."""
+    published = [np.polyval(each, z) / below for each, below in (
+        ([1, 0], 1), ([1, 0, 1, 0], 4), ([5, 0, 16, 0, 3, 0], 96), ([3, 0, 19, 0, 17, 0, -15, 0], 384),
+        ([79, 0, 776, 0, 1482, 0, -1920, 0, -945, 0], 92160))]
+    found = confidence.student_t(NormalDist().cdf(z), 1)  # with one degree of freedom all terms weigh the same
+    assert found == pytest.approx(sum(published), rel=1e-9)
+
+
+def test_the_error_of_a_few_clusters_is_that_of_the_jackknife() -> None:
+    assert confidence._errors(np.ones((1, 2)), np.array([[0.5, -0.5]])) == pytest.approx([1.0])
+    assert confidence._errors(np.array([[2.0, 0.0], [1.0, 1.0]]), np.array([[3.0, 9.0], [1.0, 2.0]])) == pytest.approx(
+        [6.0, math.sqrt(10)])
+    assert confidence._errors(np.ones((1, 1)), np.array([[3.0]])) == pytest.approx([3.0])
+
+
+def test_draws_without_spread_that_say_the_same_are_as_near_as_can_be() -> None:
+    """Were they left out, or far away, a few draws that differ would decide the bounds."""
+    def steps(counts: Array) -> tuple[Array, Array]:
+        """The value of the data by 50 more where the first cluster is drawn three times; mostly without any spread."""
+        often, data = counts[:, 0], (counts == 1).all(axis=1)
+        slopes = np.where(data | (often >= 2), 1.0, 0.0)[:, None] * np.where(np.arange(20) % 2, 1.0, -1.0)
+        more = np.where(often >= 3, 50.0, np.where(often == 2, 0.0, 1e-7))  # 1e-7 is rounding at a million
+        return 1e6 + np.where(data, 0.0, more), slopes
+
+    found, error = interval(steps, 20, 0.8), math.sqrt(20 * 20 / 19)
+    away = scipy.stats.t.ppf(0.8, 19) * error
+    assert (found.value, found.low, found.high) == pytest.approx((1e6, 1e6 - away, 1e6 + away), rel=0, abs=1e-3)
 
 
 def test_ten_thousand_resamples_of_ten_thousand_records_take_seconds() -> None:
@@ -344,6 +408,9 @@ def test_where_all_clusters_say_the_same_the_rule_of_three_holds(values: float) 
     share = 1 - 0.05 ** (1 / 60)
     assert share == pytest.approx(3 / 60, rel=0.05)
     assert (found.low, found.high) == pytest.approx((values - share * values, values + share * (1 - values)))
+    noisy = [1e9 + values, 1e9 + values + 2e-7] * 30  # differ by what numbers of this size are rounded by
+    found = interval(Ratio.mean(noisy, Clusters.of(range(60))), 60, 0.95, low=0.0, high=2e9)
+    assert found.low == pytest.approx(1e9 * (1 - share))
     unbounded = interval(Ratio.mean([values] * 60, Clusters.of(range(60))), 60, 0.95)
     assert (unbounded.low, unbounded.high) == (-math.inf, math.inf)
 
@@ -352,12 +419,76 @@ def test_one_cluster_and_values_that_are_not_finite_are_bounded_by_nothing() -> 
     alone = interval(Ratio.mean([0.3, 0.7], Clusters.of(["a", "a"])), 1, 0.95, low=0.0, high=1.0)
     assert (alone.value, alone.low, alone.high) == pytest.approx((0.5, 0.025, 0.975))
     nothing = interval(Ratio.mean([math.nan, 0.7], Clusters.of("ab")), 2, 0.95)
-    assert math.isnan(nothing.low) and math.isnan(nothing.high)
+    assert all(map(math.isnan, (nothing.value, nothing.low, nothing.high)))
+
+
+def test_an_increasing_function_of_a_value_has_the_bounds_that_it_makes_of_them() -> None:
+    assert Interval(2.0, 1.0, 4.0).map(lambda value: value * value) == Interval(4.0, 1.0, 16.0)
 
 
 def test_bounds_stay_within_what_is_possible() -> None:
     few = interval(Ratio.mean([1.0] * 19 + [0.9], Clusters.of(range(20))), 20, 0.99, low=0.0, high=1.0)
     assert 0.0 <= few.low < few.value < few.high <= 1.0
+
+
+# Shares.
+
+def clopper_pearson(hits: float, trials: int, more: float, level: float) -> tuple[float, float]:
+    """The lower bound of so many hits and the upper one of `more`, by scipy."""
+    return (float(scipy.stats.beta.ppf(1 - level, hits, trials - hits + 1)) if hits else 0.0,
+            float(scipy.stats.beta.ppf(level, more + 1, trials - more)) if more < trials else 1.0)
+
+
+@pytest.mark.parametrize(("share", "trials", "level", "low", "high"), [
+    (0.0, 7, 0.95, 0, 0), (1.0, 7, 0.95, 7, 7), (0.3, 10, 0.95, 3, 3), (0.3, 10, 0.8, 3, 3),
+    (0.7, 1000, 0.99, 700, 700), (0.25, 10, 0.95, 2, 3), (0.01, 10, 0.9, 0, 1), (0.0, 1, 0.95, 0, 0),
+    (1 / 3, 3, 0.95, 1, 1)])
+def test_a_share_is_bounded_as_scipy_does_and_what_is_no_whole_hit_makes_the_bounds_wider(
+        share: float, trials: int, level: float, low: int, high: int) -> None:
+    found = confidence.exact_bounds(share, trials, level)
+    assert found == pytest.approx(clopper_pearson(low, trials, high, level), abs=1e-8)
+
+
+@pytest.mark.parametrize(("rows", "trials"), [
+    ([[1, 0, 0, 1], [0, 0, 0], [1], [0, 1], [0, 0]], None),  # they differ: by the design effect
+    ([[0, 0, 0, 1], [0, 0, 1, 1]], None),
+    ([[0, 1]] * 8 + [[0, 1, 1]], 19),  # clusters are more alike than rows: no surer than that many rows
+    ([[1], [0], [0], [0]], 4),  # one row each
+    ([[0, 1]] * 9, 9),  # all clusters say the same
+])
+def test_a_share_of_clustered_rows_is_as_sure_as_that_of_fewer_rows(
+        rows: list[list[float]], trials: int | None) -> None:
+    """Korn and Graubard 1998: as many as have the same variance."""
+    values = [value for cluster in rows for value in cluster]
+    clusters = Clusters.of([n for n, cluster in enumerate(rows) for _ in cluster])
+    share, count = sum(values) / len(values), len(rows)
+    if trials is None:
+        residuals = sum((sum(cluster) - share * len(cluster)) ** 2 for cluster in rows)
+        variance = residuals / len(values) ** 2 * count / (count - 1)
+        trials = int(min(len(values), share * (1 - share) / variance))
+    found = interval(Proportion.mean(values, clusters), count, 0.95)
+    assert found.value == pytest.approx(share)
+    assert (found.low, found.high) == confidence.exact_bounds(found.value, trials, 0.95)
+
+
+def test_a_share_that_is_no_number_has_no_bounds() -> None:
+    found = interval(Proportion.mean([math.nan, 1.0], Clusters.of("ab")), 2, 0.95)
+    assert all(map(math.isnan, (found.value, found.low, found.high)))
+
+
+def test_a_statistic_may_know_bounds_that_hold_in_any_case() -> None:
+    """Those of an area under a curve, for one: with draws without any spread, they are all that is known."""
+    class Known(Ratio):
+        def within(self, confidence: float) -> tuple[float, float]:
+            return 0.5 - confidence / 10, 0.9
+
+    clusters = Clusters.of(range(20))
+    found = interval(Known.mean([0.5] * 20, clusters), 20, 0.95, low=0.0, high=1.0)
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.405, 0.9))
+    wide = [0.0, 1.0] * 10
+    found = interval(Known.mean(wide, clusters), 20, 0.95)
+    assert (found.low, found.value) == pytest.approx((0.405, 0.5)) and 0.5 < found.high < 0.9
+    assert interval(Ratio.mean(wide, clusters), 20, 0.95).low < 0.4
 
 
 # Through the gate.

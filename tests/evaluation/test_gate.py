@@ -3,6 +3,7 @@ measured passes."""
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from jobs.core.errors import UserError
+from jobs.core.metrics import MINIMUM_CLUSTERS
 from jobs.core.pipeline import BOUNDS, Evaluation
 from jobs.evaluation import gate
+from jobs.evaluation.confidence import Interval
 
 CLUSTERS: list[gate.Cluster] = [("record", line) for line in range(1, 41)]
 
@@ -103,6 +106,7 @@ def test_an_adapter_that_changes_nothing_is_not_proven_by_equal_values(
         metric: str, rule: dict[str, float], sentence: str) -> None:
     check = only(rule, metric=metric, base=model(), fine_tuned=model())
     assert (check.outcome, check.description) == ("undecided", sentence)
+    json.dumps(check.to_json(), allow_nan=False)  # bounds that are infinite are none
 
 
 def test_one_record_decides_nothing() -> None:
@@ -179,6 +183,9 @@ def test_an_absolute_bound_needs_no_base() -> None:
 
 
 def test_the_first_adapter_has_nothing_promoted_to_be_compared_with() -> None:
+    rules = Evaluation.model_validate({"gate": {"rougeL": {"min_gain": 0.1, "than": "promoted"}}})
+    (check,) = gate.evaluate_gate(rules, {"fine_tuned": model()}, CLUSTERS, {"promoted": "it is the first"})
+    assert (check.passed, check.reason) == (True, "it is the first")
     check = only({"min_gain": 0.1, "than": "promoted"}, base=model(), fine_tuned=model())
     assert check.passed and "no promoted model to compare with" in check.description
     worse = only({"max_drop": 0.1, "than": "promoted"}, base=model(0.1), fine_tuned=model(), promoted=model(0.9))
@@ -250,11 +257,12 @@ def test_a_rouge_rule_on_plain_text_is_refused_before_anything_is_measured() -> 
 
 
 def test_too_little_evidence_is_refused_before_anything_is_measured() -> None:
-    rules = Evaluation.model_validate({"gate": {"perplexity": {"max": 9}}})
+    rules = Evaluation.model_validate({"answered_records": 60, "gate": {"perplexity": {"max": 9}}})
     labels = [{"prompt": f"Is {n} even?", "completion": "yes" if n % 2 == 0 else "no"} for n in range(60)]
     with pytest.raises(UserError, match=r"gate\.perplexity: 60 held-out records in 2 clusters .* at least 20 .*"
-                                        r"evaluation\.clusters: record"):
+                                        r"Raise dataset\.holdout, .*evaluation\.clusters: record"):
         gate.check_measurable(rules, labels)
+    gate.check_measurable(rules, [{"text": f"Number {n}."} for n in range(MINIMUM_CLUSTERS)])
     gate.check_measurable(rules.model_copy(update={"clusters": "record"}), labels)
 
 
@@ -265,3 +273,100 @@ def test_rules_on_answers_need_evidence_among_the_records_that_are_answered() ->
     answers = Evaluation.model_validate({"answered_records": 19, "gate": {"rougeL": {"min": 0.5}}})
     with pytest.raises(UserError, match=r"gate\.rougeL: 19 held-out .* Raise evaluation\.answered_records or dataset"):
         gate.check_measurable(answers, records)
+
+
+@pytest.mark.parametrize(("metric", "than", "vocabularies", "refused"), [
+    ("perplexity", "promoted", {"fine_tuned": "a", "promoted": "b"}, True),
+    ("perplexity", "promoted", {"fine_tuned": "a", "promoted": "a"}, False),
+    ("perplexity", "promoted", {"fine_tuned": "a"}, False),  # there is none to compare with
+    ("perplexity", "base", {"fine_tuned": "a", "base": "a", "promoted": "b"}, False),
+    ("bits_per_byte", "promoted", {"fine_tuned": "a", "promoted": "b"}, False)])
+def test_values_per_token_are_compared_only_of_models_with_the_same_tokens(
+        metric: str, than: str, vocabularies: dict[str, str], refused: bool) -> None:
+    rules = Evaluation.model_validate({"gate": {metric: {"max_ratio": 1.0, "than": than}}})
+    if not refused:
+        gate.check_comparable(rules, vocabularies)
+        return
+    with pytest.raises(UserError, match="^evaluation.gate.perplexity: the promoted model has another tokenizer, and "
+                                        "perplexity is per token, .* Use bits_per_byte for this rule$"):
+        gate.check_comparable(rules, vocabularies)
+
+
+@pytest.mark.parametrize(("metric", "rule"), [("rougeL", {"min": 0.4}), ("perplexity", {"max": 20.0})])
+def test_the_interval_of_a_score_is_that_of_its_rule_in_whatever_order_the_rows_are(
+        metric: str, rule: dict[str, float]) -> None:
+    values = model()
+    for row in values["records"][5:9]:
+        row["rougeL"] = 0.9  # of one cluster
+    clusters = CLUSTERS[:5] + [("group", "one")] * 4 + CLUSTERS[9:]
+    (check,) = gate.evaluate_gate(Evaluation.model_validate({"gate": {metric: rule}}), {"fine_tuned": values}, clusters)
+    found = gate.score_interval(metric, values, clusters, 0.95)
+    assert found is not None and (found.value, found.low, found.high) == (check.value, check.low, check.high)
+    surer = gate.score_interval(metric, values, clusters, 0.99)
+    assert surer is not None and surer.low < found.low < found.high < surer.high
+    values["records"].reverse()
+    assert gate.score_interval(metric, values, clusters, 0.95) == found
+
+
+def test_what_was_not_measured_has_no_interval() -> None:
+    assert gate.score_interval("rougeL", model(None) | {"records": []}, CLUSTERS, 0.95) is None
+
+
+@pytest.mark.parametrize(("clusters", "confidence", "gain"), [(100, 0.95, 0.0746), (25, 0.95, 0.1492),
+                                                              (100, 0.99, 0.0950)])
+def test_the_smallest_gain_that_evidence_shows_shrinks_with_the_root_of_its_amount(
+        clusters: int, confidence: float, gain: float) -> None:
+    assert gate.detectable_gain(clusters, confidence) == pytest.approx(gain, abs=1e-4)
+
+
+@pytest.mark.parametrize(("metric", "more", "text"), [
+    ("rougeL", 7, "about 7 more held-out records"), ("acceptability_mcc", 123, "about 120 more sentences"),
+    ("tasks.city", 1_250, "about 1,200 more records of the task"), ("privacy.exposure", 7, "about 7 more records"),
+    ("rougeL", None, "about 0 more held-out records")])
+def test_more_evidence_is_named_by_what_it_is_evidence_of(metric: str, more: int | None, text: str) -> None:
+    assert gate.Check(metric, "min", 0.5, "base", 0.95, "undecided", 0.5, more_records=more).more_text == text
+
+
+def test_a_bound_that_nothing_is_known_of_is_unknown() -> None:
+    check = gate.Check("rougeL", "min", 0.123456789, "base", 0.95, "undecided", 0.5)
+    assert (check.bound_text, check.requirement) == ("at least unknown", "at least 0.123457")
+    assert check.known_text == "at least unknown"
+
+
+def test_the_clusters_of_a_task_are_its_own_and_each_sentence_is_one() -> None:
+    rows: list[dict[str, Any]] = [{"line": 1, "cluster": "a"}, {"line": 3, "cluster": "a"}, {"line": 5}]
+    assert gate._names("tasks.city", rows, []) == ["a", "a", 5]
+    assert gate._names("acceptability_mcc", rows[2:], []) == [5]
+    assert gate._names("rougeL", rows, CLUSTERS) == [("record", 1), ("record", 3), ("record", 5)]
+
+
+def test_a_cluster_is_named_by_what_its_records_have_in_common() -> None:
+    records: list[dict[str, Any]] = [{"prompt": "a", "completion": " Yes\n so", "group": 7},
+                                     {"prompt": "b", "completion": " Yes\n so"}, {"text": "c"}]
+    assert gate.clusters_of(records, "answer") == [("group", 7), ("answer", "yes so"), ("record", 3)]
+    assert gate.clusters_of(records, "record") == [("group", 7), ("record", 2), ("record", 3)]
+
+
+@pytest.mark.parametrize(("value", "sentence"), [
+    (None, "rougeL: fine-tuned must be at least 0.5: nothing measures it"),
+    (0.25, "rougeL: fine-tuned is 0.25, must be at least 0.5: nothing measures it")])
+def test_what_decided_without_numbers_is_in_the_sentence(value: float | None, sentence: str) -> None:
+    check = gate.Check("rougeL", "min", 0.5, "base", 0.95, "failed", value, reason="nothing measures it")
+    assert check.description == sentence
+    assert check.value_text == ("not a finite number" if value is None else "0.25")
+
+
+@pytest.mark.parametrize(("value", "low", "high", "limit", "log", "more"), [
+    (0.5, 0.25, 1.0, 0.375, False, 120),  # half as wide an interval: four times as much evidence
+    (0.5, 0.25, 1.0, 0.625, False, 600), (0.5, 0.3, 0.9, 0.3001, False, 1),
+    (0.5, 0.3, 0.9, 0.5, False, None), (0.5, -math.inf, 0.9, 0.4, False, None),
+    (100.0, 0.0, 200.0, 99.0, False, 399_960), (100.0, 0.0, 200.0, 99.005, False, None),
+    (1.0, 0.25, 4.0, 0.5, True, 120), (1.0, 0.0, 4.0, 0.5, True, None)])
+def test_bounds_come_nearer_with_the_root_of_the_evidence(value: float, low: float, high: float, limit: float,
+                                                          log: bool, more: int | None) -> None:
+    assert gate._more(Interval(value, low, high), limit, 40, log=log) == more
+
+
+def test_a_factor_beyond_all_numbers_is_infinite() -> None:
+    assert [gate._exp(value) for value in (-math.inf, 0.0, 800.0, math.inf)] == [0, 1, math.inf, math.inf]
+    assert [gate._log(value) for value in (-1.0, 0.0, 0.5, 1.0)] == [-math.inf, -math.inf, math.log(0.5), 0]

@@ -60,11 +60,26 @@ OBJECT = {"schema": {"type": "object", "required": ["city"], "properties": {"cit
     (task("json_schema", fence=True), OBJECT, '{"city": "S"}', 1),
     (task("json_schema", fence=True), OBJECT, '```json\n{"city": "S"}', 0),
     (task("json_schema", fence=True), OBJECT, '```json\n{"city": 7}\n```', 0),
+    (task("json_schema", fence=True), OBJECT, ' ```JSON \n{"city": "S"}\n```\n', 1),
+    (task("json_schema", fence=True), OBJECT, '```\n{"city": "S"}```', 1),
+    (task("json_schema", fence=True), OBJECT, '```python\n{"city": "S"}\n```', 0),
+    (task("json_schema", schema={}), {}, "-Infinity", 0), (task("json_schema", schema={}), {}, "7", 1),
+    (task("exact", case_sensitive=False), {"expected": ["\u00c9"]}, "e\u0301", 1),  # one form of Unicode
+    (task("exact"), {"expected": ["\u00e9"]}, "e\u0301", 0),
+    (task("exact", normalize=True, case_sensitive=False), {"expected": ["Ca sa"]}, " CA\nSA ", 1),
+    (task("label_f1", normalize=True), {"label": "a b"}, "a  b", 1),
     (task("label_f1"), {"label": "yes"}, "yes", 1), (task("label_f1"), {"label": "yes"}, "yes, it is", 0),
     (task("label_f1", case_sensitive=False), {"label": "Yes"}, "YES", 1),
 ])
 def test_a_check_finds_what_it_promises(of: Task, record: dict[str, Any], answer: str, value: float) -> None:
     assert checks.value_of(of, record, answer) == value
+
+
+def test_the_labels_of_a_task_are_those_of_its_records_as_they_are_compared() -> None:
+    records = [{"label": "yes"}, {"label": "No"}, {"label": "no "}]
+    assert checks.labels_of(task("label_f1", case_sensitive=False), records) == {"no": 0, "yes": 1}
+    assert checks.labels_of(task("label_f1"), records) == {"No": 0, "no": 1, "yes": 2}
+    assert checks.labels_of(task("exact"), [{"expected": ["a"]}]) == {}
 
 
 def test_rouge_is_that_of_the_nearest_accepted_text() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -121,9 +122,16 @@ def test_how_much_is_computed_at_once_is_set_or_follows_from_the_memory(monkeypa
         assert memory.tokens_at_once(model, Training(), 1) == expected
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**7 + size // 2, 10**12))
     assert memory.tokens_at_once(model, Training(), 2) == 1327
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**7, 10**12))
+    assert memory.tokens_at_once(model.to("meta"), Training(), 1) == 1327, "its weights are there already"
+    assert memory.tokens_at_once(model, Training(gradient_checkpointing=True), 1) > 1327
     kept, recomputed = (memory.bytes_per_token(model.config, chosen) for chosen in (False, True))
     assert kept == 12 * 97 + 2 * 2 * (26 * 32 + 6 * 64)
     assert recomputed == 12 * 97 + 2 * 2 * 32 + 2 * (26 * 32 + 6 * 64)
+    for inner, features in (({"intermediate_size": 64}, 64), ({"n_inner": 48}, 48), ({"n_inner": None}, 128), ({}, 128),
+                            ({"intermediate_size": None, "n_inner": 48}, 48)):
+        config = SimpleNamespace(hidden_size=32, num_hidden_layers=3, vocab_size=97, **inner)
+        assert memory.bytes_per_token(config, False) == 12 * 97 + 3 * 2 * (26 * 32 + 6 * features)
 
 
 # --- dropout ---------------------------------------------------------------------------------------------------------
@@ -177,6 +185,57 @@ def test_a_mask_drops_the_share_that_is_set_and_keeps_the_mean() -> None:
     agreeing = ((found > 0) == (other > 0)).float().mean().item()
     assert agreeing == pytest.approx(0.7 * 0.7 + 0.3 * 0.3, abs=0.02), "independent"
     assert len({tuple(row) for row in found.tolist()}) == 500
+
+
+def splitmix64(state: int) -> int:
+    """As its authors have it (Steele et al. 2014)."""
+    state = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) % 2**64
+    state = ((state ^ state >> 27) * 0x94D049BB133111EB) % 2**64
+    return state ^ state >> 31
+
+
+def test_the_mask_of_a_token_follows_from_its_numbers_on_every_machine() -> None:
+    import torch
+
+    golden, seed, step, layer = 0x9E3779B97F4A7C15, 11, 5, -77
+    assert splitmix64(golden) == 0xE220A8397B1DCDAF, "the first output of the reference implementation for 0"
+    masks = dropout.Masks(0.25, seed, 6)
+    tape = (torch.rand(2**20 + 6, generator=torch.Generator().manual_seed(seed)) >= 0.25).float() / 0.75
+    masks.choose(step, np.array([7, -1, 9]), np.array([2, 1, 3]))  # -1: a canary
+    expected = []
+    for record, position in ((7, 0), (7, 1), (-1, 0), (9, 0), (9, 1), (9, 2)):
+        key = seed
+        for part in (step, record, position):
+            key = splitmix64((key + (part + 1) * golden) % 2**64)
+        expected.append(((key ^ layer % 2**64) * golden % 2**64 >> 40) % 2**20)
+    for features, kind in ((6, torch.float32), (4, torch.float32), (6, torch.bfloat16)):
+        found = masks.of(layer, torch.ones(1, 6, features, dtype=kind))
+        assert found.dtype == kind and found.shape == (6, features)
+        assert all(torch.equal(row, tape[place:place + features].to(kind))
+                   for row, place in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_each_layer_has_masks_of_its_own_as_wide_as_its_input(kind: str) -> None:
+    """And without dropout LoRA's layers stay as they are."""
+    import torch
+    from torch import nn
+
+    model, masks = adapted(0.3, kind)
+    found = [layer for module in model.modules() if hasattr(module, "lora_dropout")
+             for layer in module.lora_dropout.values()]
+    widest = max(module.in_features for module in model.modules() if hasattr(module, "lora_dropout"))
+    masks.choose(1, np.array([3]), np.array([2]))
+    rows = [layer(torch.ones(1, 2, 32)) for layer in found]
+    assert len({tuple(each.flatten().tolist()) for each in rows}) == len(found) > 1
+    assert masks.of(1, torch.ones(1, 2, widest)).shape == (2, widest)
+    plain, _ = adapted(0.0, kind)
+    assert all(isinstance(layer, nn.Identity) for module in plain.modules() if hasattr(module, "lora_dropout")
+               for layer in module.lora_dropout.values())
+    for module in plain.modules():
+        assert not isinstance(module, nn.Dropout) or module.p == 0
+        assert all(value == 0 for name, value in vars(module).items()
+                   if ("dropout" in name or "pdrop" in name) and isinstance(value, float))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -170,3 +170,27 @@ def test_pairs_know_their_lengths_and_lines_without_reading_tokens() -> None:
     found = Pairs(split)
     assert found.lengths.tolist() == [len(pair) for pair in pairs(3)]
     assert found.records.tolist() == [1, 4, 5]
+
+
+def test_pairs_are_read_like_a_list() -> None:
+    rows = [each for pair in pairs(3) for each in pair.sequences]
+    found = Pairs(rows)
+    assert len(found) == 3 and list(found) == pairs(3)
+    for number in (-1, 3):
+        with pytest.raises(IndexError):
+            found[number]
+
+
+def test_every_split_of_preferences_is_read_as_pairs() -> None:
+    train, held_out, validation = ([each for pair in pairs(count) for each in pair.sequences] for count in (4, 2, 3))
+    splits = Splits(train, held_out, 7, validation, preferences=True)
+    found = for_objective(splits, Training(objective="orpo"))
+    assert [list(each) for each in (found.train, found.holdout, found.validation)] == [pairs(4), pairs(2), pairs(3)]
+    assert (found.too_long, found.preferences) == (7, True)
+    answers = Splits([Encoded.of([1], [2])], [], 0)
+    assert for_objective(answers, Training()) is answers
+
+
+def test_the_loss_of_answers_is_divided_by_their_tokens_and_there_are_no_pairs() -> None:
+    batch = flatten([Encoded.of([5, 6], [7, 8]), Encoded.of([], [9, 10])])
+    assert objectives.counts(batch).tolist() == [3, 0]

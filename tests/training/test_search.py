@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,71 @@ def test_the_log_names_trial_and_rung_and_ends_with_a_table(tmp_path: Path, capl
 
 
 # --- what it is made of ---------------------------------------------------------------------------------------------
+
+
+class Follower(Team):
+    """One of two processes; it hears from the main one what that decided."""
+
+    def __init__(self, *heard: Any) -> None:
+        super().__init__()
+        self.rank, self.size = 1, 2
+        self.heard, self.sent = list(heard), list[Any]()
+
+    def broadcast(self, value: Any = None) -> Any:
+        self.sent.append(value)
+        return self.heard.pop(0)
+
+
+def test_only_the_main_process_writes_and_the_others_decide_by_its_results(tmp_path: Path) -> None:
+    """Their losses may differ in the last digits, and they must go on with the same trials."""
+    main = search.State(tmp_path, Team())
+    for trial, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        main.add(search.Result(trial, 1, 20, loss, [[20, loss]]))
+    before = (tmp_path / search.STATE).read_bytes()
+    rows = json.loads(before)
+    for trial in (1, 2, 3):
+        search.trial_folder(tmp_path, trial).mkdir()
+    follower = Follower(rows[:1], *rows[1:], {"trial": 2, "rung": 2, "step": 60, "loss": 0.5, "curve": [[60, 0.5]]})
+    script = Script([0.1], [9.0, 9.0], [0.2])  # by its own numbers, trial 1 is the best
+    settings, _, record = search.run(training(), splits(), script, tmp_path, tmp_path / "runs", follower)
+    assert script.calls == [(2, 20), (3, 20), (2, 60), (2, None)] and settings.lora.r == 8
+    assert record["trials"][1]["rungs"] == [{"step": 20, "validation_loss": 1.0}, {"step": 60, "validation_loss": 0.5}]
+    assert follower.sent[0] == [] and follower.sent[1]["loss"] == 9.0
+    assert (tmp_path / search.STATE).read_bytes() == before and not (tmp_path / "runs").exists()
+    assert all(search.trial_folder(tmp_path, trial).exists() for trial in (1, 2, 3))
+
+
+def test_the_record_says_what_was_searched_and_how(tmp_path: Path) -> None:
+    _, record = run(Script([3.0], [1.0, 0.5], [2.0]), tmp_path)
+    trials = record.pop("trials")
+    assert record == {"candidates": {"lora.r": [4, 8, 16]}, "method": "grid", "halving": record["halving"],
+                      "rungs": [{"trials": 3, "share": "1/3"}, {"trials": 1, "share": "1"}], "trainings": 1.67,
+                      "digits_compared": 3, "chosen": 2, "settings": {"lora.r": 8}}
+    assert trials[0] == {"trial": 1, "settings": {"lora.r": 4}, "steps": 60, "ended": "stopped: place 3 of 3",
+                         "rungs": [{"step": 20, "validation_loss": 3.0}], "curve": [[20, 3.0]]}
+
+
+def test_a_weight_of_eight_bits_that_was_changed_is_noticed_too() -> None:
+    import torch
+
+    model: Any = torch.nn.Linear(4, 4, bias=False)
+    model.weight = torch.nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
+    before = search.fingerprints(model)
+    assert before.keys() == {"weight"} and search.fingerprints(model) == before
+    model.weight.data.view(torch.uint8)[0, 0] += 1
+    assert search.fingerprints(model) != before
+
+
+def test_a_prefix_is_put_before_lines_with_and_without_arguments_and_only_while_it_is_asked_for(
+        caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("jobs")
+    caplog.set_level(logging.INFO, "jobs")
+    with suppress(UserError), search._prefixed("50 % of 2"):
+        log.info("step %d", 7)
+        log.info("100 %")
+        raise UserError("stopped")
+    log.info("after")
+    assert caplog.messages == ["50 % of 2: step 7", "50 % of 2: 100 %", "after"]
 
 
 def test_tensorboard_lists_the_trials_with_their_settings_and_makes_no_runs_for_it(tmp_path: Path) -> None:

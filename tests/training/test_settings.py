@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jobs.core.errors import UserError
 from jobs.core.pipeline import Lora, Training
 from jobs.data.encoded import Splits
-from jobs.data.encoding import Encoded
+from jobs.data.encoding import Encoded, Pair
 from jobs.training import callbacks, card, packing, train, trainer
 from jobs.training.distributed import Team
 from jobs.training.dropout import Masks
@@ -241,6 +241,14 @@ def test_a_record_goes_where_it_leaves_the_least_room() -> None:
     assert [batch.tolist() for batch in packing.pack(lengths, np.arange(5), 50)] == [[0, 2], [1, 3], [4]]
 
 
+def test_the_records_of_a_batch_stay_in_the_given_order() -> None:
+    random = np.random.default_rng(0)
+    order, place = random.permutation(2000), np.empty(2000, dtype=np.int64)
+    place[order] = np.arange(2000)
+    packed = packing.pack(random.integers(1, 40, 2000), order, 1000)
+    assert all((np.diff(place[batch]) > 0).all() for batch in packed) and len(packed) > 30
+
+
 def test_the_seed_decides_which_records_come_together_and_each_epoch_mixes_them_again() -> None:
     def order(**changes: Any) -> list[list[int]]:
         return batches([2] * 40, epochs=2, tokens_per_batch=40, **changes)
@@ -275,6 +283,47 @@ def test_a_pack_is_one_row_in_which_positions_restart_and_only_completions_are_l
                   "position_ids": [[0, 1, 2, 3, 0, 1]]}
 
 
+def test_a_pack_has_what_attention_and_losses_need_of_it() -> None:
+    pairs = [Pair(Encoded.of([5, 6], [7, 8]), Encoded.of([5, 6], [9])),
+             Pair(Encoded.of([1], [2]), Encoded.of([1], [3]))]
+    batch = packing.flatten(pairs)
+    expected = {"cu_seq_lens_q": [0, 4, 7, 9, 11], "logits_to_keep": [1, 2, 5, 7, 9], "shift_labels": [[7, 8, 9, 2, 3]],
+                "answer_of": [0, 0, 1, 2, 3]}
+    assert {name: batch[name].tolist() for name in expected} == expected
+    assert "answer_of" not in packing.flatten([pairs[0].chosen])
+
+
+def test_a_step_has_one_batch_of_one_epoch_and_knows_its_lines() -> None:
+    split = of_lengths([25] * 6)
+    three = packing.Batches(split, Training(**(TRAINING | {"epochs": 3})))
+    assert (len(three), three.tokens) == (9, 450)
+    assert [batch.tolist() for batch in three] == [batch.tolist() for epoch in range(3) for batch in three._pack(epoch)]
+    assert [three.lines(step) for step in range(1, 10)] == [sorted((batch + 1).tolist()) for batch in three]
+    assert three._of_epoch.cache_info().currsize == 1, "of a large split, only one epoch's batches fit into memory"
+    for step in (-1, 9):
+        with pytest.raises(IndexError, match=str(step)):
+            three[step]
+    split.records = np.array([9, 9, 4, 4, 4, 7])  # of conversations that became several sequences
+    whole = packing.Batches(split, Training(**(TRAINING | {"epochs": 1, "tokens_per_batch": 150})))
+    assert whole.lines(1) == [4, 7, 9]
+
+
+def test_lengths_are_known_or_counted() -> None:
+    known = of_lengths([7, 8])
+    assert packing.lengths_of(known) is known.lengths
+    counted = packing.lengths_of([Encoded.of([1], [2]), Encoded.of([1], [2, 3])])
+    assert counted.tolist() == [2, 3] and counted.dtype == np.int64
+
+
+@pytest.mark.parametrize(("tokens", "least", "count"), [(20, 1, 4), (19.9, 1, 3), (0, 3, 3), (0, 99, 10), (50, 1, 10)])
+def test_a_sample_has_so_many_tokens_or_sequences_from_everywhere(tokens: float, least: int, count: int) -> None:
+    found = packing.sample(np.full(10, 5), tokens, least).tolist()
+    assert len(found) == count and found == sorted(set(found)) and found == packing.sample(
+        np.full(10, 5), tokens, least).tolist()
+    large = packing.sample(np.full(10_000, 5), 5000, 1)
+    assert large.mean() == pytest.approx(5000, abs=500)
+
+
 def test_max_length_may_be_all_the_positions_that_the_model_has() -> None:
     packing.check_length({"max_position_embeddings": 40}, Training(**TRAINING))
     packing.check_length({}, Training(**TRAINING))
@@ -295,6 +344,9 @@ def test_the_micro_batches_of_all_processes_are_the_batch(lengths: list[int], si
     assert all(one == sorted(one) for micro_batches in of_each for one in micro_batches)
     assert all(sum(lengths[n] for n in one) <= max(tokens, *lengths) for each in of_each for one in each)
     assert len({len(micro_batches) for micro_batches in of_each}) == 1
+    for fewer in range(1, len(of_each[0])):
+        shares = packing.divide(lengths, fewer * size)
+        assert any(sum(lengths[n] for n in one) > max(tokens, *lengths) for one in shares), "as few as will do"
     if size == 1:
         assert all(of_each[0]), "one process computes nothing in vain"
 
@@ -304,6 +356,14 @@ def test_no_process_waits_long_for_another(lengths: list[int], size: int) -> Non
     """The fullest share has at most one record more than a fair part (Graham 1969: longest first)."""
     tokens = [sum(lengths[position] for position in share) for share in packing.divide(lengths, size)]
     assert max(tokens) <= sum(lengths) / size + max(lengths)
+
+
+@pytest.mark.parametrize(("lengths", "shares", "divided"), [
+    ([5, 4, 3, 2], 2, [[0, 3], [1, 2]]), ([2, 3, 4, 5], 2, [[0, 3], [1, 2]]), ([3, 3, 3], 3, [[0], [1], [2]]),
+    ([1], 2, [[0], []]), ([9, 1, 1, 1], 2, [[0], [1, 2, 3]])])
+def test_the_longest_record_goes_first_to_the_share_with_the_fewest_tokens(
+        lengths: list[int], shares: int, divided: list[list[int]]) -> None:
+    assert packing.divide(lengths, shares) == divided
 
 
 # --- the whole stage -------------------------------------------------------------------------------------------------
