@@ -29,6 +29,8 @@ from jobs.core.files import require_plain
 
 CHECKOUT = Path(__file__).resolve().parents[2]  # the folder that holds the packages `jobs` and `serving`
 Manifest = dict[str, Any]
+# Kinds whose `spec.template` is a pod's. Others have one of something else: ApplicationSet, SealedSecret.
+WORKLOADS = {"Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job"}
 HASH_SUFFIX = re.compile(r"-[24-9bcdfghkmt]{10}$")  # in the alphabet of kustomize, which spells no words
 ADAPTER_LABEL = "app.kubernetes.io/instance"  # on the Jobs of an adapter: its name
 LOGGED = re.compile(r'[EF]\d{4} .*\] "command failed" err=')  # how klog begins the line of an error
@@ -141,7 +143,7 @@ class KubernetesYaml(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ig
 def pod_templates(manifests: list[Manifest]) -> dict[str, Manifest]:
     """Every pod template by its workload, e.g. `Deployment/tensorboard` or `JobSet/pipeline-HASH/model-training`."""
     return {f"{m['kind']}/{m['metadata']['name']}": m["spec"]["template"] for m in manifests
-            if "template" in (m.get("spec") or {})} | {
+            if m["kind"] in WORKLOADS and "template" in (m.get("spec") or {})} | {
         f"CronJob/{m['metadata']['name']}": m["spec"]["jobTemplate"]["spec"]["template"]
         for m in manifests if m["kind"] == "CronJob"} | {
         f"JobSet/{m['metadata']['name']}/{job['name']}": job["template"]["spec"]["template"]

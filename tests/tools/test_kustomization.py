@@ -215,6 +215,7 @@ def test_a_kustomization_that_is_no_file_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("manifest", "message"), [
     ("{kind: Job, spec: {template: {spec: {containers: [{name: c}]}}}}", None),  # labels are no duty
     ("{kind: Job, spec: {template: {metadata: null, spec: {containers: [{name: c}]}}}}", None),
+    ("{kind: SealedSecret, spec: {template: {type: Opaque}}}", None),  # no pod's
     ("{kind: Job, spec: {template: {spec: {}}}}", "mine: its manifest lacks `containers`; `kubectl explain Job`"),
     ("{kind: Job, spec: {template: {spec: {containers: []}}}}", "mine: its pod has no containers; `kubectl explain"),
     ("{kind: Deployment, spec: {template: null}}", "mine: its manifest is not as Kubernetes has it "),
