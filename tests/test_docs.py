@@ -69,8 +69,8 @@ def broken(page: Path) -> list[str]:
 
 def missing(text: str) -> list[str]:
     """The files and folders of this checkout that a page names and that do not exist: paths from its root, and the
-    names of YAML files. What has a placeholder in capitals is left out."""
-    folders = {path.name for path in CHECKOUT.iterdir() if path.is_dir()}
+    names of YAML files. What has a placeholder in capitals is left out, and what is not in git, such as `.local`."""
+    folders = {path.name for path in CHECKOUT.iterdir() if path.is_dir() and not path.name.startswith(".")}
     named = [each.strip("`").rstrip("/") for each in CODE.findall("\n".join(prose(text)))]
     paths = [each for each in named if re.fullmatch(r"[a-z0-9_./-]+", each) and each.partition("/")[0] in folders]
     files = {path.name for folder in FOLDERS for path in (CHECKOUT / folder).rglob("*.yaml")}

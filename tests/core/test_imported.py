@@ -100,7 +100,7 @@ def test_what_contradicts_itself_is_refused_with_what_was_meant(tmp_path: Path, 
 
 
 def test_clients_can_tell_it_from_the_base_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="adapter has the base model's name"):
+    with pytest.raises(UserError, match="adapter: has the base model's name"):
         load(tmp_path, adapter="model", base_model={"source": "hf://model", "revision": "1" * 40})
 
 

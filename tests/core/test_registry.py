@@ -399,7 +399,7 @@ def test_a_token_is_requested_with_the_password_and_everything_else_with_the_tok
     assert (first.method, first.url, first.user) == ("GET", f"{API}manifests/v1", None)
     assert set(first.headers["Accept"].split(", ")) == {*registry.MANIFESTS, *registry.INDEXES}
     assert (first.headers["User-Agent"], first.headers["Accept-Encoding"]) == ("lora-gitops", "identity")
-    assert first.options == {"stream": True, "timeout": registry.SILENCE_S}
+    assert first.options == {"stream": True, "timeout": registry.SILENCE_S, "allow_redirects": True}
     assert token.url == ("https://tokens.example.com/token?a=b&scope=repository%3Ateam%2Fadapters%2Fseville%3Apull&"
                          "service=reg+istry")
     assert (token.method, token.user, second.user, second.url) == ("GET", CI, "Bearer t", first.url)
