@@ -105,6 +105,7 @@ class Aliases:
         self.base: Version | None = None  # serves requests to the base model in place of it, if not None
         self._logged: dict[str, str] = {}  # the last message by subject
         self._follow_at = 0.0  # when (monotonic) to look again whether the server can restart on the desired base
+        self._follow_again = False  # something changed while that was looked for
         self._updates: dict[str, asyncio.Task[None]] = {}  # by alias; under "" what concerns the base model
         self._started = time.time()
         self._task: asyncio.Task[None] | None = None
@@ -167,13 +168,16 @@ class Aliases:
         for name in named:
             self.current.setdefault(name, Alias())
         everything = self._declared is not before or self._seen != seen or _is_recent(self._seen)
+        self._updates = {name: task for name, task in self._updates.items() if not task.done()}
         # One task for each: the others do not wait for the verification of a large adapter or a new base model.
         work: dict[str, Callable[[], Awaitable[None]]] = {
             name: partial(self._update, name, self.current[name], named[name])
             for name in (named if everything else self._take_turns())}
-        if (base.changed(self._declared, self.served) or "base" in self._logged) and (
-                everything or time.monotonic() >= self._follow_at):
+        following = "" in self._updates
+        to_follow = following or "base" in self._logged or base.changed(self._declared, self.served)
+        if self._follow_again or (to_follow and (everything or time.monotonic() >= self._follow_at)):
             work[""] = self._follow_base
+            self._follow_again = following and (everything or self._follow_again)
         for name in work.keys() - self._updates.keys():
             self._updates[name] = asyncio.create_task(self._attempt(name, work[name]))
         if self._updates:

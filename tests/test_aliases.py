@@ -17,7 +17,7 @@ import httpx
 import pytest
 from safetensors.torch import load_file
 
-from serving import base, candidates, drain, verification
+from serving import aliases, base, candidates, drain, verification
 from serving.replies import RETRY_AFTER_SECONDS
 from tests import build_adapter, build_pipeline, build_signing
 from tests.build_guarded import NAME, World, clock, replace_file, start, until
@@ -1006,6 +1006,32 @@ def test_one_of_several_replicas_ends_in_its_turn_and_goes_on_if_git_changes_its
         assert httpx.get(world.url + "/health").status_code == 200
         now[0] += 3600
         until(world.ended)
+
+
+def test_git_may_change_its_mind_while_the_server_looks_whether_it_can_restart(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that took: looking again waits for a multiple of that time."""
+    monkeypatch.setattr(drain, "LINGER_SECONDS", 0.0)
+    monkeypatch.setattr(aliases, "FOLLOW_PAUSES", 1e9)
+    monkeypatch.setattr(base, "next_turn", lambda now, slot_seconds, replica: now + 3600)
+    looks, go_on = threading.Event(), threading.Event()
+
+    def check_restart(*_: object) -> None:
+        looks.set()
+        assert go_on.wait(20)
+
+    monkeypatch.setattr(base, "check_restart", check_restart)
+    for world in start(tmp_path, monkeypatch, restart_slot_seconds=60.0):
+        world.write(serving={"max_lora_rank": 128})
+        found = world.vllm.guards[-1].aliases
+        until(looks.is_set)
+        changed = found._declared
+        world.write()
+        until(lambda found=found, changed=changed: found._declared is not changed)  # type: ignore[misc]
+        go_on.set()
+        until(lambda found=found: "" not in found._updates)  # type: ignore[misc]
+        until(lambda found=found: "base" not in found._turns and "base" not in found._logged)  # type: ignore[misc]
+        assert not world.ended()
 
 
 def test_a_changed_base_model_is_waited_for_and_then_the_server_drains_and_ends(
