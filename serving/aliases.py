@@ -15,7 +15,7 @@ import math
 import shutil
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -168,7 +168,7 @@ class Aliases:
         for name in named:
             self.current.setdefault(name, Alias())
         everything = self._declared is not before or self._seen != seen or _is_recent(self._seen)
-        self._updates = {name: task for name, task in self._updates.items() if not task.done()}
+        self._updates = _unfinished(self._updates)
         # One task for each: the others do not wait for the verification of a large adapter or a new base model.
         work: dict[str, Callable[[], Awaitable[None]]] = {
             name: partial(self._update, name, self.current[name], named[name])
@@ -182,7 +182,7 @@ class Aliases:
             self._updates[name] = asyncio.create_task(self._attempt(name, work[name]))
         if self._updates:
             await asyncio.wait(self._updates.values(), timeout=POLL_SECONDS)
-        self._updates = {name: task for name, task in self._updates.items() if not task.done()}
+        self._updates = _unfinished(self._updates)
         if all(alias.looked for alias in self.current.values()):
             self.first_look_done.set()
         await self._unload_unused()
@@ -570,6 +570,10 @@ class Aliases:
         if self._logged.get(about) != message:
             self._logged[about] = message
             report(message)
+
+
+def _unfinished(tasks: Mapping[str, asyncio.Task[None]]) -> dict[str, asyncio.Task[None]]:
+    return {name: task for name, task in tasks.items() if not task.done()}
 
 
 def _is_recent(times: tuple[int, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -19,18 +20,25 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     yield from start(tmp_path, monkeypatch, drain_seconds=60.0)
 
 
-def test_a_stream_is_finished_while_no_new_connection_is_taken_and_then_the_server_ends(world: World) -> None:
+@contextlib.contextmanager
+def held_stream(world: World) -> Iterator[tuple[Iterator[str], threading.Event]]:
+    """The lines of a reply by the adapter, of which the first has come; the others are held back until the event."""
     pipeline, _ = world.write()
     build_adapter.promote(world.volumes, pipeline)
     until(world.served)
-    world.vllm.hold = threading.Event()
+    hold = world.vllm.hold = threading.Event()
     with world.stream() as stream:
         lines = stream.iter_lines()
         next(lines)
+        yield lines, hold
+
+
+def test_a_stream_is_finished_while_no_new_connection_is_taken_and_then_the_server_ends(world: World) -> None:
+    with held_stream(world) as (lines, hold):
         world.drain(linger=0)
         until(lambda: refuses(world.url))
         assert not world.ended()
-        world.vllm.hold.set()
+        hold.set()
         assert [line for line in lines if line][-1] == "data: [DONE]"
     until(world.ended)
 
@@ -56,20 +64,14 @@ def test_after_that_time_the_server_ends(world: World) -> None:
 def test_a_reply_that_takes_longer_than_the_grace_period_is_cut_off(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for world in start(tmp_path, monkeypatch, drain_seconds=1.0):
-        pipeline, _ = world.write()
-        build_adapter.promote(world.volumes, pipeline)
-        until(world.served)
-        world.vllm.hold = threading.Event()
-        with world.stream() as stream:
-            lines = stream.iter_lines()
-            next(lines)
+        with held_stream(world) as (lines, hold):
             started = time.monotonic()
             world.drain(linger=0)
             until(world.ended)
             with pytest.raises(httpx.RemoteProtocolError):
                 list(lines)
         assert time.monotonic() - started >= 1
-        assert not world.vllm.hold.is_set()
+        assert not hold.is_set()
 
 
 def refuses(url: str) -> bool:

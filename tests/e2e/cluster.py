@@ -250,21 +250,20 @@ class Environment:
         values["training"]["seed"] = 7
         values["evaluation"]["gate"] = {"perplexity": {"max_ratio": 0.5}}
         file.write_text(yaml.safe_dump(values, sort_keys=False))
-        kustomization = self.kind / "kustomization.yaml"
-        values = yaml.safe_load(kustomization.read_text())
-        values["resources"].append(f"adapters/{name}")
-        (served,) = [maps for maps in values["configMapGenerator"] if maps["name"] == "serving-pipelines"]
-        served["files"].append(f"{name}.yaml=adapters/{name}/pipeline.yaml")
-        kustomization.write_text(yaml.safe_dump(values, sort_keys=False))
+        self._edit_entries(name, list.append)
 
     def drop(self, name: str) -> None:
         """Remove an adapter that was added: its folder and its two entries."""
         shutil.rmtree(self.kind / "adapters" / name)
+        self._edit_entries(name, list.remove)
+
+    def _edit_entries(self, name: str, edit: Callable[[list[str], str], None]) -> None:
+        """Add (`list.append`) or remove an adapter's two entries."""
         kustomization = self.kind / "kustomization.yaml"
         values = yaml.safe_load(kustomization.read_text())
-        values["resources"].remove(f"adapters/{name}")
+        edit(values["resources"], f"adapters/{name}")
         (served,) = [maps for maps in values["configMapGenerator"] if maps["name"] == "serving-pipelines"]
-        served["files"].remove(f"{name}.yaml=adapters/{name}/pipeline.yaml")
+        edit(served["files"], f"{name}.yaml=adapters/{name}/pipeline.yaml")
         kustomization.write_text(yaml.safe_dump(values, sort_keys=False))
 
     def push(self, changes: Changes, patches: Sequence[Manifest] = ()) -> None:
